@@ -1,0 +1,24 @@
+// A pool of threads for the kernels: static work lists, dynamic hand-out, no OpenMP.
+//
+// MindSpore calls kernels from threads of its own, a different one each call; OpenMP would start a
+// team for every caller. Here all callers share one pool. A caller that finds it busy (or that is
+// itself inside a parallel region) works alone: kernels give the same bits however tasks are dealt.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace codellama_rt {
+
+// Runs body(context, task) for every task in [0, num_tasks), on up to num_threads() threads.
+void parallel_for(int64_t num_tasks, void (*body)(void* context, int64_t task), void* context);
+
+int num_threads();
+void set_num_threads(int n);  // n >= 1
+
+// Scratch memory of the calling thread, 64-byte aligned, kept for its next call: a kernel asks once
+// for all it needs. Slots keep a caller's scratch apart from what its tasks ask on the same thread.
+enum class Scratch { kCaller, kTask, kLayer };
+void* scratch(Scratch slot, size_t bytes);
+
+}  // namespace codellama_rt

@@ -1,0 +1,271 @@
+// One float vector a instruction set: what the kernels are written in.
+//
+// Compiled once an instruction set, inside its namespace (CLRT_ISA), so that no inline function of
+// one set can stand in for another's. `kLanes` floats a Vec: 4 (baseline), 8 (AVX2), 16 (AVX-512).
+// Reductions are one fixed tree: a sum depends on the lanes' values alone.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../dtype.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace codellama_rt {
+namespace CLRT_ISA {
+namespace {
+
+// ---- scalar conversions -------------------------------------------------------------------
+
+inline float bits_to_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint32_t float_to_bits(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+inline float to_float(f16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // inf, NaN
+  // A half's exponent and mantissa moved into place are the value times 2^-112, subnormals too.
+  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+}
+
+template <typename T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 from_float<bf16>(float x) {  // round to nearest even; NaN stays NaN
+  const uint32_t bits = float_to_bits(x);
+  if ((bits & 0x7fffffff) > 0x7f800000) return {uint16_t(bits >> 16 | 0x40)};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline f16 from_float<f16>(float x) {  // round to nearest even
+  const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (rest >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to infinity
+  if (rest < 0x38800000) {  // subnormal: the adder rounds at the right bit
+    return {uint16_t(sign | (float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000))};
+  }
+  return {uint16_t(sign | (rest + 0xc8000fff + (rest >> 13 & 1)) >> 13)};
+}
+
+// ---- the vector ---------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+
+constexpr int kLanes = 16;
+struct Vec {
+  __m512 v;
+};
+inline Vec splat(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const bf16* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+}
+inline Vec load(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
+inline void store(f16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store(bf16* p, Vec x) {  // VCVTNEPS2BF16 flushes subnormals: rounded by hand
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  r = _mm512_mask_or_epi32(r, nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+}
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where unordered
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where unordered
+inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+inline Vec times_power_of_2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline Vec zero_where_less(Vec x, float bound, Vec y) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(bound), _CMP_NLT_UQ), y.v)};
+}
+inline float sum(Vec x) {
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+  const __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+inline float max_lane(Vec x) { return _mm512_reduce_max_ps(x.v); }
+
+#elif defined(__AVX2__)
+
+constexpr int kLanes = 8;
+struct Vec {
+  __m256 v;
+};
+inline Vec splat(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec load(const bf16* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
+}
+inline Vec load(const f16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
+inline void store(f16* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store(bf16* p, Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<bf16>(lanes[i]);
+}
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }  // b where unordered
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }  // b where unordered
+inline Vec round(Vec a) { return {_mm256_round_ps(a.v, 0)}; }
+inline Vec times_power_of_2(Vec a, Vec n) {  // n whole, in [-126, 127]
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
+}
+inline Vec zero_where_less(Vec x, float bound, Vec y) {
+  return {_mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_set1_ps(bound), _CMP_NLT_UQ), y.v)};
+}
+inline float sum(Vec x) {
+  const __m128 q = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+
+#else  // any CPU with IEEE floats
+
+constexpr int kLanes = 4;
+struct Vec {
+  float v[kLanes];
+};
+template <typename F>
+inline Vec lanewise(F f) {
+  Vec r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = f(i);
+  return r;
+}
+inline Vec splat(float x) { return {{x, x, x, x}}; }
+template <typename T>
+inline Vec load(const T* p) {
+  return lanewise([&](int i) { return to_float(p[i]); });
+}
+template <typename T>
+inline void store(T* p, Vec x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(x.v[i]);
+}
+inline Vec operator+(Vec a, Vec b) {
+  return lanewise([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Vec operator-(Vec a, Vec b) {
+  return lanewise([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Vec operator*(Vec a, Vec b) {
+  return lanewise([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline Vec operator/(Vec a, Vec b) {
+  return lanewise([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec max(Vec a, Vec b) {  // b where unordered
+  return lanewise([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Vec min(Vec a, Vec b) {  // b where unordered
+  return lanewise([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Vec round(Vec a) {
+  return lanewise([&](int i) { return std::nearbyint(a.v[i]); });
+}
+inline Vec times_power_of_2(Vec a, Vec n) {  // n whole, in [-126, 127]
+  return lanewise([&](int i) {
+    const int32_t exponent = n.v[i] == n.v[i] ? int32_t(n.v[i]) : 0;
+    return a.v[i] * bits_to_float(uint32_t(exponent + 127) << 23);
+  });
+}
+inline Vec zero_where_less(Vec x, float bound, Vec y) {
+  return lanewise([&](int i) { return x.v[i] < bound ? 0.0f : y.v[i]; });
+}
+inline float sum(Vec x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); }
+
+#endif
+
+#if !defined(__AVX512F__)
+inline float max_lane(Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  float m = lanes[0];
+  for (float lane : lanes) m = lane > m ? lane : m;
+  return m;
+}
+#endif
+
+// The first n of kLanes elements; the rest is zero (load) or left alone (store).
+template <typename T>
+inline Vec load_first(const T* p, int n) {
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+template <typename T>
+inline void store_first(T* p, Vec x, int n) {
+  T lanes[kLanes];
+  store(lanes, x);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+
+// n elements of one dtype to another.
+template <typename From, typename To>
+inline void convert(const From* from, To* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = from_float<To>(to_float(from[i]));
+}
+
+// e^x within 2 units in the last place; 0 below -87, held at e^88 above 88; NaN stays NaN.
+// Cody-Waite reduction to |r| <= ln(2) / 2, then the minimax polynomial of Cephes' expf.
+inline Vec exp(Vec x) {
+  const Vec bounded = min(splat(88.0f), max(splat(-87.0f), x));
+  const Vec n = round(bounded * splat(1.44269504f));
+  Vec r = fma(n, splat(-0.693359375f), bounded);
+  r = fma(n, splat(2.12194440e-4f), r);
+  Vec p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p * r, r, r + splat(1.0f));
+  return zero_where_less(x, -87.0f, times_power_of_2(p, n));
+}
+
+}  // namespace
+}  // namespace CLRT_ISA
+}  // namespace codellama_rt

@@ -1,0 +1,149 @@
+// The contract of every kernel: one plain struct an op, on every device.
+//
+// Raw pointers, sizes, strides in elements; no framework type. Inner dimensions are contiguous
+// unless a stride is given. Dtypes: activations and caches are float32, float16 or bfloat16, each
+// of its own; indices are int32; statistics, RoPE tables and log-sum-exps are float32.
+// Offsets are int64_t: 100k tokens overflow 32 bits. Arguments were checked by the launcher.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace codellama_rt {
+
+struct EmbeddingParams {
+  const int32_t* token_ids;  // (num_tokens), each in [0, vocab_size)
+  const void* table;         // (vocab_size, dim)
+  void* out;                 // (num_tokens, dim)
+  DType table_dtype, out_dtype;
+  int64_t num_tokens, dim;
+};
+
+// rms_norm; with a residual: add_rms_norm.
+struct RmsNormParams {
+  const void* x;         // (num_tokens, dim)
+  const void* residual;  // (num_tokens, dim) in x's dtype, added to x first; or null
+  const void* weight;    // (dim)
+  void* out;             // (num_tokens, dim) in x's dtype
+  void* residual_out;    // (num_tokens, dim) x + residual; may be `residual`; null without one
+  DType dtype, weight_dtype;
+  int64_t num_tokens, dim;
+  float eps;
+};
+
+// Up to three weights that lie apart (q, k, v; gate, up) are multiplied in one pass over x, as if
+// they were one weight of sum(n) rows.
+constexpr int kMaxWeights = 3;
+
+struct LinearParams {
+  const void* x;                     // (num_tokens, k), rows x_stride apart
+  const void* weights[kMaxWeights];  // each (n[i], k)
+  void* out;                         // (num_tokens, sum(n)), rows out_stride apart
+  int64_t n[kMaxWeights];
+  int64_t num_weights, num_tokens, k, x_stride, out_stride;
+  DType x_dtype, weight_dtype, out_dtype;
+};
+
+// Tables: row p holds the cosines (sines) of position p. `interleaved`: elements (2i, 2i + 1)
+// rotate together, as in Meta's files; otherwise (i, i + head_dim / 2), as in Hugging Face's.
+struct RotaryParams {
+  void* query;               // (num_tokens, n_heads, head_dim), in place
+  void* key;                 // (num_tokens, n_kv_heads, head_dim), in place
+  const float *cos, *sin;    // (num_positions, head_dim / 2)
+  const int32_t* positions;  // (num_tokens), each in [0, num_positions)
+  DType dtype;
+  int64_t num_tokens, n_heads, n_kv_heads, head_dim;
+  bool interleaved;
+};
+
+// Pages are head-major: (num_blocks, n_kv_heads, block_size, head_dim); the token of slot s lies in
+// block s / block_size at row s % block_size of every head. Slot -1 is skipped.
+struct ReshapeAndCacheParams {
+  const void *key, *value;        // (num_tokens, n_kv_heads, head_dim)
+  void *key_cache, *value_cache;  // (num_blocks, n_kv_heads, block_size, head_dim)
+  const int32_t* slot_mapping;    // (num_tokens)
+  DType dtype, cache_dtype;
+  int64_t num_tokens, n_kv_heads, head_dim, block_size;
+};
+
+struct RopeAndCacheParams {
+  const void* qkv;                // (num_tokens, (n_heads + 2 * n_kv_heads) * head_dim)
+  const float *cos, *sin;         // (num_positions, head_dim / 2)
+  const int32_t* positions;       // (num_tokens)
+  void *key_cache, *value_cache;  // (num_blocks, n_kv_heads, block_size, head_dim)
+  const int32_t* slot_mapping;    // (num_tokens)
+  void* query;                    // out: (num_tokens, n_heads, head_dim) in qkv's dtype
+  DType dtype, cache_dtype;
+  int64_t num_tokens, n_heads, n_kv_heads, head_dim, block_size;
+  bool interleaved;
+};
+
+// Both attentions are causal from the end: query i of a sequence with num_queries queries and
+// length keys sees the keys [0, length - num_queries + i]. flash_attention may be non-causal.
+// A query without keys gives out = 0, lse = -inf.
+struct PagedAttentionParams {
+  const void* query;                    // (num_tokens, n_heads, head_dim)
+  const void *key_cache, *value_cache;  // (num_blocks, n_kv_heads, block_size, head_dim)
+  const int32_t* block_tables;          // (num_seqs, max_blocks)
+  const int32_t* seq_lens;              // (num_seqs), the queries' own tokens included
+  const int32_t* cu_seqlens_q;          // (num_seqs + 1)
+  void* out;                            // (num_tokens, n_heads, head_dim) in query's dtype
+  float* lse;                           // (num_tokens, n_heads), natural logarithm
+  DType dtype, cache_dtype;
+  int64_t num_tokens, num_seqs, max_blocks, n_heads, n_kv_heads, head_dim, block_size;
+  float scale;
+};
+
+struct FlashAttentionParams {
+  const void* query;            // (num_tokens, n_heads, head_dim)
+  const void *key, *value;      // (num_keys, n_kv_heads, head_dim)
+  const int32_t* cu_seqlens_q;  // (num_seqs + 1)
+  const int32_t* cu_seqlens_k;  // (num_seqs + 1)
+  void* out;                    // (num_tokens, n_heads, head_dim) in query's dtype
+  float* lse;                   // (num_tokens, n_heads)
+  DType dtype, kv_dtype;
+  int64_t num_tokens, num_seqs, n_heads, n_kv_heads, head_dim;
+  float scale;
+  bool causal;
+};
+
+struct MergeAttentionParams {
+  const void *out_a, *out_b;    // (num_tokens, n_heads, head_dim)
+  const float *lse_a, *lse_b;   // (num_tokens, n_heads)
+  void* out;                    // (num_tokens, n_heads, head_dim)
+  float* lse;                   // (num_tokens, n_heads)
+  DType dtype;
+  int64_t num_tokens, n_heads, head_dim;
+};
+
+struct SiluAndMulParams {
+  const void* gate_up;  // (num_tokens, 2 * hidden_dim): gate, then up
+  void* out;            // (num_tokens, hidden_dim)
+  DType dtype;
+  int64_t num_tokens, hidden_dim;
+};
+
+struct CopyBlocksParams {
+  void *key_cache, *value_cache;  // (num_blocks, ...), block_bytes a block
+  const int32_t* block_pairs;     // (num_pairs, 2): source, destination; done in order
+  int64_t num_pairs, block_bytes;
+};
+
+// One table an instruction set (or device): the ops' entry points.
+struct KernelTable {
+  const char* isa;
+  void (*embedding)(const EmbeddingParams&);
+  void (*rms_norm)(const RmsNormParams&);
+  void (*linear)(const LinearParams&);
+  void (*apply_rotary_pos_emb)(const RotaryParams&);
+  void (*reshape_and_cache)(const ReshapeAndCacheParams&);
+  void (*rope_and_cache)(const RopeAndCacheParams&);
+  void (*paged_attention)(const PagedAttentionParams&);
+  void (*flash_attention)(const FlashAttentionParams&);
+  void (*merge_attention)(const MergeAttentionParams&);
+  void (*silu_and_mul)(const SiluAndMulParams&);
+  void (*copy_blocks)(const CopyBlocksParams&);
+};
+
+}  // namespace codellama_rt
