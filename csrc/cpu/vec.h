@@ -114,6 +114,39 @@ inline float sum(Vec x) {
   return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
 }
 inline float max_lane(Vec x) { return _mm512_reduce_max_ps(x.v); }
+inline Vec select_first(int n, Vec x, Vec y) {
+  return {_mm512_mask_mov_ps(y.v, n >= kLanes ? 0xffff : n <= 0 ? 0 : (1 << n) - 1, x.v)};
+}
+inline void transpose(Vec (&rows)[kLanes]) {
+  __m512d pairs[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i].v, rows[i + 1].v));
+    pairs[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i].v, rows[i + 1].v));
+  }
+  __m512 quads[16];  // quads[4 g + c]: column c of each 128-bit lane, of rows 4 g to 4 g + 3
+  for (int i = 0; i < 16; i += 4) {
+    quads[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[i], pairs[i + 2]));
+    quads[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[i], pairs[i + 2]));
+    quads[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[i + 1], pairs[i + 3]));
+    quads[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[i + 1], pairs[i + 3]));
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even01 = _mm512_shuffle_f32x4(quads[c], quads[4 + c], 0x88);
+    const __m512 odd01 = _mm512_shuffle_f32x4(quads[c], quads[4 + c], 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(quads[8 + c], quads[12 + c], 0x88);
+    const __m512 odd23 = _mm512_shuffle_f32x4(quads[8 + c], quads[12 + c], 0xdd);
+    rows[c].v = _mm512_shuffle_f32x4(even01, even23, 0x88);
+    rows[4 + c].v = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+    rows[8 + c].v = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+    rows[12 + c].v = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+  }
+}
+#if defined(__AVX512BF16__)
+// c + the products of the two bfloat16 in each lane of a and b; subnormals count as zero.
+inline Vec dot_bf16_pairs(Vec a, Vec b, Vec c) {
+  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+#endif
 
 #elif defined(__AVX2__)
 
@@ -159,6 +192,28 @@ inline float sum(Vec x) {
   const __m128 q = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
   const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+inline Vec select_first(int n, Vec x, Vec y) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i first = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane);
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_castsi256_ps(first))};
+}
+inline void transpose(Vec (&rows)[kLanes]) {
+  __m256 quads[8];  // quads[4 g + c]: column c of each 128-bit lane, of rows 4 g to 4 g + 3
+  for (int i = 0; i < 8; i += 4) {
+    const __m256 low01 = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    const __m256 high01 = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    const __m256 low23 = _mm256_unpacklo_ps(rows[i + 2].v, rows[i + 3].v);
+    const __m256 high23 = _mm256_unpackhi_ps(rows[i + 2].v, rows[i + 3].v);
+    quads[i] = _mm256_shuffle_ps(low01, low23, 0x44);
+    quads[i + 1] = _mm256_shuffle_ps(low01, low23, 0xee);
+    quads[i + 2] = _mm256_shuffle_ps(high01, high23, 0x44);
+    quads[i + 3] = _mm256_shuffle_ps(high01, high23, 0xee);
+  }
+  for (int c = 0; c < 4; ++c) {
+    rows[c].v = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x20);
+    rows[4 + c].v = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x31);
+  }
 }
 
 #else  // any CPU with IEEE floats
@@ -214,6 +269,18 @@ inline Vec zero_where_less(Vec x, float bound, Vec y) {
   return lanewise([&](int i) { return x.v[i] < bound ? 0.0f : y.v[i]; });
 }
 inline float sum(Vec x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); }
+inline Vec select_first(int n, Vec x, Vec y) {
+  return lanewise([&](int i) { return i < n ? x.v[i] : y.v[i]; });
+}
+inline void transpose(Vec (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float below = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = below;
+    }
+  }
+}
 
 #endif
 
@@ -264,6 +331,22 @@ inline Vec exp(Vec x) {
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p * r, r, r + splat(1.0f));
   return zero_where_less(x, -87.0f, times_power_of_2(p, n));
+}
+
+// 2^x for x <= 0, within 2 units in the last place; 0 below -126; NaN stays NaN.
+// The polynomial is that of Cephes' exp2f, for |r| <= 1/2.
+inline Vec exp2_nonpositive(Vec x) {
+  const Vec bounded = max(splat(-126.0f), x);
+  const Vec n = round(bounded);
+  const Vec r = bounded - n;
+  Vec p = splat(1.535336188319500e-4f);
+  p = fma(p, r, splat(1.339887440266574e-3f));
+  p = fma(p, r, splat(9.618437357674640e-3f));
+  p = fma(p, r, splat(5.550332471162809e-2f));
+  p = fma(p, r, splat(2.402264791363012e-1f));
+  p = fma(p, r, splat(6.931472028550421e-1f));
+  p = fma(p, r, splat(1.0f));
+  return zero_where_less(x, -126.0f, times_power_of_2(p, n));
 }
 
 }  // namespace
