@@ -5,7 +5,8 @@
 
 namespace codellama_rt {
 
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32 };
+// kOther: a dtype that no op takes; it is carried only so that a refusal can be given.
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32, kOther };
 
 struct f16 {
   uint16_t bits;
@@ -24,8 +25,9 @@ constexpr const char* dtype_name(DType dtype) {
     case DType::kFloat16: return "float16";
     case DType::kBFloat16: return "bfloat16";
     case DType::kInt32: return "int32";
+    case DType::kOther: break;
   }
-  return "?";
+  return "another dtype";
 }
 
 }  // namespace codellama_rt

@@ -13,8 +13,10 @@ namespace codellama_rt {
 // Runs body(context, task) for every task in [0, num_tasks), on up to num_threads() threads.
 void parallel_for(int64_t num_tasks, void (*body)(void* context, int64_t task), void* context);
 
+#pragma GCC visibility push(default)
 int num_threads();
 void set_num_threads(int n);  // n >= 1
+#pragma GCC visibility pop
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for its next call: a kernel asks once
 // for all it needs. Slots keep a caller's scratch apart from what its tasks ask on the same thread.

@@ -1,0 +1,115 @@
+"""Llama (arXiv:2302.13971, arXiv:2307.09288) in the paper's order, on the direct road.
+
+Activations are float32 throughout: on a CPU they cost nothing beside the weights, and every matrix
+product then rounds its input once, as a bfloat16 weight wants it, and nothing else.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from codellama_rt import ops
+from codellama_rt.batch import Batch
+from codellama_rt.checkpoint import LayerWeights, LlamaWeights
+from codellama_rt.config import ModelConfig
+from codellama_rt.kv_cache import KVCache
+from codellama_rt.rope import RotaryEmbedding
+
+Array = np.ndarray
+
+
+class Llama:
+    """The decoder; it holds weights and scratch memory, and no state of any sequence."""
+
+    def __init__(self, config: ModelConfig, weights: LlamaWeights) -> None:
+        """Take the weights as they lie; nothing is copied."""
+        self.config = config
+        self.weights = weights
+        self.rope = RotaryEmbedding(config)
+        self._activations = Activations(config, 1)
+
+    def forward(self, batch: Batch, kv_cache: KVCache) -> Array:
+        """Compute one step: write the tokens' keys and values, and return the logits asked for.
+
+        Args:
+            batch: the tokens of this step; its pages must be allocated.
+            kv_cache: the pages.
+
+        Returns:
+            (num_logits, vocab_size) float32: the rows `batch.logit_rows`, in that order.
+        """
+        weights, eps = self.weights, self.config.norm_eps
+        a = self._scratch(len(batch.token_ids))
+        rope = self.rope.lookup(batch.positions, batch.rope_lengths)
+        residual = ops.embedding(batch.token_ids, weights.embedding, out=a.residual)
+        x = ops.rms_norm(residual, weights.layers[0].attention_norm, eps, out=a.x)
+        following = [layer.attention_norm for layer in weights.layers[1:]]
+        for i, layer in enumerate(weights.layers):
+            self._attention(layer, x, rope, batch, kv_cache.layers[i], a)
+            ops.add_rms_norm(a.sublayer, residual, layer.mlp_norm, eps, out=(x, residual))
+            self._mlp(layer, x, a)
+            if i < len(following):
+                ops.add_rms_norm(a.sublayer, residual, following[i], eps, out=(x, residual))
+        return self._logits(a.sublayer, residual, batch.logit_rows)
+
+    def _attention(
+        self, layer: LayerWeights, x: Array, rope: tuple[Array, Array, Array], batch: Batch,
+        caches: tuple[Array, Array], a: Activations,
+    ) -> None:  # fmt: skip
+        cos, sin, index = rope
+        ops.linear(x, (layer.q_proj, layer.k_proj, layer.v_proj), out=a.qkv)
+        ops.rope_and_cache(
+            a.qkv, cos, sin, index, *caches, batch.slot_mapping,
+            interleaved=self.config.rope_interleaved, out=a.query,
+        )  # fmt: skip
+        ops.paged_attention(
+            a.query, *caches, batch.block_tables, batch.seq_lens, batch.cu_seqlens_q,
+            out=(a.attended, a.lse),
+        )  # fmt: skip
+        ops.linear(a.attended_rows, layer.o_proj, out=a.sublayer)
+
+    def _mlp(self, layer: LayerWeights, x: Array, a: Activations) -> None:
+        ops.linear(x, (layer.gate_proj, layer.up_proj), out=a.gate_up)
+        ops.silu_and_mul(a.gate_up, out=a.hidden)
+        ops.linear(a.hidden, layer.down_proj, out=a.sublayer)
+
+    def _logits(self, sublayer: Array, residual: Array, rows: Array) -> Array:
+        if len(rows) != len(residual):
+            sublayer, residual = sublayer[rows], residual[rows]
+        x, _ = ops.add_rms_norm(sublayer, residual, self.weights.norm, self.config.norm_eps)
+        return ops.linear(x, self.weights.lm_head)
+
+    def _scratch(self, num_tokens: int) -> Activations:
+        if self._activations.num_tokens != num_tokens:
+            self._activations = Activations(self.config, num_tokens, self._activations.memory)
+        return self._activations
+
+
+class Activations:
+    """Float32 scratch for one step, cut from one block of memory that only ever grows."""
+
+    def __init__(self, config: ModelConfig, num_tokens: int, memory: Array | None = None) -> None:
+        """Lay out the arrays of a step of `num_tokens` tokens, in `memory` if it is large enough."""
+        q_dim = config.n_heads * config.head_dim
+        kv_dim = config.n_kv_heads * config.head_dim
+        widths = {
+            "residual": config.dim, "x": config.dim, "sublayer": config.dim,
+            "qkv": q_dim + 2 * kv_dim, "query": q_dim, "attended_rows": q_dim,
+            "lse": config.n_heads, "gate_up": 2 * config.hidden_dim, "hidden": config.hidden_dim,
+        }  # fmt: skip
+        needed = num_tokens * sum(widths.values())
+        if memory is None or memory.size < needed:
+            memory = np.empty(needed, np.float32)
+        self.num_tokens, self.memory = num_tokens, memory
+        arrays, begin = {}, 0
+        for name, width in widths.items():
+            end = begin + num_tokens * width
+            arrays[name] = memory[begin:end].reshape(num_tokens, width)
+            begin = end
+        heads = (num_tokens, config.n_heads, config.head_dim)
+        self.residual, self.x, self.sublayer = (arrays[n] for n in ("residual", "x", "sublayer"))
+        self.qkv, self.lse = arrays["qkv"], arrays["lse"]
+        self.query = arrays["query"].reshape(heads)
+        self.attended_rows = arrays["attended_rows"]
+        self.attended = self.attended_rows.reshape(heads)
+        self.gate_up, self.hidden = arrays["gate_up"], arrays["hidden"]

@@ -1,0 +1,309 @@
+"""Every operator, described once: axes, dtypes, what is written, attributes, cost, source.
+
+The MindSpore registration (`graph.py`), the op table in `csrc/README.md`, the tests of rejected
+arguments and the benchmark rows follow from these descriptions. The module imports nothing of the
+package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+FLOATS = ("float32", "float16", "bfloat16")
+ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor argument or result.
+
+    Attributes:
+        axes: axis names or arithmetic over them; equal names have equal sizes.
+        dtypes: the dtypes allowed; `"=name"` means the dtype of argument `name`.
+        doc: what it holds.
+        written: the op writes it in place.
+        repeated: one to three tensors may stand here (as a tuple).
+    """
+
+    axes: tuple[str, ...]
+    dtypes: tuple[str, ...] | str
+    doc: str = ""
+    written: bool = False
+    repeated: bool = False
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One scalar argument, fixed when the op is made in graph mode."""
+
+    type: str
+    default: float | bool
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator; `num_bytes` and `flops` take axis sizes (and item sizes by argument name)."""
+
+    name: str
+    doc: str
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    num_bytes: Callable[[Mapping[str, int], Mapping[str, int]], int]
+    flops: Callable[[Mapping[str, int]], int]
+    source: str
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
+    constraints: tuple[str, ...] = ()
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Names of the arguments that the op writes in place."""
+        return tuple(name for name, tensor in self.inputs.items() if tensor.written)
+
+
+INT32 = ("int32",)
+FLOAT32 = ("float32",)
+EPS = Attribute("float", 1e-5, "added to the mean square")
+INTERLEAVED = Attribute(
+    "bool", False, "pairs (2i, 2i+1) rotate (Meta); else (i, i+head_dim/2) (HF)"
+)
+SCALE = Attribute("float", 0.0, "factor of the scores; 0 means head_dim ** -0.5")
+ROPE_TABLE = Tensor(("num_positions", "head_dim / 2"), FLOAT32, "row p: position p")
+POSITIONS = Tensor(("num_tokens",), INT32, "absolute positions")
+SLOTS = Tensor(("num_tokens",), INT32, "block_id * block_size + offset; -1: not written")
+PAGES = ("num_blocks", "n_kv_heads", "block_size", "head_dim")
+ROPE_SOURCE = "RoFormer, arXiv:2104.09864"
+PAGED_SOURCE = "PagedAttention, arXiv:2309.06180"
+FLASH_SOURCE = "FlashAttention-2, arXiv:2307.08691; Flash-Decoding"
+HEADS_DIVIDE = "n_heads % n_kv_heads == 0"
+PAGE_SIZE = "block_size % 16 == 0"
+EVEN = "head_dim % 2 == 0"
+
+
+def _caches(written: bool) -> dict[str, Tensor]:
+    return {
+        "key_cache": Tensor(PAGES, FLOATS, "pages of keys, head-major", written),
+        "value_cache": Tensor(PAGES, "=key_cache", "pages of values", written),
+    }
+
+
+def _lse(doc: str = "log-sum-exp of the scores; -inf without keys") -> Tensor:
+    return Tensor(("num_tokens", "n_heads"), FLOAT32, doc)
+
+
+_OPS = [
+    Op(
+        "embedding",
+        "Rows of a table.",
+        {
+            "token_ids": Tensor(("num_tokens",), INT32, "each in [0, vocab_size)"),
+            "table": Tensor(("vocab_size", "dim"), FLOATS),
+        },
+        {"out": Tensor(("num_tokens", "dim"), FLOATS, "float32 unless `out` says otherwise")},
+        lambda a, s: a["num_tokens"] * a["dim"] * (s["table"] + s["out"]),
+        lambda a: 0,
+        "",
+    ),
+    Op(
+        "rms_norm",
+        "x / sqrt(mean(x^2) + eps) * weight, statistics in float32.",
+        {
+            "x": Tensor(("num_tokens", "dim"), FLOATS),
+            "weight": Tensor(("dim",), FLOATS),
+        },
+        {"out": Tensor(("num_tokens", "dim"), "=x")},
+        lambda a, s: 2 * a["num_tokens"] * a["dim"] * s["x"] + a["dim"] * s["weight"],
+        lambda a: 4 * a["num_tokens"] * a["dim"],
+        "RMSNorm, arXiv:1910.07467",
+        {"eps": EPS},
+    ),
+    Op(
+        "add_rms_norm",
+        "rms_norm of x + residual; returns that sum as well.",
+        {
+            "x": Tensor(("num_tokens", "dim"), FLOATS),
+            "residual": Tensor(("num_tokens", "dim"), "=x"),
+            "weight": Tensor(("dim",), FLOATS),
+        },
+        {
+            "out": Tensor(("num_tokens", "dim"), "=x"),
+            "residual_out": Tensor(("num_tokens", "dim"), "=x", "x + residual"),
+        },
+        lambda a, s: 4 * a["num_tokens"] * a["dim"] * s["x"] + a["dim"] * s["weight"],
+        lambda a: 5 * a["num_tokens"] * a["dim"],
+        "RMSNorm, arXiv:1910.07467",
+        {"eps": EPS},
+    ),
+    Op(
+        "linear",
+        "x times weight transposed; up to three weights as if they were one of all their rows.",
+        {
+            "x": Tensor(("num_tokens", "in_features"), FLOATS),
+            "weight": Tensor(
+                ("out_features", "in_features"), FLOATS, "as in the checkpoint", repeated=True
+            ),
+        },
+        {"out": Tensor(("num_tokens", "out_features"), "=x", "accumulated in float32")},
+        lambda a, s: (
+            a["out_features"] * a["in_features"] * s["weight"]
+            + a["num_tokens"] * (a["in_features"] + a["out_features"]) * s["x"]
+        ),
+        lambda a: 2 * a["num_tokens"] * a["out_features"] * a["in_features"],
+        "",
+    ),
+    Op(
+        "apply_rotary_pos_emb",
+        "Rotates queries and keys by their positions, in place.",
+        {
+            "query": Tensor(("num_tokens", "n_heads", "head_dim"), FLOATS, written=True),
+            "key": Tensor(("num_tokens", "n_kv_heads", "head_dim"), "=query", written=True),
+            "cos": ROPE_TABLE,
+            "sin": ROPE_TABLE,
+            "positions": POSITIONS,
+        },
+        {},
+        lambda a, s: (
+            a["num_tokens"]
+            * a["head_dim"]
+            * (2 * (a["n_heads"] + a["n_kv_heads"]) * s["query"] + s["cos"])
+        ),
+        lambda a: 3 * a["num_tokens"] * (a["n_heads"] + a["n_kv_heads"]) * a["head_dim"],
+        ROPE_SOURCE,
+        {"interleaved": INTERLEAVED},
+        (EVEN,),
+    ),
+    Op(
+        "reshape_and_cache",
+        "Writes keys and values into their slots of the pages.",
+        {
+            "key": Tensor(("num_tokens", "n_kv_heads", "head_dim"), FLOATS),
+            "value": Tensor(("num_tokens", "n_kv_heads", "head_dim"), "=key"),
+            **_caches(written=True),
+            "slot_mapping": SLOTS,
+        },
+        {},
+        lambda a, s: (
+            2 * a["num_tokens"] * a["n_kv_heads"] * a["head_dim"] * (s["key"] + s["key_cache"])
+        ),
+        lambda a: 0,
+        PAGED_SOURCE,
+        constraints=(PAGE_SIZE,),
+    ),
+    Op(
+        "rope_and_cache",
+        "Rotates query and key, writes key and value into their slots: one pass over qkv.",
+        {
+            "qkv": Tensor(("num_tokens", "(n_heads + 2 * n_kv_heads) * head_dim"), FLOATS),
+            "cos": ROPE_TABLE,
+            "sin": ROPE_TABLE,
+            "positions": POSITIONS,
+            **_caches(written=True),
+            "slot_mapping": SLOTS,
+        },
+        {"query": Tensor(("num_tokens", "n_heads", "head_dim"), "=qkv", "rotated")},
+        lambda a, s: (
+            a["num_tokens"]
+            * a["head_dim"]
+            * (
+                2 * (a["n_heads"] + a["n_kv_heads"]) * s["qkv"]
+                + 2 * a["n_kv_heads"] * s["key_cache"]
+                + s["cos"]
+            )
+        ),
+        lambda a: 3 * a["num_tokens"] * (a["n_heads"] + a["n_kv_heads"]) * a["head_dim"],
+        f"{ROPE_SOURCE}; {PAGED_SOURCE}",
+        {"interleaved": INTERLEAVED},
+        (EVEN, PAGE_SIZE),
+    ),
+    Op(
+        "flash_attention",
+        "Attention over contiguous keys and values of several sequences, causal from the end.",
+        {
+            "query": Tensor(("num_tokens", "n_heads", "head_dim"), FLOATS),
+            "key": Tensor(("num_keys", "n_kv_heads", "head_dim"), FLOATS),
+            "value": Tensor(("num_keys", "n_kv_heads", "head_dim"), "=key"),
+            "cu_seqlens_q": Tensor(("num_seqs + 1",), INT32, "first query of each sequence"),
+            "cu_seqlens_k": Tensor(("num_seqs + 1",), INT32, "first key of each sequence"),
+        },
+        {"out": Tensor(("num_tokens", "n_heads", "head_dim"), "=query"), "lse": _lse()},
+        lambda a, s: (
+            a["head_dim"]
+            * (
+                2 * a["num_keys"] * a["n_kv_heads"] * s["key"]
+                + 2 * a["num_tokens"] * a["n_heads"] * s["query"]
+            )
+        ),
+        lambda a: 4 * a["num_scores"] * a["n_heads"] * a["head_dim"],
+        FLASH_SOURCE,
+        {
+            "causal": Attribute("bool", True, "query i sees keys up to length - queries + i"),
+            "scale": SCALE,
+        },
+        (HEADS_DIVIDE,),
+    ),
+    Op(
+        "paged_attention",
+        "Causal attention of 1 to many queries a sequence over the pages of its keys and values.",
+        {
+            "query": Tensor(
+                ("num_tokens", "n_heads", "head_dim"), FLOATS, "taken in bfloat16 over such a cache"
+            ),
+            **_caches(written=False),
+            "block_tables": Tensor(("num_seqs", "max_blocks"), INT32, "unused entries: anything"),
+            "seq_lens": Tensor(("num_seqs",), INT32, "keys, the queries' own tokens included"),
+            "cu_seqlens_q": Tensor(("num_seqs + 1",), INT32, "first query of each sequence"),
+        },
+        {"out": Tensor(("num_tokens", "n_heads", "head_dim"), "=query"), "lse": _lse()},
+        lambda a, s: (
+            a["head_dim"]
+            * (
+                2 * a["num_keys"] * a["n_kv_heads"] * s["key_cache"]
+                + 2 * a["num_tokens"] * a["n_heads"] * s["query"]
+            )
+        ),
+        lambda a: 4 * a["num_scores"] * a["n_heads"] * a["head_dim"],
+        f"{PAGED_SOURCE}; {FLASH_SOURCE}",
+        {"scale": SCALE},
+        (HEADS_DIVIDE, PAGE_SIZE),
+    ),
+    Op(
+        "merge_attention",
+        "Joins two attentions of the same queries over disjoint keys.",
+        {
+            "out_a": Tensor(("num_tokens", "n_heads", "head_dim"), FLOATS),
+            "lse_a": _lse(),
+            "out_b": Tensor(("num_tokens", "n_heads", "head_dim"), "=out_a"),
+            "lse_b": _lse(),
+        },
+        {"out": Tensor(("num_tokens", "n_heads", "head_dim"), "=out_a"), "lse": _lse()},
+        lambda a, s: 3 * a["num_tokens"] * a["n_heads"] * (a["head_dim"] * s["out_a"] + 4),
+        lambda a: 3 * a["num_tokens"] * a["n_heads"] * a["head_dim"],
+        "Cascade attention, FlashInfer, arXiv:2501.01005",
+    ),
+    Op(
+        "silu_and_mul",
+        "silu(gate) * up.",
+        {"gate_up": Tensor(("num_tokens", "2 * hidden_dim"), FLOATS, "gate, then up")},
+        {"out": Tensor(("num_tokens", "hidden_dim"), "=gate_up")},
+        lambda a, s: 3 * a["num_tokens"] * a["hidden_dim"] * s["gate_up"],
+        lambda a: 5 * a["num_tokens"] * a["hidden_dim"],
+        "SwiGLU, arXiv:2002.05202",
+    ),
+    Op(
+        "copy_blocks",
+        "Copies pages of both caches, pair after pair (copy-on-write).",
+        {
+            **_caches(written=True),
+            "block_pairs": Tensor(("num_pairs", "2"), INT32, "source, destination"),
+        },
+        {},
+        lambda a, s: (
+            4 * a["num_pairs"] * a["n_kv_heads"] * a["block_size"] * a["head_dim"] * s["key_cache"]
+        ),
+        lambda a: 0,
+        PAGED_SOURCE,
+    ),
+]
+
+OPS: dict[str, Op] = {op.name: op for op in _OPS}

@@ -1,0 +1,216 @@
+// Python's direct road: NumPy arrays and MindSpore Tensors to the launchers, nothing else.
+//
+// An array is read through NumPy's own struct; a MindSpore Tensor through its Python methods
+// (`data_ptr`, `shape`, `dtype`), so that no header or ABI of MindSpore is touched. Kernels run in
+// the caller's thread, with the GIL released.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace codellama_rt {
+namespace {
+
+struct NamedDType {
+  DType dtype;
+  std::string name;
+};
+
+NamedDType named(std::string name) {
+  for (char& c : name) c = char(std::tolower(static_cast<unsigned char>(c)));
+  for (const DType dtype :
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32}) {
+    if (name == dtype_name(dtype)) return {dtype, name};
+  }
+  return {DType::kOther, name};
+}
+
+// Dtype objects live as long as their modules: each is asked for its name once. Under the GIL.
+const NamedDType& dtype_of(py::handle dtype) {
+  static auto* known = new std::unordered_map<PyObject*, NamedDType>;
+  auto found = known->find(dtype.ptr());
+  if (found == known->end()) {
+    dtype.inc_ref();
+    found = known->emplace(dtype.ptr(), named(py::str(dtype))).first;
+  }
+  return found->second;
+}
+
+[[noreturn]] void fail_dims(int ndim) {
+  throw std::invalid_argument("a tensor of an op has at most " + std::to_string(kMaxDims) +
+                              " dimensions, got " + std::to_string(ndim));
+}
+
+TensorView view_array(const py::array& array) {
+  TensorView t;
+  const NamedDType& dtype = dtype_of(array.dtype());
+  t.dtype = dtype.dtype;
+  t.dtype_text = dtype.name.c_str();
+  t.ndim = int(array.ndim());
+  if (t.ndim > kMaxDims) fail_dims(t.ndim);
+  t.data = const_cast<void*>(array.data());
+  t.writable = array.writeable();
+  const int64_t bytes = array.itemsize();
+  for (int i = 0; i < t.ndim; ++i) {
+    t.shape[i] = array.shape(i);
+    t.strides[i] = array.strides(i) % bytes == 0 ? array.strides(i) / bytes : -1;
+  }
+  return t;
+}
+
+TensorView view_mindspore(py::handle tensor) {
+  TensorView t;
+  const NamedDType& dtype = dtype_of(tensor.attr("dtype"));
+  t.dtype = dtype.dtype;
+  t.dtype_text = dtype.name.c_str();
+  const py::tuple shape = tensor.attr("shape");
+  t.ndim = int(shape.size());
+  if (t.ndim > kMaxDims) fail_dims(t.ndim);
+  if (!tensor.attr("is_contiguous")().cast<bool>()) {
+    throw std::invalid_argument("a MindSpore Tensor must be contiguous; call .contiguous()");
+  }
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    t.shape[i] = shape[i].cast<int64_t>();
+    t.strides[i] = stride;
+    stride *= t.shape[i];
+  }
+  t.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  return t;
+}
+
+// The view, and what keeps its memory: the caller holds the object for the length of the call.
+TensorView view(py::handle object) {
+  if (py::isinstance<py::array>(object)) {
+    return view_array(py::reinterpret_borrow<py::array>(object));
+  }
+  if (py::hasattr(object, "data_ptr")) return view_mindspore(object);
+  throw DtypeError("an op takes NumPy arrays or MindSpore Tensors, got " +
+                   std::string(py::str(py::type::of(object).attr("__name__"))));
+}
+
+template <typename Launch>
+void run(const Launch& launch) {
+  py::gil_scoped_release release;
+  launch();
+}
+
+void linear(py::handle x, py::handle weight, py::handle out) {
+  TensorView weights[8];
+  int num_weights = 0;
+  if (PyTuple_Check(weight.ptr()) || PyList_Check(weight.ptr())) {
+    for (py::handle w : py::reinterpret_borrow<py::sequence>(weight)) {
+      if (num_weights == 8) break;
+      weights[num_weights++] = view(w);
+    }
+  } else {
+    weights[num_weights++] = view(weight);
+  }
+  const TensorView xv = view(x), ov = view(out);
+  run([&] { launch::linear(xv, weights, num_weights, ov); });
+}
+
+std::vector<std::string> isa_names() {
+  size_t n = 0;
+  const KernelTable* const* tables = available_isas(&n);
+  std::vector<std::string> names;
+  for (size_t i = 0; i < n; ++i) names.push_back(tables[i]->isa);
+  return names;
+}
+
+void choose_isa(const std::string& name) {
+  if (set_isa(name.c_str())) return;
+  std::string names;
+  for (const std::string& isa : isa_names()) names += " " + isa;
+  throw std::invalid_argument("instruction set '" + name + "' is not available; available:" + names);
+}
+
+void choose_num_threads(int n) {
+  if (n < 1) throw std::invalid_argument("num_threads must be at least 1, got " + std::to_string(n));
+  set_num_threads(n);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Direct calls to the CPU kernels; codellama_rt.ops is the documented surface.";
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const DtypeError& e) {
+      py::set_error(PyExc_TypeError, e.what());
+    }
+  });
+  using H = py::handle;
+  m.def("embedding", [](H ids, H table, H out) {
+    const auto a = view(ids), b = view(table), c = view(out);
+    run([&] { launch::embedding(a, b, c); });
+  });
+  m.def("rms_norm", [](H x, H weight, float eps, H out) {
+    const auto a = view(x), b = view(weight), c = view(out);
+    run([&] { launch::rms_norm(a, b, eps, c); });
+  });
+  m.def("add_rms_norm", [](H x, H residual, H weight, float eps, H out, H residual_out) {
+    const auto a = view(x), b = view(residual), c = view(weight), d = view(out);
+    const auto e = view(residual_out);
+    run([&] { launch::add_rms_norm(a, b, c, eps, d, e); });
+  });
+  m.def("linear", linear);
+  m.def("apply_rotary_pos_emb", [](H query, H key, H cos, H sin, H positions, bool interleaved) {
+    const auto a = view(query), b = view(key), c = view(cos), d = view(sin), e = view(positions);
+    run([&] { launch::apply_rotary_pos_emb(a, b, c, d, e, interleaved); });
+  });
+  m.def("reshape_and_cache", [](H key, H value, H key_cache, H value_cache, H slot_mapping) {
+    const auto a = view(key), b = view(value), c = view(key_cache), d = view(value_cache);
+    const auto e = view(slot_mapping);
+    run([&] { launch::reshape_and_cache(a, b, c, d, e); });
+  });
+  m.def("rope_and_cache", [](H qkv, H cos, H sin, H positions, H key_cache, H value_cache,
+                             H slot_mapping, bool interleaved, H query) {
+    const auto a = view(qkv), b = view(cos), c = view(sin), d = view(positions);
+    const auto e = view(key_cache), f = view(value_cache), g = view(slot_mapping), h = view(query);
+    run([&] { launch::rope_and_cache(a, b, c, d, e, f, g, interleaved, h); });
+  });
+  m.def("flash_attention", [](H query, H key, H value, H cu_seqlens_q, H cu_seqlens_k, bool causal,
+                              float scale, H out, H lse) {
+    const auto a = view(query), b = view(key), c = view(value), d = view(cu_seqlens_q);
+    const auto e = view(cu_seqlens_k), f = view(out), g = view(lse);
+    run([&] { launch::flash_attention(a, b, c, d, e, causal, scale, f, g); });
+  });
+  m.def("paged_attention", [](H query, H key_cache, H value_cache, H block_tables, H seq_lens,
+                              H cu_seqlens_q, float scale, H out, H lse) {
+    const auto a = view(query), b = view(key_cache), c = view(value_cache), d = view(block_tables);
+    const auto e = view(seq_lens), f = view(cu_seqlens_q), g = view(out), h = view(lse);
+    run([&] { launch::paged_attention(a, b, c, d, e, f, scale, g, h); });
+  });
+  m.def("merge_attention", [](H out_a, H lse_a, H out_b, H lse_b, H out, H lse) {
+    const auto a = view(out_a), b = view(lse_a), c = view(out_b), d = view(lse_b);
+    const auto e = view(out), f = view(lse);
+    run([&] { launch::merge_attention(a, b, c, d, e, f); });
+  });
+  m.def("silu_and_mul", [](H gate_up, H out) {
+    const auto a = view(gate_up), b = view(out);
+    run([&] { launch::silu_and_mul(a, b); });
+  });
+  m.def("copy_blocks", [](H key_cache, H value_cache, H block_pairs) {
+    const auto a = view(key_cache), b = view(value_cache), c = view(block_pairs);
+    run([&] { launch::copy_blocks(a, b, c); });
+  });
+  m.def("available_isas", isa_names);
+  m.def("isa", [] { return kernels().isa; });
+  m.def("set_isa", choose_isa);
+  m.def("num_threads", num_threads);
+  m.def("set_num_threads", choose_num_threads);
+}
+
+}  // namespace codellama_rt

@@ -1,0 +1,118 @@
+#include "check.h"
+
+namespace codellama_rt {
+namespace {
+
+bool is_float(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+}
+
+std::string describe(const TensorView& t) {
+  std::string text = std::string(t.dtype_text) + " (";
+  for (int i = 0; i < t.ndim; ++i) text += (i ? ", " : "") + std::to_string(t.shape[i]);
+  return text + ")";
+}
+
+std::string describe(const char* dtype, std::initializer_list<Axis*> axes) {
+  std::string text = std::string(dtype) + " (";
+  const char* separator = "";
+  for (const Axis* axis : axes) {
+    text += separator + std::string(axis->name);
+    if (axis->size >= 0) text += "=" + std::to_string(axis->size);
+    separator = ", ";
+  }
+  return text + ")";
+}
+
+bool is_contiguous(const TensorView& t, bool rows_apart) {
+  int64_t expected = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (rows_apart && i == 0) return t.shape[0] <= 1 || t.strides[0] >= expected;
+    if (t.shape[i] != 1 && t.strides[i] != expected) return false;
+    expected *= t.shape[i];
+  }
+  return true;
+}
+
+constexpr const char* kFloatNames = "float32, float16 or bfloat16";
+
+}  // namespace
+
+void Check::floats(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
+  tensor(name, t, axes, is_float(t.dtype), kFloatNames, false);
+}
+
+void Check::floats(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+                   DType same_as) {
+  tensor(name, t, axes, t.dtype == same_as, dtype_name(same_as), false);
+}
+
+void Check::float32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
+  tensor(name, t, axes, t.dtype == DType::kFloat32, "float32", false);
+}
+
+void Check::int32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
+  tensor(name, t, axes, t.dtype == DType::kInt32, "int32", false);
+}
+
+void Check::rows(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
+  tensor(name, t, axes, is_float(t.dtype), kFloatNames, true);
+}
+
+void Check::tensor(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+                   bool dtype_ok, const char* dtype_wanted, bool rows_apart) {
+  if (!dtype_ok) {
+    throw DtypeError(std::string(op_) + ": " + name + " must be " + describe(dtype_wanted, axes) +
+                     ", got " + describe(t) + "; cast it with .astype");
+  }
+  if (t.ndim != int(axes.size())) fail_shape(name, t, dtype_wanted, axes);
+  int i = 0;
+  for (const Axis* axis : axes) {
+    if (axis->size >= 0 && axis->size != t.shape[i]) fail_shape(name, t, dtype_wanted, axes);
+    ++i;
+  }
+  i = 0;
+  for (Axis* axis : axes) axis->size = t.shape[i++];
+  if (is_contiguous(t, rows_apart)) return;
+  throw std::invalid_argument(std::string(op_) + ": " + name + " " + describe(t) +
+                              " must be contiguous" + (rows_apart ? " within its rows" : "") +
+                              "; copy it with numpy.ascontiguousarray");
+}
+
+void Check::fail_shape(const char* name, const TensorView& t, const char* dtype_wanted,
+                       std::initializer_list<Axis*> axes) {
+  throw std::invalid_argument(std::string(op_) + ": " + name + " must be " +
+                              describe(dtype_wanted, axes) + ", got " + describe(t));
+}
+
+void Check::writable(const char* name, const TensorView& t) {
+  require(t.writable, std::string(name) + " is written in place and must not be read-only");
+}
+
+void Check::range(const char* name, const TensorView& t, int64_t low, int64_t high,
+                  const char* high_is) {
+  const int32_t* values = static_cast<const int32_t*>(t.data);
+  int64_t n = 1;
+  for (int i = 0; i < t.ndim; ++i) n *= t.shape[i];
+  for (int64_t i = 0; i < n; ++i) {
+    if (values[i] >= low && values[i] < high) continue;
+    throw std::invalid_argument(std::string(op_) + ": " + name + "[" + std::to_string(i) +
+                                "] must be in [" + std::to_string(low) + ", " + high_is + "=" +
+                                std::to_string(high) + "), got " + std::to_string(values[i]));
+  }
+}
+
+void Check::offsets(const char* name, const TensorView& t, int64_t total, const char* total_is) {
+  const int32_t* values = static_cast<const int32_t*>(t.data);
+  const int64_t last = t.shape[0] - 1;
+  bool rising = last >= 0 && values[0] == 0 && values[last] == total;
+  for (int64_t i = 0; rising && i < last; ++i) rising = values[i] <= values[i + 1];
+  require(rising, std::string(name) + " must rise from 0 to " + total_is + "=" +
+                      std::to_string(total));
+}
+
+void Check::require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(std::string(op_) + ": " + message);
+}
+
+}  // namespace codellama_rt

@@ -1,0 +1,65 @@
+// Checks of an op's arguments, each in one line, with messages that name op, argument, expected,
+// got and remedy. Axes are bound by their first use: a later tensor must agree with it.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "dtype.h"
+
+namespace codellama_rt {
+
+constexpr int kMaxDims = 4;
+
+// A tensor of any framework, as an op sees it.
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::kOther;
+  const char* dtype_text = "";  // the framework's own name, for messages
+  int ndim = 0;
+  int64_t shape[kMaxDims] = {};
+  int64_t strides[kMaxDims] = {};  // in elements
+  bool writable = true;
+};
+
+// A wrong dtype: TypeError in Python. (Wrong values and shapes: std::invalid_argument, ValueError.)
+struct __attribute__((visibility("default"))) DtypeError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Axis {
+  const char* name;
+  int64_t size = -1;  // -1: not bound yet
+};
+
+class Check {
+ public:
+  explicit Check(const char* op) : op_(op) {}
+
+  // A contiguous tensor of one of the float dtypes (or of `same_as`).
+  void floats(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
+  void floats(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+              DType same_as);
+  void float32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
+  void int32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
+  // A float matrix whose rows may lie apart.
+  void rows(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
+  void writable(const char* name, const TensorView& t);
+  // Every element in [low, high).
+  void range(const char* name, const TensorView& t, int64_t low, int64_t high, const char* high_is);
+  // 0 = cu[0] <= cu[1] <= ... = total.
+  void offsets(const char* name, const TensorView& t, int64_t total, const char* total_is);
+  void require(bool condition, const std::string& message);
+
+ private:
+  void tensor(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+              bool dtype_ok, const char* dtype_wanted, bool rows_apart);
+  [[noreturn]] void fail_shape(const char* name, const TensorView& t, const char* dtype_wanted,
+                               std::initializer_list<Axis*> axes);
+
+  const char* op_;
+};
+
+}  // namespace codellama_rt

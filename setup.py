@@ -1,0 +1,71 @@
+"""Builds the C++ part with CMake; everything else stands in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Configures, compiles and installs all CMake targets into the package's folder."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Put `_core` and `libcodellama_rt_*.so` side by side: in the wheel, or in the source tree."""
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        cmake = find_cmake()
+        require_compiler()
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        subprocess.run(
+            [
+                cmake,
+                "-S",
+                str(ROOT),
+                "-B",
+                str(build),
+                *generator,
+                "-DCMAKE_BUILD_TYPE=Release",
+                f"-DPython3_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11_dir()}",
+                f"-DCMAKE_INSTALL_PREFIX={package}",
+            ],
+            check=True,
+        )
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
+        subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
+        subprocess.run([cmake, "--install", str(build)], check=True)
+
+
+def find_cmake() -> str:
+    """The cmake on the path (pip's build environment brings one)."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        sys.exit("codellama_rt: no cmake found; install it with `pip install cmake` and try again.")
+    return cmake
+
+
+def require_compiler() -> None:
+    """Say in one sentence what CMake would say in forty lines."""
+    named = os.environ.get("CXX", "").split()
+    if not any(shutil.which(name) for name in (named[:1] or ["c++", "g++", "clang++"])):
+        sys.exit(
+            f"codellama_rt: no C++17 compiler found ({named[0] if named else 'c++, g++, clang++'}); "
+            "install one (Debian: `apt-get install g++`) or set CXX, and try again."
+        )
+
+
+def pybind11_dir() -> str:
+    """Where pybind11's CMake files lie."""
+    import pybind11
+
+    return pybind11.get_cmake_dir()
+
+
+setup(ext_modules=[Extension("codellama_rt._core", sources=[])], cmdclass={"build_ext": CMakeBuild})
