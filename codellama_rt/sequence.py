@@ -1,0 +1,89 @@
+"""One sequence being generated: its tokens, its place in the queue and in the KV cache."""
+
+from array import array
+from dataclasses import dataclass, field
+
+
+def int32_list(values: object = ()) -> array:
+    """A growable list of int32 that NumPy can view without copying its elements one by one."""
+    return array("i", values)
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """The tokens of one sample and how far they are computed.
+
+    The tokens are the prompt followed by what was generated, in one list: to the scheduler a
+    preempted sequence is only a longer prompt. `prompt_len` stays that of the original prompt.
+
+    Args:
+        token_ids: int32 array, the prompt; generated tokens are appended.
+        prompt_len: tokens of the original prompt.
+        order: (priority, arrival, sample index); the smallest goes first and is preempted last.
+        first_logit: the position of the first token whose following-token logits are wanted.
+        cache_salt: sequences share cached prefixes only within one salt (>= 0).
+    """
+
+    token_ids: array
+    prompt_len: int
+    order: tuple[int, int, int]
+    first_logit: int
+    cache_salt: int = 0
+    # Place in the KV cache; BlockManager's business, empty while the sequence waits.
+    num_computed: int = 0  # leading tokens whose keys and values are in the cache
+    block_ids: array = field(default_factory=int32_list)
+    num_indexed_blocks: int = 0  # leading full blocks known to the prefix cache
+    prefix_id: int = field(init=False)  # the prefix cache's name for the text of those blocks
+
+    def __post_init__(self) -> None:
+        """Starts outside the KV cache."""
+        self.leave_cache()
+
+    def leave_cache(self) -> None:
+        """Forgets the place in the KV cache: every token has to be computed again."""
+        self.num_computed = 0
+        self.num_indexed_blocks = 0
+        self.block_ids = int32_list()
+        self.prefix_id = -1 - self.cache_salt  # the empty prefix of this salt
+
+    def fork(self, index: int) -> "Sequence":
+        """A sample with the same tokens and no place in the KV cache yet."""
+        return Sequence(
+            token_ids=self.token_ids[:],
+            prompt_len=self.prompt_len,
+            order=(*self.order[:2], index),
+            first_logit=self.first_logit,
+            cache_salt=self.cache_salt,
+        )
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens to compute before the next one can be sampled: 1 while decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens after the original prompt."""
+        return len(self.token_ids) - self.prompt_len
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Consecutive tokens [start, stop) of one sequence, computed together in one step.
+
+    Args:
+        sequence: whose tokens.
+        start: position of the first.
+        stop: position after the last.
+        num_logits: how many of the last tokens need logits: 0 in the middle of a prompt.
+    """
+
+    sequence: Sequence
+    start: int
+    stop: int
+    num_logits: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the last row of the logits is that of a token to sample."""
+        return self.stop == len(self.sequence.token_ids)
