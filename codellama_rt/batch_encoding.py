@@ -1,0 +1,109 @@
+"""Rows of token ids as Transformers' tokenizers return them: truncated, padded, made arrays."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+class BatchEncoding(dict):
+    """A dictionary whose entries are attributes too.
+
+    Example:
+        >>> BatchEncoding(input_ids=[1, 822]).input_ids
+        [1, 822]
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this encoding has {', '.join(self)}, no {name!r}") from None
+
+
+def truncate(texts: Sequence[list[int]], excess: int, side: str) -> list[list[int]]:
+    """Takes `excess` ids away ("longest_first"): from the longer text, then from each in turn.
+
+    Args:
+        texts: the ids of one text or two.
+        excess: how many are too many; nothing is done unless it is positive.
+        side: "right" cuts at the end, "left" at the start.
+    """
+    kept = [len(ids) for ids in texts]
+    for _ in range(min(excess, sum(kept))):
+        longest = max(kept)
+        kept[len(kept) - 1 - kept[::-1].index(longest)] -= 1  # the last of equal ones
+    if check_side(side) == "right":
+        return [ids[:count] for ids, count in zip(texts, kept, strict=True)]
+    return [ids[len(ids) - count :] for ids, count in zip(texts, kept, strict=True)]
+
+
+def padded_length(
+    rows: Sequence[list[int]], padding: bool | str, max_length: int | None, multiple: int | None
+) -> int:
+    """Returns the length to fill rows up to, 0 if they are not to be padded."""
+    if not is_chosen("padding", padding, "longest", "max_length"):
+        return 0
+    if padding == "max_length" and max_length is None:
+        raise ValueError("padding='max_length' needs max_length")
+    length = max_length if padding == "max_length" else max(map(len, rows), default=0)
+    return -(-length // multiple) * multiple if multiple else length
+
+
+def pad(
+    rows: Sequence[list[int]], length: int, pad_id: int | None, side: str
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Fills rows up to `length` with `pad_id`, on the "left" or "right".
+
+    Returns:
+        The rows, and their attention masks: 1 for a token, 0 for padding.
+    """
+    left = check_side(side) == "left"
+    if length and pad_id is None:
+        raise ValueError("padding needs a pad token; set pad_token, for example to eos_token")
+    gaps = [max(length - len(row), 0) for row in rows]
+    filled, masks = [], []
+    for row, gap in zip(rows, gaps, strict=True):
+        filled.append([pad_id] * gap + row if left else row + [pad_id] * gap)
+        masks.append([0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap)
+    return filled, masks
+
+
+def as_tensor(rows: Sequence[list[int]], kind: str) -> Any:
+    """Turns rows of one length into an array.
+
+    Args:
+        rows: ids or masks.
+        kind: "np" for a NumPy array, "ms" for a MindSpore tensor.
+
+    Returns:
+        (number of rows, length) int64 of NumPy or int32 of MindSpore, the type its models take.
+
+    Raises:
+        ValueError: another kind, or rows of several lengths.
+    """
+    if kind not in ("np", "ms"):
+        raise ValueError(f"return_tensors must be None, 'np' or 'ms', got {kind!r}")
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise ValueError(f"rows have lengths {lengths}; padding=True makes them one array")
+    array = np.array(rows, np.int64).reshape(len(rows), -1)
+    if kind == "np":
+        return array
+    import mindspore as ms
+
+    return ms.Tensor(array.astype(np.int32))
+
+
+def is_chosen(option: str, value: bool | str | None, *names: str) -> bool:
+    """Returns whether an option is on, by True or a name; ValueError if it is unknown."""
+    if value not in (None, False, True, *names):
+        raise ValueError(f"{option} must be True, False or in {names}, got {value!r}")
+    return bool(value)
+
+
+def check_side(side: str) -> str:
+    """Returns the side if it is one."""
+    if side not in ("left", "right"):
+        raise ValueError(f"a side is 'left' or 'right', got {side!r}")
+    return side

@@ -1,0 +1,249 @@
+"""What the runtime needs of a tokenizer: text to ids, ids to text, and text while ids still come.
+
+The vocabulary is held as a table of bytes, one entry an id. Decoding is then one join and one
+UTF-8 decode, whole or incremental, whatever kind of tokenizer made the ids.
+"""
+
+import codecs
+import operator
+import re
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
+from typing import Any
+
+DECODE_LIKE_SENTENCEPIECE = "codellama_rt.replace_one_byte"
+
+
+class TokenIdError(ValueError, IndexError):
+    """A token id lies outside the vocabulary (an IndexError too, as Transformers raises)."""
+
+
+def _replace_one_byte(error: UnicodeError) -> tuple[str, int]:
+    """Decodes each invalid byte to its own U+FFFD, as SentencePiece does; Python merges several."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd", error.start + 1
+
+
+codecs.register_error(DECODE_LIKE_SENTENCEPIECE, _replace_one_byte)
+
+
+class Tokenizer:
+    """The interface of all tokenizers; a subclass says how plain text becomes ids.
+
+    Text given to `encode` never becomes a control token, unless `parse_special` asks for it.
+
+    Args:
+        pieces: the vocabulary's entries as the file names them, by id.
+        piece_bytes: the UTF-8 bytes each stands for in a text, by id; of a special token, its name.
+        special_ids: ids that are control tokens and not text.
+        bos_id, eos_id: begin and end of sequence, or None.
+        adds_bos: whether the model wants `bos_id` before a prompt.
+    """
+
+    decode_errors = "replace"  # how invalid UTF-8 decodes; SentencePiece differs
+    prefix_id: int | None = None  # the tokens of the infilling format, where there is one
+    middle_id: int | None = None
+    suffix_id: int | None = None
+    eot_id: int | None = None
+
+    def __init__(
+        self,
+        pieces: Sequence[str],
+        piece_bytes: Sequence[bytes],
+        special_ids: Iterable[int],
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        adds_bos: bool,
+    ) -> None:
+        self.pieces = list(pieces)
+        self.special_ids = frozenset(special_ids)
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.adds_bos = adds_bos and bos_id is not None
+        self._piece_bytes = list(piece_bytes)
+        self._id_of = {piece: token_id for token_id, piece in enumerate(self.pieces)}
+        names = sorted((self.pieces[i] for i in self.special_ids), key=len, reverse=True)
+        self._special_name = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+
+    @property
+    def vocab_size(self) -> int:
+        """How many pieces the tokenizer has."""
+        return len(self.pieces)
+
+    @property
+    def can_infill(self) -> bool:
+        """Whether the vocabulary has the tokens of the infilling format."""
+        return None not in (self.prefix_id, self.middle_id, self.suffix_id)
+
+    def pad_vocabulary(self, vocab_size: int) -> None:
+        """Lets further ids, up to the model's `vocab_size`, decode to nothing: rows of padding."""
+        extra = range(self.vocab_size, vocab_size)
+        self._piece_bytes += [b""] * len(extra)
+        self.special_ids |= frozenset(extra)
+
+    def piece_id(self, piece: str) -> int | None:
+        """Returns the id of a vocabulary entry, None if there is none."""
+        return self._id_of.get(piece)
+
+    def piece(self, token_id: int) -> str:
+        """Returns the vocabulary entry of an id, "" for one of padding."""
+        [token_id] = self._checked([token_id])
+        return self.pieces[token_id] if token_id < self.vocab_size else ""
+
+    # Text to ids
+
+    def encode(self, text: str, *, bos: bool = True, parse_special: bool = False) -> list[int]:
+        """Turns text into token ids.
+
+        Args:
+            text: any text; special-token names in it are plain text.
+            bos: put the begin token in front, if the model wants one.
+            parse_special: turn the names of special tokens into their ids. For trusted text only,
+                such as a rendered chat template.
+
+        Raises:
+            TypeError: `text` is not a str.
+            ValueError: `text` holds half of a surrogate pair.
+
+        Example:
+            >>> tokenizer.encode("def f():")  # doctest: +SKIP
+            [1, 822, 285, 7295]
+        """
+        check_text(text)
+        head = [self.bos_id] if bos and self.adds_bos else []
+        return head + (self._encode_special(text) if parse_special else self._encode_text(text))
+
+    def encode_infill(self, prefix: str, suffix: str, *, suffix_first: bool = False) -> list[int]:
+        """Turns the text around a hole into a prompt; here refused, there is no such format."""
+        raise cannot_infill(self.vocab_size)
+
+    def _encode_text(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def _encode_special(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._split_special(text):
+            ids += [part] if isinstance(part, int) else self._encode_text(part)
+        return ids
+
+    def _split_special(self, text: str) -> list[int | str]:
+        """Cuts text at the names of special tokens, the longest first; each name becomes its id."""
+        parts = self._special_name.split(text)
+        # A pattern with one group puts the matches at the odd places.
+        return [self._id_of[part] if i % 2 else part for i, part in enumerate(parts) if part]
+
+    # Ids to text
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """Returns a token's UTF-8 bytes, perhaps of part of a character; None if it is special."""
+        [token_id] = self._checked([token_id])
+        return None if token_id in self.special_ids else self._piece_bytes[token_id]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Turns the ids of a whole text into the text.
+
+        Args:
+            ids: token ids; a list, array or tensor of one axis, or a single id.
+            skip_special_tokens: leave control tokens out; otherwise their names stand in the text.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        shown = self._checked(as_id_list(ids))
+        if skip_special_tokens:
+            shown = [token_id for token_id in shown if token_id not in self.special_ids]
+        text = b"".join(map(self._piece_bytes.__getitem__, shown))
+        return text.decode("utf-8", self.decode_errors)[self._lead_length(shown) :]
+
+    def decode_infill(self, ids: Iterable[int]) -> str:
+        """Turns the ids of a filling, up to its end token, into text; a leading space stays."""
+        raise cannot_infill(self.vocab_size)
+
+    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> "IncrementalDetokenizer":
+        """Returns a decoder for the ids that follow `prompt_ids`, to be given one by one."""
+        return IncrementalDetokenizer(self, self._checked(as_id_list(prompt_ids)))
+
+    def _lead_length(self, ids: Sequence[int]) -> int:
+        """Returns how many characters at the start of the text of `ids` the encoder has added."""
+        return 0
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if ids and not 0 <= min(ids) <= max(ids) < len(self._piece_bytes):
+            bad = next(i for i in ids if not 0 <= i < len(self._piece_bytes))
+            raise TokenIdError(
+                f"token id {bad} is out of range; there are ids 0 to {len(self._piece_bytes) - 1}"
+            )
+        return ids
+
+
+class IncrementalDetokenizer:
+    """Turns ids that come one by one into text, each character as soon as it is complete.
+
+    The pieces of text joined are what the whole continuation decodes to, its leading space kept; no
+    text is taken back, and a push costs the same at any length.
+
+    Example:
+        >>> detokenizer = tokenizer.detokenizer(prompt_ids)  # doctest: +SKIP
+        >>> text = "".join(map(detokenizer.push, new_ids)) + detokenizer.flush()  # doctest: +SKIP
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+        """Starts after `prompt_ids`; after nothing but the begin token, a text starts here."""
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.decode_errors)
+        self._at_start = bool(prompt_ids) and set(prompt_ids) <= {tokenizer.bos_id}
+        # A prompt may end inside a character; its at most three bytes lie in the last three tokens.
+        tail = takewhile(bool, map(tokenizer.token_bytes, reversed(prompt_ids[-3:])))
+        self._decoder.decode(b"".join(reversed(list(tail))))
+
+    def push(self, token_id: int) -> str:
+        """Takes the next id; returns the text that is now complete, perhaps ""."""
+        piece = self._tokenizer.token_bytes(token_id)
+        if piece is None:
+            return ""
+        text = self._decoder.decode(piece)
+        if self._at_start:
+            self._at_start = False
+            text = text[self._tokenizer._lead_length([token_id]) :]
+        return text
+
+    def flush(self) -> str:
+        """Ends the text; bytes that complete no character become U+FFFD."""
+        return self._decoder.decode(b"", final=True)
+
+
+def cannot_infill(n_pieces: int) -> ValueError:
+    """Returns the error for infilling with a vocabulary that has no tokens for it."""
+    return ValueError(
+        f"this model cannot infill: its {n_pieces} pieces include no infilling tokens; Code Llama "
+        "7B and 13B, base and Instruct (32016 pieces), can"
+    )
+
+
+def check_text(text: object) -> None:
+    """Raises TypeError for anything but a str, ValueError (of str.encode) for a lone surrogate."""
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__}")
+    text.encode("utf-8")
+
+
+def as_id_list(ids: Any) -> list[int]:
+    """Returns ids as a list of int.
+
+    Args:
+        ids: an int, an iterable of ints, or an array or tensor of at most one axis.
+
+    Raises:
+        TypeError: something in it is not an integer.
+    """
+    if hasattr(ids, "asnumpy"):  # a MindSpore tensor
+        ids = ids.asnumpy()
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    return [ids] if isinstance(ids, int) else [operator.index(token_id) for token_id in ids]
+
+
+def token_text(token: Any) -> str | None:
+    """Returns the text of a token in tokenizer_config.json: a string, an object, or null."""
+    return token.get("content") if isinstance(token, dict) else token
