@@ -1,0 +1,133 @@
+"""Opens a checkpoint: a Hugging Face directory, a GGUF file, or a name that stands for one.
+
+Weights stay where they lie: each is a NumPy view of a read-only mapping of its file, so opening a
+model costs the reading of headers, and its pages are shared with every process that maps them.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codellama_rt.config import DTYPES, ModelConfig
+from codellama_rt.gguf_model import read_gguf_model
+from codellama_rt.hf_directory import read_directory
+from codellama_rt.model_names import resolve_model
+from codellama_rt.weight_loading import Progress, check_finite, load_arrays, match_tensors
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The weights of one decoder layer; projections are (out, in), row-major, as in the file."""
+
+    attention_norm: np.ndarray  # (dim)
+    q_proj: np.ndarray  # (n_heads * head_dim, dim)
+    k_proj: np.ndarray  # (n_kv_heads * head_dim, dim)
+    v_proj: np.ndarray  # (n_kv_heads * head_dim, dim)
+    o_proj: np.ndarray  # (dim, n_heads * head_dim)
+    mlp_norm: np.ndarray  # (dim)
+    gate_proj: np.ndarray  # (hidden_dim, dim)
+    up_proj: np.ndarray  # (hidden_dim, dim)
+    down_proj: np.ndarray  # (dim, hidden_dim)
+
+
+@dataclass(frozen=True)
+class LlamaWeights:
+    """All weights of a model; bfloat16 is `ml_dtypes.bfloat16`."""
+
+    embedding: np.ndarray  # (vocab_size, dim)
+    layers: list[LayerWeights]
+    norm: np.ndarray  # (dim)
+    lm_head: np.ndarray  # (vocab_size, dim); the same array as embedding when tied
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model: configuration, weights, and where its tokenizer is."""
+
+    path: Path
+    config: ModelConfig  # its dtype is that of the projections in `weights`
+    weights: LlamaWeights
+    generation_config: dict[str, Any]  # empty when there is none
+    tokenizer_path: Path  # the directory or GGUF file
+    stored_bytes: int  # of the tensors in the files
+
+
+def open_checkpoint(
+    model: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    check: str | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Opens a model's weights and configuration, and checks that they fit together.
+
+    Args:
+        model: a directory in Hugging Face's layout, a GGUF file, a built-in name, or a hub id.
+        dtype: "auto" keeps the stored dtype and copies nothing (quantised GGUF becomes bfloat16;
+            norms keep their own); "float32", "float16", "bfloat16" convert what differs.
+        check: "finite" reads every weight and refuses NaN and infinities; None reads none.
+        progress: called with bytes done, bytes in all, and what is being done.
+
+    Returns:
+        The checkpoint; arrays are read-only.
+
+    Raises:
+        CheckpointError: the files are missing, damaged, contradictory, or hold another kind of
+            model; the message names file, tensor, what was expected and what was found.
+        ValueError: an unknown dtype or check.
+        TypeError: model is not a path or a name.
+        RuntimeError: a named model cannot be fetched.
+
+    Example:
+        >>> open_checkpoint("smollm2-135m-instruct").config.n_layers  # doctest: +SKIP
+        30
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(
+            f"open_checkpoint: dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}"
+        )
+    if check not in (None, "finite"):
+        raise ValueError(f"open_checkpoint: check must be None or 'finite', got {check!r}")
+    path = resolve_model(model)
+    stored = read_directory(path) if path.is_dir() else read_gguf_model(path)
+    tensors = match_tensors(stored)
+    arrays = load_arrays(tensors, dtype, progress)
+    if check == "finite":
+        check_finite(tensors, arrays, progress)
+    weights = _assemble(arrays, stored.config.n_layers)
+    config = dataclasses.replace(stored.config, dtype=weights.layers[0].q_proj.dtype.name)
+    stored_bytes = sum(tensor.payload.nbytes for tensor in tensors.values())
+    return Checkpoint(path, config, weights, stored.generation_config, path, stored_bytes)
+
+
+_LAYER_PARTS = {
+    "attention_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
+
+
+def _assemble(arrays: dict[str, np.ndarray], n_layers: int) -> LlamaWeights:
+    layers = [
+        LayerWeights(
+            **{
+                ours: arrays[f"model.layers.{i}.{name}.weight"]
+                for ours, name in _LAYER_PARTS.items()
+            }
+        )
+        for i in range(n_layers)
+    ]
+    embedding = arrays["model.embed_tokens.weight"]
+    return LlamaWeights(
+        embedding, layers, arrays["model.norm.weight"], arrays.get("lm_head.weight", embedding)
+    )

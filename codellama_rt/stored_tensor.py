@@ -1,0 +1,99 @@
+"""A tensor where it lies in a mapped file, and the model such tensors make up."""
+
+import math
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from codellama_rt.config import ModelConfig
+from codellama_rt.errors import CheckpointError
+
+FLOAT_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def map_file(path: Path) -> np.ndarray:
+    """Maps a whole file read-only; pages are read when first touched.
+
+    Args:
+        path: a file that is not empty.
+
+    Returns:
+        uint8 (bytes of the file); the mapping lives as long as the array or a view of it.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, empty, or not a regular file.
+
+    Example:
+        >>> map_file(Path(__file__)).flags.writeable
+        False
+    """
+    try:
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: expected a file, found {'a directory' if path.is_dir() else 'nothing'}"
+            )
+        if path.stat().st_size == 0:
+            raise CheckpointError(f"{path}: expected a checkpoint, found an empty file")
+        with open(path, "rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a readable file, found {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint file, not yet read.
+
+    `encoding` is the file's word for the element type: F32, F16, BF16, or one that cannot be used
+    as it lies, such as GGUF's Q4_K.
+    """
+
+    name: str  # as in the file
+    file: Path
+    encoding: str
+    shape: tuple[int, ...]
+    payload: np.ndarray = field(repr=False)  # uint8, the tensor's bytes in the mapping
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the bytes are floats of this machine, usable in place."""
+        return self.encoding in FLOAT_DTYPES
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    def view(self) -> np.ndarray:
+        """Returns the tensor as a view of the file's mapping."""
+        array = self.payload.view(FLOAT_DTYPES[self.encoding]).reshape(self.shape)
+        # Old safetensors writers did not pad the header: kernels need whole-element addresses, so
+        # such a tensor, and only such a one, is copied.
+        return array if array.flags.aligned else array.copy()
+
+    def decode(self, begin: int, end: int) -> np.ndarray:
+        """Returns the rows begin..end of axis 0 as floats; a view where the bytes are floats."""
+        assert self.is_float, self.encoding
+        flat = self.payload.view(FLOAT_DTYPES[self.encoding])
+        row = self.size // self.shape[0]
+        return flat[begin * row : end * row].reshape(end - begin, *self.shape[1:])
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model's files, opened and their headers checked; no weight has been read."""
+
+    path: Path
+    config: ModelConfig
+    tensors: dict[str, StoredTensor]  # by their names in Hugging Face's layout
+    generation_config: dict[str, Any]
+    name_in_file: Callable[[str], str] = str  # Hugging Face's name -> the one the files use

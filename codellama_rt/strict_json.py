@@ -1,0 +1,90 @@
+"""JSON objects from files we do not trust: bounded, no key twice, each fault a CheckpointError."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from codellama_rt.errors import CheckpointError
+
+MAX_JSON_BYTES = 100_000_000  # the cap safetensors itself puts on a header
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Builds one JSON object; Python's json would silently keep the last of two equal keys."""
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKeyError(key)
+            seen.add(key)
+    return unique
+
+
+def parse_object(raw: bytes, source: str) -> dict[str, Any]:
+    """Parses UTF-8 JSON that must be one object.
+
+    Args:
+        raw: the JSON text.
+        source: what an error message calls it, for example its path.
+
+    Returns:
+        The object as a dictionary.
+
+    Raises:
+        CheckpointError: not UTF-8, not JSON, not an object, nested too deeply, or a key twice.
+
+    Example:
+        >>> parse_object(b'{"a": 1}', "example")
+        {'a': 1}
+    """
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except _DuplicateKeyError as error:
+        raise CheckpointError(
+            f"{source}: expected every name once, found {str(error)!r} twice"
+        ) from None
+    except RecursionError:
+        raise CheckpointError(
+            f"{source}: expected plain JSON, found it nested too deeply"
+        ) from None
+    except (
+        ValueError
+    ) as error:  # JSONDecodeError, UnicodeDecodeError, integers of thousands of digits
+        raise CheckpointError(f"{source}: expected JSON in UTF-8, found {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{source}: expected a JSON object, found {type(value).__name__} at the top level"
+        )
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that must hold one object.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The object as a dictionary.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, too large, or `parse_object` refuses it.
+    """
+    try:
+        size = path.stat().st_size
+        if not path.is_file() or size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path}: expected a JSON file of at most {MAX_JSON_BYTES} bytes, "
+                f"found {f'{size} bytes' if path.is_file() else 'no regular file'}"
+            )
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: expected a readable JSON file, found {error.strerror}"
+        ) from None
+    return parse_object(raw, str(path))
