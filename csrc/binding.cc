@@ -14,6 +14,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "decoder_layer.h"
 #include "launch.h"
 
 namespace py = pybind11;
@@ -205,6 +206,16 @@ PYBIND11_MODULE(_core, m) {
   m.def("copy_blocks", [](H key_cache, H value_cache, H block_pairs) {
     const auto a = view(key_cache), b = view(value_cache), c = view(block_pairs);
     run([&] { launch::copy_blocks(a, b, c); });
+  });
+  m.def("decoder_layer", [](const py::tuple& inputs, float eps, bool interleaved, H out) {
+    if (inputs.size() != 19) throw std::invalid_argument("decoder_layer takes 19 tensors");
+    TensorView t[19];
+    for (size_t i = 0; i < 19; ++i) t[i] = view(inputs[i]);
+    const DecoderLayer layer{t[0],  t[1],  t[2],  t[3],  t[4],      t[5],  t[6],
+                             t[7],  t[8],  t[9],  t[10], t[11],     t[12], t[13],
+                             t[14], t[15], t[16], t[17], t[18],     view(out), eps,
+                             interleaved};
+    run([&] { launch::decoder_layer(layer); });
   });
   m.def("available_isas", isa_names);
   m.def("isa", [] { return kernels().isa; });

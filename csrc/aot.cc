@@ -1,0 +1,252 @@
+// The registered road: each op as symbols of MindSpore's AOT ABI, for mindspore.ops.Custom.
+//
+// `Name` runs the op on inputs and outputs; `NameInferShape` gives the shapes of its outputs, where
+// -1 stands for a size not known yet; `NameInit` reads its attributes, once a kernel, possibly with
+// sizes unknown. Parameters are in the order of codellama_rt/ops/schema.py, inputs before outputs.
+// No symbol of MindSpore is used. An exception goes through to MindSpore, which makes a
+// RuntimeError with its text of it (a return value other than 0 would be shown as a bare number).
+#include <cstring>
+
+#include "decoder_layer.h"
+#include "launch.h"
+#include "ms_aot_extra.h"
+
+namespace codellama_rt {
+namespace {
+
+using Shape = std::vector<int64_t>;
+using Shapes = std::vector<Shape>;
+
+struct Attributes : AotKernelData {
+  float eps, scale;
+  bool interleaved, causal;
+};
+
+// The tensors of one call.
+struct Call {
+  int count;  // inputs and outputs
+  void** data;
+  int* ndims;
+  int64_t** shapes;
+  const char** dtypes;
+  AotExtra* extra;
+
+  const Attributes& attributes() const {
+    return *static_cast<const Attributes*>(extra->kernel_data());
+  }
+
+  TensorView operator[](int i) const {
+    if (ndims[i] > kMaxDims) {
+      throw std::invalid_argument("a tensor of an op has at most 4 dimensions");
+    }
+    TensorView t;
+    t.data = data[i];
+    t.dtype_text = dtypes[i];
+    for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32}) {
+      if (std::strcmp(dtypes[i], dtype_name(dtype)) == 0) t.dtype = dtype;
+    }
+    t.ndim = ndims[i];
+    int64_t stride = 1;
+    for (int axis = t.ndim - 1; axis >= 0; --axis) {
+      t.shape[axis] = shapes[i][axis];
+      t.strides[axis] = stride;
+      stride *= t.shape[axis];
+    }
+    return t;
+  }
+};
+
+// The shapes of the inputs: sizes that are missing or not known yet are -1.
+struct Inputs {
+  int* ndims;
+  int64_t** shapes;
+  AotExtra* extra;
+
+  int64_t size(int input, int axis) const {
+    return axis < ndims[input] && shapes[input][axis] >= 0 ? shapes[input][axis] : -1;
+  }
+  Shape shape(int input, int ndim) const {
+    Shape sizes(ndim);
+    for (int axis = 0; axis < ndim; ++axis) sizes[axis] = size(input, axis);
+    return sizes;
+  }
+};
+
+// A graph drops an op without outputs: those that only write return a token, to be depended upon.
+const Shape kToken = {1};
+void put_token(const TensorView& token) { *static_cast<int32_t*>(token.data) = 0; }
+
+namespace op {
+
+struct Embedding {
+  static void run(const Call& c) { launch::embedding(c[0], c[1], c[2]); }
+  static Shape infer(const Inputs& in) { return {in.size(0, 0), in.size(1, 1)}; }
+};
+
+struct RmsNorm {
+  static void run(const Call& c) { launch::rms_norm(c[0], c[1], c.attributes().eps, c[2]); }
+  static Shape infer(const Inputs& in) { return in.shape(0, 2); }
+};
+
+struct AddRmsNorm {
+  static void run(const Call& c) {
+    launch::add_rms_norm(c[0], c[1], c[2], c.attributes().eps, c[3], c[4]);
+  }
+  static Shapes infer(const Inputs& in) { return {in.shape(0, 2), in.shape(0, 2)}; }
+};
+
+struct Linear {
+  static void run(const Call& c) {
+    TensorView weights[8];
+    const int num_weights = c.count - 2;
+    for (int i = 0; i < num_weights && i < 8; ++i) weights[i] = c[1 + i];
+    launch::linear(c[0], weights, num_weights, c[c.count - 1]);
+  }
+  static Shape infer(const Inputs& in) {  // the ABI does not say how many inputs there are
+    const int64_t num_weights = in.extra->get("num_weights", int64_t{1});
+    int64_t out_features = 0;
+    for (int i = 1; i <= num_weights; ++i) {
+      const int64_t rows = in.size(i, 0);
+      out_features = rows < 0 || out_features < 0 ? -1 : out_features + rows;
+    }
+    return {in.size(0, 0), out_features};
+  }
+};
+
+struct ApplyRotaryPosEmb {
+  static void run(const Call& c) {
+    launch::apply_rotary_pos_emb(c[0], c[1], c[2], c[3], c[4], c.attributes().interleaved);
+    put_token(c[5]);
+  }
+  static Shape infer(const Inputs&) { return kToken; }
+};
+
+struct ReshapeAndCache {
+  static void run(const Call& c) {
+    launch::reshape_and_cache(c[0], c[1], c[2], c[3], c[4]);
+    put_token(c[5]);
+  }
+  static Shape infer(const Inputs&) { return kToken; }
+};
+
+struct RopeAndCache {
+  static void run(const Call& c) {
+    launch::rope_and_cache(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c.attributes().interleaved,
+                           c[7]);
+  }
+  static Shape infer(const Inputs& in) {
+    const int64_t qkv_dim = in.size(0, 1), kv_heads = in.size(4, 1), head_dim = in.size(4, 3);
+    const bool known = qkv_dim >= 0 && kv_heads >= 0 && head_dim > 0;
+    const int64_t heads = known ? qkv_dim / head_dim - 2 * kv_heads : -1;
+    return {in.size(0, 0), known && heads < 0 ? 0 : heads, head_dim};  // 0: refused when it runs
+  }
+};
+
+struct FlashAttention {
+  static void run(const Call& c) {
+    launch::flash_attention(c[0], c[1], c[2], c[3], c[4], c.attributes().causal,
+                            c.attributes().scale, c[5], c[6]);
+  }
+  static Shapes infer(const Inputs& in) { return {in.shape(0, 3), in.shape(0, 2)}; }
+};
+
+struct PagedAttention {
+  static void run(const Call& c) {
+    launch::paged_attention(c[0], c[1], c[2], c[3], c[4], c[5], c.attributes().scale, c[6], c[7]);
+  }
+  static Shapes infer(const Inputs& in) { return {in.shape(0, 3), in.shape(0, 2)}; }
+};
+
+struct MergeAttention {
+  static void run(const Call& c) { launch::merge_attention(c[0], c[1], c[2], c[3], c[4], c[5]); }
+  static Shapes infer(const Inputs& in) { return {in.shape(0, 3), in.shape(0, 2)}; }
+};
+
+struct SiluAndMul {
+  static void run(const Call& c) { launch::silu_and_mul(c[0], c[1]); }
+  static Shape infer(const Inputs& in) {
+    const int64_t both = in.size(0, 1);
+    return {in.size(0, 0), both < 0 ? -1 : both / 2};
+  }
+};
+
+struct CopyBlocks {
+  static void run(const Call& c) {
+    launch::copy_blocks(c[0], c[1], c[2]);
+    put_token(c[3]);
+  }
+  static Shape infer(const Inputs&) { return kToken; }
+};
+
+struct DecoderLayer {
+  static void run(const Call& c) {
+    launch::decoder_layer({c[0],
+                           c[1],
+                           c[2],
+                           c[3],
+                           c[4],
+                           c[5],
+                           c[6],
+                           c[7],
+                           c[8],
+                           c[9],
+                           c[10],
+                           c[11],
+                           c[12],
+                           c[13],
+                           c[14],
+                           c[15],
+                           c[16],
+                           c[17],
+                           c[18],
+                           c[19],
+                           c.attributes().eps,
+                           c.attributes().interleaved});
+  }
+  static Shape infer(const Inputs& in) { return in.shape(0, 2); }
+};
+
+}  // namespace op
+
+int read_attributes(AotExtra* extra) {
+  auto* attributes = new Attributes;
+  attributes->eps = extra->get("eps", 1e-5f);
+  attributes->scale = extra->get("scale", 0.0f);
+  attributes->interleaved = extra->get("interleaved", false);
+  attributes->causal = extra->get("causal", true);
+  extra->set_kernel_data(attributes);
+  return 0;
+}
+
+}  // namespace
+
+// dlsym wants plain names, which no template can have.
+#define CLRT_EXPORT extern "C" __attribute__((visibility("default")))
+#define CLRT_AOT(Name)                                                                            \
+  CLRT_EXPORT int Name(int count, void** data, int* ndims, int64_t** shapes, const char** dtypes, \
+                       void*, void* extra) {                                                      \
+    op::Name::run({count, data, ndims, shapes, dtypes, static_cast<AotExtra*>(extra)});           \
+    return 0;                                                                                     \
+  }                                                                                               \
+  CLRT_EXPORT int Name##Init(int*, int64_t**, const char**, AotExtra* extra) {                    \
+    return read_attributes(extra);                                                                \
+  }                                                                                               \
+  CLRT_EXPORT auto Name##InferShape(int* ndims, int64_t** shapes, AotExtra* extra) {              \
+    return op::Name::infer({ndims, shapes, extra});                                               \
+  }
+
+CLRT_AOT(Embedding)
+CLRT_AOT(RmsNorm)
+CLRT_AOT(AddRmsNorm)
+CLRT_AOT(Linear)
+CLRT_AOT(ApplyRotaryPosEmb)
+CLRT_AOT(ReshapeAndCache)
+CLRT_AOT(RopeAndCache)
+CLRT_AOT(FlashAttention)
+CLRT_AOT(PagedAttention)
+CLRT_AOT(MergeAttention)
+CLRT_AOT(SiluAndMul)
+CLRT_AOT(CopyBlocks)
+CLRT_AOT(DecoderLayer)
+
+}  // namespace codellama_rt
