@@ -1,1 +1,41 @@
-"""Inference runtime for Code Llama: hand-written kernels, paged KV cache, contexts up to 100k."""
+"""Inference runtime for Code Llama: hand-written kernels, paged KV cache, contexts up to 100k.
+
+    import codellama_rt as clrt
+    clrt.generate("smollm2-135m-instruct", "def fibonacci(n):")
+
+Names are imported when first used: importing the package costs NumPy and nothing else.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "generate": "api",
+    "LLM": "llm",
+    "Completion": "completion",
+    "SamplingParams": "sampling_params",
+    "Engine": "engine",
+    "Output": "request",
+    "CodeLlamaTokenizer": "code_llama_tokenizer",
+    "LlamaForCausalLM": "causal_lm",
+    "CheckpointError": "errors",
+    "ops": "ops",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'codellama_rt' has no attribute {name!r}")
+    module = import_module(f"codellama_rt.{_HOME[name]}")
+    value = module if name == "ops" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

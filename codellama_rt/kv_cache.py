@@ -9,6 +9,9 @@ import numpy as np
 from codellama_rt import ops
 from codellama_rt.config import ModelConfig
 from codellama_rt.dtypes import numpy_dtype
+from codellama_rt.memory import available_bytes, parse_bytes
+
+MEMORY_SHARE = 0.8  # of what the weights leave; the rest is for activations and the caller
 
 
 class KVCache:
@@ -68,3 +71,40 @@ class KVCache:
 def bytes_per_token(config: ModelConfig, dtype: str) -> int:
     """Bytes of keys and values that one token takes over all layers."""
     return 2 * config.n_layers * config.n_kv_heads * config.head_dim * numpy_dtype(dtype).itemsize
+
+
+def plan_num_blocks(
+    config: ModelConfig, dtype: str, block_size: int, *, longest: int | None, max_num_seqs: int,
+    kv_memory: int | str | None, weight_bytes: int,
+) -> int:  # fmt: skip
+    """How many pages to map: what max_num_seqs sequences can use, as far as memory goes.
+
+    Args:
+        config: of the model.
+        dtype: of the cache.
+        block_size: tokens a page.
+        longest: tokens of one sequence that must fit; None: none in particular.
+        max_num_seqs: sequences at a time.
+        kv_memory: bytes or a str like "8GB"; None: a share of the free memory.
+        weight_bytes: memory that the weights will take of it.
+
+    Raises:
+        RuntimeError: `longest` tokens do not fit.
+    """
+    page_bytes = bytes_per_token(config, dtype) * block_size
+    if kv_memory is None:
+        budget = int(MEMORY_SHARE * (available_bytes() - weight_bytes))
+    else:
+        budget = parse_bytes(kv_memory)
+    required = -(-(longest or 1) // block_size)
+    num_blocks = budget // page_bytes
+    if num_blocks < required:
+        raise RuntimeError(
+            f"the KV cache of {longest or block_size} tokens takes "
+            f"{required * page_bytes / 1e9:.2f} GB in {dtype}, and there are "
+            f"{max(budget, 0) / 1e9:.2f} GB for it; lower max_model_len or raise kv_memory"
+        )
+    if kv_memory is not None:
+        return num_blocks
+    usual = -(-(longest or config.max_position_embeddings) // block_size)
+    return min(num_blocks, usual * max_num_seqs)

@@ -1,0 +1,267 @@
+"""A checkpoint made ready to generate: weights, tokenizer, KV cache and engine in one object."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from codellama_rt import ops
+from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.completion import Completion, Job
+from codellama_rt.engine import Engine
+from codellama_rt.kv_cache import KVCache, plan_num_blocks
+from codellama_rt.model import Llama
+from codellama_rt.request import Output
+from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.scoring import sequence_logits
+from codellama_rt.tokenizer import load_tokenizer, split_fill
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model to generate with.
+
+    Example:
+        >>> with LLM("smollm2-135m-instruct") as llm:  # doctest: +SKIP
+        ...     print(llm.generate("def fibonacci(n):")[0].text)
+    """
+
+    def __init__(
+        self, model: str | os.PathLike[str], *, device: str = "cpu", dtype: str = "auto",
+        kv_dtype: str = "auto", max_model_len: int | None = None,
+        kv_memory: int | str | None = None, block_size: int = 64, max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512, num_threads: int | None = None,
+        prefix_caching: bool = True, check: str | None = None,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Open a checkpoint; its weights are mapped, not copied, unless `dtype` asks for others.
+
+        Args:
+            model: directory, GGUF file, built-in name or hub id.
+            device: "cpu".
+            dtype: of the weights: "auto" (as stored), "float32", "float16", "bfloat16".
+            kv_dtype: of the KV cache; "auto": that of the weights.
+            max_model_len: tokens of prompt and output together; the checkpoint's by default. More
+                is allowed: Code Llama's files say 16,384 and the model reads 100,000.
+            kv_memory: bytes, or a str like "8GB", for the KV cache; by default what max_num_seqs
+                sequences can use, at most 80 % of the memory that the weights leave.
+            block_size: tokens a KV page, a multiple of 16.
+            max_num_seqs: sequences in one step.
+            max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
+            num_threads: threads an op, for the whole process; the CPUs of the process by default.
+            prefix_caching: whether equal prefixes are computed once.
+            check: "finite" refuses weights with NaN or infinity (reads every byte).
+            progress: called with (bytes done, bytes in all, what) while weights are converted.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be used.
+            ValueError, TypeError: an argument out of range.
+            RuntimeError: no such device here, or not the memory for max_model_len tokens.
+        """
+        require_device(device)
+        if num_threads is not None:
+            ops.set_num_threads(num_threads)
+        checkpoint = open_checkpoint(model, dtype=dtype, check=check, progress=progress)
+        self.config = checkpoint.config
+        self.generation_config = checkpoint.generation_config
+        self.stored_bytes = checkpoint.stored_bytes
+        self.tokenizer = load_tokenizer(checkpoint.tokenizer_path, self.config.vocab_size)
+        self.max_model_len = max_model_len or self.config.max_position_embeddings
+        if kv_dtype == "auto":
+            kv_dtype = checkpoint.weights.layers[0].q_proj.dtype.name
+        num_blocks = plan_num_blocks(
+            self.config, kv_dtype, block_size, longest=max_model_len, max_num_seqs=max_num_seqs,
+            kv_memory=kv_memory, weight_bytes=self.stored_bytes,
+        )  # fmt: skip
+        self.model = Llama(self.config, checkpoint.weights)
+        self.kv_cache = KVCache(
+            self.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
+        )
+        self.engine = Engine(
+            self.model, self.kv_cache, self.tokenizer, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, max_model_len=self.max_model_len,
+            prefix_caching=prefix_caching, generation_config=self.generation_config,
+        )  # fmt: skip
+        self._inbox: dict[str, deque[Output]] = {}
+        self._names = (f"llm-{i}" for i in itertools.count())
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:  # fmt: skip
+        """Complete prompts, all together; a str with <FILL_ME> is filled in.
+
+        Args:
+            prompts: a str, token ids, or a list of either. Special tokens written out in a str
+                stay text.
+            params: for all, or one a prompt; None: `default_params()`.
+
+        Returns:
+            params.n completions a prompt, in the order of the prompts.
+
+        Raises:
+            ValueError, TypeError: a prompt or parameter that cannot be; nothing was computed then.
+        """
+        prompts = as_prompts(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            params = [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many params, got {len(params)}")
+        jobs: list[Job] = []
+        try:
+            for prompt, its_params in zip(prompts, params, strict=True):
+                jobs.append(self._submit(prompt, its_params))
+            while any(job.unfinished for job in jobs):
+                self._pump()
+                for job in jobs:
+                    job.take(self._inbox[job.name])
+        finally:
+            for job in jobs:
+                self._dismiss(job)
+        return [completion for job in jobs for completion in job.completions]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """Complete one prompt and yield its text as it comes; closing the iterator aborts it.
+
+        Raises:
+            ValueError, TypeError: as `generate`, when called, not when iterated; also params.n > 1.
+        """
+        if params is not None and params.n != 1:
+            raise ValueError(f"a stream has one sample, got params.n={params.n}")
+        return self._stream(self._submit(prompt, params))
+
+    def infill(
+        self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
+        suffix_first: bool = False,
+    ) -> Completion:  # fmt: skip
+        """Fill the gap between `prefix` and `suffix`; the text is the filling alone.
+
+        Args:
+            prefix: text before the gap.
+            suffix: text after it.
+            params: as in `generate`; params.n must be 1.
+            suffix_first: the SPM order of the prompt instead of PSM.
+
+        Raises:
+            ValueError: the model has no infilling tokens (only 7B and 13B, base and Instruct, do).
+        """
+        prompt = self.tokenizer.encode_infill(prefix, suffix, suffix_first=suffix_first)
+        return self.generate([prompt], self._ending_at_eot(params or self.default_params()))[0]
+
+    def logits(self, token_ids: Sequence[int], first_position: int = 0) -> np.ndarray:
+        """Logits after every token of one sequence, computed in chunks in pages of its own.
+
+        Args:
+            token_ids: the sequence, at least one token.
+            first_position: position of the first token for RoPE.
+
+        Returns:
+            (len(token_ids), vocab_size) float32.
+
+        Raises:
+            ValueError: no token, or one outside the vocabulary.
+        """
+        return sequence_logits(
+            self.model, token_ids, first_position=first_position, kv_dtype=self.kv_cache.dtype,
+            chunk_size=self.engine.scheduler.max_num_batched_tokens,
+        )  # fmt: skip
+
+    def default_params(self) -> SamplingParams:
+        """Greedy, or what the checkpoint's generation_config.json says."""
+        config = self.generation_config
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        given = {name: config[name] for name in names if config.get(name) is not None}
+        if config.get("do_sample"):
+            given.setdefault("temperature", 1.0)
+        else:
+            for name in ("temperature", "top_p", "top_k", "min_p"):
+                given.pop(name, None)
+        if config.get("max_new_tokens"):
+            given["max_tokens"] = config["max_new_tokens"]
+        return SamplingParams(**given)
+
+    def close(self) -> None:
+        """Abort what runs and give the KV cache's memory back."""
+        self.engine.close()
+        self.kv_cache.close()
+
+    def __enter__(self) -> LLM:
+        """The model itself; it is closed at the end of the block."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close."""
+        self.close()
+
+    def _submit(self, prompt: Prompt, params: SamplingParams | None) -> Job:
+        params = params or self.default_params()
+        if isinstance(prompt, str):
+            parts = split_fill(prompt)
+            if parts is None:
+                prompt = self.tokenizer.encode(prompt)
+            else:
+                prompt = self.tokenizer.encode_infill(*parts)
+                params = self._ending_at_eot(params)
+        job = Job(next(self._names), list(prompt), params.n)
+        self.engine.add_request(job.name, job.prompt_token_ids, params)
+        self._inbox[job.name] = deque()
+        return job
+
+    def _ending_at_eot(self, params: SamplingParams) -> SamplingParams:
+        if params.ignore_eos:
+            return params
+        return replace(params, stop_token_ids=(*params.stop_token_ids, self.tokenizer.eot_id))
+
+    def _pump(self) -> None:
+        """One step of the engine; its outputs go to whoever asked for them."""
+        for output in self.engine.step():
+            if output.request_id in self._inbox:
+                self._inbox[output.request_id].append(output)
+
+    def _stream(self, job: Job) -> Iterator[str]:
+        try:
+            while job.unfinished:
+                self._pump()
+                inbox = self._inbox[job.name]
+                text = "".join(output.text for output in inbox)
+                job.take(inbox)
+                if text:
+                    yield text
+        finally:
+            self._dismiss(job)
+
+    def _dismiss(self, job: Job) -> None:
+        self.engine.abort(job.name)
+        self._inbox.pop(job.name, None)
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts from one or several.
+
+    Raises:
+        TypeError: neither str nor token ids nor a list of them.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        items = list(prompts)
+    except TypeError:
+        raise TypeError(
+            f"prompts are a str, token ids or a list of these, got {type(prompts).__name__}"
+        ) from None
+    if items and not isinstance(items[0], str) and not hasattr(items[0], "__len__"):
+        return [items]
+    return items
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that this build or machine does not have, and name what it has."""
+    usable, reason = ops.available(device)
+    if not usable:
+        raise RuntimeError(f"device {device!r} cannot be used: {reason}")

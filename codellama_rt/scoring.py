@@ -1,0 +1,55 @@
+"""Logits of every token of a known sequence: for perplexity, evaluation and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Collection
+
+import numpy as np
+
+from codellama_rt.batch import build_batch
+from codellama_rt.kv_cache import KVCache
+from codellama_rt.model import Llama
+from codellama_rt.request import checked_prompt
+from codellama_rt.sequence import Chunk, Sequence, int32_list
+
+
+def sequence_logits(
+    model: Llama, token_ids: Collection[int], *, first_position: int = 0,
+    kv_dtype: str = "float32", block_size: int = 64, chunk_size: int = 512,
+) -> np.ndarray:  # fmt: skip
+    """Logits after every token, computed in chunks in a KV cache that lives as long as the call.
+
+    Args:
+        model: anything with `forward(batch, kv_cache)`.
+        token_ids: the sequence, at least one token.
+        first_position: position of its first token for RoPE; attention starts there as well.
+        kv_dtype: of the cache.
+        block_size: tokens a page.
+        chunk_size: tokens a step; no bit of the result depends on it.
+
+    Returns:
+        (len(token_ids), vocab_size) float32.
+
+    Raises:
+        ValueError: no token, one outside the vocabulary, or a negative first_position.
+    """
+    if first_position < 0:
+        raise ValueError(f"first_position must not be negative, got {first_position}")
+    ids = checked_prompt(token_ids, model.config.vocab_size)
+    num_blocks = -(-len(ids) // block_size)
+    sequence = Sequence(ids, len(ids), order=(0, 0, 0), first_logit=0)
+    sequence.block_ids = int32_list(range(num_blocks))
+    scaling = model.config.rope_scaling
+    is_dynamic = scaling is not None and scaling.kind == "dynamic"
+    kv_cache = KVCache(model.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
+    rows = []
+    for begin in range(0, len(ids), chunk_size):
+        end = min(begin + chunk_size, len(ids))
+        batch = build_batch(
+            [Chunk(sequence, begin, end, end - begin)], block_size, rope_lengths=is_dynamic
+        )
+        batch.positions += np.int32(first_position)
+        if batch.rope_lengths is not None:
+            batch.rope_lengths += np.int32(first_position)
+        rows.append(model.forward(batch, kv_cache))
+    return np.concatenate(rows)
