@@ -81,7 +81,8 @@ def read_gguf(path: Path) -> GgufFile:
     cursor = _Cursor(path, mapped)
     if cursor.take(4) != MAGIC:
         raise CheckpointError(
-            f"{path}: expected the file to begin with {MAGIC!r}, found {mapped[:4].tobytes()!r}"
+            f"{path}: expected the file to begin with {MAGIC!r}, found {mapped[:4].tobytes()!r}; "
+            "give a GGUF file, or the directory that safetensors files lie in"
         )
     (version,) = cursor.unpack("<I")
     if version not in (2, 3):

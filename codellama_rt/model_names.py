@@ -53,8 +53,8 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
         raise CheckpointError(
             f"model: expected a path, {BUILT_IN_NAME!r} or a hub id, found {name!r}"
         )
-    path = Path(name).expanduser()
-    if path.exists():
+    path = _existing_path(name)
+    if path is not None:
         return path
     if name.lower() == BUILT_IN_NAME:
         return _built_in_model()
@@ -64,6 +64,14 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
         f"{name}: expected a directory or a GGUF file, {BUILT_IN_NAME!r} or a hub id (org/name), "
         "found no such file"
     )
+
+
+def _existing_path(name: str) -> Path | None:
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # a name too long for a path, or "~user" without such a user
+        return None
 
 
 def _built_in_model() -> Path:

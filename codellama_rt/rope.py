@@ -114,8 +114,8 @@ class RotaryEmbedding:
         >>> config = ModelConfig(n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, dim=4,
         ...                      hidden_dim=4, vocab_size=4)
         >>> cos, sin, index = RotaryEmbedding(config).lookup(np.array([0, 7], np.int32))
-        >>> cos[index].round(3).tolist()
-        [[1.0, 1.0], [0.754, 0.998]]
+        >>> cos[index][1].round(3)
+        array([0.754, 0.998], dtype=float32)
     """
 
     def __init__(self, config: ModelConfig):

@@ -28,7 +28,7 @@ MINI_CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
-GGML_TYPES = {"F32": 0, "F16": 1, "BF16": 30, "Q4_0": 2, "Q8_0": 8, "Q6_K": 14}
+GGML_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "I32": 26, "BF16": 30}
 
 
 def mini_tensors(seed: int = 0) -> dict[str, np.ndarray]:
