@@ -76,8 +76,7 @@ def open_checkpoint(
         The checkpoint; arrays are read-only.
 
     Raises:
-        CheckpointError: the files are missing, damaged, contradictory, or hold another kind of
-            model; the message names file, tensor, what was expected and what was found.
+        CheckpointError: the files are missing, damaged, contradictory, or of another architecture.
         ValueError: an unknown dtype or check.
         TypeError: model is not a path or a name.
         RuntimeError: a named model cannot be fetched.
@@ -86,12 +85,7 @@ def open_checkpoint(
         >>> open_checkpoint("smollm2-135m-instruct").config.n_layers  # doctest: +SKIP
         30
     """
-    if dtype not in ("auto", *DTYPES):
-        raise ValueError(
-            f"open_checkpoint: dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}"
-        )
-    if check not in (None, "finite"):
-        raise ValueError(f"open_checkpoint: check must be None or 'finite', got {check!r}")
+    _check_choices(dtype, check)
     path = resolve_model(model)
     stored = read_directory(path) if path.is_dir() else read_gguf_model(path)
     tensors = match_tensors(stored)
@@ -102,6 +96,15 @@ def open_checkpoint(
     config = dataclasses.replace(stored.config, dtype=weights.layers[0].q_proj.dtype.name)
     stored_bytes = sum(tensor.payload.nbytes for tensor in tensors.values())
     return Checkpoint(path, config, weights, stored.generation_config, path, stored_bytes)
+
+
+def _check_choices(dtype: str, check: str | None) -> None:
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(
+            f"open_checkpoint: dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}"
+        )
+    if check not in (None, "finite"):
+        raise ValueError(f"open_checkpoint: check must be None or 'finite', got {check!r}")
 
 
 _LAYER_PARTS = {

@@ -86,12 +86,10 @@ class ModelConfig:
             The checked configuration; absent keys take the defaults of transformers' LlamaConfig.
 
         Raises:
-            CheckpointError: another architecture, a feature Code Llama does not use, a size that is
-                missing, out of range or inconsistent, or an unknown kind of rope scaling.
+            CheckpointError: another architecture, an unsupported feature, or a bad size.
         """
         fields = ConfigFields(values, source)
         _check_architecture(fields)
-        _check_features(fields)
         n_heads = fields.integer("num_attention_heads", high=MAX_HEADS)
         dim = fields.integer("hidden_size", high=MAX_DIM)
         bos = fields.token_ids("bos_token_id", (1,))
@@ -100,8 +98,7 @@ class ModelConfig:
             n_layers=fields.integer("num_hidden_layers", high=MAX_LAYERS),
             n_heads=n_heads,
             n_kv_heads=fields.integer("num_key_value_heads", n_heads, high=MAX_HEADS),
-            head_dim=fields.integer("head_dim", None, high=MAX_HEAD_DIM)
-            or _head_dim(fields, dim, n_heads),
+            head_dim=_head_dim(fields, dim, n_heads),
             dim=dim,
             hidden_dim=fields.integer("intermediate_size", high=MAX_HIDDEN_DIM),
             vocab_size=fields.integer("vocab_size", high=MAX_VOCAB_SIZE),
@@ -145,6 +142,9 @@ def check_consistency(config: ModelConfig, source: str) -> None:
 
 
 def _head_dim(fields: ConfigFields, dim: int, n_heads: int) -> int:
+    given = fields.integer("head_dim", None, high=MAX_HEAD_DIM)
+    if given is not None:
+        return given
     if dim % n_heads:
         raise fields.fault(
             "hidden_size", f"a multiple of num_attention_heads ({n_heads})", "or give head_dim"
@@ -164,6 +164,7 @@ def _check_architecture(fields: ConfigFields) -> None:
         )
     if model_type not in (None, "llama"):
         raise fields.fault("model_type", "'llama'", f"only {ARCHITECTURE} is supported")
+    _check_features(fields)
 
 
 def _check_features(fields: ConfigFields) -> None:

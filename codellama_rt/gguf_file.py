@@ -89,12 +89,7 @@ def read_gguf(path: Path) -> GgufFile:
         what = "a big-endian file" if version >= 2**16 else f"version {version}"
         raise CheckpointError(f"{path}: expected GGUF version 2 or 3, little-endian, found {what}")
     n_tensors, n_keys = cursor.unpack("<QQ")
-    metadata: dict[str, Any] = {}
-    for _ in range(n_keys):
-        key = cursor.name("metadata key")
-        if key in metadata:
-            raise CheckpointError(f"{path}: metadata key {key!r}: expected it once, found it twice")
-        metadata[key] = cursor.value(key)
+    metadata = _read_metadata(cursor, n_keys)
     entries = [_read_entry(cursor) for _ in range(n_tensors)]
     return GgufFile(
         path, metadata, _place_tensors(path, mapped, entries, cursor.position, metadata)
@@ -173,6 +168,18 @@ class _Cursor:
             strings.append(str(buffer[start:position], "utf-8", "surrogateescape"))
         self.position = position
         return strings
+
+
+def _read_metadata(cursor: _Cursor, n_keys: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    for _ in range(n_keys):
+        key = cursor.name("metadata key")
+        if key in metadata:
+            raise CheckpointError(
+                f"{cursor.path}: metadata key {key!r}: expected it once, found it twice"
+            )
+        metadata[key] = cursor.value(key)
+    return metadata
 
 
 def _read_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

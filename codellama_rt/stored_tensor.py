@@ -38,9 +38,8 @@ def map_file(path: Path) -> np.ndarray:
     """
     try:
         if not path.is_file():
-            raise CheckpointError(
-                f"{path}: expected a file, found {'a directory' if path.is_dir() else 'nothing'}"
-            )
+            found = "a directory" if path.is_dir() else "no such file"
+            raise CheckpointError(f"{path}: expected a regular file, found {found}")
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path}: expected a checkpoint, found an empty file")
         with open(path, "rb") as file:

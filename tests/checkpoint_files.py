@@ -8,7 +8,6 @@ import numpy as np
 
 from codellama_rt.config import ModelConfig
 from codellama_rt.gguf_model import gguf_name
-from codellama_rt.safetensors_file import read_safetensors
 from codellama_rt.weight_loading import expected_shapes
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
@@ -28,6 +27,7 @@ MINI_CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
+SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 GGML_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "I32": 26, "BF16": 30}
 
 
@@ -41,9 +41,8 @@ def mini_tensors(seed: int = 0) -> dict[str, np.ndarray]:
 def safetensors_header(tensors: dict[str, np.ndarray]) -> dict:
     header, end = {}, 0
     for name, array in tensors.items():
-        dtype = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[array.dtype.name]
         header[name] = {
-            "dtype": dtype,
+            "dtype": SAFETENSORS_TYPES[array.dtype.name],
             "shape": list(array.shape),
             "data_offsets": [end, end + array.nbytes],
         }
@@ -143,19 +142,29 @@ def gguf_metadata(config: ModelConfig) -> dict:
     }
 
 
-def gguf_tensors(folder: Path, config: ModelConfig, encode=None) -> dict:
-    """The tensors of a directory as llama.cpp stores them: rows of q and k interleaved."""
+def gguf_tensors(tensors: dict[str, np.ndarray], config: ModelConfig, encode=None) -> dict:
+    """Tensors as llama.cpp stores them, rows of q and k interleaved; encode gives type, bytes."""
     stored = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        stored |= read_safetensors(file)
-    tensors = {}
     for name in expected_shapes(config):
-        array = stored[name].view()
+        array = tensors[name]
         if "q_proj" in name or "k_proj" in name:
             halves = array.reshape(-1, 2, config.head_dim // 2, array.shape[1])
             array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
-        kind, raw = stored[name].encoding, array.tobytes()
+        kind, raw = SAFETENSORS_TYPES[array.dtype.name], array.tobytes()
         if encode is not None:
             kind, raw = encode(name, array)
-        tensors[gguf_name(name)] = (kind, array.shape, raw)
-    return tensors
+        stored[gguf_name(name)] = (kind, array.shape, raw)
+    return stored
+
+
+def mini_gguf() -> tuple[dict, dict]:
+    """Metadata and tensors of the model of MINI_CONFIG."""
+    config = ModelConfig.from_hf(MINI_CONFIG)
+    return gguf_metadata(config), gguf_tensors(mini_tensors(), config)
+
+
+def mini_gguf_bytes(**changes) -> bytes:
+    """The mini model with metadata replaced (a key's dots are written __); ... removes a key."""
+    metadata, tensors = mini_gguf()
+    metadata |= {key.replace("__", "."): value for key, value in changes.items()}
+    return gguf_bytes({k: v for k, v in metadata.items() if v is not ...}, tensors)

@@ -1,21 +1,16 @@
 """Damaged, contradictory and foreign checkpoints: each is refused with a message that says why."""
 
 import json
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoint_files import (
-    MINI_CONFIG,
     join_safetensors,
     mini_tensors,
     safetensors_header,
     write_mini,
     write_sharded,
 )
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.errors import CheckpointError
@@ -27,6 +22,8 @@ LAST = "lm_head.weight"
 PAYLOAD = b"".join(array.tobytes() for array in mini_tensors().values())
 HEADER = safetensors_header(mini_tensors())
 GOOD = join_safetensors(HEADER, PAYLOAD)
+RAW = json.dumps(HEADER).encode()
+NORM_TWICE = RAW[:-1] + b", " + json.dumps({NORM: HEADER[NORM]}).encode()[1:]
 
 
 def with_header(change):
@@ -50,15 +47,6 @@ def with_raw_header(raw):
     return join_safetensors(raw, PAYLOAD)
 
 
-def doubled(key):
-    """The good file with the first occurrence of "key": in the header written twice."""
-    raw = json.dumps(HEADER)
-    begin = raw.index(f'"{key}":')
-    end = raw.index("}", begin) + 1 if raw[begin - 1] in "{ " and key in HEADER else None
-    entry = raw[begin:end] if end else f'"{key}": "F32"'
-    return with_raw_header((raw[:begin] + entry + ", " + raw[begin:]).encode())
-
-
 def moved(name, by):
     begin, end = HEADER[name]["data_offsets"]
     return with_entry(name, data_offsets=[begin + by, end + by])
@@ -79,8 +67,11 @@ BAD_FILES = {
     "nested": (with_raw_header(b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "nested too deep"),
     "huge integer": (with_raw_header(b'{"a":' + b"9" * 10**5 + b"}"), "expected JSON"),
     "no tensors": (with_raw_header(b"{}"), "bytes at the end belong to no tensor"),
-    "tensor twice": (doubled(NORM), f"every name once, found '{NORM}' twice"),
-    "key twice": (doubled("dtype"), "every name once, found 'dtype' twice"),
+    "tensor twice": (with_raw_header(NORM_TWICE), f"every name once, found '{NORM}' twice"),
+    "key twice": (
+        with_raw_header(RAW.replace(b'"shape', b'"dtype": 1, "shape', 1)),
+        "every name once, found 'dtype' twice",
+    ),
     "metadata list": (with_header(lambda h: h.update(__metadata__=[])), "object of strings"),
     "metadata number": (with_header(lambda h: h.update(__metadata__={"a": 1})), "of strings"),
     "entry null": (with_header(lambda h: h.update({NORM: None})), f"{NORM}.*expected an object of"),
@@ -90,7 +81,6 @@ BAD_FILES = {
     "no offsets": (with_entry(NORM, data_offsets=...), "object of dtype, shape"),
     "extra field": (with_entry(NORM, stride=[1]), "object of dtype, shape"),
     "dtype unknown": (with_entry(NORM, dtype="F128"), f"{NORM}.*dtype: expected one of .*'F128'"),
-    "dtype lower case": (with_entry(NORM, dtype="f32"), "dtype: expected one of"),
     "dtype number": (with_entry(NORM, dtype=32), "dtype: expected one of .*found 32"),
     "dtype list": (with_entry(NORM, dtype=["F32"]), "dtype: expected one of"),
     "dtype of another size": (with_entry(NORM, dtype="F16"), "expected 16 bytes for F16"),
@@ -107,7 +97,6 @@ BAD_FILES = {
     "offsets reversed": (with_entry(NORM, data_offsets=[32, 0]), "data_offsets: expected two"),
     "offsets negative": (with_entry(NORM, data_offsets=[-32, 0]), "data_offsets: expected two"),
     "three offsets": (with_entry(NORM, data_offsets=[0, 8, 32]), "data_offsets: expected two"),
-    "offsets strings": (with_entry(NORM, data_offsets=["0", "32"]), "data_offsets: expected two"),
     "offsets null": (with_entry(NORM, data_offsets=None), "data_offsets: expected two"),
     "misaligned": (moved(Q_PROJ, 2), "leaves a hole after|overlaps"),
     "overlap": (moved(Q_PROJ, -4), f"{Q_PROJ}.*begin at .*overlaps"),
@@ -228,7 +217,10 @@ BAD_FOLDERS = {
         "config.json: expected every name once, found 'vocab_size' twice",
     ),
     "config a folder": (as_folder("config.json"), "config.json: expected a JSON file"),
-    "weights a folder": (as_folder("model.safetensors"), "expected a file, found a directory"),
+    "weights a folder": (
+        as_folder("model.safetensors"),
+        "expected a regular file, found a directory",
+    ),
     "generation config not JSON": (
         overwritten("generation_config.json", b"?"),
         "generation_config.json: expected JSON",
@@ -265,7 +257,10 @@ BAD_MAPS = {
     "an absolute path": (WEIGHT_MAP | {NORM: "/a.safetensors"}, "beside the index"),
     "a pickle": (WEIGHT_MAP | {NORM: "a.bin"}, "beside the index"),
     "a NUL": (WEIGHT_MAP | {NORM: "a\0.safetensors"}, "beside the index"),
-    "a missing shard": (WEIGHT_MAP | {NORM: "c.safetensors"}, "c.safetensors: expected a file"),
+    "a missing shard": (
+        WEIGHT_MAP | {NORM: "c.safetensors"},
+        "c.safetensors: expected a regular file",
+    ),
     "the other shard": (
         WEIGHT_MAP | {NORM: "a.safetensors"},
         f"{NORM}.*expected it in a.safetensors, found it in b.safetensors",
@@ -303,58 +298,3 @@ def test_bad_shards(file, content, message, tmp_path):
     (write_sharded(tmp_path, SHARDS) / file).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
-
-
-def open_mutated(file, content):
-    """Opens a checkpoint with one file replaced: it opens, or says why not, and nothing else."""
-    with tempfile.TemporaryDirectory() as folder:
-        (write_mini(Path(folder)) / file).write_bytes(content)
-        message = folder
-        try:
-            open_checkpoint(folder)
-        except CheckpointError as error:
-            message = str(error)
-        assert folder in message
-
-
-HEADER_END = len(GOOD) - len(PAYLOAD)
-CONFIG = json.dumps(MINI_CONFIG).encode()
-
-
-def mutations(length):
-    """Up to 8 bytes overwritten below `length`, as (place, value)."""
-    return st.lists(st.tuples(st.integers(0, length - 1), st.integers(0, 255)), max_size=8)
-
-
-def mutate(content, changes):
-    mutated = bytearray(content)
-    for place, value in changes:
-        mutated[place] = value
-    return bytes(mutated)
-
-
-@settings(max_examples=300, deadline=None)
-@given(mutations(HEADER_END), st.integers(0, 64))
-@example([], 0)
-@example([(0, 255), (7, 255)], 0)
-def test_mutated_safetensors(changes, cut):
-    open_mutated("model.safetensors", mutate(GOOD, changes)[: len(GOOD) - cut])
-
-
-@settings(max_examples=200, deadline=None)
-@given(mutations(len(CONFIG)))
-def test_mutated_config(changes):
-    open_mutated("config.json", mutate(CONFIG, changes))
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
-        max_leaves=6,
-    ),
-    st.sampled_from([*MINI_CONFIG, "rope_scaling", "rope_parameters", "eos_token_id"]),
-)
-def test_any_value_in_the_config(value, key):
-    open_mutated("config.json", json.dumps(MINI_CONFIG | {key: value}).encode())
