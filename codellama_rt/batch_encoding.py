@@ -21,6 +21,15 @@ class BatchEncoding(dict):
             raise AttributeError(f"this encoding has {', '.join(self)}, no {name!r}") from None
 
 
+def row_limit(
+    truncation: bool | str | None, max_length: int | None, padding: bool | str
+) -> int | None:
+    """Returns the tokens a row may have, None for any; a length alone asks for truncation too."""
+    if truncation is None:
+        truncation = not padding
+    return max_length if is_chosen("truncation", truncation, "longest_first") else None
+
+
 def truncate(texts: Sequence[list[int]], excess: int, side: str) -> list[list[int]]:
     """Takes `excess` ids away ("longest_first"): from the longer text, then from each in turn.
 
@@ -69,21 +78,24 @@ def pad(
     return filled, masks
 
 
-def as_tensor(rows: Sequence[list[int]], kind: str) -> Any:
-    """Turns rows of one length into an array.
+def as_tensor(rows: list[list[int]], kind: str | None, single: bool) -> Any:
+    """Turns rows into what a caller of the tokenizer asked for.
 
     Args:
         rows: ids or masks.
-        kind: "np" for a NumPy array, "ms" for a MindSpore tensor.
+        kind: None for lists, "np" for a NumPy array, "ms" for a MindSpore tensor.
+        single: there is one row, and as a list it is wanted alone.
 
     Returns:
-        (number of rows, length) int64 of NumPy or int32 of MindSpore, the type its models take.
+        Lists; or (rows, length), int64 of NumPy or int32 of MindSpore, the type its models take.
 
     Raises:
-        ValueError: another kind, or rows of several lengths.
+        ValueError: another kind, or an array of rows of several lengths.
     """
-    if kind not in ("np", "ms"):
+    if kind not in (None, "np", "ms"):
         raise ValueError(f"return_tensors must be None, 'np' or 'ms', got {kind!r}")
+    if kind is None:
+        return rows[0] if single else rows
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1:
         raise ValueError(f"rows have lengths {lengths}; padding=True makes them one array")

@@ -10,9 +10,9 @@ from typing import Any
 from codellama_rt.batch_encoding import (
     BatchEncoding,
     as_tensor,
-    is_chosen,
     pad,
     padded_length,
+    row_limit,
     truncate,
 )
 from codellama_rt.code_llama_vocabulary import CodeLlamaVocabulary
@@ -57,12 +57,10 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         return_tensors: str | None = None,
         **hole: Any,
     ) -> BatchEncoding:
-        """Turns a text, or a batch of texts, into ids.
+        """Turns a text, or a batch of texts, into ids; options mean what they do in Transformers.
 
         Args:
-            text: a text or several; at <FILL_ME> it is cut into prefix and suffix.
-            text_pair: what to append to each text, with special tokens of its own.
-            add_special_tokens: put bos and eos around, as the class's options say.
+            text, text_pair: one or several; a pair text follows with special tokens of its own.
             truncation, max_length: True or "longest_first", and the tokens a row may have.
             padding, pad_to_multiple_of, padding_side: True or "longest", or "max_length".
             return_tensors: None for lists, "np" for int64 arrays, "ms" for int32 tensors.
@@ -72,25 +70,18 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
             `input_ids` and `attention_mask`: lists (of lists), or (batch, length) tensors.
 
         Raises:
-            TypeError: a text is not a str.
-            ValueError: two <FILL_ME>, infilling on a model that cannot, an option out of place.
+            TypeError, ValueError: a text is not a str; an option or a hole is out of place.
         """
         single = isinstance(text, str)
-        texts = [text] if single else list(text)
-        pairs = [text_pair] if single else list(text_pair or [None] * len(texts))
-        if truncation is None:  # as in Transformers, a length alone asks for it
-            truncation = max_length is not None and not padding
-        limit = max_length if is_chosen("truncation", truncation, "longest_first") else None
+        pairs = [text_pair] if single else text_pair or [None] * len(text)
+        limit = row_limit(truncation, max_length, padding)
         rows = [
             self._row(self._text_ids(first, **hole), second, add_special_tokens, limit)
-            for first, second in zip(texts, pairs, strict=True)
+            for first, second in zip([text] if single else text, pairs, strict=True)
         ]
         length = padded_length(rows, padding, max_length, pad_to_multiple_of)
-        rows, masks = pad(rows, length, self.pad_token_id, padding_side or self.padding_side)
-        if return_tensors is not None:
-            rows, masks = as_tensor(rows, return_tensors), as_tensor(masks, return_tensors)
-        elif single:
-            [rows], [masks] = rows, masks
+        filled = pad(rows, length, self.pad_token_id, padding_side or self.padding_side)
+        rows, masks = (as_tensor(part, return_tensors, single) for part in filled)
         return BatchEncoding(input_ids=rows, attention_mask=masks)
 
     def build_inputs_with_special_tokens(

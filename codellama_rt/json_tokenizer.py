@@ -107,8 +107,9 @@ def _model_proto(
             return CONTROL
         return NORMAL if piece in model["vocab"] else USER_DEFINED
 
-    # Llama's runs of spaces share the lowest score: they merge last, from the left.
-    scores = [-1e9 if set(piece) == {SPACE} else -ranks.get(piece, len(ranks)) for piece in pieces]
+    # Llama's runs of spaces share the lowest score: they merge last, and from the left.
+    worst = 1 + max((rank for piece, rank in ranks.items() if set(piece) != {SPACE}), default=0)
+    scores = [-min(ranks.get(piece, worst), worst) for piece in pieces]
     steps = json.dumps([contents.get("normalizer"), contents.get("pre_tokenizer")])
     marks = ('"Prepend"', '"prepend_scheme": "always"', '"prepend_scheme": "first"')
     return build_model_proto(

@@ -22,6 +22,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 class SentencePieceTokenizer(Tokenizer):
     """Text to Meta's ids and back, from a SentencePiece model.
 
+    Names of control tokens in a text are plain text. Code Llama's infilling tokens, however, are
+    ordinary pieces of its model: "<EOT>" after a space is that token, here as in Meta's code.
+
     Args:
         model_proto: the bytes of a tokenizer.model file.
         source: the file's name, for messages.
@@ -112,7 +115,8 @@ class SentencePieceTokenizer(Tokenizer):
         Raises:
             ValueError: an id is outside the vocabulary.
         """
-        return self._continuation.decode(self._checked(as_id_list(ids)))
+        checked = self._checked(as_id_list(ids))
+        return self._continuation.decode([i for i in checked if i < self.vocab_size])
 
     def _encode_text(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -129,7 +133,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _lead_length(self, ids: Sequence[int]) -> int:
-        return int(self._has_lead and bool(ids) and self.pieces[ids[0]].startswith(SPACE))
+        return int(self._has_lead and bool(ids) and self.piece(ids[0]).startswith(SPACE))
 
 
 def build_model_proto(

@@ -30,7 +30,7 @@ codecs.register_error(DECODE_LIKE_SENTENCEPIECE, _replace_one_byte)
 class Tokenizer:
     """The interface of all tokenizers; a subclass says how plain text becomes ids.
 
-    Text given to `encode` never becomes a control token, unless `parse_special` asks for it.
+    The name of a special token in a text is plain text, unless `parse_special` asks for more.
 
     Args:
         pieces: the vocabulary's entries as the file names them, by id.
