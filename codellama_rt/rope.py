@@ -1,8 +1,9 @@
-"""Rotary position embedding: float32 cos/sin tables from angles computed in float64.
+"""Rotary position embedding: cos/sin tables of the very angles the models were trained with.
 
-A float32 angle at position 100,000 is wrong by up to 0.004 rad, which moves logits in the second
-decimal; in float64 the angle is exact to 1e-11, and attention stays a function of the distance
-between two tokens however far along both stand.
+Meta's code and Transformers compute frequencies and angles in float32. At position 100,000 that
+rounds an angle by up to 0.004 rad, which moves logits in the second decimal: a runtime with exact
+angles gives other logits than the reference. So frequencies and angles are rounded as theirs are,
+step by step, and only the cosine and sine of such an angle are computed in float64.
 """
 
 import math
@@ -16,14 +17,14 @@ _MAX_RESERVED_ROWS = 131072
 
 
 def inverse_frequencies(config: ModelConfig, length: int | None = None) -> tuple[np.ndarray, float]:
-    """Computes the angle a position adds for each pair, by the formulas of transformers 4.57.
+    """Computes the angle a position adds for each pair, as transformers 4.57 does, in float32.
 
     Args:
         config: the model; its rope_theta, head_dim and rope_scaling are used.
         length: length of the sequence in tokens, which "dynamic" scaling depends on.
 
     Returns:
-        The inverse frequencies, float64 (head_dim / 2), and the factor for cos and sin (yarn).
+        The inverse frequencies, float32 (head_dim / 2), and the factor for cos and sin (yarn).
 
     Example:
         >>> config = ModelConfig(n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, dim=4,
@@ -44,11 +45,14 @@ def inverse_frequencies(config: ModelConfig, length: int | None = None) -> tuple
     if scaling.kind == "llama3":
         return _llama3(frequencies, scaling), 1.0
     assert scaling.kind == "factors", scaling.kind
-    return frequencies / np.asarray(scaling.frequency_factors, np.float64), 1.0
+    return frequencies / np.asarray(scaling.frequency_factors, np.float32), 1.0
 
 
 def _unscaled(theta: float, head_dim: int) -> np.ndarray:
-    return theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    # A power in float64, rounded: float32 powers differ by a unit from one library to the next.
+    powers = (np.float64(theta) ** exponents.astype(np.float64)).astype(np.float32)
+    return np.float32(1.0) / powers
 
 
 def _dynamic(config: ModelConfig, scaling: RopeScaling, length: int | None) -> np.ndarray:
@@ -74,7 +78,8 @@ def _yarn(frequencies: np.ndarray, config: ModelConfig, scaling: RopeScaling) ->
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # as transformers: a step instead of a division by zero
-    stretched = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
+    ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    stretched = np.clip(ramp, np.float32(0.0), np.float32(1.0))
     return frequencies / scaling.factor * stretched + frequencies * (1.0 - stretched)
 
 
@@ -171,8 +176,8 @@ class RotaryEmbedding:
     def _rotations(
         self, positions: np.ndarray, frequencies: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Computes cos and sin, float32 (len(positions), head_dim / 2), of float64 angles."""
-        angles = positions[:, None].astype(np.float64) * frequencies
+        """Computes cos and sin, float32 (len(positions), head_dim / 2), of float32 angles."""
+        angles = (positions[:, None].astype(np.float32) * frequencies).astype(np.float64)
         cos, sin = np.cos(angles), np.sin(angles)
         if self._attention_factor != 1.0:
             cos *= self._attention_factor

@@ -9,20 +9,6 @@ from codellama_rt.rope import RotaryEmbedding
 _QUERY_BLOCK = 512  # bounds the scores of a long prompt to 512 rows at a time
 
 
-class Float32Rotary(RotaryEmbedding):
-    """Angles as transformers computes them, in float32: up to 0.004 rad off at position 100,000.
-
-    The goldens were made with such angles, so far along only they can be compared with them.
-    """
-
-    def _rotations(self, positions, frequencies):
-        assert self.config.rope_scaling is None
-        steps = np.arange(0, self.config.head_dim, 2, dtype=np.float32)
-        powers = np.float32(self.config.rope_theta) ** (steps / np.float32(self.config.head_dim))
-        angles = positions[:, None].astype(np.float32) * (np.float32(1) / powers)
-        return np.cos(angles), np.sin(angles)
-
-
 def forward(
     weights: LlamaWeights,
     config: ModelConfig,

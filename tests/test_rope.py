@@ -5,15 +5,13 @@ import math
 import numpy as np
 import pytest
 from checkpoint_files import TINY, TINY_NAMES
-from oracle import Float32Rotary, forward
+from oracle import forward
 
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.config import ModelConfig, RopeScaling
 from codellama_rt.rope import RotaryEmbedding, inverse_frequencies
 
 LOGITS_TOLERANCE = 1e-4
-# In prompts of thousands of tokens the reference itself, float32 throughout, is off by this much.
-LONG_LOGITS_TOLERANCE = 1e-3
 SCALINGS = [name for name in TINY_NAMES if name.startswith("rope_")]
 PLAIN = ModelConfig(
     n_layers=1, n_heads=1, n_kv_heads=1, head_dim=128, dim=128, hidden_dim=1, vocab_size=1
@@ -52,7 +50,7 @@ def test_greedy_tokens_of_every_tiny_checkpoint(name):
         assert logits[len(prompt) - 1 :].argmax(axis=-1).tolist() == expected
 
 
-def test_offsets_of_the_goldens_need_the_angles_of_transformers():
+def test_offsets_of_the_goldens():
     checkpoint, description, arrays = golden("gqa_theta1e6_bf16")
     for case in description["position_offset"]:
         prompt = description["cases"][case["prompt_index"]]["prompt"]
@@ -61,17 +59,8 @@ def test_offsets_of_the_goldens_need_the_angles_of_transformers():
             checkpoint.config,
             prompt,
             first_position=case["offset"],
-            rope=Float32Rotary(checkpoint.config),
         )
         assert np.abs(logits - arrays[case["npz_key"]]).max() < LOGITS_TOLERANCE
-
-
-@pytest.mark.parametrize("offset", [16384, 65536, 99960])
-def test_logits_do_not_depend_on_where_the_sequence_begins(offset):
-    checkpoint, description, arrays = golden("gqa_theta1e6_bf16")
-    prompt = description["cases"][2]["prompt"]
-    logits = forward(checkpoint.weights, checkpoint.config, prompt, first_position=offset)
-    assert np.abs(logits - arrays["logits_2"]).max() < LOGITS_TOLERANCE
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -80,15 +69,17 @@ def test_long_prompts(which):
     case = description["long"][which]
     prompt = arrays[case["prompt_npz_key"]]
     logits = forward(checkpoint.weights, checkpoint.config, prompt, rows=case["positions"])
-    assert np.abs(logits - arrays[case["npz_key"]]).max() < LONG_LOGITS_TOLERANCE
+    assert np.abs(logits - arrays[case["npz_key"]]).max() < LOGITS_TOLERANCE
 
 
-def test_angles_are_exact_at_100k():
+def test_angles_at_100k_are_rounded_once_from_float32_frequencies():
     positions = int32([0, 1, 16384, 99_999, 131_071])
     config = dataclasses.replace(PLAIN, rope_theta=1e6)
     cos, sin, index = RotaryEmbedding(config).lookup(positions)
-    exponents = -np.arange(0, 128, 2, dtype=np.longdouble) / 128
-    angles = positions[:, None].astype(np.longdouble) * np.longdouble(1e6) ** exponents
+    frequencies = inverse_frequencies(config)[0].astype(np.longdouble)
+    exact = np.longdouble(1e6) ** (-np.arange(0, 128, 2, dtype=np.longdouble) / 128)
+    assert np.abs(frequencies / exact - 1).max() < 2**-22
+    angles = (positions[:, None] * frequencies).astype(np.float32).astype(np.longdouble)
     assert np.abs(cos[index] - np.cos(angles)).max() <= 2**-24
     assert np.abs(sin[index] - np.sin(angles)).max() <= 2**-24
     assert cos.dtype == sin.dtype == np.float32
@@ -177,7 +168,7 @@ def test_yarn_frequencies(truncate, betas):
         truncate=truncate,
     )
     frequencies, _ = inverse_frequencies(config)
-    assert np.allclose(frequencies, yarn_by_the_pair(config), rtol=1e-12)
+    assert np.allclose(frequencies, yarn_by_the_pair(config), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +200,7 @@ def test_yarn_of_a_degenerate_range_is_a_step():
 def test_factors_divide_the_frequencies():
     factors = tuple(np.linspace(1.0, 8.0, 64))
     frequencies, _ = inverse_frequencies(scaled("factors", 1.0, frequency_factors=factors))
-    assert np.allclose(frequencies * factors, inverse_frequencies(PLAIN)[0], rtol=1e-12)
+    assert np.allclose(frequencies * factors, inverse_frequencies(PLAIN)[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", SCALINGS)
