@@ -8,6 +8,7 @@ from codellama_rt.errors import CheckpointError
 from codellama_rt.sentencepiece_tokenizer import (
     CONTROL,
     INFILL_PIECES,
+    PIECE_TYPES,
     UNKNOWN,
     USER_DEFINED,
     SentencePieceTokenizer,
@@ -53,7 +54,9 @@ class _GgufVocabulary:
         self.fields = ConfigFields(values, f"{path}: {start[:-1]}")
         self.kind = values.get("model")
         self.pieces = self.strings("tokens")
-        self.types = [int(kind) for kind in self.numbers("token_type")]
+        self.types = self.numbers("token_type")
+        if not set(self.types) <= set(PIECE_TYPES):
+            raise self.fields.fault("token_type", f"numbers from 1 to {len(PIECE_TYPES)}")
         self.bos_id = self.token_id("bos_token_id")
         self.eos_id = self.token_id("eos_token_id")
 

@@ -38,11 +38,11 @@ def tokenizer_from_json(path: Path) -> Tokenizer:
     config = read_object(config_path) if config_path.is_file() else {}
     names = [token_text(config.get(f"{role}_token")) for role in ("bos", "eos")]
     bos_id, eos_id = (backend.token_to_id(name or "") for name in names)
-    head = backend.encode("").ids[:1]
+    adds_bos = _begins_with(contents.get("post_processor") or {}, names[0])
     if model.get("byte_fallback"):
         # Running the model in SentencePiece keeps Meta's ids, which a conversion often loses.
         proto = _model_proto(contents, pieces, special_ids, bos_id, eos_id)
-        return SentencePieceTokenizer(proto, source=str(path), adds_bos=head == [bos_id])
+        return SentencePieceTokenizer(proto, source=str(path), adds_bos=adds_bos)
     if '"ByteLevel"' not in json.dumps([contents.get("pre_tokenizer"), contents.get("decoder")]):
         raise CheckpointError(f"{path}: expected ByteLevel or byte_fallback, found neither")
     return BpeTokenizer(
@@ -52,7 +52,7 @@ def tokenizer_from_json(path: Path) -> Tokenizer:
         literal_ids=[token["id"] for token in added],
         bos_id=bos_id,
         eos_id=eos_id,
-        adds_bos=head == [bos_id],
+        adds_bos=adds_bos,
     )
 
 
@@ -70,6 +70,12 @@ def _backend(path: Path, contents: Mapping[str, Any]) -> Any:
     backend.no_padding()
     backend.encode_special_tokens = True  # a user's text never becomes a control token
     return backend
+
+
+def _begins_with(post_processor: Mapping[str, Any], name: str | None) -> bool:
+    steps = post_processor.get("processors", [post_processor])
+    first = {"SpecialToken": {"id": name, "type_id": 0}}
+    return any(step.get("single", [])[:1] == [first] for step in steps)
 
 
 def _pieces(path: Path, vocabulary: Mapping[str, int]) -> list[str]:

@@ -16,7 +16,7 @@ INFILL_PIECES = {"prefix": "▁<PRE>", "middle": "▁<MID>", "suffix": "▁<SUF>
 STEP_PIECE = "<step>"  # ends a message of Code Llama 70B Instruct
 
 # Types of pieces in sentencepiece_model.proto; GGUF files use the same numbers.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+PIECE_TYPES = NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -180,8 +180,9 @@ def _parse(model_proto: bytes, source: str) -> Any:
         proto = pb.ModelProto.FromString(model_proto)
     except DecodeError as error:
         raise CheckpointError(f"{source} is not a SentencePiece model: {error}") from None
-    if not proto.pieces:
-        raise CheckpointError(f"{source} is not a SentencePiece model: it has no pieces")
+    pieces = [entry.piece for entry in proto.pieces]
+    if not pieces or not all(isinstance(piece, str) for piece in pieces):  # bytes if not UTF-8
+        raise CheckpointError(f"{source} is not a SentencePiece model: expected pieces in UTF-8")
     return proto
 
 
@@ -191,7 +192,7 @@ def _processor(model_proto: bytes, source: str) -> Any:
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model_proto)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the second: its message is not UTF-8
         raise CheckpointError(f"{source}: SentencePiece refuses the model: {error}") from None
     return processor
 

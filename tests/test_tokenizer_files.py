@@ -1,5 +1,8 @@
 """Every file a tokenizer can lie in, well formed and not."""
 
+import random
+from contextlib import suppress
+
 import pytest
 from tokenizer_files import (
     BPE_PIECES,
@@ -150,6 +153,7 @@ BAD_GGUF = [
     (bpe_fields() | {"merges": ["no such"]}, "merges do not fit the tokens"),
     (bpe_fields() | {"merges": ["a"]}, "merges do not fit the tokens"),
     (bpe_fields() | {"token_type": [1, 2]}, f"token_type: expected {len(BPE_PIECES)} numbers"),
+    (SPM_FIELDS | {"token_type": [7] * 421}, "token_type: expected numbers from 1 to 6"),
     (bpe_fields() | {"bos_token_id": 5000}, "bos_token_id: expected an integer from 0 to"),
     (without(SPM_FIELDS, "scores"), "scores: expected 421 numbers"),
     (SPM_FIELDS | {"tokens": ["<unk>"] * 421}, "SentencePiece refuses the model"),
@@ -189,7 +193,10 @@ def test_bad_json_files(tmp_path, contents, message):
     assert "tokenizer.json" in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"\0\0", b"not a model", sentencepiece_model()[:-10]])
+NOT_UTF8 = sentencepiece_model().replace("▁def".encode(), "▁de".encode() + b"\xff")
+
+
+@pytest.mark.parametrize("data", [b"", b"\0\0", b"not a model", NOT_UTF8])
 def test_bad_model_files(tmp_path, data):
     file = tmp_path / "tokenizer.model"
     file.write_bytes(data)
@@ -204,3 +211,23 @@ def test_nothing_there(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match="expected a tokenizer, found No such file"):
         load_tokenizer(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "model.gguf", "tokenizer.json"])
+def test_damaged_files_are_read_or_refused(tmp_path, name):
+    rng = random.Random(name)
+    model_file(tmp_path)
+    gguf_file(tmp_path, sentencepiece_fields())
+    path = json_file(tmp_path, sentencepiece_json(), NAMES).with_name(name)
+    whole = path.read_bytes()
+    for _ in range(100):
+        data = bytearray(whole)
+        for _ in range(rng.choice([1, 2, 10])):
+            place = rng.randrange(len(data))
+            data[place : place + rng.choice([0, 1, 1, 20])] = rng.randbytes(
+                rng.choice([0, 1, 1, 8])
+            )
+        path.write_bytes(data)
+        with suppress(CheckpointError):
+            tokenizer = load_tokenizer(path)
+            assert isinstance(tokenizer.decode(tokenizer.encode(TEXT)), str)
