@@ -1,0 +1,109 @@
+"""Arrays, pages, RoPE tables and small models that several tests are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
+
+GARBAGE_BLOCKS = (-1, -7, 2**31 - 1)  # what an unused entry of a block table may hold
+ACTIVATION_AND_STORED = [(a, b) for a in FLOAT_DTYPES for b in FLOAT_DTYPES]
+
+
+def normal(rng: np.random.Generator, shape, dtype: str = "float32", scale: float = 1.0):
+    """Normally distributed numbers, rounded to `dtype`."""
+    return (scale * rng.standard_normal(shape, np.float32)).astype(numpy_dtype(dtype))
+
+
+def int32(values) -> np.ndarray:
+    return np.asarray(values, np.int32)
+
+
+def ends(counts) -> np.ndarray:
+    """(num_seqs + 1) int32: where each of consecutive runs begins, and the total."""
+    return int32(np.concatenate([[0], np.cumsum(counts)]))
+
+
+def rope_tables(num_positions: int, head_dim: int, theta: float = 1e6):
+    """Cosines and sines of the positions, float32 (num_positions, head_dim / 2)."""
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    angles = np.arange(num_positions)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+@dataclass
+class Paged:
+    """Arguments of paged_attention, and the same keys and values one after another."""
+
+    query: np.ndarray  # (num_tokens, n_heads, head_dim)
+    key_cache: np.ndarray  # (num_blocks, n_kv_heads, block_size, head_dim)
+    value_cache: np.ndarray
+    block_tables: np.ndarray
+    seq_lens: np.ndarray
+    cu_seqlens_q: np.ndarray
+    key: np.ndarray  # (sum of seq_lens, n_kv_heads, head_dim)
+    value: np.ndarray
+
+    @property
+    def arguments(self) -> tuple[np.ndarray, ...]:
+        return (
+            self.query, self.key_cache, self.value_cache, self.block_tables, self.seq_lens,
+            self.cu_seqlens_q,
+        )  # fmt: skip
+
+    @property
+    def contiguous(self) -> tuple[np.ndarray, ...]:
+        """Arguments of flash_attention."""
+        return self.query, self.key, self.value, self.cu_seqlens_q, ends(self.seq_lens)
+
+    def repaged(self, rng: np.random.Generator, block_size: int) -> Paged:
+        """The same numbers in pages of another size and at other places."""
+        pages = _lay_out(rng, self.key, self.value, self.seq_lens, block_size)
+        return replace(self, **pages)
+
+
+def paged(
+    rng: np.random.Generator, seq_lens, num_queries, *, heads=(4, 2), head_dim: int = 64,
+    block_size: int = 16, dtype: str = "float32", cache_dtype: str = "float32",
+) -> Paged:  # fmt: skip
+    """Random sequences; whatever the op must not read is NaN or garbage.
+
+    Args:
+        rng: source of everything.
+        seq_lens: keys of each sequence.
+        num_queries: how many of the last keys of each sequence have queries.
+        heads: (n_heads, n_kv_heads).
+        head_dim: of all heads.
+        block_size: tokens a page.
+        dtype: of the queries.
+        cache_dtype: of keys and values.
+    """
+    n_heads, n_kv_heads = heads
+    total = int(np.sum(seq_lens))
+    query = normal(rng, (int(np.sum(num_queries)), n_heads, head_dim), dtype)
+    key = normal(rng, (total, n_kv_heads, head_dim), cache_dtype)
+    value = normal(rng, (total, n_kv_heads, head_dim), cache_dtype)
+    return Paged(
+        query=query, key=key, value=value, seq_lens=int32(seq_lens),
+        cu_seqlens_q=ends(num_queries), **_lay_out(rng, key, value, seq_lens, block_size),
+    )  # fmt: skip
+
+
+def _lay_out(rng, key, value, seq_lens, block_size) -> dict[str, np.ndarray]:
+    counts = [-(-int(length) // block_size) for length in seq_lens]
+    num_blocks = sum(counts) + 3
+    shape = (num_blocks, key.shape[1], block_size, key.shape[2])
+    caches = [np.full(shape, np.nan, key.dtype) for _ in range(2)]
+    table = int32(rng.choice(GARBAGE_BLOCKS, (len(counts), max(counts, default=0) + 1)))
+    free = iter(rng.permutation(num_blocks))
+    begin = 0
+    for row, length, count in zip(table, seq_lens, counts, strict=True):
+        row[:count] = [next(free) for _ in range(count)]
+        for cache, flat in zip(caches, (key, value), strict=True):
+            for i, block in enumerate(row[:count]):
+                rows = flat[begin + i * block_size : begin + min((i + 1) * block_size, length)]
+                cache[block, :, : len(rows)] = rows.transpose(1, 0, 2)
+        begin += length
+    return {"key_cache": caches[0], "value_cache": caches[1], "block_tables": table}
