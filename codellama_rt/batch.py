@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .sequence import Chunk, int32_list
+from codellama_rt.sequence import Chunk, int32_list
 
 _PADDING = int32_list([-1])
 

@@ -11,7 +11,7 @@ equal hashes of different texts cannot be mistaken; a name is given once and nev
 from collections import OrderedDict
 from typing import NamedTuple
 
-from .sequence import Sequence
+from codellama_rt.sequence import Sequence
 
 PrefixKey = tuple[int, bytes]  # (prefix_id of the parent, int32 token ids of the block)
 

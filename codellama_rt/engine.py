@@ -12,12 +12,12 @@ from time import perf_counter
 
 import numpy as np
 
-from .batch import build_batch
-from .block_manager import BlockManager
-from .request import Output, Request, Sample, check_params, checked_prompt
-from .sampling_params import SamplingParams
-from .scheduler import Schedule, Scheduler
-from .sequence import Chunk, Sequence
+from codellama_rt.batch import build_batch
+from codellama_rt.block_manager import BlockManager
+from codellama_rt.request import Output, Request, Sample, check_params, checked_prompt
+from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.scheduler import Schedule, Scheduler
+from codellama_rt.sequence import Chunk, Sequence
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class Engine:
             generation_config: its "eos_token_id" replaces the model's.
         """
         if max_model_len < 2:
-            raise ValueError(f"max_model_len must be >= 2, a token in, one out; got {max_model_len}")
+            raise ValueError(f"max_model_len must be >= 2 (one in, one out), got {max_model_len}")
         self.model = model
         self.kv_cache = kv_cache
         self.tokenizer = tokenizer

@@ -7,11 +7,11 @@ from numbers import Integral
 
 import numpy as np
 
-from .logprobs import Logprob, PromptLogprobs, token_logprobs
-from .sampler import TokenSampler
-from .sampling_params import SamplingParams
-from .sequence import Sequence, int32_list
-from .text_stream import TextStream
+from codellama_rt.logprobs import Logprob, PromptLogprobs, token_logprobs
+from codellama_rt.sampler import TokenSampler
+from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.sequence import Sequence, int32_list
+from codellama_rt.text_stream import TextStream
 
 
 @dataclass(slots=True)
@@ -116,7 +116,7 @@ class Sample:
         self.sequence = sequence
         self.index = sequence.order[-1]
         params = request.params
-        prompt_ids = np.frombuffer(sequence.token_ids[: sequence.prompt_len], np.int32)
+        prompt_ids = sequence.token_ids[: sequence.prompt_len]
         self._sampler = TokenSampler(
             params,
             request.seed,
@@ -128,7 +128,7 @@ class Sample:
         )
         self._stream = None
         if request.tokenizer is not None:
-            detokenizer = request.tokenizer.detokenizer(prompt_ids.tolist())
+            detokenizer = request.tokenizer.detokenizer(prompt_ids)
             self._stream = TextStream(detokenizer, params.stop)
 
     def accept(self, logits: np.ndarray) -> Output:

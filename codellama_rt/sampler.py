@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from .sampling_params import SamplingParams
+from codellama_rt.sampling_params import SamplingParams
 
 
 class TokenCounts:
@@ -162,7 +162,7 @@ def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
 
 
 def _nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
-    """Which tokens have at most `top_p` of probability before them; of equals the lower id leads."""
+    """Which tokens have at most `top_p` before them; of equal ones the lower id goes first."""
     # Tokens below (1 - p) / size sum to less than 1 - p, so none of them can be kept. On a real
     # model's logits this leaves some hundred to sort instead of the whole vocabulary.
     candidates = probs[probs >= (1.0 - top_p) / len(probs)]

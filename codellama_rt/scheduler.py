@@ -10,8 +10,8 @@ from bisect import insort
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from .block_manager import BlockManager
-from .sequence import Chunk, Sequence
+from codellama_rt.block_manager import BlockManager
+from codellama_rt.sequence import Chunk, Sequence
 
 _by_order = attrgetter("order")
 

@@ -1,0 +1,189 @@
+"""Which tokens are computed when, without a model."""
+
+import pytest
+
+from codellama_rt.block_manager import BlockManager
+from codellama_rt.scheduler import Scheduler
+from codellama_rt.sequence import Sequence, int32_list
+
+
+def scheduler_of(num_blocks=64, block_size=4, max_num_seqs=8, tokens=32, prefix_caching=False):
+    blocks = BlockManager(num_blocks, block_size, prefix_caching)
+    return Scheduler(blocks, max_num_seqs, tokens)
+
+
+def add(scheduler, length, arrival, priority=0, first=0):
+    tokens = int32_list(range(first, first + length))
+    sequence = Sequence(tokens, length, (priority, arrival, 0), length - 1)
+    scheduler.add(sequence)
+    return sequence
+
+
+def run(scheduler):
+    """One step: commits every chunk; a sequence that is computed gets token 0."""
+    schedule = scheduler.schedule()
+    for chunk in schedule.chunks:
+        scheduler.commit(chunk)
+        if chunk.samples:
+            chunk.sequence.token_ids.append(0)
+    return schedule
+
+
+def spans(schedule):
+    return [(chunk.sequence.order[1], chunk.start, chunk.stop) for chunk in schedule.chunks]
+
+
+@pytest.mark.parametrize("sizes", [(0, 32), (8, 0)])
+def test_limits_must_be_positive(sizes):
+    with pytest.raises(ValueError, match="must be >= 1"):
+        Scheduler(BlockManager(4, 4), *sizes)
+
+
+def test_a_long_prompt_is_cut_into_chunks_of_the_budget():
+    scheduler = scheduler_of()
+    add(scheduler, 70, 0)
+    steps = [run(scheduler) for _ in range(4)]
+    assert [spans(s) for s in steps] == [
+        [(0, 0, 32)],
+        [(0, 32, 64)],
+        [(0, 64, 70)],
+        [(0, 70, 71)],
+    ]
+    assert [s.chunks[0].num_logits for s in steps] == [0, 0, 1, 1]
+
+
+def test_decodes_go_before_prompts_and_prompts_in_order_of_arrival():
+    scheduler = scheduler_of()
+    add(scheduler, 4, 0)
+    run(scheduler)
+    for arrival in (1, 2, 3):
+        add(scheduler, 20, arrival)
+    assert spans(run(scheduler)) == [(0, 4, 5), (1, 0, 20), (2, 0, 11)]
+    assert spans(run(scheduler)) == [(0, 5, 6), (1, 20, 21), (2, 11, 20), (3, 0, 20)]
+
+
+def test_priority_goes_before_arrival():
+    scheduler = scheduler_of(max_num_seqs=1)
+    add(scheduler, 4, 0, priority=1)
+    add(scheduler, 4, 1, priority=0)
+    assert spans(run(scheduler)) == [(1, 0, 4)]
+
+
+def test_no_more_sequences_than_allowed_nor_than_tokens():
+    for max_num_seqs, tokens, expected in [(3, 32, 3), (8, 2, 2)]:
+        scheduler = scheduler_of(max_num_seqs=max_num_seqs, tokens=tokens)
+        for arrival in range(6):
+            add(scheduler, 1, arrival)
+        for _ in range(3):
+            assert len(run(scheduler).chunks) == expected
+
+
+def test_a_prompt_that_can_never_fit_is_refused():
+    scheduler = scheduler_of(num_blocks=4, block_size=4)
+    with pytest.raises(ValueError, match=r"prompt of 17 tokens .* 4 blocks of 4 tokens hold 16"):
+        add(scheduler, 17, 0)
+    assert not scheduler.waiting
+    add(scheduler, 16, 0)
+    assert spans(run(scheduler)) == [(0, 0, 16)]
+
+
+def test_a_prompt_waits_until_all_of_it_fits_and_is_not_overtaken():
+    scheduler = scheduler_of(num_blocks=4, block_size=4)
+    first = add(scheduler, 5, 0)
+    add(scheduler, 12, 1)
+    add(scheduler, 1, 2)
+    assert spans(run(scheduler)) == [(0, 0, 5)]
+    scheduler.remove(first)
+    assert spans(run(scheduler)) == [(1, 0, 12), (2, 0, 1)]
+
+
+def test_the_newest_gives_way_and_is_recomputed_with_what_it_generated():
+    scheduler = scheduler_of(num_blocks=4, block_size=4)
+    add(scheduler, 7, 0)
+    young = add(scheduler, 7, 1)
+    run(scheduler)  # both have two blocks, tokens 0 to 6
+    run(scheduler)  # token 7 fills the last slot
+    schedule = run(scheduler)
+    assert spans(schedule) == [(0, 8, 9)]
+    assert scheduler.num_preemptions == 1
+    assert scheduler.waiting == [young]
+    assert (young.num_computed, young.num_uncomputed, young.prompt_len) == (0, 9, 7)
+    scheduler.remove(scheduler.running[0])
+    assert spans(run(scheduler)) == [(1, 0, 9)]
+
+
+def test_the_lowest_priority_gives_way_before_the_newest():
+    scheduler = scheduler_of(num_blocks=4, block_size=4)
+    low = add(scheduler, 7, 0, priority=5)
+    add(scheduler, 7, 1, priority=0)
+    for _ in range(3):
+        run(scheduler)
+    assert scheduler.waiting == [low]
+
+
+def test_a_preempted_sequence_goes_back_to_its_place_in_the_queue():
+    scheduler = scheduler_of(max_num_seqs=2)
+    sequences = [add(scheduler, 4, arrival) for arrival in range(4)]
+    run(scheduler)
+    scheduler.preempt(sequences[1])
+    assert scheduler.waiting == sequences[1:]
+    assert spans(run(scheduler)) == [(0, 4, 5), (1, 0, 5)]
+
+
+def test_all_finish_when_each_may_take_the_whole_cache():
+    scheduler = scheduler_of(num_blocks=4, block_size=4)
+    for arrival in range(64):
+        add(scheduler, 1 + arrival % 16, arrival)
+    for _ in range(5000):
+        for chunk in run(scheduler).chunks:
+            if len(chunk.sequence.token_ids) == 17:
+                scheduler.remove(chunk.sequence)
+    assert not scheduler.running
+    assert not scheduler.waiting
+    assert scheduler.blocks.num_free == 4
+    assert scheduler.num_preemptions > 0
+
+
+def test_forks_share_the_prompt_and_copy_its_last_block():
+    scheduler = scheduler_of()
+    parent = add(scheduler, 6, 0)
+    (chunk,) = scheduler.schedule().chunks
+    scheduler.commit(chunk)
+    children = [parent.fork(i) for i in (1, 2)]
+    for child in children:
+        scheduler.add_fork(parent, child)
+    assert scheduler.blocks.num_free == 62
+    for sequence in (parent, *children):
+        sequence.token_ids.append(0)
+    schedule = scheduler.schedule()
+    assert spans(schedule) == [(0, 6, 7)] * 3
+    assert len(schedule.block_copies) == 2
+    assert scheduler.blocks.num_free == 60
+
+
+def test_forks_without_a_place_wait_and_compute_the_prompt_themselves():
+    scheduler = scheduler_of(max_num_seqs=1)
+    parent = add(scheduler, 6, 0)
+    run(scheduler)
+    child = parent.fork(1)
+    scheduler.add_fork(parent, child)
+    assert scheduler.waiting == [child]
+    scheduler.remove(parent)
+    assert spans(run(scheduler)) == [(0, 0, 7)]
+
+
+def test_a_cached_prefix_is_not_computed_again():
+    scheduler = scheduler_of(prefix_caching=True)
+    first = add(scheduler, 20, 0)
+    run(scheduler)
+    scheduler.remove(first)
+    add(scheduler, 20, 1)
+    assert spans(run(scheduler)) == [(1, 16, 20)]
+
+
+def test_repeating_a_step_that_was_not_committed_gives_the_same():
+    scheduler = scheduler_of()
+    add(scheduler, 6, 0)
+    run(scheduler)
+    add(scheduler, 40, 1)
+    assert spans(scheduler.schedule()) == spans(scheduler.schedule())
