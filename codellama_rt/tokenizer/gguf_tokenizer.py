@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from codellama_rt.bpe_tokenizer import BpeTokenizer, build_bpe, find_pre_tokenizer
 from codellama_rt.config_fields import ConfigFields
 from codellama_rt.errors import CheckpointError
-from codellama_rt.sentencepiece_tokenizer import (
+from codellama_rt.tokenizer.bpe_tokenizer import BpeTokenizer, build_bpe, find_pre_tokenizer
+from codellama_rt.tokenizer.sentencepiece_tokenizer import (
     CONTROL,
     INFILL_PIECES,
     PIECE_TYPES,
@@ -14,7 +14,7 @@ from codellama_rt.sentencepiece_tokenizer import (
     SentencePieceTokenizer,
     build_model_proto,
 )
-from codellama_rt.tokenizer_base import Tokenizer
+from codellama_rt.tokenizer.tokenizer_base import Tokenizer
 
 # The keys of the infilling tokens in newer and in older files.
 _INFILL_KEYS = {
@@ -43,7 +43,7 @@ class _GgufVocabulary:
     """The fields under `tokenizer.ggml.`, as far as both kinds share them."""
 
     def __init__(self, path: Path) -> None:
-        from codellama_rt.gguf_file import read_gguf
+        from codellama_rt.checkpoint.gguf_file import read_gguf
 
         start = "tokenizer.ggml."
         metadata = read_gguf(path).metadata

@@ -9,7 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from codellama_rt.errors import CheckpointError
-from codellama_rt.tokenizer_base import DECODE_LIKE_SENTENCEPIECE, Tokenizer, as_id_list, check_text
+from codellama_rt.tokenizer.tokenizer_base import (
+    DECODE_LIKE_SENTENCEPIECE,
+    Tokenizer,
+    as_id_list,
+    check_text,
+)
 
 SPACE = "▁"  # U+2581, a space inside a piece
 INFILL_PIECES = {"prefix": "▁<PRE>", "middle": "▁<MID>", "suffix": "▁<SUF>", "eot": "▁<EOT>"}

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
 from codellama_rt.errors import CheckpointError
-from codellama_rt.stored_tensor import StoredTensor, map_file
 
 MAGIC = b"GGUF"
 _FLOAT_TYPES = {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2)}  # ggml type -> name, item bytes

@@ -12,11 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from codellama_rt.config import DTYPES, ModelConfig
-from codellama_rt.gguf_model import read_gguf_model
-from codellama_rt.hf_directory import read_directory
-from codellama_rt.model_names import resolve_model
-from codellama_rt.weight_loading import Progress, check_finite, load_arrays, match_tensors
+from codellama_rt.checkpoint.gguf_model import read_gguf_model
+from codellama_rt.checkpoint.hf_directory import read_directory
+from codellama_rt.checkpoint.model_names import resolve_model
+from codellama_rt.checkpoint.weight_loading import (
+    Progress,
+    check_finite,
+    load_arrays,
+    match_tensors,
+)
+from codellama_rt.config import ModelConfig
+from codellama_rt.dtypes import FLOAT_DTYPES
 
 
 @dataclass(frozen=True)
@@ -99,9 +105,9 @@ def open_checkpoint(
 
 
 def _check_choices(dtype: str, check: str | None) -> None:
-    if dtype not in ("auto", *DTYPES):
+    if dtype not in ("auto", *FLOAT_DTYPES):
         raise ValueError(
-            f"open_checkpoint: dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}"
+            f"open_checkpoint: dtype must be one of auto, {', '.join(FLOAT_DTYPES)}, got {dtype!r}"
         )
     if check not in (None, "finite"):
         raise ValueError(f"open_checkpoint: check must be None or 'finite', got {check!r}")

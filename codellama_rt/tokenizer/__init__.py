@@ -8,13 +8,19 @@ from os import PathLike
 from pathlib import Path
 
 from codellama_rt.errors import CheckpointError
-from codellama_rt.tokenizer_base import IncrementalDetokenizer, TokenIdError, Tokenizer, check_text
+from codellama_rt.tokenizer.tokenizer_base import (
+    IncrementalDetokenizer,
+    TokenIdError,
+    Tokenizer,
+    check_text,
+)
 
 __all__ = [
     "FILL_TOKEN",
     "IncrementalDetokenizer",
     "TokenIdError",
     "Tokenizer",
+    "has_tokenizer",
     "load_tokenizer",
     "split_fill",
 ]
@@ -50,6 +56,20 @@ def load_tokenizer(path: str | PathLike[str], vocab_size: int | None = None) -> 
             )
         tokenizer.pad_vocabulary(vocab_size)
     return tokenizer
+
+
+def has_tokenizer(path: str | PathLike[str]) -> bool:
+    """Whether a checkpoint, a directory or a file, brings a tokenizer: some are weights alone."""
+    path = Path(path)
+    if path.is_dir():
+        return any((path / name).is_file() for name in _FILES)
+    with open(path, "rb") as file:
+        is_gguf = file.read(4) == b"GGUF"
+    if not is_gguf:
+        return True
+    from codellama_rt.checkpoint.gguf_file import read_gguf
+
+    return "tokenizer.ggml.model" in read_gguf(path).metadata
 
 
 def split_fill(prompt: str, fill_token: str = FILL_TOKEN) -> tuple[str, str] | None:
@@ -88,13 +108,13 @@ def _load_file(path: Path) -> Tokenizer:
     except OSError as error:
         raise CheckpointError(f"{path}: expected a tokenizer, found {error.strerror}") from None
     if magic == b"GGUF":
-        from codellama_rt.gguf_tokenizer import tokenizer_from_gguf
+        from codellama_rt.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 
         return tokenizer_from_gguf(path)
     if path.suffix == ".json":
-        from codellama_rt.json_tokenizer import tokenizer_from_json
+        from codellama_rt.tokenizer.json_tokenizer import tokenizer_from_json
 
         return tokenizer_from_json(path)
-    from codellama_rt.sentencepiece_tokenizer import SentencePieceTokenizer
+    from codellama_rt.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
     return SentencePieceTokenizer(path.read_bytes(), source=str(path))

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from codellama_rt.checkpoint.gguf_file import GgufFile, read_gguf
+from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
 from codellama_rt.config import (
     MAX_DIM,
     MAX_HEAD_DIM,
@@ -24,8 +26,6 @@ from codellama_rt.config import (
 )
 from codellama_rt.config_fields import ConfigFields
 from codellama_rt.errors import CheckpointError
-from codellama_rt.gguf_file import GgufFile, read_gguf
-from codellama_rt.stored_tensor import StoredModel, StoredTensor
 
 _TOP_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
+from codellama_rt.checkpoint.strict_json import MAX_JSON_BYTES, parse_object
 from codellama_rt.errors import CheckpointError
-from codellama_rt.stored_tensor import StoredTensor, map_file
-from codellama_rt.strict_json import MAX_JSON_BYTES, parse_object
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,

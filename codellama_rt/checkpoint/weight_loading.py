@@ -3,20 +3,15 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-import ml_dtypes
 import numpy as np
 
+from codellama_rt.checkpoint.stored_tensor import ENCODINGS, StoredModel, StoredTensor
 from codellama_rt.config import ModelConfig
+from codellama_rt.dtypes import numpy_dtype
 from codellama_rt.errors import CheckpointError
-from codellama_rt.stored_tensor import FLOAT_DTYPES, StoredModel, StoredTensor
 
 Progress = Callable[[int, int, str], None]  # done bytes, total bytes, what is being done
 
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 _CHUNK_BYTES = 2**20  # stays in a core's second-level cache between the passes over it
 _EXPONENT_BITS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
 
@@ -107,7 +102,7 @@ def _check_tensor(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         )
     if type(tensor) is StoredTensor and not tensor.is_float:
         raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name!r}: expected dtype {', '.join(FLOAT_DTYPES)}, "
+            f"{tensor.file}: tensor {tensor.name!r}: expected dtype {', '.join(ENCODINGS)}, "
             f"found {tensor.encoding}"
         )
 
@@ -123,11 +118,11 @@ def choose_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype:
     """
     projections = [tensor for name, tensor in tensors.items() if name.endswith("_proj.weight")]
     if not all(tensor.is_float for tensor in projections):
-        return DTYPES["bfloat16"]
+        return numpy_dtype("bfloat16")
     elements: Counter[str] = Counter()
     for tensor in projections:
         elements[tensor.encoding] += tensor.size
-    return FLOAT_DTYPES[elements.most_common(1)[0][0]]
+    return ENCODINGS[elements.most_common(1)[0][0]]
 
 
 def load_arrays(
@@ -147,11 +142,11 @@ def load_arrays(
     Raises:
         CheckpointError: a finite value is beyond the range of dtype.
     """
-    target = choose_dtype(tensors) if dtype == "auto" else DTYPES[dtype]
+    target = choose_dtype(tensors) if dtype == "auto" else numpy_dtype(dtype)
 
     def lies_right(tensor: StoredTensor) -> bool:
         keeps_its_own = dtype == "auto" and len(tensor.shape) == 1
-        return tensor.is_float and (keeps_its_own or FLOAT_DTYPES[tensor.encoding] == target)
+        return tensor.is_float and (keeps_its_own or ENCODINGS[tensor.encoding] == target)
 
     counter = _Counter(
         sum(t.payload.nbytes for t in tensors.values() if not lies_right(t)),

@@ -7,12 +7,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from codellama_rt.batch_encoding import check_side
+from codellama_rt.checkpoint.strict_json import read_object
 from codellama_rt.errors import CheckpointError
-from codellama_rt.sentencepiece_tokenizer import INFILL_PIECES, STEP_PIECE, SentencePieceTokenizer
-from codellama_rt.strict_json import read_object
 from codellama_rt.tokenizer import FILL_TOKEN, load_tokenizer
-from codellama_rt.tokenizer_base import as_id_list, token_text
+from codellama_rt.tokenizer.batch_encoding import check_side
+from codellama_rt.tokenizer.sentencepiece_tokenizer import (
+    INFILL_PIECES,
+    STEP_PIECE,
+    SentencePieceTokenizer,
+)
+from codellama_rt.tokenizer.tokenizer_base import as_id_list, token_text
 
 _CONFIG_FILE = "tokenizer_config.json"
 

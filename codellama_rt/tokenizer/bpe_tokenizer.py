@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from codellama_rt.errors import CheckpointError
-from codellama_rt.tokenizer_base import Tokenizer
+from codellama_rt.tokenizer.tokenizer_base import Tokenizer
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from codellama_rt.bpe_tokenizer import BpeTokenizer
+from codellama_rt.checkpoint.strict_json import read_object
 from codellama_rt.errors import CheckpointError
-from codellama_rt.sentencepiece_tokenizer import (
+from codellama_rt.tokenizer.bpe_tokenizer import BpeTokenizer
+from codellama_rt.tokenizer.sentencepiece_tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -17,8 +18,7 @@ from codellama_rt.sentencepiece_tokenizer import (
     SentencePieceTokenizer,
     build_model_proto,
 )
-from codellama_rt.strict_json import read_object
-from codellama_rt.tokenizer_base import Tokenizer, token_text
+from codellama_rt.tokenizer.tokenizer_base import Tokenizer, token_text
 
 
 def tokenizer_from_json(path: Path) -> Tokenizer:

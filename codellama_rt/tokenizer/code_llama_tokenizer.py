@@ -7,7 +7,8 @@ text are parsed.
 from collections.abc import Sequence
 from typing import Any
 
-from codellama_rt.batch_encoding import (
+from codellama_rt.tokenizer import split_fill
+from codellama_rt.tokenizer.batch_encoding import (
     BatchEncoding,
     as_tensor,
     pad,
@@ -15,9 +16,8 @@ from codellama_rt.batch_encoding import (
     row_limit,
     truncate,
 )
-from codellama_rt.code_llama_vocabulary import CodeLlamaVocabulary
-from codellama_rt.tokenizer import split_fill
-from codellama_rt.tokenizer_base import cannot_infill
+from codellama_rt.tokenizer.code_llama_vocabulary import CodeLlamaVocabulary
+from codellama_rt.tokenizer.tokenizer_base import cannot_infill
 
 _CLEAN_UPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from codellama_rt.config import ModelConfig
+from codellama_rt.dtypes import numpy_dtype
 from codellama_rt.errors import CheckpointError
 
-FLOAT_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
+ENCODINGS = {  # of plain floats, by safetensors' names
+    "F32": numpy_dtype("float32"),
+    "F16": numpy_dtype("float16"),
+    "BF16": numpy_dtype("bfloat16"),
 }
 
 
@@ -65,7 +65,7 @@ class StoredTensor:
     @property
     def is_float(self) -> bool:
         """Whether the bytes are floats of this machine, usable in place."""
-        return self.encoding in FLOAT_DTYPES
+        return self.encoding in ENCODINGS
 
     @property
     def size(self) -> int:
@@ -74,7 +74,7 @@ class StoredTensor:
 
     def view(self) -> np.ndarray:
         """Returns the tensor as a view of the file's mapping."""
-        array = self.payload.view(FLOAT_DTYPES[self.encoding]).reshape(self.shape)
+        array = self.payload.view(ENCODINGS[self.encoding]).reshape(self.shape)
         # Old safetensors writers did not pad the header: kernels need whole-element addresses, so
         # such a tensor, and only such a one, is copied.
         return array if array.flags.aligned else array.copy()
@@ -82,7 +82,7 @@ class StoredTensor:
     def decode(self, begin: int, end: int) -> np.ndarray:
         """Returns the rows begin..end of axis 0 as floats; a view where the bytes are floats."""
         assert self.is_float, self.encoding
-        flat = self.payload.view(FLOAT_DTYPES[self.encoding])
+        flat = self.payload.view(ENCODINGS[self.encoding])
         row = self.size // self.shape[0]
         return flat[begin * row : end * row].reshape(end - begin, *self.shape[1:])
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from codellama_rt.checkpoint.safetensors_file import read_safetensors
+from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
+from codellama_rt.checkpoint.strict_json import read_object
 from codellama_rt.config import ModelConfig
 from codellama_rt.config_fields import ConfigFields
 from codellama_rt.errors import CheckpointError
-from codellama_rt.safetensors_file import read_safetensors
-from codellama_rt.stored_tensor import StoredModel, StoredTensor
-from codellama_rt.strict_json import read_object
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

@@ -7,7 +7,7 @@ line. Where every character counts use `Tokenizer.detokenizer`.
 import re
 from typing import Any
 
-from codellama_rt.tokenizer_base import as_id_list
+from codellama_rt.tokenizer.tokenizer_base import as_id_list
 
 _CJK = re.compile(
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
