@@ -17,7 +17,7 @@ _HOME = {
     "SamplingParams": "sampling_params",
     "Engine": "engine",
     "Output": "request",
-    "CodeLlamaTokenizer": "code_llama_tokenizer",
+    "CodeLlamaTokenizer": "tokenizer.code_llama_tokenizer",
     "LlamaForCausalLM": "causal_lm",
     "CheckpointError": "errors",
     "ops": "ops",

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from codellama_rt.config_fields import ConfigFields
+from codellama_rt.dtypes import FLOAT_DTYPES
 from codellama_rt.errors import CheckpointError
 
 ARCHITECTURE = "LlamaForCausalLM"
-DTYPES = ("float32", "float16", "bfloat16")
 ROPE_KINDS = ("linear", "dynamic", "yarn", "llama3")
 
 # Larger than any Llama yet made and small enough that no product of two overflows 64 bits.
@@ -190,8 +190,8 @@ def _read_dtype(fields: ConfigFields) -> str:
     if value is None:
         return "float32"
     name = value.removeprefix("torch.") if isinstance(value, str) else value
-    if name not in DTYPES:
-        raise fields.fault(key, f"one of {', '.join(DTYPES)}")
+    if name not in FLOAT_DTYPES:
+        raise fields.fault(key, f"one of {', '.join(FLOAT_DTYPES)}")
     return name
 
 

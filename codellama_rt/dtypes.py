@@ -1,4 +1,4 @@
-"""Names of element types, as NumPy knows them."""
+"""Names of float element types, as checkpoints and callers write them, and NumPy's dtypes."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from codellama_rt.model import Llama
 from codellama_rt.request import Output
 from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.scoring import sequence_logits
-from codellama_rt.tokenizer import load_tokenizer, split_fill
+from codellama_rt.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, split_fill
 
 Prompt = str | Sequence[int]
 
@@ -71,7 +71,9 @@ class LLM:
         self.config = checkpoint.config
         self.generation_config = checkpoint.generation_config
         self.stored_bytes = checkpoint.stored_bytes
-        self.tokenizer = load_tokenizer(checkpoint.tokenizer_path, self.config.vocab_size)
+        self.tokenizer = None
+        if has_tokenizer(checkpoint.tokenizer_path):
+            self.tokenizer = load_tokenizer(checkpoint.tokenizer_path, self.config.vocab_size)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         if kv_dtype == "auto":
             kv_dtype = checkpoint.weights.layers[0].q_proj.dtype.name
@@ -151,7 +153,8 @@ class LLM:
         Raises:
             ValueError: the model has no infilling tokens (only 7B and 13B, base and Instruct, do).
         """
-        prompt = self.tokenizer.encode_infill(prefix, suffix, suffix_first=suffix_first)
+        tokenizer = self._require_tokenizer()
+        prompt = tokenizer.encode_infill(prefix, suffix, suffix_first=suffix_first)
         return self.generate([prompt], self._ending_at_eot(params or self.default_params()))[0]
 
     def logits(self, token_ids: Sequence[int], first_position: int = 0) -> np.ndarray:
@@ -204,14 +207,19 @@ class LLM:
         if isinstance(prompt, str):
             parts = split_fill(prompt)
             if parts is None:
-                prompt = self.tokenizer.encode(prompt)
+                prompt = self._require_tokenizer().encode(prompt)
             else:
-                prompt = self.tokenizer.encode_infill(*parts)
+                prompt = self._require_tokenizer().encode_infill(*parts)
                 params = self._ending_at_eot(params)
         job = Job(next(self._names), list(prompt), params.n)
         self.engine.add_request(job.name, job.prompt_token_ids, params)
         self._inbox[job.name] = deque()
         return job
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint brings no tokenizer; give prompts as token ids")
+        return self.tokenizer
 
     def _ending_at_eot(self, params: SamplingParams) -> SamplingParams:
         if params.ignore_eos:

@@ -18,9 +18,10 @@ from checkpoint_files import (
 )
 
 from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.checkpoint.safetensors_file import read_safetensors
+from codellama_rt.checkpoint.weight_loading import first_non_finite
+from codellama_rt.dtypes import numpy_dtype
 from codellama_rt.errors import CheckpointError
-from codellama_rt.safetensors_file import read_safetensors
-from codellama_rt.weight_loading import first_non_finite
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 NORM = "model.norm.weight"
@@ -153,7 +154,7 @@ def test_conversion(name, dtype):
         all_arrays(stored.weights), all_arrays(converted.weights), strict=True
     ):
         assert after.dtype.name == dtype
-        assert np.array_equal(before.astype(dtype), after)
+        assert np.array_equal(before.astype(numpy_dtype(dtype)), after)
         assert not after.flags.writeable
     if dtype == stored.config.dtype:
         assert not calls
@@ -166,7 +167,7 @@ def test_conversion(name, dtype):
 
 
 def test_conversion_in_chunks_of_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("codellama_rt.weight_loading._CHUNK_BYTES", 100)
+    monkeypatch.setattr("codellama_rt.checkpoint.weight_loading._CHUNK_BYTES", 100)
     tensors = mini_tensors()
     weights = open_checkpoint(write_mini(tmp_path, tensors), dtype="bfloat16").weights
     expected = tensors["lm_head.weight"].astype(ml_dtypes.bfloat16)
@@ -180,7 +181,8 @@ def test_under_auto_the_projections_decide(tmp_path):
     }
     checkpoint = open_checkpoint(write_mini(tmp_path, tensors))
     assert checkpoint.config.dtype == "bfloat16"
-    assert checkpoint.weights.embedding.dtype == checkpoint.weights.lm_head.dtype == "bfloat16"
+    assert checkpoint.weights.embedding.dtype == ml_dtypes.bfloat16
+    assert checkpoint.weights.lm_head.dtype == ml_dtypes.bfloat16
     assert checkpoint.weights.norm.dtype == np.float32
     assert mapping_under(checkpoint.weights.norm) is not None
     assert mapping_under(checkpoint.weights.layers[0].q_proj) is not None
