@@ -29,8 +29,7 @@ struct NamedDType {
 
 NamedDType named(std::string name) {
   for (char& c : name) c = char(std::tolower(static_cast<unsigned char>(c)));
-  for (const DType dtype :
-       {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32}) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32}) {
     if (name == dtype_name(dtype)) return {dtype, name};
   }
   return {DType::kOther, name};
@@ -133,11 +132,13 @@ void choose_isa(const std::string& name) {
   if (set_isa(name.c_str())) return;
   std::string names;
   for (const std::string& isa : isa_names()) names += " " + isa;
-  throw std::invalid_argument("instruction set '" + name + "' is not available; available:" + names);
+  throw std::invalid_argument("instruction set '" + name +
+                              "' is not available; available:" + names);
 }
 
 void choose_num_threads(int n) {
-  if (n < 1) throw std::invalid_argument("num_threads must be at least 1, got " + std::to_string(n));
+  if (n < 1)
+    throw std::invalid_argument("num_threads must be at least 1, got " + std::to_string(n));
   set_num_threads(n);
 }
 
@@ -211,11 +212,20 @@ PYBIND11_MODULE(_core, m) {
     if (inputs.size() != 19) throw std::invalid_argument("decoder_layer takes 19 tensors");
     TensorView t[19];
     for (size_t i = 0; i < 19; ++i) t[i] = view(inputs[i]);
-    const DecoderLayer layer{t[0],  t[1],  t[2],  t[3],  t[4],      t[5],  t[6],
-                             t[7],  t[8],  t[9],  t[10], t[11],     t[12], t[13],
-                             t[14], t[15], t[16], t[17], t[18],     view(out), eps,
-                             interleaved};
+    const DecoderLayer layer{t[0],  t[1],  t[2],  t[3],      t[4],  t[5],       t[6],  t[7],
+                             t[8],  t[9],  t[10], t[11],     t[12], t[13],      t[14], t[15],
+                             t[16], t[17], t[18], view(out), eps,   interleaved};
     run([&] { launch::decoder_layer(layer); });
+  });
+  m.def("read_memory", [](const py::array& memory) {
+    const void* data = memory.data();
+    const int64_t bytes = memory.nbytes();
+    run([&] { kernels().read_memory(data, bytes); });
+  });
+  m.def("multiply_add", [](std::string dtype, int64_t num_rounds) {
+    int64_t flops = 0;
+    run([&] { flops = kernels().multiply_add(named(dtype).dtype, num_rounds); });
+    return flops;
   });
   m.def("available_isas", isa_names);
   m.def("isa", [] { return kernels().isa; });

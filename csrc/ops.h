@@ -109,10 +109,10 @@ struct FlashAttentionParams {
 };
 
 struct MergeAttentionParams {
-  const void *out_a, *out_b;    // (num_tokens, n_heads, head_dim)
-  const float *lse_a, *lse_b;   // (num_tokens, n_heads)
-  void* out;                    // (num_tokens, n_heads, head_dim)
-  float* lse;                   // (num_tokens, n_heads)
+  const void *out_a, *out_b;   // (num_tokens, n_heads, head_dim)
+  const float *lse_a, *lse_b;  // (num_tokens, n_heads)
+  void* out;                   // (num_tokens, n_heads, head_dim)
+  float* lse;                  // (num_tokens, n_heads)
   DType dtype;
   int64_t num_tokens, n_heads, head_dim;
 };
@@ -144,6 +144,10 @@ struct KernelTable {
   void (*merge_attention)(const MergeAttentionParams&);
   void (*silu_and_mul)(const SiluAndMulParams&);
   void (*copy_blocks)(const CopyBlocksParams&);
+  // Probes of the machine, no operators: read `bytes` once; do `num_rounds` of a dtype's arithmetic
+  // a thread and return the FLOPs of all.
+  void (*read_memory)(const void* memory, int64_t bytes);
+  int64_t (*multiply_add)(DType dtype, int64_t num_rounds);
 };
 
 }  // namespace codellama_rt

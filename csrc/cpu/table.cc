@@ -18,12 +18,14 @@ void flash_attention(const FlashAttentionParams&);
 void merge_attention(const MergeAttentionParams&);
 void silu_and_mul(const SiluAndMulParams&);
 void copy_blocks(const CopyBlocksParams&);
+void read_memory(const void* memory, int64_t bytes);
+int64_t multiply_add(DType dtype, int64_t num_rounds);
 
 extern const KernelTable table;
 const KernelTable table = {
-    CLRT_STRING(CLRT_ISA), embedding,         rms_norm,        linear,
-    apply_rotary_pos_emb,  reshape_and_cache, rope_and_cache,  paged_attention,
-    flash_attention,       merge_attention,   silu_and_mul,    copy_blocks,
+    CLRT_STRING(CLRT_ISA), embedding,      rms_norm,        linear,          apply_rotary_pos_emb,
+    reshape_and_cache,     rope_and_cache, paged_attention, flash_attention, merge_attention,
+    silu_and_mul,          copy_blocks,    read_memory,     multiply_add,
 };
 
 }  // namespace CLRT_ISA
