@@ -19,86 +19,23 @@
 
 #include <cmath>
 
-#include "attention_tile.h"
+#include "attention_plan.h"
 
 namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
-constexpr int64_t kSplit = 1024;  // keys a partial result covers
-constexpr int64_t kRows = 64;     // query rows that share a tile: their state stays in L2
-constexpr int64_t kDirectRows = 4;  // up to this many rows, values are converted as they are used
-constexpr int64_t kTasksPerThread = 16;
+constexpr int64_t kDirectRows = 4;  // up to this many, keys and values are read as they lie
 
-// PagedAttentionParams and FlashAttentionParams in one: paged where block_tables is not null.
-struct Attention {
-  const void *query, *key, *value;
-  void* out;
-  float* lse;
-  const int32_t* cu_seqlens_q;
-  const int32_t *block_tables, *seq_lens;  // paged
-  const int32_t* cu_seqlens_k;             // contiguous
-  DType dtype, cache_dtype;
-  int64_t num_seqs, max_blocks, n_heads, n_kv_heads, head_dim, block_size;
-  float scale;
-  bool causal;
-
-  int64_t group_size() const { return n_heads / n_kv_heads; }
-  int64_t padded_dim() const { return ceil_div(head_dim, kGroup) * kGroup; }
-  int64_t state_floats() const { return row_state_floats(padded_dim()); }
-  int64_t num_queries(int64_t seq) const { return cu_seqlens_q[seq + 1] - cu_seqlens_q[seq]; }
-  int64_t num_keys(int64_t seq) const {
-    return block_tables ? seq_lens[seq] : cu_seqlens_k[seq + 1] - cu_seqlens_k[seq];
-  }
-  // Elements between two keys of a group, and from the start to key number `key` (a group's first).
-  int64_t row_stride() const { return block_tables ? head_dim : n_kv_heads * head_dim; }
-  int64_t row_offset(int64_t seq, int64_t kv_head, int64_t key) const {
-    if (!block_tables) return ((cu_seqlens_k[seq] + key) * n_kv_heads + kv_head) * head_dim;
-    const int64_t page = block_tables[seq * max_blocks + key / block_size];
-    return ((page * n_kv_heads + kv_head) * block_size + key % block_size) * head_dim;
-  }
-};
-
-// Consecutive queries of one sequence with all query heads of one key/value head. Row r is query
-// r / group_size, head r % group_size. A task computes the splits [first_split, end_split) of it.
-struct Task {
-  int64_t seq, kv_head, first_query, num_queries, first_split, end_split;
-  float* partials;  // (splits of the block, rows) states; null: fold at once
-};
-
-// A task's view of its rows.
-struct Block {
-  const Attention& a;
-  const Task& task;
-  int64_t group_size = a.group_size(), num_rows = task.num_queries * group_size;
-
-  int64_t visible_keys(int64_t row) const {
-    const int64_t num_keys = a.num_keys(task.seq);
-    if (!a.causal) return num_keys;
-    const int64_t query = task.first_query + row / group_size;
-    const int64_t visible = num_keys - a.num_queries(task.seq) + query + 1;
-    return visible < 0 ? 0 : visible;
-  }
-  int64_t most_keys() const { return visible_keys(num_rows - 1); }
-  // Row number over (num_tokens, n_heads).
-  int64_t output_row(int64_t row) const {
-    const int64_t token = a.cu_seqlens_q[task.seq] + task.first_query + row / group_size;
-    return token * a.n_heads + task.kv_head * group_size + row % group_size;
-  }
-  RowState state(float* states, int64_t row) const {
-    return {states + row * a.state_floats(), a.padded_dim()};
-  }
-};
-
-// What a task works in, on its thread.
+// What a task works in, on its thread. Query and states are of all its heads, the rest of one.
 struct Workspace {
-  float *query, *keys, *values, *scores, *split, *total;
+  float *query, *split, *total, *keys, *values, *scores;
 
-  Workspace(const Attention& a, int64_t num_rows) {
-    const int64_t dim = a.padded_dim(), states = num_rows * a.state_floats();
-    const int64_t sizes[] = {num_rows * dim, kTile * dim, kTile * dim, num_rows * kTile,
-                             states,         states};
-    float** const parts[] = {&query, &keys, &values, &scores, &split, &total};
+  Workspace(const Attention& a, int64_t num_heads, int64_t num_rows) {
+    const int64_t dim = a.padded_dim(), states = num_heads * num_rows * a.state_floats();
+    const int64_t sizes[] = {
+        num_heads * num_rows * dim, states, states, kTile * dim, kTile * dim, num_rows * kTile};
+    float** const parts[] = {&query, &split, &total, &keys, &values, &scores};
     int64_t floats = 0;
     for (int64_t size : sizes) floats += size;
     float* next = static_cast<float*>(scratch(Scratch::kTask, floats * sizeof(float)));
@@ -116,23 +53,18 @@ Tile<T> tile_at(const Block& block, int64_t key) {
   const int64_t left = block.most_keys() - key;
   tile.num_keys = left < 0 ? 0 : int(smaller(kTile, left));
   for (int first = 0; first < tile.num_keys; first += kGroup) {
-    const int64_t offset = block.a.row_offset(block.task.seq, block.task.kv_head, key + first);
+    const int64_t offset = block.a.row_offset(block.task.seq, block.kv_head, key + first);
     tile.keys[first / kGroup] = static_cast<const T*>(block.a.key) + offset;
     tile.values[first / kGroup] = static_cast<const T*>(block.a.value) + offset;
   }
   return tile;
 }
 
-// Calls body(first row, rows as a constant) for the rows in quads, then what is left.
-template <typename Body>
-inline void for_each_quad(int64_t num_rows, const Body& body) {
-  int64_t row = 0;
-  for (; row + kQuad <= num_rows; row += kQuad) body(row, std::integral_constant<int, kQuad>());
-  switch (num_rows - row) {
-    case 3: return body(row, std::integral_constant<int, 3>());
-    case 2: return body(row, std::integral_constant<int, 2>());
-    case 1: return body(row, std::integral_constant<int, 1>());
-  }
+// Calls body(first row, rows as a constant) for kStep rows at a time, then for what is left.
+template <int kStep, typename Body>
+inline void for_rows(int64_t row, int64_t end, const Body& body) {
+  for (; row + kStep <= end; row += kStep) body(row, std::integral_constant<int, kStep>());
+  if constexpr (kStep > 1) for_rows<kStep - 1>(row, end, body);
 }
 
 // How many of a tile's keys a row sees; the tile's first key is number `key`.
@@ -141,25 +73,34 @@ inline int seen_of_tile(const Block& block, int64_t row, int64_t key) {
   return seen < 0 ? 0 : int(smaller(kTile, seen));
 }
 
-template <typename V>
+inline void soften_rows(const Block& block, int64_t key, Fetch& fetch, float* scores,
+                        float* states) {
+  const float scale = block.a.scale * 1.44269504f;  // log2(e)
+  for (int64_t row = 0; row < block.num_rows; ++row) {
+    const int seen = seen_of_tile(block, row, key);
+    fetch.step();
+    if (seen > 0) soften(scores + row * kTile, seen, scale, block.state(states, row));
+  }
+}
+
+template <bool kDirect, typename V>
 void add_values(const Block& block, int64_t key, const V* const* groups, int64_t row_stride,
-                const float* weights, float* states) {
+                Fetch& fetch, const float* weights, float* states) {
   const int64_t vecs = block.a.padded_dim() / kLanes, state_floats = block.a.state_floats();
   for (int64_t vec = 0; vec < vecs;) {
-    const bool full = vec + kPanel <= vecs;
-    // A block of rows sees the tile alike, or else (on the diagonal) each row its own part.
+    const int64_t width = vec + kPanel <= vecs ? kPanel : 1;
     const auto add = [&](int64_t row, auto rows, int seen) {
-      constexpr int n = decltype(rows)::value;
-      const float* from = weights + row * kTile;
-      float* to = states + row * state_floats;
-      if (full) {
-        add_values_panel<V, n, kPanel>(from, groups, row_stride, seen, vec * kLanes, to,
-                                       state_floats);
-      } else {
-        add_values_panel<V, n, 1>(from, groups, row_stride, seen, vec * kLanes, to, state_floats);
-      }
+      const auto panel = [&](auto panel_vecs) {
+        add_values_panel<V, decltype(rows)::value, decltype(panel_vecs)::value, kDirect>(
+            weights + row * kTile, groups, row_stride, fetch, seen, vec * kLanes,
+            states + row * state_floats, state_floats);
+      };
+      if (!kDirect) fetch.step();
+      if (width == 1) return panel(std::integral_constant<int, 1>());
+      panel(std::integral_constant<int, kPanel>());
     };
-    for_each_quad(block.num_rows, [&](int64_t row, auto rows) {
+    // Rows that see the tile alike go together; on the diagonal each goes through its own part.
+    for_rows<kValueRows>(0, block.num_rows, [&](int64_t row, auto rows) {
       constexpr int n = decltype(rows)::value;
       const int seen = seen_of_tile(block, row, key);
       if (seen == seen_of_tile(block, row + n - 1, key)) {
@@ -171,48 +112,74 @@ void add_values(const Block& block, int64_t key, const V* const* groups, int64_t
         if (own > 0) add(r, std::integral_constant<int, 1>(), own);
       }
     });
-    vec += full ? kPanel : 1;
+    vec += width;
   }
 }
 
+// A few rows: keys and values are used as they lie.
+template <typename T>
+void attend_tile_directly(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
+                          const float* query, const Workspace& work, float* states) {
+  const Attention& a = block.a;
+  const int64_t panels = ceil_div(a.head_dim, kPanel * kLanes);
+  Fetch fetch(next, a.head_dim, (block.num_rows + panels) * kTile);
+  for (int64_t row = 0; row < block.num_rows; ++row) {
+    score_row(tile, fetch, query + row * a.head_dim, seen_of_tile(block, row, key), a.head_dim,
+              work.scores + row * kTile);
+  }
+  soften_rows(block, key, fetch, work.scores, states);
+  add_values<true>(block, key, tile.values, tile.row_stride, fetch, work.scores, states);
+}
+
+// Many rows share one transpose of the keys and one conversion of the values.
 template <typename T>
 void attend_tile(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
-                 const Workspace& work, float* states) {
+                 const float* query, const Workspace& work, float* states) {
   const Attention& a = block.a;
-  const int64_t dim = a.padded_dim();
-  transpose_keys(tile, next, a.head_dim, work.keys);
-  for_each_quad(block.num_rows, [&](int64_t row, auto rows) {
-    constexpr int n = decltype(rows)::value;
-    score_rows<T, n>(work.query + row * dim, dim, work.keys, Words<T>::count(a.head_dim),
+  const int64_t dim = a.padded_dim(), chunks = num_chunks<T>(a.head_dim);
+  const int64_t panels = ceil_div(dim, kPanel * kLanes), rows = block.num_rows;
+  Fetch fetch(next, a.head_dim,
+              kTile / kLanes + rows / kScoreRows + rows + rows / kValueRows * panels);
+  transpose_keys(tile, fetch, a.head_dim, work.keys);
+  for_rows<kScoreRows>(0, rows, [&](int64_t row, auto step) {
+    constexpr int n = decltype(step)::value;
+    fetch.step();
+    score_rows<T, n>(query + row * dim, dim, work.keys, chunks,
                      seen_of_tile(block, row + n - 1, key), work.scores + row * kTile);
   });
-  for (int64_t row = 0; row < block.num_rows; ++row) {
-    const int seen = seen_of_tile(block, row, key);
-    const float scale = a.scale * 1.44269504f;
-    if (seen > 0) soften(work.scores + row * kTile, seen, scale, block.state(states, row));
-  }
-  for (int i = 0; i < next.num_keys; ++i) {
-    prefetch_row(next.values[i / kGroup] + i % kGroup * next.row_stride, a.head_dim * sizeof(T));
-  }
-  if (block.num_rows <= kDirectRows && a.head_dim == dim) {
-    add_values(block, key, tile.values, tile.row_stride, work.scores, states);
-  } else {
-    convert_values(tile, a.head_dim, dim, work.values);
-    const float* groups[kGroups];
-    for (int g = 0; g < kGroups; ++g) groups[g] = work.values + g * kGroup * dim;
-    add_values(block, key, groups, dim, work.scores, states);
-  }
+  soften_rows(block, key, fetch, work.scores, states);
+  convert_values(tile, a.head_dim, dim, work.values);
+  const float* groups[kGroups];
+  for (int g = 0; g < kGroups; ++g) groups[g] = work.values + g * kGroup * dim;
+  add_values<false>(block, key, groups, dim, fetch, work.scores, states);
 }
 
+// The states of the task's heads over one split, of head h at states + (h - first_head) * stride.
 template <typename T>
-void attend_split(const Block& block, int64_t split, const Workspace& work, float* states) {
-  for (int64_t row = 0; row < block.num_rows; ++row) clear(block.state(states, row));
-  const int64_t end = smaller((split + 1) * kSplit, block.most_keys());
-  Tile<T> tile = tile_at<T>(block, split * kSplit);
+void attend_split(const Attention& a, const Task& task, int64_t split, const Workspace& work,
+                  float* states) {
+  const Block first{a, task, task.first_head};
+  const int64_t stride = first.num_rows * a.state_floats();
+  const int64_t query_stride = first.num_rows * a.padded_dim();
+  const int64_t num_heads = task.end_head - task.first_head;
+  for (int64_t row = 0; row < num_heads * first.num_rows; ++row) clear(first.state(states, row));
+  const int64_t end = smaller((split + 1) * kSplit, first.most_keys());
+  const bool direct = first.num_rows <= kDirectRows && a.head_dim == a.padded_dim();
+  Tile<T> tile = tile_at<T>(first, split * kSplit);
   for (int64_t key = split * kSplit; key < end; key += kTile) {
-    const Tile<T> next = tile_at<T>(block, key + kTile);
-    attend_tile(block, key, tile, next, work, states);
-    tile = next;
+    for (int64_t h = 0; h < num_heads; ++h) {
+      const Block block{a, task, task.first_head + h};
+      const bool last = h + 1 == num_heads;
+      const Block next_block{a, task, last ? task.first_head : block.kv_head + 1};
+      const Tile<T> next = tile_at<T>(next_block, last ? key + kTile : key);
+      const float* query = work.query + h * query_stride;
+      if (direct) {
+        attend_tile_directly(block, key, tile, next, query, work, states + h * stride);
+      } else {
+        attend_tile(block, key, tile, next, query, work, states + h * stride);
+      }
+      tile = next;
+    }
   }
 }
 
@@ -266,95 +233,43 @@ void write_rows(const Block& block, float* totals) {
 
 template <typename T, typename Q>
 void run_task(const Attention& a, const Task& task) {
-  const Block block{a, task};
-  const Workspace work(a, block.num_rows);
-  for (int64_t row = 0; row < block.num_rows; ++row) {
-    const Q* query = static_cast<const Q*>(a.query) + block.output_row(row) * a.head_dim;
-    pack_query<T>(query, a.head_dim, work.query + row * a.padded_dim());
-    clear(block.state(work.total, row));
-  }
-  const int64_t states = block.num_rows * a.state_floats();
+  const int64_t num_heads = task.end_head - task.first_head;
+  const int64_t rows = task.num_queries * a.group_size(), states = rows * a.state_floats();
+  const Workspace work(a, num_heads, rows);
+  const auto for_heads = [&](const auto& body) {
+    for (int64_t h = 0; h < num_heads; ++h) body(h, Block{a, task, task.first_head + h});
+  };
+  for_heads([&](int64_t h, const Block& block) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const Q* query = static_cast<const Q*>(a.query) + block.output_row(row) * a.head_dim;
+      pack_query<T>(query, a.head_dim, work.query + (h * rows + row) * a.padded_dim());
+      clear(block.state(work.total + h * states, row));
+    }
+  });
   for (int64_t split = task.first_split; split < task.end_split; ++split) {
-    float* to = task.partials ? task.partials + split * states : work.split;
-    attend_split<T>(block, split, work, to);
-    if (!task.partials) fold_rows(block, split, to, work.total);
+    if (task.partials) {
+      attend_split<T>(a, task, split, work, Block{a, task, task.first_head}.partial(split));
+      continue;
+    }
+    attend_split<T>(a, task, split, work, work.split);
+    for_heads([&](int64_t h, const Block& block) {
+      fold_rows(block, split, work.split + h * states, work.total + h * states);
+    });
   }
-  if (!task.partials) write_rows<Q>(block, work.total);
+  if (task.partials) return;
+  for_heads([&](int64_t h, const Block& block) { write_rows<Q>(block, work.total + h * states); });
 }
 
 template <typename Q>
 void join_partials(const Attention& a, const Task& task) {
-  const Block block{a, task};
-  const Workspace work(a, block.num_rows);
+  const Block block{a, task, task.first_head};
+  const Workspace work(a, 1, block.num_rows);
   for (int64_t row = 0; row < block.num_rows; ++row) clear(block.state(work.total, row));
   for (int64_t split = 0; split < task.end_split; ++split) {
-    float* states = task.partials + split * block.num_rows * a.state_floats();
-    fold_rows(block, split, states, work.total);
+    fold_rows(block, split, block.partial(split), work.total);
   }
   write_rows<Q>(block, work.total);
 }
-
-// Every block of rows as one task over all its splits. Late blocks come first: they are longest.
-template <typename Body>
-void for_each_block(const Attention& a, const Body& body) {
-  const int64_t group = a.group_size(), step = group < kRows ? kRows / group : 1;
-  for (int64_t seq = 0; seq < a.num_seqs; ++seq) {
-    const int64_t num_queries = a.num_queries(seq), blocks = ceil_div(num_queries, step);
-    for (int64_t kv_head = 0; kv_head < a.n_kv_heads; ++kv_head) {
-      for (int64_t i = blocks - 1; i >= 0; --i) {
-        Task task{seq, kv_head, i * step, smaller(step, num_queries - i * step), 0, 0, nullptr};
-        task.end_split = ceil_div(Block{a, task}.most_keys(), kSplit);
-        body(task);
-      }
-    }
-  }
-}
-
-// The work in tasks of at most `run` splits. A block cut into several tasks keeps the states of
-// all its splits until they can be folded in order.
-struct Plan {
-  int64_t num_tasks = 0, num_joins = 0;
-  Task *tasks, *joins;
-
-  explicit Plan(const Attention& a) {
-    int64_t splits = 0, floats = 0;
-    for_each_block(a, [&](const Task& block) { splits += block.end_split; });
-    const int64_t run = ceil_div(splits, num_threads() * kTasksPerThread);
-    for_each_block(a, [&](const Task& block) {
-      num_tasks += block.end_split <= run ? 1 : ceil_div(block.end_split, run);
-      if (block.end_split > run) {
-        ++num_joins;
-        floats += block.end_split * Block{a, block}.num_rows * a.state_floats();
-      }
-    });
-    const int64_t list_bytes = ceil_div((num_tasks + num_joins) * sizeof(Task), 64) * 64;
-    char* memory =
-        static_cast<char*>(scratch(Scratch::kCaller, list_bytes + floats * sizeof(float)));
-    tasks = reinterpret_cast<Task*>(memory);
-    joins = tasks + num_tasks;
-    fill(a, run, reinterpret_cast<float*>(memory + list_bytes));
-  }
-
- private:
-  void fill(const Attention& a, int64_t run, float* partials) {
-    Task *next = tasks, *next_join = joins;
-    for_each_block(a, [&](Task block) {
-      if (block.end_split <= run) {
-        *next++ = block;
-        return;
-      }
-      block.partials = partials;
-      partials += block.end_split * Block{a, block}.num_rows * a.state_floats();
-      *next_join++ = block;
-      for (int64_t split = 0; split < block.end_split; split += run) {
-        Task part = block;
-        part.first_split = split;
-        part.end_split = smaller(split + run, block.end_split);
-        *next++ = part;
-      }
-    });
-  }
-};
 
 inline void attend(const Attention& a) {
   const Plan plan(a);

@@ -1,10 +1,11 @@
 // The inner code of attention: a few query rows against one tile of 64 keys.
 //
-// A tile's keys are transposed once into "words": word w of all 64 keys side by side, one key a
-// lane. A score is then one chain of multiply-adds over the words, in a lane of its own: its bits
-// do not depend on how many rows or keys are computed at a time, and it needs no reduction across
-// lanes. The transpose costs about 10 cycles a key (Zen 5), a tenth of the time the key takes to
-// come from memory, and is shared by all rows.
+// A word is one element, or a pair of bfloat16 where the CPU multiplies pairs. A score is the sum
+// of kLanes chains in ascending order; chain j multiplies and adds the words j, j + kLanes, ...
+// This is what a dot product of vectors gives when its lanes are added in order, and a tile whose
+// keys are transposed, one key a lane, gives the same bits without a step across lanes. Few rows
+// take the first road (4 cycles a key and row on Zen 5), many the second (10 a key for the
+// transpose, shared by all rows, and 2.5 a key and row).
 #pragma once
 
 #include "task.h"
@@ -17,8 +18,11 @@ namespace {
 constexpr int kGroup = 16;  // keys that lie one row stride apart: block_size is a multiple of it
 constexpr int kTile = 64;   // keys of one softmax step; a tile starts at a multiple of it
 constexpr int kGroups = kTile / kGroup;
-constexpr int kQuad = 4;  // rows multiplied at a time: with kPanel, 16 (8) accumulators
-constexpr int kPanel = kLanes == 16 ? 4 : 2;  // vectors multiplied at a time; AVX2 has 16 registers
+// Rows and vectors multiplied at a time: what fits 32 (AVX2: 16) registers. Values take one
+// accumulator for each pair, scores two.
+constexpr int kPanel = kLanes == 16 ? 4 : 2;
+constexpr int kValueRows = 4;
+constexpr int kScoreRows = 3;
 
 // Where the tile's groups lie. Groups past the last key are not set.
 template <typename T>
@@ -69,9 +73,16 @@ inline void Words<bf16>::store_query(float* words, int64_t element, Vec x) {
 }
 #endif
 
+// Words as whole vectors; what is past head_dim is zero in queries and keys.
+template <typename T>
+int64_t num_chunks(int64_t head_dim) {
+  return ceil_div(Words<T>::count(head_dim), kLanes);
+}
+
 // `words` has room for head_dim rounded up to kGroup floats.
 template <typename T, typename Q>
 void pack_query(const Q* query, int64_t head_dim, float* words) {
+  for (int64_t d = 0; d < head_dim; d += kLanes) store(words + d, splat(0.0f));
   for (int64_t d = 0; d < head_dim; d += kLanes) {
     const int64_t left = head_dim - d;
     Words<T>::store_query(words, d,
@@ -81,32 +92,88 @@ void pack_query(const Q* query, int64_t head_dim, float* words) {
 
 // ---- keys and values of a tile ------------------------------------------------------------
 
-inline void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+// Asks memory for the keys, then the values of the next tile, a few lines at each step of the work
+// on this one: asked all at once they would hold up the loads behind them, and memory would rest
+// for the remainder of the tile.
+class Fetch {
+ public:
+  template <typename T>
+  Fetch(const Tile<T>& next, int64_t head_dim, int64_t num_steps) {
+    const bool whole = next.row_stride == head_dim;  // pages: a group is one piece
+    stride_ = next.row_stride * sizeof(T);
+    rows_ = whole ? 1 : kGroup;
+    row_bytes_ = (whole ? kGroup : 1) * head_dim * sizeof(T);
+    for (int first = 0; first < next.num_keys; first += kGroup) {
+      groups_[num_groups_++] = reinterpret_cast<const char*>(next.keys[first / kGroup]);
+    }
+    for (int first = 0; first < next.num_keys; first += kGroup) {
+      groups_[num_groups_++] = reinterpret_cast<const char*>(next.values[first / kGroup]);
+    }
+    const int64_t lines = 2 * next.num_keys * ceil_div(head_dim * sizeof(T), kLine);
+    step_bytes_ = kLine * ceil_div(lines, num_steps);
+    if (num_groups_ > 0) start_group();
+  }
+
+  void step() {
+    if (at_ == end_) return;
+    const char* to = end_ - at_ < step_bytes_ ? end_ : at_ + step_bytes_;
+    for (; at_ < to; at_ += kLine) __builtin_prefetch(at_);
+    if (at_ >= end_) next_row();
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  void start_group() {
+    row_ = 0;
+    at_ = groups_[group_];
+    end_ = at_ + row_bytes_;
+  }
+  void next_row() {
+    if (++row_ < rows_) {
+      at_ = groups_[group_] + row_ * stride_;
+      end_ = at_ + row_bytes_;
+    } else if (++group_ < num_groups_) {
+      start_group();
+    } else {
+      at_ = end_;
+    }
+  }
+
+  const char* groups_[2 * kGroups];
+  int num_groups_ = 0, group_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
+  int64_t stride_, rows_, row_bytes_, row_ = 0, step_bytes_;
+};
+
+template <typename T>
+inline Vec load_chunk(const T* row, int64_t chunk, int64_t head_dim) {
+  const int64_t word = chunk * kLanes, left = Words<T>::count(head_dim) - word;
+  return left < kLanes ? Words<T>::load_first_keys(row, word, int(left))
+                       : Words<T>::load_keys(row, word);
 }
 
-// words[w * kTile + i] = word w of key i. The next tile's keys are fetched meanwhile.
+// The rows of the kLanes keys from `first` on; past the last key, the last one's again.
 template <typename T>
-void transpose_keys(const Tile<T>& tile, const Tile<T>& next, int64_t head_dim, float* words) {
-  const int64_t count = Words<T>::count(head_dim);
+inline void key_rows(const Tile<T>& tile, int first, const T* (&rows)[kLanes]) {
+  const T* group = tile.keys[first / kGroup] + first % kGroup * tile.row_stride;
+  const int last = tile.num_keys - 1 - first;
+  for (int i = 0; i < kLanes; ++i) rows[i] = group + (i < last ? i : last) * tile.row_stride;
+}
+
+// words[(j * chunks + c) * kTile + i] = word c * kLanes + j of key i: the words of chain j
+// together.
+template <typename T>
+void transpose_keys(const Tile<T>& tile, Fetch& fetch, int64_t head_dim, float* words) {
+  const int64_t chunks = num_chunks<T>(head_dim);
   for (int first = 0; first < tile.num_keys; first += kLanes) {
-    const int group = first / kGroup, row = first % kGroup, last = tile.num_keys - 1 - first;
-    const T* keys[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      keys[i] = tile.keys[group] + (row + (i < last ? i : last)) * tile.row_stride;
-      if (first + i < next.num_keys) {
-        prefetch_row(next.keys[group] + (row + i) * next.row_stride, head_dim * sizeof(T));
-      }
-    }
-    for (int64_t w = 0; w < count; w += kLanes) {
-      const int n = int(smaller(kLanes, count - w));
+    const T* rows[kLanes];
+    key_rows(tile, first, rows);
+    fetch.step();
+    for (int64_t c = 0; c < chunks; ++c) {
       Vec lanes[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        lanes[i] = n < kLanes ? Words<T>::load_first_keys(keys[i], w, n)
-                              : Words<T>::load_keys(keys[i], w);
-      }
+      for (int i = 0; i < kLanes; ++i) lanes[i] = load_chunk(rows[i], c, head_dim);
       transpose(lanes);
-      for (int i = 0; i < n; ++i) store(words + (w + i) * kTile + first, lanes[i]);
+      for (int j = 0; j < kLanes; ++j) store(words + (j * chunks + c) * kTile + first, lanes[j]);
     }
   }
 }
@@ -126,44 +193,100 @@ void convert_values(const Tile<T>& tile, int64_t head_dim, int64_t padded_dim, f
 
 // ---- scores = query . keys ----------------------------------------------------------------
 
-template <typename T, int kRows, int kVecs>
-inline void score_panel(const float* query, int64_t query_stride, const float* words, int64_t count,
-                        float* scores) {
-  Vec sums[kRows][kVecs];
-  for (auto& row : sums) {
-    for (Vec& sum : row) sum = splat(0.0f);
+// One row against keys as they lie. kChunks: num_chunks where known, for the query to stay in
+// registers, or 0.
+template <typename T, int kChunks>
+void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
+               int64_t head_dim, float* scores) {
+  const int64_t chunks = kChunks ? kChunks : num_chunks<T>(head_dim);
+  for (int first = 0; first < num_keys; first += kLanes) {
+    const T* rows[kLanes];
+    key_rows(tile, first, rows);
+    Vec chains[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      fetch.step();
+      chains[i] = splat(0.0f);
+      for (int64_t c = 0; c < chunks; ++c) {
+        const Vec key =
+            kChunks ? Words<T>::load_keys(rows[i], c * kLanes) : load_chunk(rows[i], c, head_dim);
+        chains[i] = Words<T>::multiply_add(load(query + c * kLanes), key, chains[i]);
+      }
+    }
+    transpose(chains);
+    Vec total = splat(0.0f);
+    for (const Vec& chain : chains) total = total + chain;
+    store(scores + first, total);
   }
-  for (int64_t w = 0; w < count; ++w) {
-    Vec keys[kVecs];
-    for (int j = 0; j < kVecs; ++j) keys[j] = load(words + w * kTile + j * kLanes);
+}
+
+template <typename T>
+void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
+               int64_t head_dim, float* scores) {
+  const int64_t chunks = head_dim % (2 * kLanes) ? 0 : num_chunks<T>(head_dim);
+  switch (chunks) {
+    case 2:
+      return score_row<T, 2>(tile, fetch, query, num_keys, head_dim, scores);
+    case 4:
+      return score_row<T, 4>(tile, fetch, query, num_keys, head_dim, scores);
+    case 8:
+      return score_row<T, 8>(tile, fetch, query, num_keys, head_dim, scores);
+    default:
+      return score_row<T, 0>(tile, fetch, query, num_keys, head_dim, scores);
+  }
+}
+
+// kRows rows against kVecs vectors of transposed keys.
+template <typename T, int kRows, int kVecs>
+inline void score_panel(const float* query, int64_t query_stride, const float* words,
+                        int64_t chunks, float* scores) {
+  Vec totals[kRows][kVecs];
+  for (auto& row : totals) {
+    for (Vec& total : row) total = splat(0.0f);
+  }
+  for (int j = 0; j < kLanes; ++j) {
+    Vec chains[kRows][kVecs];
+    for (auto& row : chains) {
+      for (Vec& chain : row) chain = splat(0.0f);
+    }
+    for (int64_t c = 0; c < chunks; ++c, words += kTile) {
+      Vec keys[kVecs];
+      for (int v = 0; v < kVecs; ++v) keys[v] = hold(load(words + v * kLanes));
+      for (int r = 0; r < kRows; ++r) {
+        const Vec q = splat(query[r * query_stride + c * kLanes + j]);
+        for (int v = 0; v < kVecs; ++v) {
+          chains[r][v] = Words<T>::multiply_add(q, keys[v], chains[r][v]);
+        }
+      }
+    }
     for (int r = 0; r < kRows; ++r) {
-      const Vec q = splat(query[r * query_stride + w]);
-      for (int j = 0; j < kVecs; ++j) sums[r][j] = Words<T>::multiply_add(q, keys[j], sums[r][j]);
+      for (int v = 0; v < kVecs; ++v) totals[r][v] = totals[r][v] + chains[r][v];
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int j = 0; j < kVecs; ++j) store(scores + r * kTile + j * kLanes, sums[r][j]);
+    for (int v = 0; v < kVecs; ++v) store(scores + r * kTile + v * kLanes, totals[r][v]);
   }
 }
 
 template <typename T, int kRows>
-void score_rows(const float* query, int64_t query_stride, const float* words, int64_t count,
+void score_rows(const float* query, int64_t query_stride, const float* words, int64_t chunks,
                 int num_keys, float* scores) {
   int key = 0;
   for (; key + (kPanel - 1) * kLanes < num_keys; key += kPanel * kLanes) {
-    score_panel<T, kRows, kPanel>(query, query_stride, words + key, count, scores + key);
+    score_panel<T, kRows, kPanel>(query, query_stride, words + key, chunks, scores + key);
   }
   for (; key < num_keys; key += kLanes) {
-    score_panel<T, kRows, 1>(query, query_stride, words + key, count, scores + key);
+    score_panel<T, kRows, 1>(query, query_stride, words + key, chunks, scores + key);
   }
 }
 
 // ---- out += weights . values --------------------------------------------------------------
 
 // The sum over the tile is made apart and added once: shorter chains round less.
-template <typename V, int kRows, int kVecs>
+template <typename V, int kRows, int kVecs, bool kFetch>
 inline void add_values_panel(const float* weights, const V* const* groups, int64_t row_stride,
-                             int num_keys, int64_t column, float* out, int64_t out_stride) {
+                             Fetch& fetch, int num_keys, int64_t column, float* out,
+                             int64_t out_stride) {
   Vec sums[kRows][kVecs];
   for (auto& row : sums) {
     for (Vec& sum : row) sum = splat(0.0f);
@@ -172,8 +295,9 @@ inline void add_values_panel(const float* weights, const V* const* groups, int64
     const V* row = groups[first / kGroup] + column;
     const int end = first + kGroup < num_keys ? first + kGroup : num_keys;
     for (int key = first; key < end; ++key, row += row_stride) {
+      if constexpr (kFetch) fetch.step();
       Vec values[kVecs];
-      for (int j = 0; j < kVecs; ++j) values[j] = load(row + j * kLanes);
+      for (int j = 0; j < kVecs; ++j) values[j] = hold(load(row + j * kLanes));
       for (int r = 0; r < kRows; ++r) {
         const Vec weight = splat(weights[r * kTile + key]);
         for (int j = 0; j < kVecs; ++j) sums[r][j] = fma(weight, values[j], sums[r][j]);
@@ -208,7 +332,8 @@ inline void clear(RowState state) {
 
 // Turns the row's scores into weights 2^(scale * score - top); lanes past num_keys are never read
 // as numbers, whatever they hold.
-inline __attribute__((noinline)) void soften(float* scores, int num_keys, float scale, RowState state) {
+inline __attribute__((noinline)) void soften(float* scores, int num_keys, float scale,
+                                             RowState state) {
   constexpr int kVecs = kTile / kLanes;
   Vec x[kVecs], greatest = splat(-INFINITY);
   for (int j = 0; j < kVecs; ++j) {

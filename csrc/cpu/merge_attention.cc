@@ -54,8 +54,7 @@ void merge_attention(const MergeAttentionParams& p) {
   const int64_t row_bytes = 3 * p.head_dim * item_size(p.dtype);
   with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
-    for_each_row(p.num_tokens * p.n_heads, row_bytes,
-                 [&](int64_t row) { merge_head<T>(p, row); });
+    for_each_row(p.num_tokens * p.n_heads, row_bytes, [&](int64_t row) { merge_head<T>(p, row); });
   });
 }
 

@@ -74,6 +74,11 @@ struct Vec {
 };
 inline Vec splat(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+// x, held in a register: keeps GCC from loading it anew for each use, two loads being a cycle's all.
+inline Vec hold(Vec x) {
+  asm("" : "+v"(x.v));
+  return x;
+}
 inline Vec load(const bf16* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
@@ -156,6 +161,10 @@ struct Vec {
 };
 inline Vec splat(float x) { return {_mm256_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec hold(Vec x) {
+  asm("" : "+x"(x.v));
+  return x;
+}
 inline Vec load(const bf16* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
@@ -229,6 +238,7 @@ inline Vec lanewise(F f) {
   return r;
 }
 inline Vec splat(float x) { return {{x, x, x, x}}; }
+inline Vec hold(Vec x) { return x; }
 template <typename T>
 inline Vec load(const T* p) {
   return lanewise([&](int i) { return to_float(p[i]); });
