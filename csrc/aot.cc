@@ -24,6 +24,7 @@ struct Attributes : AotKernelData {
 
 // The tensors of one call.
 struct Call {
+  const char* name;
   int count;  // inputs and outputs
   void** data;
   int* ndims;
@@ -37,7 +38,8 @@ struct Call {
 
   TensorView operator[](int i) const {
     if (ndims[i] > kMaxDims) {
-      throw std::invalid_argument("a tensor of an op has at most 4 dimensions");
+      throw std::invalid_argument(std::string(name) + ": tensor " + std::to_string(i) + " has " +
+                                  std::to_string(ndims[i]) + " dimensions, an op takes at most 4");
     }
     TensorView t;
     t.data = data[i];
@@ -56,14 +58,19 @@ struct Call {
   }
 };
 
-// The shapes of the inputs: sizes that are missing or not known yet are -1.
+// The shapes of the inputs, with -1 for a size not known yet. An axis that isn't there counts as 1:
+// the launcher, which sees it as well, has the better message.
 struct Inputs {
+  static constexpr int64_t kUnknownRank = -2;  // as the only size
+
   int* ndims;
   int64_t** shapes;
   AotExtra* extra;
 
   int64_t size(int input, int axis) const {
-    return axis < ndims[input] && shapes[input][axis] >= 0 ? shapes[input][axis] : -1;
+    const bool rank_known = ndims[input] == 0 || shapes[input][0] != kUnknownRank;
+    if (axis >= ndims[input] || !rank_known) return rank_known ? 1 : -1;
+    return shapes[input][axis] >= 0 ? shapes[input][axis] : -1;
   }
   Shape shape(int input, int ndim) const {
     Shape sizes(ndim);
@@ -225,7 +232,7 @@ int read_attributes(AotExtra* extra) {
 #define CLRT_AOT(Name)                                                                            \
   CLRT_EXPORT int Name(int count, void** data, int* ndims, int64_t** shapes, const char** dtypes, \
                        void*, void* extra) {                                                      \
-    op::Name::run({count, data, ndims, shapes, dtypes, static_cast<AotExtra*>(extra)});           \
+    op::Name::run({#Name, count, data, ndims, shapes, dtypes, static_cast<AotExtra*>(extra)});    \
     return 0;                                                                                     \
   }                                                                                               \
   CLRT_EXPORT int Name##Init(int*, int64_t**, const char**, AotExtra* extra) {                    \

@@ -8,6 +8,7 @@ results. Calls run synchronously in the caller's thread and release the GIL.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -24,20 +25,27 @@ from codellama_rt.ops.control import (
 
 __all__ = [
     "add_rms_norm", "apply_rotary_pos_emb", "available", "available_isas", "copy_blocks",
-    "embedding", "flash_attention", "isa", "linear", "merge_attention", "num_threads",
-    "paged_attention", "reshape_and_cache", "rms_norm", "rope_and_cache", "set_isa",
+    "decoder_layer", "embedding", "flash_attention", "isa", "linear", "merge_attention",
+    "num_threads", "paged_attention", "reshape_and_cache", "rms_norm", "rope_and_cache", "set_isa",
     "set_num_threads", "silu_and_mul",
 ]  # fmt: skip
 
 Array = Any  # numpy.ndarray or mindspore.Tensor, contiguous
 
 
+def __getattr__(name: str) -> Any:
+    """`ops.graph`, on first use: it imports MindSpore."""
+    if name != "graph":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("codellama_rt.ops.graph")
+
+
 def _empty(like: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
     """An uninitialised result of the same kind as `like`, and of its dtype unless one is given."""
     if isinstance(like, np.ndarray):
         return np.empty(shape, like.dtype if dtype is None else dtype)
-    import ml_dtypes
     import mindspore
+    import ml_dtypes
 
     name = str(like.dtype).lower() if dtype is None else np.dtype(dtype).name
     array = np.empty(shape, ml_dtypes.bfloat16 if name == "bfloat16" else name)
@@ -359,3 +367,62 @@ def copy_blocks(key_cache: Array, value_cache: Array, block_pairs: Array) -> Non
         array([1., 1.], dtype=float32)
     """
     _core.copy_blocks(key_cache, value_cache, block_pairs)
+
+
+def decoder_layer(
+    x: Array, attention_norm: Array, q_proj: Array, k_proj: Array, v_proj: Array, o_proj: Array,
+    mlp_norm: Array, gate_proj: Array, up_proj: Array, down_proj: Array, cos: Array, sin: Array,
+    positions: Array, key_cache: Array, value_cache: Array, slot_mapping: Array,
+    block_tables: Array, seq_lens: Array, cu_seqlens_q: Array, *,
+    eps: float = 1e-5, interleaved: bool = False, out: Array = None,
+) -> Array:  # fmt: skip
+    """A whole layer of Llama (arXiv:2302.13971): the bits of the single ops one after another.
+
+    Args:
+        x: (num_tokens, dim) float32: the residual stream.
+        attention_norm: (dim), any float dtype, as all weights here.
+        q_proj: (n_heads * head_dim, dim).
+        k_proj: (n_kv_heads * head_dim, dim) in q_proj's dtype.
+        v_proj: like `k_proj`.
+        o_proj: (dim, n_heads * head_dim).
+        mlp_norm: (dim).
+        gate_proj: (hidden_dim, dim).
+        up_proj: like `gate_proj`.
+        down_proj: (dim, hidden_dim).
+        cos: (num_positions, head_dim / 2) float32; row p belongs to position p.
+        sin: like `cos`.
+        positions: (num_tokens) int32.
+        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype; written.
+        value_cache: like `key_cache`; written.
+        slot_mapping: (num_tokens) int32; -1 writes nothing of that token.
+        block_tables: (num_seqs, max_blocks) int32.
+        seq_lens: (num_seqs) int32, the tokens of this call included.
+        cu_seqlens_q: (num_seqs + 1) int32, rising from 0 to num_tokens.
+        eps: of both norms.
+        interleaved: as in `apply_rotary_pos_emb`.
+        out: like `x`; may be `x`.
+
+    Returns:
+        (num_tokens, dim) float32: x + attention + mlp.
+
+    Example:
+        >>> x, norm, square = np.ones((1, 2), np.float32), np.ones(2, np.float32), np.eye(2)
+        >>> square = square.astype(np.float32)
+        >>> cos, sin = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
+        >>> key_cache, value_cache = np.zeros((2, 1, 1, 16, 2), np.float32)
+        >>> at, one = np.zeros(1, np.int32), np.ones(1, np.int32)
+        >>> decoder_layer(
+        ...     x, norm, square, square, square, square, norm, square, square, 0 * square, cos, sin,
+        ...     at, key_cache, value_cache, at, at[None], one, np.array([0, 1], np.int32), eps=0.0,
+        ... )
+        array([[2., 2.]], dtype=float32)
+    """
+    if out is None:
+        out = _empty(x, x.shape)
+    inputs = (
+        x, attention_norm, q_proj, k_proj, v_proj, o_proj, mlp_norm, gate_proj, up_proj, down_proj,
+        cos, sin, positions, key_cache, value_cache, slot_mapping, block_tables, seq_lens,
+        cu_seqlens_q,
+    )  # fmt: skip
+    _core.decoder_layer(inputs, eps, interleaved, out)
+    return out

@@ -174,3 +174,22 @@ def copy_blocks(key_cache: Array, value_cache: Array, block_pairs: Array) -> Non
     for source, destination in block_pairs:
         key_cache[destination] = key_cache[source]
         value_cache[destination] = value_cache[source]
+
+
+def decoder_layer(
+    x: Array, attention_norm: Array, q_proj: Array, k_proj: Array, v_proj: Array, o_proj: Array,
+    mlp_norm: Array, gate_proj: Array, up_proj: Array, down_proj: Array, cos: Array, sin: Array,
+    positions: Array, key_cache: Array, value_cache: Array, slot_mapping: Array,
+    block_tables: Array, seq_lens: Array, cu_seqlens_q: Array, *,
+    eps: float = 1e-5, interleaved: bool = False,
+) -> Array:  # fmt: skip
+    """A layer of Llama (arXiv:2302.13971): x + attention, then + mlp; writes the caches."""
+    caches = (key_cache, value_cache)
+    qkv = linear(rms_norm(x, attention_norm, eps), (q_proj, k_proj, v_proj))
+    query = rope_and_cache(
+        qkv, cos, sin, positions, *caches, slot_mapping, interleaved=interleaved
+    )  # fmt: skip
+    attended, _ = paged_attention(query, *caches, block_tables, seq_lens, cu_seqlens_q)
+    x = _f64(x) + linear(attended.reshape(len(x), -1), o_proj)
+    gate_up = linear(rms_norm(x, mlp_norm, eps), (gate_proj, up_proj))
+    return x + linear(silu_and_mul(gate_up), down_proj)

@@ -88,6 +88,20 @@ def _caches(written: bool) -> dict[str, Tensor]:
     }
 
 
+FIRST_QUERIES = Tensor(("num_seqs + 1",), INT32, "first query of each sequence")
+_SEQUENCES = {
+    "block_tables": Tensor(("num_seqs", "max_blocks"), INT32, "unused entries: anything"),
+    "seq_lens": Tensor(("num_seqs",), INT32, "keys, the queries' own tokens included"),
+    "cu_seqlens_q": FIRST_QUERIES,
+}
+
+
+def _layer_weights(a: Mapping[str, int]) -> int:
+    """Elements of the projections of one layer."""
+    attention = 2 * (a["n_heads"] + a["n_kv_heads"]) * a["head_dim"]
+    return a["dim"] * (attention + 3 * a["hidden_dim"])
+
+
 def _lse(doc: str = "log-sum-exp of the scores; -inf without keys") -> Tensor:
     return Tensor(("num_tokens", "n_heads"), FLOAT32, doc)
 
@@ -223,7 +237,7 @@ _OPS = [
             "query": Tensor(("num_tokens", "n_heads", "head_dim"), FLOATS),
             "key": Tensor(("num_keys", "n_kv_heads", "head_dim"), FLOATS),
             "value": Tensor(("num_keys", "n_kv_heads", "head_dim"), "=key"),
-            "cu_seqlens_q": Tensor(("num_seqs + 1",), INT32, "first query of each sequence"),
+            "cu_seqlens_q": FIRST_QUERIES,
             "cu_seqlens_k": Tensor(("num_seqs + 1",), INT32, "first key of each sequence"),
         },
         {"out": Tensor(("num_tokens", "n_heads", "head_dim"), "=query"), "lse": _lse()},
@@ -250,9 +264,7 @@ _OPS = [
                 ("num_tokens", "n_heads", "head_dim"), FLOATS, "taken in bfloat16 over such a cache"
             ),
             **_caches(written=False),
-            "block_tables": Tensor(("num_seqs", "max_blocks"), INT32, "unused entries: anything"),
-            "seq_lens": Tensor(("num_seqs",), INT32, "keys, the queries' own tokens included"),
-            "cu_seqlens_q": Tensor(("num_seqs + 1",), INT32, "first query of each sequence"),
+            **_SEQUENCES,
         },
         {"out": Tensor(("num_tokens", "n_heads", "head_dim"), "=query"), "lse": _lse()},
         lambda a, s: (
@@ -303,6 +315,40 @@ _OPS = [
         ),
         lambda a: 0,
         PAGED_SOURCE,
+    ),
+    Op(
+        "decoder_layer",
+        "A whole layer as one op, for graphs: the bits of the single ops one after another.",
+        {
+            "x": Tensor(("num_tokens", "dim"), FLOAT32, "the residual stream"),
+            "attention_norm": Tensor(("dim",), FLOATS),
+            "q_proj": Tensor(("n_heads * head_dim", "dim"), FLOATS),
+            "k_proj": Tensor(("n_kv_heads * head_dim", "dim"), "=q_proj"),
+            "v_proj": Tensor(("n_kv_heads * head_dim", "dim"), "=q_proj"),
+            "o_proj": Tensor(("dim", "n_heads * head_dim"), FLOATS),
+            "mlp_norm": Tensor(("dim",), FLOATS),
+            "gate_proj": Tensor(("hidden_dim", "dim"), FLOATS),
+            "up_proj": Tensor(("hidden_dim", "dim"), "=gate_proj"),
+            "down_proj": Tensor(("dim", "hidden_dim"), FLOATS),
+            "cos": ROPE_TABLE,
+            "sin": ROPE_TABLE,
+            "positions": POSITIONS,
+            **_caches(written=True),
+            "slot_mapping": SLOTS,
+            **_SEQUENCES,
+        },
+        {"out": Tensor(("num_tokens", "dim"), FLOAT32)},
+        lambda a, s: (
+            _layer_weights(a) * s["q_proj"]
+            + 2 * a["num_keys"] * a["n_kv_heads"] * a["head_dim"] * s["key_cache"]
+        ),
+        lambda a: (
+            2 * a["num_tokens"] * _layer_weights(a)
+            + 4 * a["num_scores"] * a["n_heads"] * a["head_dim"]
+        ),
+        "Llama, arXiv:2302.13971",
+        {"eps": EPS, "interleaved": INTERLEAVED},
+        (HEADS_DIVIDE, EVEN, PAGE_SIZE),
     ),
 ]
 

@@ -1,0 +1,216 @@
+"""The operators as MindSpore primitives: the same kernels in PyNative and inside `@mindspore.jit`.
+
+Names, arguments and their order are those of `codellama_rt.ops`; tensors are `mindspore.Tensor`,
+there is no `out=`, and a size may change from call to call without a new compilation where the
+graph takes it as dynamic (`Cell.set_inputs`, `mindspore.enable_dynamic`, `jit(dynamic=1)`).
+Attributes (eps, scale, ...) are constants of the graph. Importing this module imports MindSpore.
+
+**Order in a graph.** MindSpore orders operators by their data alone. A write whose result nobody
+uses is dropped, and a reader that does not depend on the writer may run before it. So:
+
+* `rope_and_cache` returns the rotated query, which `paged_attention` takes: their order is given.
+* `reshape_and_cache`, `copy_blocks` and `apply_rotary_pos_emb` have no result of their own: here
+  they return a token, int32 (1). Whoever reads what they wrote, or writes it again, must take it
+  through `mindspore.ops.depend(tensor, token)`, and the last token must be an output of the graph.
+  A write after a read is ordered in the same way, by `depend(tensor, what_was_read)`.
+
+In PyNative operators run in the order of their calls, and tokens may be ignored.
+
+**Writing in place.** A tensor that is written must own its memory (`Tensor.from_numpy`, a
+Parameter, a result): MindSpore copies a view (a slice, a reshape) before it calls any custom
+operator, and the write would be lost with the copy. PyNative calls refuse the views that can be
+told from other tensors: those with an offset.
+
+**Errors.** A wrong dtype is a TypeError, when a graph is compiled or an operator is called. Shapes
+and values are checked when the operator runs: MindSpore makes a RuntimeError of it that names
+operator, argument and reason. PyNative runs asynchronously, so it may show at a later call, or when
+a result is read.
+
+Example:
+    >>> import mindspore, numpy
+    >>> x = mindspore.Tensor(numpy.full((1, 2), 3, numpy.float32))
+    >>> rms_norm(x, mindspore.Tensor(numpy.ones(2, numpy.float32)), 0.0).asnumpy()
+    array([[1., 1.]], dtype=float32)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mindspore import Tensor
+from mindspore.ops import Custom, constexpr
+
+from codellama_rt.ops.primitives import check_tensors, make_primitive
+from codellama_rt.ops.schema import OPS
+from codellama_rt.ops.schema import Tensor as Description
+
+__all__ = [*OPS, "primitive"]
+
+
+def embedding(token_ids: Tensor, table: Tensor) -> Tensor:
+    """Rows of a table, in float32."""
+    return _run("embedding", (token_ids, table))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, statistics in float32."""
+    return _run("rms_norm", (x, weight), eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """rms_norm of x + residual, and that sum."""
+    return _run("add_rms_norm", (x, residual, weight), eps)
+
+
+def linear(x: Tensor, weight: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """x times weight transposed; up to three weights as if they were one of all their rows."""
+    weights = weight if isinstance(weight, (tuple, list)) else (weight,)
+    return _run("linear", (x, *weights))
+
+
+def apply_rotary_pos_emb(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *,
+    interleaved: bool = False,
+) -> Tensor:  # fmt: skip
+    """Rotates queries and keys by their positions, in place; returns a token."""
+    return _run("apply_rotary_pos_emb", (query, key, cos, sin, positions), interleaved)
+
+
+def reshape_and_cache(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> Tensor:
+    """Writes keys and values into their slots of the pages; returns a token."""
+    return _run("reshape_and_cache", (key, value, key_cache, value_cache, slot_mapping))
+
+
+def rope_and_cache(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, key_cache: Tensor,
+    value_cache: Tensor, slot_mapping: Tensor, *, interleaved: bool = False,
+) -> Tensor:  # fmt: skip
+    """Rotates query and key, writes key and value into their slots; returns the query.
+
+    What reads these pages must take that query, or something made of it, as `paged_attention` does.
+    """
+    tensors = (qkv, cos, sin, positions, key_cache, value_cache, slot_mapping)
+    return _run("rope_and_cache", tensors, interleaved)
+
+
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
+    causal: bool = True, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over contiguous keys and values of several sequences, causal from the end."""
+    return _run("flash_attention", (query, key, value, cu_seqlens_q, cu_seqlens_k), causal, scale)
+
+
+def paged_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, seq_lens: Tensor,
+    cu_seqlens_q: Tensor, *, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Causal attention of one to many queries a sequence over the pages of its keys and values."""
+    tensors = (query, key_cache, value_cache, block_tables, seq_lens, cu_seqlens_q)
+    return _run("paged_attention", tensors, scale)
+
+
+def merge_attention(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Joins two attentions of the same queries over disjoint keys."""
+    return _run("merge_attention", (out_a, lse_a, out_b, lse_b))
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return _run("silu_and_mul", (gate_up,))
+
+
+def copy_blocks(key_cache: Tensor, value_cache: Tensor, block_pairs: Tensor) -> Tensor:
+    """Copies pages of both caches, pair after pair; returns a token."""
+    return _run("copy_blocks", (key_cache, value_cache, block_pairs))
+
+
+def decoder_layer(
+    x: Tensor, attention_norm: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor,
+    o_proj: Tensor, mlp_norm: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor,
+    cos: Tensor, sin: Tensor, positions: Tensor, key_cache: Tensor, value_cache: Tensor,
+    slot_mapping: Tensor, block_tables: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, *,
+    eps: float = 1e-5, interleaved: bool = False,
+) -> Tensor:  # fmt: skip
+    """A whole layer as one op: the bits of the single ops one after another."""
+    tensors = (
+        x, attention_norm, q_proj, k_proj, v_proj, o_proj, mlp_norm, gate_proj, up_proj, down_proj,
+        cos, sin, positions, key_cache, value_cache, slot_mapping, block_tables, seq_lens,
+        cu_seqlens_q,
+    )  # fmt: skip
+    return _run("decoder_layer", tensors, eps, interleaved)
+
+
+def primitive(name: str, *, num_weights: int = 1, **attributes: float | bool | None) -> Custom:
+    """The primitive behind one of the functions above: faster in PyNative, for it checks less.
+
+    Args:
+        name: of the op.
+        num_weights: how many weights a `linear` takes after x.
+        **attributes: as of the function; those not given have their defaults.
+
+    Returns:
+        A `mindspore.ops.Custom` to be called with the tensors; the same object for the same
+        arguments.
+
+    Raises:
+        ValueError: no such op or attribute, or a value out of range.
+        TypeError: an attribute of a wrong type.
+
+    Example:
+        >>> primitive("rms_norm", eps=1e-6) is primitive("rms_norm", eps=1e-6)
+        True
+    """
+    if name not in OPS:
+        raise ValueError(f"primitive: no op named {name!r}; there are {', '.join(OPS)}")
+    known = OPS[name].attributes
+    for attribute in attributes.keys() - known.keys():
+        raise ValueError(f"{name} has no attribute {attribute!r}; it has: {', '.join(known)}")
+    num_tensors = 1 + num_weights if name == "linear" else len(OPS[name].inputs)
+    values = [attributes.get(key, attribute.default) for key, attribute in known.items()]
+    return make_primitive(name, num_tensors, *values)
+
+
+_constant_primitive = constexpr(make_primitive)  # a graph evaluates it while it is compiled
+
+
+def _run(
+    name: str, tensors: tuple[Tensor, ...], *attributes: float | bool | None
+) -> Tensor | tuple[Tensor, ...]:
+    if not _is_compiling(_run):
+        check_tensors(name, tensors)
+    return _constant_primitive(name, len(tensors), *attributes)(*tensors)
+
+
+@constexpr(check=False)
+def _is_compiling(function: Callable[..., object] | None) -> bool:
+    """Whether a graph is being compiled: only then does a function arrive as None."""
+    return function is None
+
+
+def _document() -> None:
+    """Append to each function's sentence what the schema says of its arguments and results."""
+    for name, op in OPS.items():
+        lines = [globals()[name].__doc__.rstrip(), "", "Args:"]
+        for key, tensor in op.inputs.items():
+            lines.append(f"    {key}: {_describe(tensor)}{'; written.' if tensor.written else '.'}")
+        for key, attribute in op.attributes.items():
+            lines.append(f"    {key}: {attribute.doc}.")
+        results = [f"    {key} {_describe(tensor)}." for key, tensor in op.outputs.items()]
+        lines += ["", "Returns:", *(results or ["    A token, (1) int32."])]
+        globals()[name].__doc__ = "\n".join(lines)
+
+
+def _describe(tensor: Description) -> str:
+    same = isinstance(tensor.dtypes, str)
+    dtypes = f"like {tensor.dtypes[1:]}" if same else " or ".join(tensor.dtypes)
+    return f"({', '.join(tensor.axes)}) {dtypes}" + (f": {tensor.doc}" if tensor.doc else "")
+
+
+_document()

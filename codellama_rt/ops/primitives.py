@@ -1,0 +1,129 @@
+"""From the schema to `mindspore.ops.Custom` objects over the kernels' library.
+
+MindSpore dlopens the library that `_core` is linked with, so both roads share its threads and its
+choice of instruction set.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mindspore
+from mindspore.ops import Custom, CustomRegOp, DataType
+
+from codellama_rt import _core
+from codellama_rt.ops.schema import OPS, Attribute, Op, Tensor
+
+LIBRARY = Path(_core.__file__).with_name("libcodellama_rt_cpu.so")
+MAX_WEIGHTS = 3
+
+
+@functools.cache
+def make_primitive(name: str, num_tensors: int, *values: float | bool | None) -> Custom:
+    """One op with `num_tensors` inputs and its attributes in the schema's order."""
+    op = OPS[name]
+    inputs = _names(name, num_tensors)
+    outputs = list(op.outputs) or ["token"]
+    info = CustomRegOp(f"{name}{num_tensors}")
+    for i, key in enumerate(inputs):
+        info.input(i, key)
+    for i, key in enumerate(outputs):
+        info.output(i, key)
+    for (key, attribute), value in zip(op.attributes.items(), values, strict=True):
+        info.attr(key, "required", attribute.type, value=_checked(name, key, attribute, value))
+    if name == "linear":  # the ABI's shape inference does not tell
+        info.attr("num_weights", "required", "int", value=num_tensors - 1)
+    info.dtype_format(*[DataType.None_None] * (len(inputs) + len(outputs))).target("CPU")
+    symbol = "".join(part.capitalize() for part in name.split("_"))
+    return Custom(
+        f"{LIBRARY}:{symbol}",
+        None,  # shapes: the library's <symbol>InferShape, the only kind that takes dynamic ones
+        _type_inference(op, inputs),
+        "aot",
+        reg_info=info.get_op_info(),
+    )
+
+
+def check_tensors(name: str, tensors: tuple[Any, ...]) -> None:
+    """Refuse, in PyNative, what MindSpore would crash on or copy before it is written.
+
+    Raises:
+        TypeError: an argument that is not a Tensor.
+        ValueError: a view that the op is to write.
+    """
+    op = OPS[name]
+    for key, tensor in zip(_names(name, len(tensors)), tensors, strict=True):
+        if not isinstance(tensor, mindspore.Tensor):
+            raise TypeError(
+                f"{name}: {key} must be a mindspore.Tensor, got {type(tensor).__name__}; "
+                "make one with Tensor.from_numpy"
+            )
+        if key in op.written and (tensor.storage_offset() or not tensor.is_contiguous()):
+            raise ValueError(
+                f"{name}: {key} {tensor.shape} is to be written, but it is a view, and MindSpore "
+                "would have a copy of it written; make it with Tensor.from_numpy"
+            )
+
+
+@functools.cache
+def _names(name: str, num_tensors: int) -> tuple[str, ...]:
+    names = tuple(OPS[name].inputs)
+    if name != "linear":
+        return names
+    if not 1 <= num_tensors - 1 <= MAX_WEIGHTS:
+        raise ValueError(f"linear: takes 1 to {MAX_WEIGHTS} weights, got {num_tensors - 1}")
+    return names + tuple(f"weight_{i}" for i in range(2, num_tensors))
+
+
+def _checked(op: str, key: str, attribute: Attribute, value: Any) -> float | bool:
+    if attribute.type == "bool":
+        if isinstance(value, bool):
+            return value
+        raise TypeError(f"{op}: {key} must be a bool, got {value!r}")
+    if value is None and attribute.default == 0:  # the kernels' sign for the usual value
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {key} must be a float, got {value!r}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{op}: {key} must be finite and not negative, got {value}")
+    return float(value)
+
+
+def _type_inference(op: Op, names: tuple[str, ...]) -> Callable[..., Any]:
+    """MindSpore's way to the dtypes of the results, which is where it lets us check the inputs'."""
+    inputs = [op.inputs.get(name, op.inputs.get("weight")) for name in names]
+
+    def infer(*types: Any) -> Any:
+        if len(types) != len(names):
+            raise TypeError(f"{op.name} takes {len(names)} tensors, got {len(types)}")
+        given: dict[str, str] = {}
+        for name, tensor, type_ in zip(names, inputs, types, strict=True):
+            given[name] = _checked_dtype(op, name, tensor, type_, given)
+        results = tuple(_result_type(output, given) for output in op.outputs.values())
+        return results if len(results) > 1 else (*results, mindspore.int32)[0]
+
+    return infer
+
+
+def _checked_dtype(op: Op, name: str, tensor: Tensor, type_: Any, given: dict[str, str]) -> str:
+    """The dtype's name, if the schema allows it."""
+    dtype = str(type_.element_type() if hasattr(type_, "element_type") else type_).lower()
+    allowed = tensor.dtypes
+    if isinstance(allowed, str):
+        allowed = (given[allowed[1:]],)
+    elif name not in op.inputs:  # a further weight
+        allowed = (given["weight"],)
+    if dtype in allowed:
+        return dtype
+    raise TypeError(
+        f"{op.name}: {name} must be {' or '.join(allowed)} ({', '.join(tensor.axes)}), "
+        f"got {dtype}; cast it with .astype"
+    )
+
+
+def _result_type(output: Tensor, given: dict[str, str]) -> Any:
+    dtypes = output.dtypes
+    return getattr(mindspore, given[dtypes[1:]] if isinstance(dtypes, str) else dtypes[0])
