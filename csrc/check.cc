@@ -28,9 +28,6 @@ bool is_contiguous(const TensorView& t, bool rows_apart) {
   for (int i = 0; i < t.ndim; ++i) {
     if (t.shape[i] == 0) return true;  // nothing is apart from nothing
   }
-  for (int i = 0; i < t.ndim; ++i) {
-    if (t.shape[i] == 0) return true;  // no element, and NumPy may say any strides
-  }
   int64_t expected = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
     if (rows_apart && i == 0) return t.shape[0] <= 1 || t.strides[0] >= expected;

@@ -217,10 +217,12 @@ void merge_attention(TensorView out_a, TensorView lse_a, TensorView out_b, Tenso
 
 void silu_and_mul(TensorView gate_up, TensorView out) {
   Check check("silu_and_mul");
-  Axis tokens{"num_tokens"}, hidden{"hidden_dim"};
-  check.floats("out", out, {&tokens, &hidden});
-  Axis both{"2 * hidden_dim", 2 * hidden.size};
-  check.floats("gate_up", gate_up, {&tokens, &both}, out.dtype);
+  Axis tokens{"num_tokens"}, both{"2 * hidden_dim"};
+  check.floats("gate_up", gate_up, {&tokens, &both});
+  check.require(both.size % 2 == 0, "gate_up must be (num_tokens, 2 * hidden_dim), got rows of " +
+                                        std::to_string(both.size));
+  Axis hidden{"hidden_dim", both.size / 2};
+  check.floats("out", out, {&tokens, &hidden}, gate_up.dtype);
   check.writable("out", out);
   kernels().silu_and_mul({gate_up.data, out.data, out.dtype, tokens.size, hidden.size});
 }

@@ -40,10 +40,27 @@ def __getattr__(name: str) -> Any:
     return importlib.import_module("codellama_rt.ops.graph")
 
 
+# Results are made before the arguments are checked: what is no tensor, or lacks an axis, gives some
+# result here, and the op itself then says what is wrong with it.
+
+
+def _shape(argument: Array) -> tuple[int, ...]:
+    return getattr(argument, "shape", ())
+
+
+def _size(argument: Array, axis: int) -> int:
+    shape = _shape(argument)
+    return shape[axis] if axis < len(shape) else 0
+
+
+def _empty_like(argument: Array) -> Array:
+    return _empty(argument, _shape(argument))
+
+
 def _empty(like: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
     """An uninitialised result of the same kind as `like`, and of its dtype unless one is given."""
-    if isinstance(like, np.ndarray):
-        return np.empty(shape, like.dtype if dtype is None else dtype)
+    if not hasattr(like, "data_ptr"):
+        return np.empty(shape, getattr(like, "dtype", None) if dtype is None else dtype)
     import mindspore
     import ml_dtypes
 
@@ -68,7 +85,7 @@ def embedding(token_ids: Array, table: Array, *, out: Array = None) -> Array:
         array([[0., 1.]], dtype=float32)
     """
     if out is None:
-        out = _empty(token_ids, (token_ids.shape[0], table.shape[1]), np.float32)
+        out = _empty(token_ids, (_size(token_ids, 0), _size(table, 1)), np.float32)
     _core.embedding(token_ids, table, out)
     return out
 
@@ -90,7 +107,7 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-5, *, out: Array = None) -
         array([[1., 1.]], dtype=float32)
     """
     if out is None:
-        out = _empty(x, x.shape)
+        out = _empty_like(x)
     _core.rms_norm(x, weight, eps, out)
     return out
 
@@ -117,7 +134,7 @@ def add_rms_norm(
         array([[2., 2.]], dtype=float32)
     """
     if out is None:
-        out = (_empty(x, x.shape), _empty(x, x.shape))
+        out = (_empty_like(x), _empty_like(x))
     _core.add_rms_norm(x, residual, weight, eps, out[0], out[1])
     return out
 
@@ -141,7 +158,7 @@ def linear(x: Array, weight: Array | tuple[Array, ...], *, out: Array = None) ->
     """
     if out is None:
         weights = weight if isinstance(weight, (tuple, list)) else (weight,)
-        out = _empty(x, (x.shape[0], sum(w.shape[0] for w in weights)))
+        out = _empty(x, (_size(x, 0), sum(_size(w, 0) for w in weights)))
     _core.linear(x, weight, out)
     return out
 
@@ -224,9 +241,9 @@ def rope_and_cache(
         array([[[0., 1.]]], dtype=float32)
     """
     if out is None:
-        n_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
-        n_heads = qkv.shape[1] // max(head_dim, 1) - 2 * n_kv_heads
-        out = _empty(qkv, (qkv.shape[0], max(n_heads, 0), head_dim))
+        n_kv_heads, head_dim = _size(key_cache, 1), _size(key_cache, 3)
+        n_heads = _size(qkv, 1) // max(head_dim, 1) - 2 * n_kv_heads
+        out = _empty(qkv, (_size(qkv, 0), max(n_heads, 0), head_dim))
     _core.rope_and_cache(
         qkv, cos, sin, positions, key_cache, value_cache, slot_mapping, interleaved, out
     )
@@ -259,7 +276,7 @@ def flash_attention(
         array([[[1., 1.]]], dtype=float32)
     """
     if out is None:
-        out = (_empty(query, query.shape), _empty(query, query.shape[:2], np.float32))
+        out = (_empty_like(query), _empty(query, _shape(query)[:2], np.float32))
     factor = 0.0 if scale is None else scale
     _core.flash_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, factor, *out)
     return out
@@ -297,7 +314,7 @@ def paged_attention(
         array([[[1., 1.]]], dtype=float32)
     """
     if out is None:
-        out = (_empty(query, query.shape), _empty(query, query.shape[:2], np.float32))
+        out = (_empty_like(query), _empty(query, _shape(query)[:2], np.float32))
     factor = 0.0 if scale is None else scale
     _core.paged_attention(
         query, key_cache, value_cache, block_tables, seq_lens, cu_seqlens_q, factor, *out
@@ -327,7 +344,7 @@ def merge_attention(
         array([[[2., 2.]]], dtype=float32)
     """
     if out is None:
-        out = (_empty(out_a, out_a.shape), _empty(out_a, out_a.shape[:2], np.float32))
+        out = (_empty_like(out_a), _empty(out_a, _shape(out_a)[:2], np.float32))
     _core.merge_attention(out_a, lse_a, out_b, lse_b, *out)
     return out
 
@@ -347,7 +364,7 @@ def silu_and_mul(gate_up: Array, *, out: Array = None) -> Array:
         array([[0.]], dtype=float32)
     """
     if out is None:
-        out = _empty(gate_up, (gate_up.shape[0], gate_up.shape[1] // 2))
+        out = _empty(gate_up, (_size(gate_up, 0), _size(gate_up, 1) // 2))
     _core.silu_and_mul(gate_up, out)
     return out
 
@@ -418,7 +435,7 @@ def decoder_layer(
         array([[2., 2.]], dtype=float32)
     """
     if out is None:
-        out = _empty(x, x.shape)
+        out = _empty_like(x)
     inputs = (
         x, attention_norm, q_proj, k_proj, v_proj, o_proj, mlp_norm, gate_proj, up_proj, down_proj,
         cos, sin, positions, key_cache, value_cache, slot_mapping, block_tables, seq_lens,

@@ -91,11 +91,11 @@ def rope_and_cache(
 def attend(
     query: Array, key: Array, value: Array, causal: bool, scale: float
 ) -> tuple[Array, Array]:
-    """One sequence: `query` (q, n_heads, head_dim) over `key`, `value` (k, n_kv_heads, head_dim)."""
-    num_queries, n_heads, _ = query.shape
+    """One sequence: `query` (q, n_heads, d) over `key` and `value` (k, n_kv_heads, d)."""
+    num_queries, n_heads, head_dim = query.shape
     num_keys, n_kv_heads, _ = key.shape
     group = n_heads // n_kv_heads
-    query = _f64(query).reshape(num_queries, n_kv_heads, group, -1)
+    query = _f64(query).reshape(num_queries, n_kv_heads, group, head_dim)
     scores = np.einsum("qhgd,khd->hgqk", query, _f64(key)) * scale
     if causal:
         hidden = np.arange(num_keys) > num_keys - num_queries + np.arange(num_queries)[:, None]
@@ -106,7 +106,7 @@ def attend(
     with np.errstate(divide="ignore"):
         lse = (top + np.log(total))[..., 0]
     out = np.einsum("hgqk,khd->qhgd", weights / np.where(total > 0, total, 1), _f64(value))
-    return out.reshape(num_queries, n_heads, -1), lse.reshape(n_heads, num_queries).T
+    return out.reshape(num_queries, n_heads, head_dim), lse.reshape(n_heads, num_queries).T
 
 
 def flash_attention(

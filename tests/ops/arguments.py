@@ -54,7 +54,9 @@ def _integers(name, shape, sizes, rng):
         "positions": lambda: rng.integers(0, sizes["num_positions"], shape),
         "slot_mapping": lambda: rng.permutation(num_slots)[: shape[0]] - 1,
         "block_tables": lambda: rng.permutation(sizes["num_blocks"])[: shape[0] * shape[1]],
-        "seq_lens": lambda: rng.integers(sizes["num_tokens"], 2 * sizes["block_size"], shape),
+        "seq_lens": lambda: rng.integers(
+            sizes["num_tokens"], sizes["max_blocks"] * sizes["block_size"], shape
+        ),
         "block_pairs": lambda: rng.integers(0, sizes["num_blocks"], shape),
     }[name]()
 

@@ -1,0 +1,156 @@
+"""Instruction sets, threads and devices: chosen by call or by environment, refused by name."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from builders import normal, paged
+from tolerances import assert_equal_bits
+
+from codellama_rt import ops
+
+KNOWN_ISAS = ["avx512_bf16", "avx512", "avx2", "baseline"]  # best first
+
+
+def python(code, **environment):
+    """Runs code in a new interpreter; returns its exit status and output."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    return result.returncode, result.stdout.strip() + result.stderr.strip()
+
+
+def test_available_sets_come_best_first_and_end_with_the_baseline():
+    names = ops.available_isas()
+    assert names == [name for name in KNOWN_ISAS if name in names]
+    assert names[-1] == "baseline"
+
+
+def test_the_chosen_set_is_in_use(isa):
+    assert ops.isa() == isa
+    assert isa in ops.available("cpu")[1]
+
+
+def test_unknown_set_is_refused_and_changes_nothing():
+    before = ops.isa()
+    with pytest.raises(ValueError, match=r"'avx1024' is not available; available:.* baseline"):
+        ops.set_isa("avx1024")
+    assert ops.isa() == before
+
+
+@pytest.mark.parametrize("name", ops.available_isas())
+def test_environment_chooses_the_set(name):
+    code = "from codellama_rt import ops; print(ops.isa())"
+    assert python(code, CODELLAMA_RT_ISA=name) == (0, name)
+
+
+def test_best_set_without_environment():
+    code = "from codellama_rt import ops; print(ops.isa())"
+    assert python(code, CODELLAMA_RT_ISA="") == (0, ops.available_isas()[0])
+
+
+def test_environment_with_an_unknown_set():
+    status, output = python("import codellama_rt.ops", CODELLAMA_RT_ISA="sse9")
+    assert status != 0
+    assert "ValueError: CODELLAMA_RT_ISA=sse9: instruction set 'sse9' is not available" in output
+
+
+@pytest.mark.parametrize(("asked", "used"), [("3", "3"), ("1", "1")])
+def test_environment_chooses_the_threads(asked, used):
+    code = "from codellama_rt import ops; print(ops.num_threads())"
+    assert python(code, CODELLAMA_RT_NUM_THREADS=asked) == (0, used)
+
+
+@pytest.mark.parametrize("ignored", ["", "0", "-2", "many"])
+def test_without_a_number_of_threads_the_process_has_its_cpus(ignored):
+    code = "from codellama_rt import ops; print(ops.num_threads())"
+    expected = str(len(os.sched_getaffinity(0)))
+    assert python(code, CODELLAMA_RT_NUM_THREADS=ignored) == (0, expected)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_threads_are_refused(count):
+    with pytest.raises(ValueError, match=f"num_threads must be at least 1, got {count}"):
+        ops.set_num_threads(count)
+
+
+def test_number_of_threads_is_an_int():
+    with pytest.raises(TypeError):
+        ops.set_num_threads(1.5)
+
+
+@pytest.mark.parametrize("device", ["cuda", "ascend"])
+def test_devices_that_this_build_has_not(device):
+    usable, reason = ops.available(device)
+    assert not usable
+    assert device in reason
+    assert "available: cpu" in reason
+
+
+def test_unknown_device():
+    with pytest.raises(ValueError, match="device must be 'cpu', 'cuda' or 'ascend', got 'tpu'"):
+        ops.available("tpu")
+
+
+def test_python_threads_call_at_the_same_time(rng, threads):
+    """Callers that find the pool busy work alone; nobody's numbers get mixed up."""
+    threads(2)
+    x, weight = normal(rng, (20, 300)), normal(rng, (500, 300), "bfloat16")
+    case = paged(rng, [900, 300], [1, 40])
+    expected = ops.linear(x, weight), ops.paged_attention(*case.arguments)[0]
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            got = ops.linear(x, weight), ops.paged_attention(*case.arguments)[0]
+            wrong.extend(
+                1 for a, b in zip(got, expected, strict=True) if a.tobytes() != b.tobytes()
+            )
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+FORK = """
+import os, numpy as np
+from codellama_rt import ops
+ops.set_num_threads(2)
+x = np.ones((20, 300), np.float32)
+expected = ops.linear(x, x)  # starts the pool
+child = os.fork()
+if child == 0:
+    os._exit(0 if ops.linear(x, x).tobytes() == expected.tobytes() else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_starts_its_own_threads():
+    assert python(FORK) == (0, "0")
+
+
+def test_changing_the_threads_between_calls(rng, threads):
+    x, weight = normal(rng, (20, 300)), normal(rng, (500, 300))
+    expected = ops.linear(x, weight)
+    for count in (1, 2, 3, 2, 8, 1):
+        threads(count)
+        assert ops.num_threads() == count
+        assert_equal_bits(ops.linear(x, weight), expected)
+
+
+def test_sets_agree_but_for_rounding(rng):
+    x, weight = normal(rng, (4, 64)), np.eye(64, dtype=np.float32)
+    before = ops.isa()
+    try:
+        for name in ops.available_isas():
+            ops.set_isa(name)
+            assert_equal_bits(ops.linear(x, weight), x)
+    finally:
+        ops.set_isa(before)
