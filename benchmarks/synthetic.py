@@ -1,0 +1,160 @@
+"""Checkpoints of random weights in Code Llama's shapes, for speed and memory alone.
+
+    python benchmarks/synthetic.py --shape 7b --layers 4 --out 7b-4l           # safetensors
+    python benchmarks/synthetic.py --shape 7b --layers 4 --out 7b-4l.gguf      # the same model
+
+A weight depends on its name, the seed and its shape, so both forms hold the same model; in GGUF the
+rows of q and k are in that format's order. The directory has no tokenizer unless one is given; the
+GGUF file gets a vocabulary of made-up words, without which llama.cpp does not open it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from shapes import SHAPES
+
+from codellama_rt.checkpoint.gguf_model import gguf_name
+from codellama_rt.checkpoint.weight_loading import expected_shapes
+from codellama_rt.config import ModelConfig
+from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
+
+_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and values, one after another: norms of ones, matrices of variance 1 / in_features."""
+    dtype = numpy_dtype(config.dtype)
+    for name, shape in expected_shapes(config).items():
+        if len(shape) == 1:
+            yield name, np.ones(shape, dtype)
+            continue
+        rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+        values = rng.random(shape, np.float32)
+        values -= np.float32(0.5)
+        values *= np.float32((12 / shape[1]) ** 0.5)
+        yield name, values.astype(dtype)
+
+
+def write_directory(folder: Path, config: ModelConfig, seed: int = 0) -> None:
+    """Write config.json, generation_config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(_hf_config(config), indent=1))
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    header, end = {}, 0
+    for name, shape in expected_shapes(config).items():
+        begin, end = end, end + int(np.prod(shape)) * numpy_dtype(config.dtype).itemsize
+        kind = _SAFETENSORS[config.dtype]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, values in weights(config, seed):
+            values.tofile(file)
+
+
+def _hf_config(config: ModelConfig) -> dict:
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": config.dim, "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads, "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_position_embeddings, "tie_word_embeddings": False,
+        "bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids),
+        "torch_dtype": config.dtype,
+    }  # fmt: skip
+
+
+def write_gguf(path: Path, config: ModelConfig, seed: int = 0) -> None:
+    """Write the same model as one GGUF file with a vocabulary of made-up words."""
+    import gguf
+
+    kinds = gguf.GGMLQuantizationType
+    kind = {"float32": kinds.F32, "float16": kinds.F16, "bfloat16": kinds.BF16}[config.dtype]
+    writer = gguf.GGUFWriter(path, "llama")
+    _write_metadata(writer, config)
+    for name, shape in expected_shapes(config).items():
+        stored, item = (kind, numpy_dtype(config.dtype)) if len(shape) > 1 else (kinds.F32, "<f4")
+        num_bytes = int(np.prod(shape)) * np.dtype(item).itemsize
+        in_bytes = (*shape[:-1], shape[-1] * np.dtype(item).itemsize)
+        writer.add_tensor_info(
+            gguf_name(name), in_bytes, np.dtype(np.uint8), num_bytes, raw_dtype=stored
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, values in weights(config, seed):
+        if name.endswith("q_proj.weight"):
+            values = _interleave(values, config.n_heads)
+        elif name.endswith("k_proj.weight"):
+            values = _interleave(values, config.n_kv_heads)
+        elif values.ndim == 1:
+            values = values.astype(np.float32)
+        writer.write_tensor_data(np.ascontiguousarray(values).view(np.uint8))
+    writer.close()
+
+
+def _write_metadata(writer: object, config: ModelConfig) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    normal, unknown, control, byte = 1, 2, 3, 6
+    pieces = [("<unk>", unknown), ("<s>", control), ("</s>", control)]
+    pieces += [(f"<0x{value:02X}>", byte) for value in range(256)]
+    pieces += [(f"\u2581w{i}", normal) for i in range(len(pieces), config.vocab_size)]
+    words, types = zip(*pieces, strict=True)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(words)
+    writer.add_token_scores([-float(i) for i in range(len(words))])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Hugging Face's rows (i, i + head_dim / 2 rotate together) in GGUF's order (2i, 2i + 1)."""
+    halves = rows.reshape(heads, 2, -1, rows.shape[1])
+    return halves.transpose(0, 2, 1, 3).reshape(rows.shape)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--layers", type=int, help="the full model's by default")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model to put into the directory")
+    parser.add_argument("--out", type=Path, required=True, help="a directory, or a *.gguf file")
+    args = parser.parse_args()
+    config = SHAPES[args.shape]
+    config = replace(config, n_layers=args.layers or config.n_layers, dtype=args.dtype)
+    if args.out.suffix == ".gguf":
+        write_gguf(args.out, config, args.seed)
+        return
+    write_directory(args.out, config, args.seed)
+    if args.tokenizer:
+        shutil.copy(args.tokenizer, args.out / "tokenizer.model")
+
+
+if __name__ == "__main__":
+    main()

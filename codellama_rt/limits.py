@@ -1,0 +1,98 @@
+"""What this machine gives to any kernel: read bandwidth and arithmetic, measured in this process.
+
+Every figure of speed here is stated as a share of these, taken in the same run, with the threads
+and the instruction set that the operators use.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from codellama_rt import _core, ops
+
+PROBE_BYTES = 2**28  # several times any cache, so that every byte comes from memory
+_ROUNDS = 50_000  # about a millisecond
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The roof of every figure of speed.
+
+    Attributes:
+        isa: instruction set in use.
+        num_threads: threads in use.
+        read_bandwidth: bytes a second.
+        flops: FLOP/s by dtype of the operands; float16 is computed in float32.
+    """
+
+    isa: str
+    num_threads: int
+    read_bandwidth: float
+    flops: dict[str, float]
+
+    def seconds(self, num_bytes: float, flops: float, dtype: str) -> float:
+        """The least time for moving `num_bytes` and computing `flops` at once."""
+        return max(num_bytes / self.read_bandwidth, flops / self.flops[dtype])
+
+
+def measure_limits(seconds: float = 0.2) -> Limits:
+    """Measure all limits.
+
+    Args:
+        seconds: spent on each of the three.
+
+    Example:
+        >>> measure_limits(0.01).num_threads >= 1
+        True
+    """
+    float32, bfloat16 = (peak_flops(dtype, seconds) for dtype in ("float32", "bfloat16"))
+    return Limits(
+        ops.isa(), ops.num_threads(), read_bandwidth(seconds),
+        {"float32": float32, "float16": float32, "bfloat16": bfloat16},
+    )  # fmt: skip
+
+
+def read_bandwidth(seconds: float = 0.2, num_bytes: int = PROBE_BYTES) -> float:
+    """Bytes a second that the threads read from memory together, each byte once; the best pass.
+
+    Args:
+        seconds: how long to repeat; three passes at least.
+        num_bytes: of the memory that is read; taken for the length of the call.
+    """
+    memory = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # as the KV cache: the roof pays for no small pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    view = np.frombuffer(memory, np.uint8)
+    view.fill(1)  # commits the pages; those never written would all be one page of zeros
+    return num_bytes / _shortest(lambda: _core.read_memory(view), seconds)
+
+
+def peak_flops(dtype: str, seconds: float = 0.2) -> float:
+    """FLOP/s of the threads together on registers alone; the best pass.
+
+    Args:
+        dtype: of the operands: "float32" or "bfloat16" (pairs, where the CPU multiplies such).
+        seconds: how long to repeat; three passes at least.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
+    flops = _core.multiply_add(dtype, _ROUNDS)
+    return flops / _shortest(lambda: _core.multiply_add(dtype, _ROUNDS), seconds)
+
+
+def _shortest(run: Callable[[], object], seconds: float) -> float:
+    """The shortest of the runs that fit into `seconds`: a busy machine only makes them longer."""
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        started = perf_counter()
+        run()
+        times.append(perf_counter() - started)
+    return min(times)
