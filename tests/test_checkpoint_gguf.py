@@ -15,11 +15,11 @@ from checkpoint_files import (
 from oracle import forward
 
 from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.checkpoint.gguf_file import read_gguf
+from codellama_rt.checkpoint.safetensors_file import read_safetensors
 from codellama_rt.config import ModelConfig, RopeScaling
 from codellama_rt.errors import CheckpointError
-from codellama_rt.gguf_file import read_gguf
 from codellama_rt.rope import inverse_frequencies
-from codellama_rt.safetensors_file import read_safetensors
 
 LOGITS_TOLERANCE = 1e-4
 

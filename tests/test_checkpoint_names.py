@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from checkpoint_files import write_mini
 
-from codellama_rt import model_names
-from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.checkpoint import model_names, open_checkpoint
+from codellama_rt.checkpoint.model_names import BUILT_IN_NAME, cache_dir, resolve_model
 from codellama_rt.errors import CheckpointError
-from codellama_rt.model_names import BUILT_IN_NAME, cache_dir, resolve_model
 
 GGUF = b"GGUF, or so it says"
 

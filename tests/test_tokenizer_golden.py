@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tokenizer_files import gguf_file, sentencepiece_fields
 
-from codellama_rt.code_llama_tokenizer import CodeLlamaTokenizer
-from codellama_rt.model_names import BUILT_IN_NAME, resolve_model
-from codellama_rt.text_streamer import TextStreamer
+from codellama_rt.checkpoint.model_names import BUILT_IN_NAME, resolve_model
 from codellama_rt.tokenizer import FILL_TOKEN, load_tokenizer
+from codellama_rt.tokenizer.code_llama_tokenizer import CodeLlamaTokenizer
+from codellama_rt.tokenizer.text_streamer import TextStreamer
 
 
 @pytest.fixture(scope="module")
