@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from codellama_rt import ops
 from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
 
 GARBAGE_BLOCKS = (-1, -7, 2**31 - 1)  # what an unused entry of a block table may hold
 ACTIVATION_AND_STORED = [(a, b) for a in FLOAT_DTYPES for b in FLOAT_DTYPES]
+
+
+@contextmanager
+def running_on(isa: str | None = None, num_threads: int | None = None) -> Iterator[None]:
+    """An instruction set and a number of threads for a while; those of before come back."""
+    before = ops.isa(), ops.num_threads()
+    ops.set_isa(isa or before[0])
+    ops.set_num_threads(num_threads or before[1])
+    try:
+        yield
+    finally:
+        ops.set_isa(before[0])
+        ops.set_num_threads(before[1])
 
 
 def normal(rng: np.random.Generator, shape, dtype: str = "float32", scale: float = 1.0):

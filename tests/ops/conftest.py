@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from builders import running_on
 
 from codellama_rt import ops
 from codellama_rt.dtypes import numpy_dtype
@@ -17,18 +18,15 @@ _MAP_NORESERVE = 0x4000  # Linux; older Pythons have no name for it
 @pytest.fixture(params=ops.available_isas())
 def isa(request) -> Iterator[str]:
     """Each instruction set in turn; the chosen one is back afterwards."""
-    before = ops.isa()
-    ops.set_isa(request.param)
-    yield request.param
-    ops.set_isa(before)
+    with running_on(isa=request.param):
+        yield request.param
 
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets the number of threads; the one of before is back afterwards."""
-    before = ops.num_threads()
-    yield ops.set_num_threads
-    ops.set_num_threads(before)
+    with running_on():
+        yield ops.set_num_threads
 
 
 @pytest.fixture
