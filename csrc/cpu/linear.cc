@@ -2,10 +2,11 @@
 // Shapes   x (num_tokens, k), weights (n[i], k) as they lie, out (num_tokens, sum(n))
 // Traffic  sum(n) * k * itemsize bytes of weights once for every kMaxTokens tokens
 // Limit    memory read to about 16 tokens, then FMA (float32) or VDPBF16PS (bfloat16)
-// Tiling   activations are packed once in panels of kTokens, rounded to what the dot reads. Up to
-//          kTokens tokens: four rows at a time, straight from memory. More: a task takes blocks of
-//          kBlockRows rows; the first panel of tokens reads a block from memory and leaves it
-//          packed in L2, the others read it there and prefetch the next block meanwhile
+// Tiling   activations are packed once in panels of tokens, rounded to what the dot reads. Up to
+//          kStreamTokens tokens: one panel; a few rows at a time, straight from memory. More:
+//          panels of kTokens; a task takes blocks of kBlockRows rows; the first panel of tokens
+//          reads a block from memory and leaves it packed in L2, the others read it there and
+//          prefetch the next block meanwhile
 // Numerics fp32 accumulate. k is cut in equal segments of at most kSegmentBytes; a segment has one
 //          vector of sums for each (t, n), taken in ascending k and summed by the tree of sum();
 //          segments are added in ascending order. No other choice (tile, task, edge, thread)
@@ -25,9 +26,10 @@ constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, no
 // Tasks of 128 to 192 KB of weights: a task costs 0.1 us to hand out, and a region of less than
 // 256 KB took no less time on two threads than on one.
 constexpr int64_t kTaskBytes = 128 << 10;
-constexpr int64_t kTasks = 32;            // with many tokens: tails of at most 1/32 of a core
+constexpr int64_t kTaskRows = 12;  // a multiple of this: whole tiles, of four rows or of three
+constexpr int64_t kTasks = 32;  // with many tokens: tails of at most 1/32 of a core
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kPrefetchSteps = 4;     // of a tile between two spells of prefetching
+constexpr int64_t kPrefetchSteps = 4;  // of a tile between two spells of prefetching
 
 // ---- activations: panels (step, token, kStep), zero after k --------------------------------
 
@@ -49,9 +51,8 @@ void pack_tokens(const LinearParams& p, const Cut<Dot>& cut, int64_t t, int64_t 
 }
 
 template <typename Dot>
-void pack_panel(const LinearParams& p, const Cut<Dot>& cut, int64_t t,
+void pack_panel(const LinearParams& p, const Cut<Dot>& cut, int64_t t, int64_t height,
                 typename Dot::Element* panels) {
-  const int64_t height = smaller(kTokens, p.num_tokens - t);
   switch (p.x_dtype) {
     case DType::kFloat16: return pack_tokens<Dot, f16>(p, cut, t, height, panels);
     case DType::kBFloat16: return pack_tokens<Dot, bf16>(p, cut, t, height, panels);
@@ -72,7 +73,7 @@ struct Prefetch {
 
   inline void operator()() {
     for (int64_t i = 0; i < lines_a_time && n < end_n; ++i) {
-      __builtin_prefetch(reinterpret_cast<const char*>(weight_row<Weight>(p, n) + k) + at, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(weight_row<Weight>(p, n) + k) + at);
       at += kCacheLine;
       if (at >= row_bytes) at = 0, ++n;
     }
@@ -149,7 +150,7 @@ template <int n>
 struct Height {
   static constexpr int value = n;
 };
-template <int kMost = kTokens, typename F>
+template <int kMost, typename F>
 inline void with_height(int64_t height, const F& f) {
   if (height == kMost) {
     f(Height<kMost>{});
@@ -163,13 +164,14 @@ template <typename Weight, int kHeight>
 void stream_rows(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
                  const typename DotOf<Weight>::type::Element* x, int64_t n, int64_t end) {
   using Dot = typename DotOf<Weight>::type;
-  for (; n < end; n += kRows) {
+  constexpr int kCount = kHeight > kTokens ? 3 : kRows;
+  for (; n < end; n += kCount) {
     const WeightRows<Weight> rows(p, n, end - 1, 0);
     float totals[kHeight][kRows] = {};
     for (int64_t segment = 0; segment < cut.num_segments; ++segment) {
       const int64_t first = segment * cut.segment_steps;
       const int64_t whole = cut.length(segment) - cut.has_tail(segment), last = first + whole;
-      Vec sums[kHeight][kRows];
+      Vec sums[kHeight][kCount];
       clear(sums);
       multiply_steps<Dot>(
           x + first * kHeight * Dot::kStep, whole,
@@ -181,7 +183,7 @@ void stream_rows(const LinearParams& p, const Cut<typename DotOf<Weight>::type>&
       }
       add_all_sums(sums, totals[0], kRows);
     }
-    put(totals[0], kRows, p, n, smaller(kRows, end - n));
+    put(totals[0], kRows, p, n, smaller(kCount, end - n));
   }
 }
 
@@ -204,7 +206,7 @@ void multiply_block(const LinearParams& p, const Cut<typename DotOf<Weight>::typ
     const int64_t tokens_size = height * length * Dot::kStep;
     prefetch.x = reinterpret_cast<const char*>(tokens + tokens_size);
     prefetch.x_lines_a_time = ceil_div(tokens_size * sizeof(*x), kCacheLine * times);
-    with_height(height, [&](auto h) {
+    with_height<kTokens>(height, [&](auto h) {
       for (int64_t i = 0; i < count; i += kRows) {
         auto* panel = panels + i / kRows * panel_size;
         float* to = totals + t * kBlockRows + i;
@@ -259,18 +261,23 @@ void multiply(const LinearParams& p) {
   if (num_rows == 0) return;
   const int64_t x_bytes = p.num_tokens * cut.steps * Dot::kStep * sizeof(Element);
   Element* x = static_cast<Element*>(scratch(Scratch::kCaller, x_bytes));
-  for_each_task(ceil_div(p.num_tokens, kTokens),
-                [&](int64_t i) { pack_panel<Dot>(p, cut, i * kTokens, x); });
-  if (p.num_tokens <= kTokens) {
+  if (p.num_tokens <= kStreamTokens) {
+    pack_panel<Dot>(p, cut, 0, p.num_tokens, x);
+    // An even number of equal tasks, or one.
     const int64_t pairs = num_rows * p.k * sizeof(Weight) / (2 * kTaskBytes);
-    const int64_t task_rows = ceil_div(num_rows, kRows * larger(1, 2 * pairs)) * kRows;
-    with_height(p.num_tokens, [&](auto h) {
+    const int64_t task_rows =
+        ceil_div(num_rows, kTaskRows * larger(1, 2 * pairs)) * kTaskRows;
+    with_height<kStreamTokens>(p.num_tokens, [&](auto h) {
       for_each_task(ceil_div(num_rows, task_rows), [&](int64_t task) {
         const int64_t n = task * task_rows;
         stream_rows<Weight, h.value>(p, cut, x, n, smaller(num_rows, n + task_rows));
       });
     });
   } else {
+    for_each_task(ceil_div(p.num_tokens, kTokens), [&](int64_t i) {
+      const int64_t t = i * kTokens;
+      pack_panel<Dot>(p, cut, t, smaller(kTokens, p.num_tokens - t), x);
+    });
     const int64_t task_rows = kBlockRows * larger(1, num_rows / (kBlockRows * kTasks));
     for_each_task(ceil_div(num_rows, task_rows), [&](int64_t task) {
       const int64_t n = task * task_rows;
