@@ -27,7 +27,7 @@ constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, no
 // 256 KB took no less time on two threads than on one.
 constexpr int64_t kTaskBytes = 128 << 10;
 constexpr int64_t kTaskRows = 12;  // a multiple of this: whole tiles, of four rows or of three
-constexpr int64_t kTasks = 32;  // with many tokens: tails of at most 1/32 of a core
+constexpr int64_t kTasks = 32;     // with many tokens: tails of at most 1/32 of a core
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kPrefetchSteps = 4;  // of a tile between two spells of prefetching
 
@@ -265,8 +265,7 @@ void multiply(const LinearParams& p) {
     pack_panel<Dot>(p, cut, 0, p.num_tokens, x);
     // An even number of equal tasks, or one.
     const int64_t pairs = num_rows * p.k * sizeof(Weight) / (2 * kTaskBytes);
-    const int64_t task_rows =
-        ceil_div(num_rows, kTaskRows * larger(1, 2 * pairs)) * kTaskRows;
+    const int64_t task_rows = ceil_div(num_rows, kTaskRows * larger(1, 2 * pairs)) * kTaskRows;
     with_height<kStreamTokens>(p.num_tokens, [&](auto h) {
       for_each_task(ceil_div(num_rows, task_rows), [&](int64_t task) {
         const int64_t n = task * task_rows;
