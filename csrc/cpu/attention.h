@@ -25,7 +25,8 @@ namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
-constexpr int64_t kDirectRows = 4;  // up to this many, keys and values are read as they lie
+constexpr int64_t kDirectRows = 4;        // up to this many, keys are multiplied as they lie
+constexpr int64_t kDirectValueRows = 16;  // up to this many, values too: converted at each use
 
 // What a task works in, on its thread. Query and states are of all its heads, the rest of one.
 struct Workspace {
@@ -67,49 +68,63 @@ inline void for_rows(int64_t row, int64_t end, const Body& body) {
   if constexpr (kStep > 1) for_rows<kStep - 1>(row, end, body);
 }
 
-// How many of a tile's keys a row sees; the tile's first key is number `key`.
-inline int seen_of_tile(const Block& block, int64_t row, int64_t key) {
-  const int64_t seen = block.visible_keys(row) - key;
-  return seen < 0 ? 0 : int(smaller(kTile, seen));
-}
+// How many of a tile's keys each row sees; the tile's first key is number `key`.
+class Seen {
+ public:
+  Seen(const Block& block, int64_t key)
+      : block_(block), key_(key), all_(block.visible_keys(0) - key >= kTile) {}
+  int operator()(int64_t row) const {
+    if (all_) return kTile;  // every tile but one or two on the diagonal
+    const int64_t seen = block_.visible_keys(row) - key_;
+    return seen < 0 ? 0 : int(smaller(kTile, seen));
+  }
 
-inline void soften_rows(const Block& block, int64_t key, Fetch& fetch, float* scores,
+ private:
+  const Block& block_;
+  int64_t key_;
+  bool all_;
+};
+
+inline void soften_rows(const Block& block, const Seen& seen, Fetch& fetch, float* scores,
                         float* states) {
   const float scale = block.a.scale * 1.44269504f;  // log2(e)
   for (int64_t row = 0; row < block.num_rows; ++row) {
-    const int seen = seen_of_tile(block, row, key);
     fetch.step();
-    if (seen > 0) soften(scores + row * kTile, seen, scale, block.state(states, row));
+    if (seen(row) > 0) soften(scores + row * kTile, seen(row), scale, block.state(states, row));
   }
 }
 
 template <bool kDirect, typename V>
-void add_values(const Block& block, int64_t key, const V* const* groups, int64_t row_stride,
+void add_values(const Block& block, const Seen& seen, const V* const* groups, int64_t row_stride,
                 Fetch& fetch, const float* weights, float* states) {
   const int64_t vecs = block.a.padded_dim() / kLanes, state_floats = block.a.state_floats();
   for (int64_t vec = 0; vec < vecs;) {
-    const int64_t width = vec + kPanel <= vecs ? kPanel : 1;
-    const auto add = [&](int64_t row, auto rows, int seen) {
+    const int64_t most =
+        block.num_rows == 1 ? 2 * kPanel : kPanel;  // a lone row has free registers
+    const int64_t width = vec + most <= vecs ? most : vec + kPanel <= vecs ? kPanel : 1;
+    const auto add = [&](int64_t row, auto rows, int num_keys) {
+      constexpr int n = decltype(rows)::value;
       const auto panel = [&](auto panel_vecs) {
-        add_values_panel<V, decltype(rows)::value, decltype(panel_vecs)::value, kDirect>(
-            weights + row * kTile, groups, row_stride, fetch, seen, vec * kLanes,
+        add_values_panel<V, n, decltype(panel_vecs)::value, kDirect>(
+            weights + row * kTile, groups, row_stride, fetch, num_keys, vec * kLanes,
             states + row * state_floats, state_floats);
       };
       if (!kDirect) fetch.step();
       if (width == 1) return panel(std::integral_constant<int, 1>());
+      if constexpr (n == 1) {
+        if (width > kPanel) return panel(std::integral_constant<int, 2 * kPanel>());
+      }
       panel(std::integral_constant<int, kPanel>());
     };
     // Rows that see the tile alike go together; on the diagonal each goes through its own part.
     for_rows<kValueRows>(0, block.num_rows, [&](int64_t row, auto rows) {
       constexpr int n = decltype(rows)::value;
-      const int seen = seen_of_tile(block, row, key);
-      if (seen == seen_of_tile(block, row + n - 1, key)) {
-        if (seen > 0) add(row, rows, seen);
+      if (seen(row) == seen(row + n - 1)) {
+        if (seen(row) > 0) add(row, rows, seen(row));
         return;
       }
       for (int64_t r = row; r < row + n; ++r) {
-        const int own = seen_of_tile(block, r, key);
-        if (own > 0) add(r, std::integral_constant<int, 1>(), own);
+        if (seen(r) > 0) add(r, std::integral_constant<int, 1>(), seen(r));
       }
     });
     vec += width;
@@ -121,14 +136,15 @@ template <typename T>
 void attend_tile_directly(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
                           const float* query, const Workspace& work, float* states) {
   const Attention& a = block.a;
-  const int64_t panels = ceil_div(a.head_dim, kPanel * kLanes);
+  const Seen seen(block, key);
+  const int64_t panels = ceil_div(a.head_dim, (block.num_rows == 1 ? 2 : 1) * kPanel * kLanes);
   Fetch fetch(next, a.head_dim, (block.num_rows + panels) * kTile);
   for (int64_t row = 0; row < block.num_rows; ++row) {
-    score_row(tile, fetch, query + row * a.head_dim, seen_of_tile(block, row, key), a.head_dim,
+    score_row(tile, fetch, query + row * a.head_dim, seen(row), a.head_dim,
               work.scores + row * kTile);
   }
-  soften_rows(block, key, fetch, work.scores, states);
-  add_values<true>(block, key, tile.values, tile.row_stride, fetch, work.scores, states);
+  soften_rows(block, seen, fetch, work.scores, states);
+  add_values<true>(block, seen, tile.values, tile.row_stride, fetch, work.scores, states);
 }
 
 // Many rows share one transpose of the keys and one conversion of the values.
@@ -138,20 +154,25 @@ void attend_tile(const Block& block, int64_t key, const Tile<T>& tile, const Til
   const Attention& a = block.a;
   const int64_t dim = a.padded_dim(), chunks = num_chunks<T>(a.head_dim);
   const int64_t panels = ceil_div(dim, kPanel * kLanes), rows = block.num_rows;
+  const Seen seen(block, key);
   Fetch fetch(next, a.head_dim,
               kTile / kLanes + rows / kScoreRows + rows + rows / kValueRows * panels);
   transpose_keys(tile, fetch, a.head_dim, work.keys);
   for_rows<kScoreRows>(0, rows, [&](int64_t row, auto step) {
     constexpr int n = decltype(step)::value;
     fetch.step();
-    score_rows<T, n>(query + row * dim, dim, work.keys, chunks,
-                     seen_of_tile(block, row + n - 1, key), work.scores + row * kTile);
+    score_rows<T, n>(query + row * dim, dim, work.keys, chunks, seen(row + n - 1),
+                     work.scores + row * kTile);
   });
-  soften_rows(block, key, fetch, work.scores, states);
+  soften_rows(block, seen, fetch, work.scores, states);
+  if (rows <= kDirectValueRows && a.head_dim == dim) {
+    add_values<false>(block, seen, tile.values, tile.row_stride, fetch, work.scores, states);
+    return;
+  }
   convert_values(tile, a.head_dim, dim, work.values);
   const float* groups[kGroups];
   for (int g = 0; g < kGroups; ++g) groups[g] = work.values + g * kGroup * dim;
-  add_values<false>(block, key, groups, dim, fetch, work.scores, states);
+  add_values<false>(block, seen, groups, dim, fetch, work.scores, states);
 }
 
 // The states of the task's heads over one split, of head h at states + (h - first_head) * stride.

@@ -353,13 +353,10 @@ inline __attribute__((noinline)) void soften(float* scores, int num_keys, float 
     sums[j] = exp2_nonpositive(x[j] - splat(state.top()));
     store(scores + j * kLanes, sums[j]);
   }
-  for (int width = kGroup / kLanes; width < kVecs; width *= 2) {
-    for (int j = 0; j + width < kVecs; j += 2 * width) {
-      for (int i = 0; i < width; ++i) sums[j + i] = sums[j + i] + sums[j + width + i];
-    }
-  }
-  for (int i = 0; i < kGroup / kLanes; ++i) {
-    store(state.weights() + i * kLanes, load(state.weights() + i * kLanes) + sums[i]);
+  constexpr int kStep = kGroup / kLanes;
+  for (int i = 0; i < kStep; ++i) {
+    const Vec pairs = (sums[i] + sums[kStep + i]) + (sums[2 * kStep + i] + sums[3 * kStep + i]);
+    store(state.weights() + i * kLanes, load(state.weights() + i * kLanes) + pairs);
   }
 }
 
