@@ -3,13 +3,14 @@
 // Shapes   q, out (num_tokens, n_heads, head_dim); keys and values as in ops.h
 // Traffic  2 * sum(keys) * n_kv_heads * head_dim * itemsize bytes read, once each, for up to kRows
 //          rows (queries x heads of the group) a sequence
-// Limit    memory read up to about 12 rows (bf16, Zen 5); then multiply-adds, of which the half
+// Limit    memory read up to about 8 rows (bf16, Zen 5); then multiply-adds, of which the half
 //          of q . K runs in bfloat16 pairs where the CPU has them
-// Tiling   one task = (sequence, kv head, up to kRows rows, a run of splits of kSplit keys); all
-//          rows share each transposed tile of kTile keys; tiles above the diagonal are skipped
+// Tiling   one task = (sequence, queries of up to kRows rows a kv head, some kv heads in turn, a
+//          run of splits of kSplit keys); a kv head's rows share each tile of kTile keys; tiles
+//          above the diagonal are skipped
 // Numerics fp32 scores, softmax and sums (one a tile, added up a split); a query without keys
-//          gives zeros and lse = -inf; lanes a row does not see are never multiplied, so NaN in
-//          unused slots or in later tokens stays there
+//          gives zeros and lse = -inf; what a row does not see is dropped by selection, its values
+//          are never multiplied: NaN in unused slots or in later tokens stays there
 //
 // Determinism: tiles and splits start at multiples of kTile and kSplit in the sequence; a row's
 // splits are folded in ascending order. What a row computes is therefore a function of its query
@@ -18,6 +19,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "attention_plan.h"
 
@@ -89,7 +91,7 @@ inline void soften_rows(const Block& block, const Seen& seen, Fetch& fetch, floa
                         float* states) {
   const float scale = block.a.scale * 1.44269504f;  // log2(e)
   for (int64_t row = 0; row < block.num_rows; ++row) {
-    fetch.step();
+    fetch.step(kSoftenShares);
     if (seen(row) > 0) soften(scores + row * kTile, seen(row), scale, block.state(states, row));
   }
 }
@@ -109,7 +111,7 @@ void add_values(const Block& block, const Seen& seen, const V* const* groups, in
             weights + row * kTile, groups, row_stride, fetch, num_keys, vec * kLanes,
             states + row * state_floats, state_floats);
       };
-      if (!kDirect) fetch.step();
+      if (!kDirect) fetch.step(kTile * kValueShares);
       if (width == 1) return panel(std::integral_constant<int, 1>());
       if constexpr (n == 1) {
         if (width > kPanel) return panel(std::integral_constant<int, 2 * kPanel>());
@@ -138,7 +140,7 @@ void attend_tile_directly(const Block& block, int64_t key, const Tile<T>& tile, 
   const Attention& a = block.a;
   const Seen seen(block, key);
   const int64_t panels = ceil_div(a.head_dim, (block.num_rows == 1 ? 2 : 1) * kPanel * kLanes);
-  Fetch fetch(next, a.head_dim, (block.num_rows + panels) * kTile);
+  Fetch fetch(next, a.head_dim, (block.num_rows + panels) * kTile * kValueShares);
   for (int64_t row = 0; row < block.num_rows; ++row) {
     score_row(tile, fetch, query + row * a.head_dim, seen(row), a.head_dim,
               work.scores + row * kTile);
@@ -156,17 +158,19 @@ void attend_tile(const Block& block, int64_t key, const Tile<T>& tile, const Til
   const int64_t panels = ceil_div(dim, kPanel * kLanes), rows = block.num_rows;
   const Seen seen(block, key);
   Fetch fetch(next, a.head_dim,
-              kTile / kLanes + rows / kScoreRows + rows + rows / kValueRows * panels);
+              kTile / kLanes * kTransposeShares +
+                  ceil_div(rows, kScoreRows) * kTile / kPanel * kScoreShares +
+                  rows * kSoftenShares +
+                  ceil_div(rows, kValueRows) * panels * kTile * kValueShares);
   transpose_keys(tile, fetch, a.head_dim, work.keys);
   for_rows<kScoreRows>(0, rows, [&](int64_t row, auto step) {
     constexpr int n = decltype(step)::value;
-    fetch.step();
-    score_rows<T, n>(query + row * dim, dim, work.keys, chunks, seen(row + n - 1),
+    score_rows<T, n>(query + row * dim, dim, work.keys, chunks, seen(row + n - 1), fetch,
                      work.scores + row * kTile);
   });
   soften_rows(block, seen, fetch, work.scores, states);
   if (rows <= kDirectValueRows && a.head_dim == dim) {
-    add_values<false>(block, seen, tile.values, tile.row_stride, fetch, work.scores, states);
+    add_values<true>(block, seen, tile.values, tile.row_stride, fetch, work.scores, states);
     return;
   }
   convert_values(tile, a.head_dim, dim, work.values);

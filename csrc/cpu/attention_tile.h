@@ -24,6 +24,12 @@ constexpr int kPanel = kLanes == 16 ? 4 : 2;
 constexpr int kValueRows = 4;
 constexpr int kScoreRows = 3;
 
+// What work on a tile asks for of the next one (class Fetch): about a share for 8 cycles.
+constexpr int kTransposeShares = 16;  // a vector of keys
+constexpr int kScoreShares = 3;       // one word of kScoreRows rows
+constexpr int kSoftenShares = 5;      // a row
+constexpr int kValueShares = 1;       // a key and panel of kValueRows rows
+
 // Where the tile's groups lie. Groups past the last key are not set.
 template <typename T>
 struct Tile {
@@ -98,7 +104,7 @@ void pack_query(const Q* query, int64_t head_dim, float* words) {
 class Fetch {
  public:
   template <typename T>
-  Fetch(const Tile<T>& next, int64_t head_dim, int64_t num_steps) {
+  Fetch(const Tile<T>& next, int64_t head_dim, int64_t num_shares) {
     const bool whole = next.row_stride == head_dim;  // pages: a group is one piece
     stride_ = next.row_stride * sizeof(T);
     rows_ = whole ? 1 : kGroup;
@@ -110,14 +116,14 @@ class Fetch {
       groups_[num_groups_++] = reinterpret_cast<const char*>(next.values[first / kGroup]);
     }
     const int64_t lines = 2 * next.num_keys * ceil_div(head_dim * sizeof(T), kLine);
-    step_bytes_ = kLine * ceil_div(lines, num_steps);
+    share_ = ceil_div(kLine * lines, num_shares);
     if (num_groups_ > 0) start_group();
   }
 
-  void step() {
-    if (at_ == end_) return;
-    const char* to = end_ - at_ < step_bytes_ ? end_ : at_ + step_bytes_;
-    for (; at_ < to; at_ += kLine) __builtin_prefetch(at_);
+  void step(int64_t shares) {
+    due_ += shares * share_;
+    if (due_ < kLine || at_ == end_) return;
+    for (; due_ >= kLine && at_ < end_; at_ += kLine, due_ -= kLine) __builtin_prefetch(at_);
     if (at_ >= end_) next_row();
   }
 
@@ -142,7 +148,7 @@ class Fetch {
   const char* groups_[2 * kGroups];
   int num_groups_ = 0, group_ = 0;
   const char *at_ = nullptr, *end_ = nullptr;
-  int64_t stride_, rows_, row_bytes_, row_ = 0, step_bytes_;
+  int64_t stride_, rows_, row_bytes_, row_ = 0, share_, due_ = 0;
 };
 
 template <typename T>
@@ -168,7 +174,7 @@ void transpose_keys(const Tile<T>& tile, Fetch& fetch, int64_t head_dim, float* 
   for (int first = 0; first < tile.num_keys; first += kLanes) {
     const T* rows[kLanes];
     key_rows(tile, first, rows);
-    fetch.step();
+    fetch.step(kTransposeShares);
     for (int64_t c = 0; c < chunks; ++c) {
       Vec lanes[kLanes];
       for (int i = 0; i < kLanes; ++i) lanes[i] = load_chunk(rows[i], c, head_dim);
@@ -205,7 +211,7 @@ void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_ke
     Vec chains[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
-      fetch.step();
+      fetch.step(kValueShares);
       chains[i] = splat(0.0f);
       for (int64_t c = 0; c < chunks; ++c) {
         const Vec key =
@@ -239,12 +245,13 @@ void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_ke
 // kRows rows against kVecs vectors of transposed keys.
 template <typename T, int kRows, int kVecs>
 inline void score_panel(const float* query, int64_t query_stride, const float* words,
-                        int64_t chunks, float* scores) {
+                        int64_t chunks, Fetch& fetch, float* scores) {
   Vec totals[kRows][kVecs];
   for (auto& row : totals) {
     for (Vec& total : row) total = splat(0.0f);
   }
   for (int j = 0; j < kLanes; ++j) {
+    fetch.step(kScoreShares);
     Vec chains[kRows][kVecs];
     for (auto& row : chains) {
       for (Vec& chain : row) chain = splat(0.0f);
@@ -270,13 +277,13 @@ inline void score_panel(const float* query, int64_t query_stride, const float* w
 
 template <typename T, int kRows>
 void score_rows(const float* query, int64_t query_stride, const float* words, int64_t chunks,
-                int num_keys, float* scores) {
+                int num_keys, Fetch& fetch, float* scores) {
   int key = 0;
   for (; key + (kPanel - 1) * kLanes < num_keys; key += kPanel * kLanes) {
-    score_panel<T, kRows, kPanel>(query, query_stride, words + key, chunks, scores + key);
+    score_panel<T, kRows, kPanel>(query, query_stride, words + key, chunks, fetch, scores + key);
   }
   for (; key < num_keys; key += kLanes) {
-    score_panel<T, kRows, 1>(query, query_stride, words + key, chunks, scores + key);
+    score_panel<T, kRows, 1>(query, query_stride, words + key, chunks, fetch, scores + key);
   }
 }
 
@@ -295,7 +302,7 @@ inline void add_values_panel(const float* weights, const V* const* groups, int64
     const V* row = groups[first / kGroup] + column;
     const int end = first + kGroup < num_keys ? first + kGroup : num_keys;
     for (int key = first; key < end; ++key, row += row_stride) {
-      if constexpr (kFetch) fetch.step();
+      if constexpr (kFetch) fetch.step(kValueShares);
       Vec values[kVecs];
       for (int j = 0; j < kVecs; ++j) values[j] = hold(load(row + j * kLanes));
       for (int r = 0; r < kRows; ++r) {
