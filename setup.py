@@ -16,7 +16,11 @@ class CMakeBuild(build_ext):
     """Configures, compiles and installs all CMake targets into the package's folder."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Put `_core` and `libcodellama_rt_*.so` side by side: in the wheel, or in the source tree."""
+        """Put `_core` and `libcodellama_rt_*.so` side by side, in the wheel and in the source tree.
+
+        In the tree an editable install finds them; and after `pip install .` Python works there,
+        too, where it finds the sources before what is installed.
+        """
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -34,13 +38,13 @@ class CMakeBuild(build_ext):
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DPython3_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11_dir()}",
-                f"-DCMAKE_INSTALL_PREFIX={package}",
             ],
             check=True,
         )
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
-        subprocess.run([cmake, "--install", str(build)], check=True)
+        for folder in (package, ROOT / "codellama_rt"):
+            subprocess.run([cmake, "--install", str(build), "--prefix", str(folder)], check=True)
 
 
 def find_cmake() -> str:
@@ -56,7 +60,7 @@ def require_compiler() -> None:
     named = os.environ.get("CXX", "").split()
     if not any(shutil.which(name) for name in (named[:1] or ["c++", "g++", "clang++"])):
         sys.exit(
-            f"codellama_rt: no C++17 compiler found ({named[0] if named else 'c++, g++, clang++'}); "
+            f"codellama_rt: no C++17 compiler found ({' '.join(named[:1]) or 'c++, g++, clang++'}); "
             "install one (Debian: `apt-get install g++`) or set CXX, and try again."
         )
 

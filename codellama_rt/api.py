@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from codellama_rt.llm import LLM, Prompt, as_prompts
+from codellama_rt.llm import LLM
+from codellama_rt.llm_arguments import Prompt, as_prompts
 from codellama_rt.sampling_params import SamplingParams
 
 
@@ -45,8 +46,7 @@ def generate(
     )  # fmt: skip
     if isinstance(model, LLM) and llm_options:
         raise TypeError(f"an LLM is already made; it takes no {', '.join(sorted(llm_options))}")
-    items = as_prompts(prompts)
-    is_single = len(items) == 1 and (isinstance(prompts, str) or items[0] is not prompts[0])
+    items, is_single = as_prompts(prompts)
     if stream and not is_single:
         raise ValueError(f"stream=True takes one prompt, got {len(items)}")
     llm = model if isinstance(model, LLM) else LLM(model, **llm_options)

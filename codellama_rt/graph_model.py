@@ -64,18 +64,22 @@ class LlamaCell(nn.Cell):
         Returns:
             (num_logits, vocab_size) float32: the rows `batch.logit_rows`, in that order.
         """
+        logits = self(*self.inputs(batch, kv_cache)).asnumpy()
+        return logits[: len(batch.logit_rows)]
+
+    def inputs(self, batch: Batch, kv_cache: KVCache) -> list[Tensor]:
+        """The graph's arguments for a step, over the memory of `batch` and `kv_cache`."""
         if kv_cache.dtype != self._cache_dtype:
             self._cache_dtype = kv_cache.dtype
             self.set_inputs(*_dynamic_inputs(self.config, kv_cache.dtype))
-        num_logits = len(batch.logit_rows)
-        rows = batch.logit_rows if num_logits else np.zeros(1, np.int32)  # no empty tensors
+        rows = batch.logit_rows if len(batch.logit_rows) else np.zeros(1, np.int32)  # never empty
         cos, sin, index = self.rope.lookup(batch.positions, batch.rope_lengths)
-        pages = [cache for caches in kv_cache.layers for cache in caches]
-        arrays = (
+        arrays = [
             batch.token_ids, rows, cos, sin, index, batch.slot_mapping, batch.block_tables,
-            batch.seq_lens, batch.cu_seqlens_q, *pages,
-        )  # fmt: skip
-        return self(*[Tensor.from_numpy(array) for array in arrays]).asnumpy()[:num_logits]
+            batch.seq_lens, batch.cu_seqlens_q,
+        ]  # fmt: skip
+        arrays += [cache for caches in kv_cache.layers for cache in caches]
+        return [Tensor.from_numpy(array) for array in arrays]
 
     @mindspore.jit
     def construct(

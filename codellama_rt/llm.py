@@ -15,13 +15,18 @@ from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.completion import Completion, Job
 from codellama_rt.engine import Engine
 from codellama_rt.kv_cache import KVCache, plan_num_blocks
+from codellama_rt.llm_arguments import (
+    Prompt,
+    as_prompts,
+    require_counts,
+    require_device,
+    require_dtype,
+)
 from codellama_rt.model import Llama
-from codellama_rt.request import Output
+from codellama_rt.request import Output, check_params
 from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.scoring import sequence_logits
 from codellama_rt.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, split_fill
-
-Prompt = str | Sequence[int]
 
 
 class LLM:
@@ -65,6 +70,11 @@ class LLM:
             RuntimeError: no such device here, or not the memory for max_model_len tokens.
         """
         require_device(device)
+        require_dtype(kv_dtype)
+        require_counts(
+            max_model_len=max_model_len, block_size=block_size, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, num_threads=num_threads,
+        )  # fmt: skip
         if num_threads is not None:
             ops.set_num_threads(num_threads)
         checkpoint = open_checkpoint(model, dtype=dtype, check=check, progress=progress)
@@ -110,8 +120,8 @@ class LLM:
         Raises:
             ValueError, TypeError: a prompt or parameter that cannot be; nothing was computed then.
         """
-        prompts = as_prompts(prompts)
-        if params is None or isinstance(params, SamplingParams):
+        prompts, _ = as_prompts(prompts)
+        if not isinstance(params, (list, tuple)):
             params = [params] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many params, got {len(params)}")
@@ -134,9 +144,12 @@ class LLM:
         Raises:
             ValueError, TypeError: as `generate`, when called, not when iterated; also params.n > 1.
         """
-        if params is not None and params.n != 1:
+        params = self._checked(params)
+        if params.n != 1:
             raise ValueError(f"a stream has one sample, got params.n={params.n}")
-        return self._stream(self._submit(prompt, params))
+        pieces = self._stream(self._submit(prompt, params))
+        next(pieces)  # begun: now it ends the request however it is dropped
+        return pieces
 
     def infill(
         self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
@@ -151,11 +164,18 @@ class LLM:
             suffix_first: the SPM order of the prompt instead of PSM.
 
         Raises:
-            ValueError: the model has no infilling tokens (only 7B and 13B, base and Instruct, do).
+            ValueError: the model has no infilling tokens (only 7B and 13B, base and Instruct, do),
+                or params.n is not 1.
         """
+        params = self._checked(params)
+        if params.n != 1:
+            raise ValueError(
+                f"infill gives one sample, got params.n={params.n}; "
+                "for more give generate a prompt with <FILL_ME>"
+            )
         tokenizer = self._require_tokenizer()
         prompt = tokenizer.encode_infill(prefix, suffix, suffix_first=suffix_first)
-        return self.generate([prompt], self._ending_at_eot(params or self.default_params()))[0]
+        return self.generate([prompt], self._ending_at_eot(params))[0]
 
     def logits(self, token_ids: Sequence[int], first_position: int = 0) -> np.ndarray:
         """Logits after every token of one sequence, computed in chunks in pages of its own.
@@ -203,7 +223,7 @@ class LLM:
         self.close()
 
     def _submit(self, prompt: Prompt, params: SamplingParams | None) -> Job:
-        params = params or self.default_params()
+        params = self._checked(params)
         if isinstance(prompt, str):
             parts = split_fill(prompt)
             if parts is None:
@@ -211,10 +231,15 @@ class LLM:
             else:
                 prompt = self._require_tokenizer().encode_infill(*parts)
                 params = self._ending_at_eot(params)
-        job = Job(next(self._names), list(prompt), params.n)
-        self.engine.add_request(job.name, job.prompt_token_ids, params)
-        self._inbox[job.name] = deque()
-        return job
+        name = next(self._names)
+        self.engine.add_request(name, prompt, params)
+        self._inbox[name] = deque()
+        return Job(name, [int(token_id) for token_id in prompt], params.n)
+
+    def _checked(self, params: SamplingParams | None) -> SamplingParams:
+        params = self.default_params() if params is None else params
+        check_params(params, self.config.vocab_size, self.tokenizer is not None)
+        return params
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -234,6 +259,7 @@ class LLM:
 
     def _stream(self, job: Job) -> Iterator[str]:
         try:
+            yield ""
             while job.unfinished:
                 self._pump()
                 inbox = self._inbox[job.name]
@@ -247,29 +273,3 @@ class LLM:
     def _dismiss(self, job: Job) -> None:
         self.engine.abort(job.name)
         self._inbox.pop(job.name, None)
-
-
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts from one or several.
-
-    Raises:
-        TypeError: neither str nor token ids nor a list of them.
-    """
-    if isinstance(prompts, str):
-        return [prompts]
-    try:
-        items = list(prompts)
-    except TypeError:
-        raise TypeError(
-            f"prompts are a str, token ids or a list of these, got {type(prompts).__name__}"
-        ) from None
-    if items and not isinstance(items[0], str) and not hasattr(items[0], "__len__"):
-        return [items]
-    return items
-
-
-def require_device(device: str) -> None:
-    """Refuse a device that this build or machine does not have, and name what it has."""
-    usable, reason = ops.available(device)
-    if not usable:
-        raise RuntimeError(f"device {device!r} cannot be used: {reason}")

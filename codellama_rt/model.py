@@ -89,7 +89,7 @@ class Activations:
     """Float32 scratch for one step, cut from one block of memory that only ever grows."""
 
     def __init__(self, config: ModelConfig, num_tokens: int, memory: Array | None = None) -> None:
-        """Lay out the arrays of a step of `num_tokens` tokens, in `memory` if it is large enough."""
+        """Lay out the arrays of a step of `num_tokens` tokens, in `memory` if it is enough."""
         q_dim = config.n_heads * config.head_dim
         kv_dim = config.n_kv_heads * config.head_dim
         widths = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Collection
+from numbers import Integral
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from codellama_rt.kv_cache import KVCache
 from codellama_rt.model import Llama
 from codellama_rt.request import checked_prompt
 from codellama_rt.sequence import Chunk, Sequence, int32_list
+
+MAX_POSITION = 2**20  # RoPE's tables hold every position below: 1 GB at head_dim 128
 
 
 def sequence_logits(
@@ -31,11 +34,17 @@ def sequence_logits(
         (len(token_ids), vocab_size) float32.
 
     Raises:
-        ValueError: no token, one outside the vocabulary, or a negative first_position.
+        TypeError: no integers.
+        ValueError: no token, one outside the vocabulary, or positions outside [0, MAX_POSITION).
     """
-    if first_position < 0:
-        raise ValueError(f"first_position must not be negative, got {first_position}")
     ids = checked_prompt(token_ids, model.config.vocab_size)
+    if isinstance(first_position, bool) or not isinstance(first_position, Integral):
+        raise TypeError(f"first_position must be an int, got {type(first_position).__name__}")
+    if not 0 <= first_position <= MAX_POSITION - len(ids):
+        raise ValueError(
+            f"first_position must be in [0, {MAX_POSITION - len(ids)}] for {len(ids)} tokens, "
+            f"got {first_position}"
+        )
     num_blocks = -(-len(ids) // block_size)
     sequence = Sequence(ids, len(ids), order=(0, 0, 0), first_logit=0)
     sequence.block_ids = int32_list(range(num_blocks))

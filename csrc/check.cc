@@ -110,8 +110,8 @@ void Check::offsets(const char* name, const TensorView& t, int64_t total, const 
   const int64_t last = t.shape[0] - 1;
   bool rising = last >= 0 && values[0] == 0 && values[last] == total;
   for (int64_t i = 0; rising && i < last; ++i) rising = values[i] <= values[i + 1];
-  require(rising, std::string(name) + " must rise from 0 to " + total_is + "=" +
-                      std::to_string(total));
+  require(rising,
+          std::string(name) + " must rise from 0 to " + total_is + "=" + std::to_string(total));
 }
 
 void Check::require(bool condition, const std::string& message) {

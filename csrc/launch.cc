@@ -14,8 +14,8 @@ void embedding(TensorView token_ids, TensorView table, TensorView out) {
   check.floats("out", out, {&tokens, &dim});
   check.writable("out", out);
   check.range("token_ids", token_ids, 0, vocab.size, "vocab_size");
-  kernels().embedding({ints(token_ids), table.data, out.data, table.dtype, out.dtype, tokens.size,
-                       dim.size});
+  kernels().embedding(
+      {ints(token_ids), table.data, out.data, table.dtype, out.dtype, tokens.size, dim.size});
 }
 
 void rms_norm(TensorView x, TensorView weight, float eps, TensorView out) {
@@ -193,9 +193,9 @@ void paged_attention(TensorView query, TensorView key_cache, TensorView value_ca
   check.offsets("cu_seqlens_q", cu_seqlens_q, tokens.size, "num_tokens");
   check_pages(check, block_tables, seq_lens, cu_seqlens_q, blocks.size, block.size);
   kernels().paged_attention({query.data, key_cache.data, value_cache.data, ints(block_tables),
-                             ints(seq_lens), ints(cu_seqlens_q), out.data, floats(lse),
-                             query.dtype, key_cache.dtype, tokens.size, seqs.size, max_blocks.size,
-                             heads.size, kv_heads.size, dim.size, block.size,
+                             ints(seq_lens), ints(cu_seqlens_q), out.data, floats(lse), query.dtype,
+                             key_cache.dtype, tokens.size, seqs.size, max_blocks.size, heads.size,
+                             kv_heads.size, dim.size, block.size,
                              attention_scale(check, scale, dim.size)});
 }
 

@@ -13,5 +13,8 @@ def shared_dir() -> Path:
     """Third-party test data (Llama tokenizers, goldens) that this repository may not carry."""
     path = Path(os.environ.get("CODELLAMA_RT_SHARED", REPOSITORY.parent / "shared"))
     if not (path / "data" / "golden").is_dir():
-        pytest.skip(f"no third-party test data at {path}; set CODELLAMA_RT_SHARED to a folder that has it")
+        reason = f"no third-party test data at {path}; set CODELLAMA_RT_SHARED to a folder with it"
+        if os.environ.get("CODELLAMA_RT_REQUIRE_SHARED"):
+            pytest.fail(reason)
+        pytest.skip(reason)
     return path

@@ -21,7 +21,7 @@ LIBRARY = Path(_core.__file__).with_name("libcodellama_rt_cpu.so")
 MAX_WEIGHTS = 3
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None, typed=True)  # typed: 1 is no True, and is refused
 def make_primitive(name: str, num_tensors: int, *values: float | bool | None) -> Custom:
     """One op with `num_tensors` inputs and its attributes in the schema's order."""
     op = OPS[name]

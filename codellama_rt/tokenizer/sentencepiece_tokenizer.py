@@ -183,9 +183,11 @@ def _parse(model_proto: bytes, source: str) -> Any:
 
     try:
         proto = pb.ModelProto.FromString(model_proto)
+        pieces = [entry.piece for entry in proto.pieces]  # some protobufs decode UTF-8 only now
     except DecodeError as error:
         raise CheckpointError(f"{source} is not a SentencePiece model: {error}") from None
-    pieces = [entry.piece for entry in proto.pieces]
+    except UnicodeDecodeError:
+        pieces = []
     if not pieces or not all(isinstance(piece, str) for piece in pieces):  # bytes if not UTF-8
         raise CheckpointError(f"{source} is not a SentencePiece model: expected pieces in UTF-8")
     return proto

@@ -5,9 +5,9 @@
 
 namespace codellama_rt {
 
-#define CLRT_DECLARE(isa)           \
-  namespace isa {                   \
-  extern const KernelTable table;   \
+#define CLRT_DECLARE(isa)         \
+  namespace isa {                 \
+  extern const KernelTable table; \
   }
 CLRT_DECLARE(baseline)
 #if defined(__x86_64__)

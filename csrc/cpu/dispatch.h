@@ -8,9 +8,9 @@
 namespace codellama_rt {
 
 #pragma GCC visibility push(default)
-const KernelTable& kernels();                          // chosen at the first call
-const KernelTable* const* available_isas(size_t* n);   // best first
-bool set_isa(const char* name);                        // false: this CPU or build lacks it
+const KernelTable& kernels();                         // chosen at the first call
+const KernelTable* const* available_isas(size_t* n);  // best first
+bool set_isa(const char* name);                       // false: this CPU or build lacks it
 #pragma GCC visibility pop
 
 }  // namespace codellama_rt

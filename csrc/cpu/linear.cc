@@ -54,9 +54,12 @@ template <typename Dot>
 void pack_panel(const LinearParams& p, const Cut<Dot>& cut, int64_t t, int64_t height,
                 typename Dot::Element* panels) {
   switch (p.x_dtype) {
-    case DType::kFloat16: return pack_tokens<Dot, f16>(p, cut, t, height, panels);
-    case DType::kBFloat16: return pack_tokens<Dot, bf16>(p, cut, t, height, panels);
-    default: return pack_tokens<Dot, float>(p, cut, t, height, panels);
+    case DType::kFloat16:
+      return pack_tokens<Dot, f16>(p, cut, t, height, panels);
+    case DType::kBFloat16:
+      return pack_tokens<Dot, bf16>(p, cut, t, height, panels);
+    default:
+      return pack_tokens<Dot, float>(p, cut, t, height, panels);
   }
 }
 
@@ -138,9 +141,12 @@ inline void put_as(const float* totals, int64_t stride, const LinearParams& p, i
 inline void put(const float* totals, int64_t stride, const LinearParams& p, int64_t n,
                 int64_t count) {
   switch (p.out_dtype) {
-    case DType::kFloat16: return put_as<f16>(totals, stride, p, n, count);
-    case DType::kBFloat16: return put_as<bf16>(totals, stride, p, n, count);
-    default: return put_as<float>(totals, stride, p, n, count);
+    case DType::kFloat16:
+      return put_as<f16>(totals, stride, p, n, count);
+    case DType::kBFloat16:
+      return put_as<bf16>(totals, stride, p, n, count);
+    default:
+      return put_as<float>(totals, stride, p, n, count);
   }
 }
 
@@ -297,9 +303,14 @@ void linear(const LinearParams& params) {
     p.x = static_cast<const char*>(p.x) + t * p.x_stride * item_size(p.x_dtype);
     p.out = static_cast<char*>(p.out) + t * p.out_stride * item_size(p.out_dtype);
     switch (p.weight_dtype) {
-      case DType::kFloat16: multiply<f16>(p); break;
-      case DType::kBFloat16: multiply<bf16>(p); break;
-      default: multiply<float>(p);
+      case DType::kFloat16:
+        multiply<f16>(p);
+        break;
+      case DType::kBFloat16:
+        multiply<bf16>(p);
+        break;
+      default:
+        multiply<float>(p);
     }
   }
 }

@@ -26,9 +26,9 @@ void reshape_and_cache(const ReshapeAndCacheParams& p) {
           const int64_t from = t * row + h * p.head_dim;
           const int64_t to = page_row(slot, h, p.n_kv_heads, p.block_size) * p.head_dim;
           convert(static_cast<const T*>(p.key) + from, static_cast<Cache*>(p.key_cache) + to,
-                    p.head_dim);
+                  p.head_dim);
           convert(static_cast<const T*>(p.value) + from, static_cast<Cache*>(p.value_cache) + to,
-                    p.head_dim);
+                  p.head_dim);
         }
       });
     });

@@ -20,9 +20,12 @@ inline void for_each_task(int64_t num_tasks, const Body& body) {
 template <typename Body>
 inline void with_type(DType dtype, const Body& body) {
   switch (dtype) {
-    case DType::kFloat16: return body(f16{});
-    case DType::kBFloat16: return body(bf16{});
-    default: return body(float{});
+    case DType::kFloat16:
+      return body(f16{});
+    case DType::kBFloat16:
+      return body(bf16{});
+    default:
+      return body(float{});
   }
 }
 

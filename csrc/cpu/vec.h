@@ -74,7 +74,8 @@ struct Vec {
 };
 inline Vec splat(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-// x, held in a register: keeps GCC from loading it anew for each use, two loads being a cycle's all.
+// x, held in a register: keeps GCC from loading it anew for each use, two loads being a cycle's
+// all.
 inline Vec hold(Vec x) {
   asm("" : "+v"(x.v));
   return x;

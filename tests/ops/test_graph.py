@@ -154,7 +154,8 @@ def test_attributes(name, attributes, mode):
     call(op, direct, **attributes)
     made = (compiled if mode == "jit" else run)(*tensors_of(op, arrays))
     made = made if isinstance(made, tuple) else (made,)
-    arrays |= {n: tensor.asnumpy() for n, tensor in zip(op.outputs, made, strict=False)}
+    results = [tensor.asnumpy() for tensor in made]  # the token, too: PyNative is asynchronous
+    arrays |= dict(zip(op.outputs, results, strict=False))
     for argument in set(names) & arrays.keys():
         assert_equal_bits(arrays[argument], direct[argument])
     changed = {n: a.copy() for n, a in make_arguments(op).items()}

@@ -1,0 +1,203 @@
+"""What a call costs on each road to the kernels: a decode step of 32 layers without compute.
+
+    python benchmarks/bench_roads.py
+
+Every size is 1 or 2, so the kernels do next to nothing and what is left is the road: Python and
+pybind11 for direct calls; MindSpore's PyNative pipeline; a compiled graph. One token, one
+sequence, one key. The best of all repetitions counts: MindSpore's threads suffer from whatever else
+runs. `MS_DEV_RUNTIME_CONF` is set to `graph_pipeline:false` unless the environment says something
+else; set it to nothing to see MindSpore's default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from unittest.mock import patch
+
+os.environ.setdefault("MS_DEV_RUNTIME_CONF", "graph_pipeline:false")  # before MindSpore is imported
+
+import mindspore
+import numpy as np
+from measure import Timing, save
+from op_cases import Case, call
+
+from codellama_rt import ops
+from codellama_rt.batch import Batch
+from codellama_rt.checkpoint import LayerWeights, LlamaWeights
+from codellama_rt.config import ModelConfig
+from codellama_rt.graph_model import LlamaCell
+from codellama_rt.kv_cache import KVCache
+from codellama_rt.model import Llama
+from codellama_rt.ops.schema import OPS
+
+N_LAYERS = 32
+CONFIG = ModelConfig(
+    n_layers=N_LAYERS, n_heads=1, n_kv_heads=1, head_dim=2, dim=2, hidden_dim=1, vocab_size=2
+)
+SIZES = {
+    "num_tokens": 1, "num_seqs": 1, "num_keys": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 2,
+    "num_blocks": 2, "block_size": 16, "max_blocks": 1, "num_positions": 1, "num_pairs": 1,
+    "vocab_size": 2, "dim": 2, "hidden_dim": 1, "in_features": 2, "out_features": 1,
+}  # fmt: skip
+CALL_GOAL_US = 1.0  # of a direct call
+
+
+def make_weights() -> LlamaWeights:
+    """Ones: the values do not matter, but they must stay finite."""
+
+    def ones(*shape: int) -> np.ndarray:
+        return np.ones(shape, np.float32)
+
+    layers = [
+        LayerWeights(
+            attention_norm=ones(2), q_proj=ones(2, 2), k_proj=ones(2, 2), v_proj=ones(2, 2),
+            o_proj=ones(2, 2), mlp_norm=ones(2), gate_proj=ones(1, 2), up_proj=ones(1, 2),
+            down_proj=ones(2, 1),
+        )
+        for _ in range(N_LAYERS)
+    ]  # fmt: skip
+    return LlamaWeights(ones(2, 2), layers, ones(2), ones(2, 2))
+
+
+def make_batch() -> Batch:
+    """The first token of one sequence."""
+    zero = np.zeros(1, np.int32)
+    return Batch(
+        token_ids=zero, positions=zero, cu_seqlens_q=np.array([0, 1], np.int32),
+        seq_lens=np.ones(1, np.int32), block_tables=zero[None], slot_mapping=zero, logit_rows=zero,
+    )  # fmt: skip
+
+
+def whole_layers(model: Llama, batch: Batch, kv_cache: KVCache) -> np.ndarray:
+    """`Llama.forward` with one direct call a layer."""
+    weights, eps = model.weights, model.config.norm_eps
+    cos, sin, index = model.rope.lookup(batch.positions)
+    x = ops.embedding(batch.token_ids, weights.embedding)
+    for layer, caches in zip(weights.layers, kv_cache.layers, strict=True):
+        ops.decoder_layer(
+            x, *vars(layer).values(), cos, sin, index, *caches, batch.slot_mapping,
+            batch.block_tables, batch.seq_lens, batch.cu_seqlens_q, eps=eps, out=x,
+        )  # fmt: skip
+    return ops.linear(ops.rms_norm(x[batch.logit_rows], weights.norm, eps), weights.lm_head)
+
+
+def steps() -> list[tuple[str, int, Callable[[], np.ndarray]]]:
+    """Each road: its name, operators in a step, and the step."""
+    weights, batch, not_compiled = make_weights(), make_batch(), LlamaCell.construct.__wrapped__
+    kv_cache = KVCache(CONFIG, num_blocks=1, block_size=16)
+    model = Llama(CONFIG, weights)
+    num_ops, num_whole = 9 * N_LAYERS + 4, N_LAYERS + 4
+    roads = [
+        ("direct", num_ops - 1, lambda: model.forward(batch, kv_cache)),
+        ("direct, whole layers", num_whole - 1, lambda: whole_layers(model, batch, kv_cache)),
+    ]
+    for name, count in (("", num_ops), (", whole layers", num_whole)):
+        cell = LlamaCell(CONFIG, weights, whole_layers=bool(name))
+        tensors = cell.inputs(batch, kv_cache)
+        roads += [
+            (f"PyNative{name}", count, lambda c=cell, t=tensors: not_compiled(c, *t).asnumpy()),
+            (f"@ms.jit{name}", count, lambda c=cell, t=tensors: c(*t).asnumpy()),
+            (f"LlamaCell.forward{name}", count, lambda c=cell: c.forward(batch, kv_cache)),
+        ]
+    return roads
+
+
+def time_step(step: Callable[[], object], seconds: float) -> Timing:
+    """Time single steps for a while, after some that warm up."""
+    times: list[float] = []
+    for _ in range(5):
+        step()
+    while sum(times) < seconds or len(times) < 20:
+        started = perf_counter()
+        step()
+        times.append(perf_counter() - started)
+    return Timing(times)
+
+
+def compare_steps(seconds: float) -> list[dict]:
+    """Print what a step costs on each road."""
+    print(f"\nA decode step of {N_LAYERS} layers without compute")
+    print(f"{'road':32} {'ops':>4} | {'us/step':>8} {'median':>8} | {'us/layer':>8} | {'us/op':>6}")
+    rows, roads = [], steps()
+    expected = roads[0][2]()
+    for road, num_ops, step in roads:
+        np.testing.assert_array_equal(step(), expected)
+        timing = time_step(step, seconds)
+        best = 1e6 * timing.best
+        print(
+            f"{road:32} {num_ops:4} | {best:8.1f} {1e6 * timing.median:8.1f} | "
+            f"{best / N_LAYERS:8.2f} | {best / num_ops:6.2f}",
+            flush=True,
+        )
+        rows.append({"what": "step", "road": road, "ops": num_ops, **timing.record()})
+    return rows
+
+
+class Recorder:
+    """Stands for the compiled module and keeps what it is called with."""
+
+    args: tuple = ()
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        return lambda *args: setattr(self, "args", args)
+
+
+def recorded(case: Case, arrays: dict) -> tuple[Callable[..., object], tuple]:
+    """What `ops` passes on to pybind11: the function and its arguments."""
+    module, recorder = ops._core, Recorder()
+    with patch.object(ops, "_core", recorder):
+        call(case.op, arrays)
+    return getattr(module, case.op.name), recorder.args
+
+
+def time_call(function: Callable[..., object], *args: object) -> float:
+    """Microseconds of one of many calls, the best round of 30."""
+    best = float("inf")
+    for _ in range(30):
+        started = perf_counter()
+        for _ in range(500):
+            function(*args)
+        best = min(best, perf_counter() - started)
+    return 1e6 * best / 500
+
+
+def compare_calls() -> list[dict]:
+    """Print what a direct call of each op costs, results preallocated."""
+    print("\nA direct call without compute, us")
+    print(f"{'op':22} | {'NumPy':>6} {'binding':>8} | {'Tensor':>6} {'binding':>8}")
+    rows = []
+    for op in OPS.values():
+        case = Case(op, "", "float32", SIZES)
+        arrays = case.arrays(np.random.default_rng(0))
+        tensors = {name: mindspore.Tensor.from_numpy(array) for name, array in arrays.items()}
+        costs = []
+        for given in (arrays, tensors):
+            function, args = recorded(case, given)
+            costs += [time_call(call, op, given), time_call(function, *args)]
+        over = "over 1 us from NumPy" if costs[1] > CALL_GOAL_US else ""
+        numpy_us, numpy_binding, tensor_us, tensor_binding = costs
+        print(
+            f"{op.name:22} | {numpy_us:6.2f} {numpy_binding:8.2f} | {tensor_us:6.2f} "
+            f"{tensor_binding:8.2f}  {over}"
+        )
+        rows.append({"what": "call", "op": op.name, "us": costs})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each road")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    args = parser.parse_args()
+    ops.set_num_threads(1)
+    save(args.json, compare_steps(args.seconds) + compare_calls())
+
+
+if __name__ == "__main__":
+    main()

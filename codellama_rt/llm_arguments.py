@@ -1,0 +1,55 @@
+"""What callers give an LLM, checked before anything is done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+
+from codellama_rt import ops
+from codellama_rt.dtypes import FLOAT_DTYPES
+
+Prompt = str | Sequence[int]
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """A list of prompts from one or several, and whether it was one.
+
+    Raises:
+        TypeError: neither str nor token ids nor a list of them.
+    """
+    if isinstance(prompts, str):
+        return [prompts], True
+    if isinstance(prompts, (bytes, bytearray, Mapping)) or not isinstance(prompts, Iterable):
+        raise TypeError(
+            f"prompts are a str, token ids or a list of these, got {type(prompts).__name__}"
+        )
+    items = list(prompts)
+    if items and not isinstance(items[0], str) and not hasattr(items[0], "__len__"):
+        return [items], True
+    return items, False
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that this build or machine does not have, and name what it has."""
+    usable, reason = ops.available(device)
+    if not usable:
+        raise RuntimeError(f"device {device!r} cannot be used: {reason}")
+
+
+def require_dtype(kv_dtype: str) -> None:
+    """Refuse a dtype that the KV cache cannot have."""
+    if kv_dtype not in ("auto", *FLOAT_DTYPES):
+        raise ValueError(
+            f"kv_dtype must be one of auto, {', '.join(FLOAT_DTYPES)}, got {kv_dtype!r}"
+        )
+
+
+def require_counts(**counts: int | None) -> None:
+    """Refuse options that are given and no positive int."""
+    for name, count in counts.items():
+        if count is None:
+            continue
+        if isinstance(count, bool) or not isinstance(count, Integral):
+            raise TypeError(f"{name} must be an int, got {type(count).__name__}")
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
