@@ -57,10 +57,10 @@ def find_cmake() -> str:
 
 def require_compiler() -> None:
     """Say in one sentence what CMake would say in forty lines."""
-    named = os.environ.get("CXX", "").split()
-    if not any(shutil.which(name) for name in (named[:1] or ["c++", "g++", "clang++"])):
+    names = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in names):
         sys.exit(
-            f"codellama_rt: no C++17 compiler found ({' '.join(named[:1]) or 'c++, g++, clang++'}); "
+            f"codellama_rt: no C++17 compiler found ({', '.join(names)}); "
             "install one (Debian: `apt-get install g++`) or set CXX, and try again."
         )
 
