@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from unittest.mock import patch
@@ -23,7 +24,7 @@ os.environ.setdefault("MS_DEV_RUNTIME_CONF", "graph_pipeline:false")  # before M
 import mindspore
 import numpy as np
 from measure import Timing, save
-from op_cases import Case, call
+from op_cases import BLOCK_SIZE, Case
 
 from codellama_rt import ops
 from codellama_rt.batch import Batch
@@ -32,7 +33,7 @@ from codellama_rt.config import ModelConfig
 from codellama_rt.graph_model import LlamaCell
 from codellama_rt.kv_cache import KVCache
 from codellama_rt.model import Llama
-from codellama_rt.ops.schema import OPS
+from codellama_rt.ops.schema import OPS, Op
 
 N_LAYERS = 32
 CONFIG = ModelConfig(
@@ -40,7 +41,7 @@ CONFIG = ModelConfig(
 )
 SIZES = {
     "num_tokens": 1, "num_seqs": 1, "num_keys": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 2,
-    "num_blocks": 2, "block_size": 16, "max_blocks": 1, "num_positions": 1, "num_pairs": 1,
+    "num_blocks": 2, "block_size": BLOCK_SIZE, "max_blocks": 2, "num_positions": 1, "num_pairs": 1,
     "vocab_size": 2, "dim": 2, "hidden_dim": 1, "in_features": 2, "out_features": 1,
 }  # fmt: skip
 CALL_GOAL_US = 1.0  # of a direct call
@@ -146,43 +147,42 @@ class Recorder:
         return lambda *args: setattr(self, "args", args)
 
 
-def recorded(case: Case, arrays: dict) -> tuple[Callable[..., object], tuple]:
-    """What `ops` passes on to pybind11: the function and its arguments."""
-    module, recorder = ops._core, Recorder()
-    with patch.object(ops, "_core", recorder):
-        call(case.op, arrays)
-    return getattr(module, case.op.name), recorder.args
-
-
-def time_call(function: Callable[..., object], *args: object) -> float:
-    """Microseconds of one of many calls, the best round of 30."""
+def time_call(function: Callable[..., object]) -> float:
+    """Microseconds of one of many calls, the best round of 40."""
     best = float("inf")
-    for _ in range(30):
+    for _ in range(40):
         started = perf_counter()
         for _ in range(500):
-            function(*args)
+            function()
         best = min(best, perf_counter() - started)
     return 1e6 * best / 500
+
+
+def call_costs(op: Op, arrays: dict[str, object]) -> tuple[float, float]:
+    """Microseconds of a call of the op, and of the call of the compiled module in it."""
+    outputs = tuple(arrays[name] for name in op.outputs)
+    attributes = {} if not outputs else {"out": outputs if len(outputs) > 1 else outputs[0]}
+    whole = partial(getattr(ops, op.name), *[arrays[name] for name in op.inputs], **attributes)
+    recorder = Recorder()
+    with patch.object(ops, "_core", recorder):
+        whole()
+    return time_call(whole), time_call(partial(getattr(ops._core, op.name), *recorder.args))
 
 
 def compare_calls() -> list[dict]:
     """Print what a direct call of each op costs, results preallocated."""
     print("\nA direct call without compute, us")
-    print(f"{'op':22} | {'NumPy':>6} {'binding':>8} | {'Tensor':>6} {'binding':>8}")
+    print(f"{'':22} | {'NumPy arrays':^14} | {'MindSpore Tensors':^17}")
+    print(f"{'op':22} | {'all':>6} {'pybind':>7} | {'all':>8} {'pybind':>8}")
     rows = []
     for op in OPS.values():
-        case = Case(op, "", "float32", SIZES)
-        arrays = case.arrays(np.random.default_rng(0))
+        arrays = Case(op, "", "float32", SIZES).arrays(np.random.default_rng(0))
         tensors = {name: mindspore.Tensor.from_numpy(array) for name, array in arrays.items()}
-        costs = []
-        for given in (arrays, tensors):
-            function, args = recorded(case, given)
-            costs += [time_call(call, op, given), time_call(function, *args)]
-        over = "over 1 us from NumPy" if costs[1] > CALL_GOAL_US else ""
-        numpy_us, numpy_binding, tensor_us, tensor_binding = costs
+        costs = (*call_costs(op, arrays), *call_costs(op, tensors))
         print(
-            f"{op.name:22} | {numpy_us:6.2f} {numpy_binding:8.2f} | {tensor_us:6.2f} "
-            f"{tensor_binding:8.2f}  {over}"
+            f"{op.name:22} | {costs[0]:6.2f} {costs[1]:7.2f} | {costs[2]:8.2f} {costs[3]:8.2f}"
+            f"{'  over 1 us from NumPy' if costs[1] > CALL_GOAL_US else ''}",
+            flush=True,
         )
         rows.append({"what": "call", "op": op.name, "us": costs})
     return rows
