@@ -97,11 +97,14 @@ def steps() -> list[tuple[str, int, Callable[[], np.ndarray]]]:
         ("direct, whole layers", num_whole - 1, lambda: whole_layers(model, batch, kv_cache)),
     ]
     for name, count in (("", num_ops), (", whole layers", num_whole)):
-        cell = LlamaCell(CONFIG, weights, whole_layers=bool(name))
+        cell, fixed = (
+            LlamaCell(CONFIG, weights, whole_layers=bool(name)) for _ in range(2)
+        )  # `fixed` never hears of sizes that vary
         tensors = cell.inputs(batch, kv_cache)
         roads += [
             (f"PyNative{name}", count, lambda c=cell, t=tensors: not_compiled(c, *t).asnumpy()),
             (f"@ms.jit{name}", count, lambda c=cell, t=tensors: c(*t).asnumpy()),
+            (f"@ms.jit, fixed sizes{name}", count, lambda c=fixed, t=tensors: c(*t).asnumpy()),
             (f"LlamaCell.forward{name}", count, lambda c=cell: c.forward(batch, kv_cache)),
         ]
     return roads
@@ -122,7 +125,7 @@ def time_step(step: Callable[[], object], seconds: float) -> Timing:
 def compare_steps(seconds: float) -> list[dict]:
     """Print what a step costs on each road."""
     print(f"\nA decode step of {N_LAYERS} layers without compute")
-    print(f"{'road':32} {'ops':>4} | {'us/step':>8} {'median':>8} | {'us/layer':>8} | {'us/op':>6}")
+    print(f"{'road':34} {'ops':>4} | {'us/step':>8} {'median':>8} | {'us/layer':>8} | {'us/op':>6}")
     rows, roads = [], steps()
     expected = roads[0][2]()
     for road, num_ops, step in roads:
@@ -130,7 +133,7 @@ def compare_steps(seconds: float) -> list[dict]:
         timing = time_step(step, seconds)
         best = 1e6 * timing.best
         print(
-            f"{road:32} {num_ops:4} | {best:8.1f} {1e6 * timing.median:8.1f} | "
+            f"{road:34} {num_ops:4} | {best:8.1f} {1e6 * timing.median:8.1f} | "
             f"{best / N_LAYERS:8.2f} | {best / num_ops:6.2f}",
             flush=True,
         )
