@@ -46,6 +46,13 @@ const NamedDType& dtype_of(py::handle dtype) {
   return found->second;
 }
 
+DType quantized_dtype(const std::string& name) {
+  for (DType dtype = DType::kInt8; dtype != DType::kOther; dtype = DType(int(dtype) + 1)) {
+    if (name == dtype_name(dtype)) return dtype;
+  }
+  throw DtypeError("no quantised dtype is called '" + name + "'");
+}
+
 [[noreturn]] void fail_dims(int ndim) {
   throw std::invalid_argument("a tensor of an op has at most " + std::to_string(kMaxDims) +
                               " dimensions, got " + std::to_string(ndim));
@@ -89,12 +96,43 @@ TensorView view_mindspore(py::handle tensor) {
   return t;
 }
 
+// An ops.Quantized: bytes, and the dtype and shape of what they stand for.
+TensorView view_quantized(py::handle object) {
+  const py::object payload = object.attr("payload");
+  TensorView t = py::isinstance<py::array>(payload)
+                     ? view_array(py::reinterpret_borrow<py::array>(payload))
+                     : view_mindspore(payload);
+  t.num_bytes = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.strides[i] != t.num_bytes && t.shape[i] > 1) {
+      throw std::invalid_argument("the payload of a Quantized must be contiguous");
+    }
+    t.num_bytes *= t.shape[i];
+  }
+  if (std::strcmp(t.dtype_text, "uint8") != 0) {
+    throw DtypeError(std::string("the payload of a Quantized must be uint8, got ") + t.dtype_text);
+  }
+  t.dtype = quantized_dtype(object.attr("dtype").cast<std::string>());
+  t.dtype_text = dtype_name(t.dtype);
+  const py::tuple shape = object.attr("shape");
+  t.ndim = int(shape.size());
+  if (t.ndim > kMaxDims) fail_dims(t.ndim);
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    t.shape[i] = shape[i].cast<int64_t>();
+    t.strides[i] = stride;
+    stride *= t.shape[i];
+  }
+  return t;
+}
+
 // The view, and what keeps its memory: the caller holds the object for the length of the call.
 TensorView view(py::handle object) {
   if (py::isinstance<py::array>(object)) {
     return view_array(py::reinterpret_borrow<py::array>(object));
   }
   if (py::hasattr(object, "data_ptr")) return view_mindspore(object);
+  if (py::hasattr(object, "payload")) return view_quantized(object);
   throw DtypeError("an op takes NumPy arrays or MindSpore Tensors, got " +
                    std::string(py::str(py::type::of(object).attr("__name__"))));
 }

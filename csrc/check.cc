@@ -3,10 +3,6 @@
 namespace codellama_rt {
 namespace {
 
-bool is_float(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
-}
-
 std::string describe(const TensorView& t) {
   std::string text = std::string(t.dtype_text) + " (";
   for (int i = 0; i < t.ndim; ++i) text += (i ? ", " : "") + std::to_string(t.shape[i]);
@@ -38,6 +34,9 @@ bool is_contiguous(const TensorView& t, bool rows_apart) {
 }
 
 constexpr const char* kFloatNames = "float32, float16 or bfloat16";
+constexpr const char* kCacheNames = "float32, float16, bfloat16, int8 or int4";
+constexpr const char* kWeightNames =
+    "float32, float16, bfloat16, int8, int4, q4_0, q4_1, q8_0, q4_k or q6_k";
 
 }  // namespace
 
@@ -48,6 +47,47 @@ void Check::floats(const char* name, const TensorView& t, std::initializer_list<
 void Check::floats(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
                    DType same_as) {
   tensor(name, t, axes, t.dtype == same_as, dtype_name(same_as), false);
+}
+
+void Check::weight(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
+  tensor(name, t, axes, is_weight_dtype(t.dtype), kWeightNames, false);
+  if (is_float(t.dtype)) return;
+  const int64_t block = weight_block(t.dtype);
+  require(t.shape[1] % block == 0,
+          std::string(name) + " in " + t.dtype_text + " must have in_features a multiple of " +
+              std::to_string(block) + ", got " + std::to_string(t.shape[1]));
+  num_bytes(name, t, weight_bytes(t.dtype, t.shape[0], t.shape[1]));
+}
+
+void Check::weight(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+                   DType same_as) {
+  if (t.dtype == same_as) return weight(name, t, axes);
+  tensor(name, t, axes, false, dtype_name(same_as), false);
+}
+
+void Check::cache(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
+  tensor(name, t, axes, is_cache_dtype(t.dtype), kCacheNames, false);
+  if (is_float(t.dtype)) return;
+  require(t.dtype != DType::kInt4 || t.shape[3] % kInt4Step == 0,
+          std::string(name) + " in int4 must have head_dim a multiple of " +
+              std::to_string(kInt4Step) + ", got " + std::to_string(t.shape[3]));
+  require(t.shape[2] % kCacheGroup == 0,
+          "block_size must be a multiple of 16, got " + std::to_string(t.shape[2]));
+  num_bytes(name, t,
+            t.shape[0] * t.shape[1] * (t.shape[2] / kCacheGroup) *
+                cache_group_bytes(t.dtype, t.shape[3]));
+}
+
+void Check::cache(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+                  DType same_as) {
+  if (t.dtype == same_as) return cache(name, t, axes);
+  tensor(name, t, axes, false, dtype_name(same_as), false);
+}
+
+void Check::num_bytes(const char* name, const TensorView& t, int64_t expected) {
+  require(t.num_bytes == expected, std::string(name) + " " + describe(t) + " must hold " +
+                                       std::to_string(expected) + " bytes, got " +
+                                       std::to_string(t.num_bytes));
 }
 
 void Check::float32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "dtype.h"
+#include "quantized.h"
 
 namespace codellama_rt {
 
@@ -22,6 +22,7 @@ struct TensorView {
   int64_t shape[kMaxDims] = {};
   int64_t strides[kMaxDims] = {};  // in elements
   bool writable = true;
+  int64_t num_bytes = 0;  // of a quantised tensor
 };
 
 // A wrong dtype: TypeError in Python. (Wrong values and shapes: std::invalid_argument, ValueError.)
@@ -44,6 +45,14 @@ class Check {
               DType same_as);
   void float32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
   void int32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
+  // A weight (out_features, in_features), or a cache (num_blocks, n_kv_heads, block_size,
+  // head_dim): floats, or quantised as quantized.h says.
+  void weight(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
+  void weight(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+              DType same_as);
+  void cache(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
+  void cache(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+             DType same_as);
   // A float matrix whose rows may lie apart.
   void rows(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
   void writable(const char* name, const TensorView& t);
@@ -56,6 +65,7 @@ class Check {
  private:
   void tensor(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
               bool dtype_ok, const char* dtype_wanted, bool rows_apart);
+  void num_bytes(const char* name, const TensorView& t, int64_t expected);
   [[noreturn]] void fail_shape(const char* name, const TensorView& t, const char* dtype_wanted,
                                std::initializer_list<Axis*> axes);
 

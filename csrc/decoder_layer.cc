@@ -27,23 +27,23 @@ Sizes check_weights(Check& check, const DecoderLayer& l) {
   check.float32("x", l.x, {&tokens, &dim});
   check.float32("out", l.out, {&tokens, &dim});
   check.writable("out", l.out);
-  check.floats("key_cache", l.key_cache, {&blocks, &kv_heads, &block, &head_dim});
-  check.floats("value_cache", l.value_cache, {&blocks, &kv_heads, &block, &head_dim},
-               l.key_cache.dtype);
+  check.cache("key_cache", l.key_cache, {&blocks, &kv_heads, &block, &head_dim});
+  check.cache("value_cache", l.value_cache, {&blocks, &kv_heads, &block, &head_dim},
+              l.key_cache.dtype);
   check.writable("key_cache", l.key_cache);
   check.writable("value_cache", l.value_cache);
   check_even(check, head_dim.size);
   check_block_size(check, block.size);
   Axis kv_dim{"n_kv_heads * head_dim", kv_heads.size * head_dim.size};
   check.floats("attention_norm", l.attention_norm, {&dim});
-  check.floats("q_proj", l.q_proj, {&q_dim, &dim});
-  check.floats("k_proj", l.k_proj, {&kv_dim, &dim}, l.q_proj.dtype);
-  check.floats("v_proj", l.v_proj, {&kv_dim, &dim}, l.q_proj.dtype);
-  check.floats("o_proj", l.o_proj, {&dim, &q_dim});
+  check.weight("q_proj", l.q_proj, {&q_dim, &dim});
+  check.weight("k_proj", l.k_proj, {&kv_dim, &dim}, l.q_proj.dtype);
+  check.weight("v_proj", l.v_proj, {&kv_dim, &dim}, l.q_proj.dtype);
+  check.weight("o_proj", l.o_proj, {&dim, &q_dim});
   check.floats("mlp_norm", l.mlp_norm, {&dim});
-  check.floats("gate_proj", l.gate_proj, {&hidden, &dim});
-  check.floats("up_proj", l.up_proj, {&hidden, &dim}, l.gate_proj.dtype);
-  check.floats("down_proj", l.down_proj, {&dim, &hidden});
+  check.weight("gate_proj", l.gate_proj, {&hidden, &dim});
+  check.weight("up_proj", l.up_proj, {&hidden, &dim}, l.gate_proj.dtype);
+  check.weight("down_proj", l.down_proj, {&dim, &hidden});
   check.require(q_dim.size % head_dim.size == 0, "q_proj's rows must be a multiple of head_dim");
   const int64_t heads = q_dim.size / head_dim.size;
   check_heads(check, heads, kv_heads.size);

@@ -5,8 +5,22 @@
 
 namespace codellama_rt {
 
-// kOther: a dtype that no op takes; it is carried only so that a refusal can be given.
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32, kOther };
+// From kInt8 on: quantised, see quantized.h. kOther: a dtype that no op takes; it is carried only
+// so that a refusal can be given.
+enum class DType : int32_t {
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+  kInt32,
+  kInt8,
+  kInt4,
+  kQ4_0,
+  kQ4_1,
+  kQ8_0,
+  kQ4_K,
+  kQ6_K,
+  kOther
+};
 
 struct f16 {
   uint16_t bits;
@@ -29,6 +43,20 @@ constexpr const char* dtype_name(DType dtype) {
       return "bfloat16";
     case DType::kInt32:
       return "int32";
+    case DType::kInt8:
+      return "int8";
+    case DType::kInt4:
+      return "int4";
+    case DType::kQ4_0:
+      return "q4_0";
+    case DType::kQ4_1:
+      return "q4_1";
+    case DType::kQ8_0:
+      return "q8_0";
+    case DType::kQ4_K:
+      return "q4_k";
+    case DType::kQ6_K:
+      return "q6_k";
     case DType::kOther:
       break;
   }

@@ -55,8 +55,8 @@ void linear(TensorView x, const TensorView* weights, int num_weights, TensorView
   LinearParams p{};
   for (int i = 0; i < num_weights; ++i) {
     Axis n{"out_features"};
-    if (i == 0) check.floats("weight", weights[i], {&n, &k});
-    if (i > 0) check.floats("weight", weights[i], {&n, &k}, weights[0].dtype);
+    if (i == 0) check.weight("weight", weights[i], {&n, &k});
+    if (i > 0) check.weight("weight", weights[i], {&n, &k}, weights[0].dtype);
     p.weights[i] = weights[i].data;
     p.n[i] = n.size;
     total.size += n.size;
@@ -103,8 +103,8 @@ void reshape_and_cache(TensorView key, TensorView value, TensorView key_cache,
       block{"block_size"};
   check.floats("key", key, {&tokens, &kv_heads, &dim});
   check.floats("value", value, {&tokens, &kv_heads, &dim}, key.dtype);
-  check.floats("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
-  check.floats("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
+  check.cache("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
+  check.cache("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
   check.int32("slot_mapping", slot_mapping, {&tokens});
   check.writable("key_cache", key_cache);
   check.writable("value_cache", value_cache);
@@ -122,8 +122,8 @@ void rope_and_cache(TensorView qkv, TensorView cos, TensorView sin, TensorView p
   Check check("rope_and_cache");
   Axis tokens{"num_tokens"}, heads{"n_heads"}, kv_heads{"n_kv_heads"}, dim{"head_dim"},
       blocks{"num_blocks"}, block{"block_size"}, table{"num_positions"};
-  check.floats("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
-  check.floats("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
+  check.cache("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
+  check.cache("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
   check.floats("query", query, {&tokens, &heads, &dim}, qkv.dtype);
   check_even(check, dim.size);
   check_block_size(check, block.size);
@@ -178,8 +178,8 @@ void paged_attention(TensorView query, TensorView key_cache, TensorView value_ca
   Axis tokens{"num_tokens"}, heads{"n_heads"}, kv_heads{"n_kv_heads"}, dim{"head_dim"},
       blocks{"num_blocks"}, block{"block_size"}, seqs{"num_seqs"}, max_blocks{"max_blocks"};
   check.floats("query", query, {&tokens, &heads, &dim});
-  check.floats("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
-  check.floats("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
+  check.cache("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
+  check.cache("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
   check.int32("block_tables", block_tables, {&seqs, &max_blocks});
   check.int32("seq_lens", seq_lens, {&seqs});
   Axis bounds{"num_seqs + 1", seqs.size + 1};
@@ -231,14 +231,15 @@ void copy_blocks(TensorView key_cache, TensorView value_cache, TensorView block_
   Check check("copy_blocks");
   Axis blocks{"num_blocks"}, kv_heads{"n_kv_heads"}, block{"block_size"}, dim{"head_dim"},
       pairs{"num_pairs"}, two{"2", 2};
-  check.floats("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
-  check.floats("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
+  check.cache("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
+  check.cache("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
   check.int32("block_pairs", block_pairs, {&pairs, &two});
   check.writable("key_cache", key_cache);
   check.writable("value_cache", value_cache);
   check.range("block_pairs", block_pairs, 0, blocks.size, "num_blocks");
-  kernels().copy_blocks({key_cache.data, value_cache.data, ints(block_pairs), pairs.size,
-                         kv_heads.size * block.size * dim.size * item_size(key_cache.dtype)});
+  kernels().copy_blocks(
+      {key_cache.data, value_cache.data, ints(block_pairs), pairs.size,
+       kv_heads.size * block.size * cache_group_bytes(key_cache.dtype, dim.size) / kCacheGroup});
 }
 
 }  // namespace launch

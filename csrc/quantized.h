@@ -1,0 +1,77 @@
+// Where the values and scales of a quantised tensor lie. Its memory is plain bytes; the shape that
+// an op sees is that of the float tensor it stands for. codellama_rt/ops/quantized.py says the
+// same.
+//
+// Cache, kInt8 and kInt4: a page of a head is block_size / 16 groups of 16 tokens, each group its
+// rows of values, then its scales. So a group is one piece, whatever block_size is.
+//   int8  row: head_dim int8. Scales: a float32 a token. x = value * scale.
+//   int4  row: head_dim / 2 bytes. Scales: kInt4Groups pairs of float16 (scale, minimum) a token.
+//         x = value * scale + minimum, value in 0..15.
+// Weight, (n, k):
+//   int8, int4        made by ops.quantize: tiles of 16 rows in the order VPDPBUSD takes them
+//   q4_0 ... q6_k     rows of GGUF blocks as they lie in the file
+#pragma once
+
+#include "dtype.h"
+
+namespace codellama_rt {
+
+constexpr int64_t kCacheGroup = 16;   // tokens
+constexpr int64_t kInt4Groups = 4;    // of head_dim, in a row of an int4 cache
+constexpr int64_t kInt4Step = 8;      // head_dim is a multiple of this in an int4 cache
+constexpr int64_t kWeightTile = 16;   // rows
+constexpr int64_t kWeightGroup = 32;  // of k, with one scale
+
+constexpr bool is_float(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+}
+constexpr bool is_cache_dtype(DType dtype) {
+  return is_float(dtype) || dtype == DType::kInt8 || dtype == DType::kInt4;
+}
+constexpr bool is_weight_dtype(DType dtype) {
+  return is_float(dtype) || (dtype >= DType::kInt8 && dtype <= DType::kQ6_K);
+}
+
+// Bytes of kCacheGroup tokens of one head.
+constexpr int64_t cache_group_bytes(DType dtype, int64_t head_dim) {
+  switch (dtype) {
+    case DType::kInt8:
+      return kCacheGroup * (head_dim + 4);
+    case DType::kInt4:
+      return kCacheGroup * (head_dim / 2 + kInt4Groups * 4);
+    default:
+      return kCacheGroup * head_dim * item_size(dtype);
+  }
+}
+
+// Bytes of a weight of n rows of k, k being a multiple of what a block holds.
+constexpr int64_t weight_bytes(DType dtype, int64_t n, int64_t k) {
+  const int64_t tiles = (n + kWeightTile - 1) / kWeightTile;
+  const int64_t groups = (k + kWeightGroup - 1) / kWeightGroup;
+  switch (dtype) {
+    case DType::kInt8:
+      return tiles * kWeightTile * groups * (kWeightGroup + 2);
+    case DType::kInt4:
+      return tiles * kWeightTile * groups * (kWeightGroup / 2 + 2);
+    case DType::kQ4_0:
+      return n * (k / 32) * 18;
+    case DType::kQ4_1:
+      return n * (k / 32) * 20;
+    case DType::kQ8_0:
+      return n * (k / 32) * 34;
+    case DType::kQ4_K:
+      return n * (k / 256) * 144;
+    case DType::kQ6_K:
+      return n * (k / 256) * 210;
+    default:
+      return n * k * item_size(dtype);
+  }
+}
+
+// Elements of k that a block of the format holds: k is a multiple of it.
+constexpr int64_t weight_block(DType dtype) {
+  if (dtype == DType::kQ4_K || dtype == DType::kQ6_K) return 256;
+  return dtype >= DType::kQ4_0 && dtype <= DType::kQ8_0 ? 32 : 1;
+}
+
+}  // namespace codellama_rt
