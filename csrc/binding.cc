@@ -262,7 +262,8 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("multiply_add", [](std::string dtype, int64_t num_rounds) {
     int64_t flops = 0;
-    run([&] { flops = kernels().multiply_add(named(dtype).dtype, num_rounds); });
+    const DType operands = dtype == "int8" ? DType::kInt8 : named(dtype).dtype;
+    run([&] { flops = kernels().multiply_add(operands, num_rounds); });
     return flops;
   });
   m.def("available_isas", isa_names);

@@ -1,7 +1,7 @@
 """Checkpoints of random weights in Code Llama's shapes, for speed and memory alone.
 
-    python benchmarks/synthetic.py --shape 7b --layers 4 --out 7b-4l           # safetensors
-    python benchmarks/synthetic.py --shape 7b --layers 4 --out 7b-4l.gguf      # the same model
+    python -m codellama_rt.bench.synthetic --shape 7b --layers 4 --out 7b-4l           # safetensors
+    python -m codellama_rt.bench.synthetic --shape 7b --layers 4 --out 7b-4l.gguf      # the same model
 
 A weight depends on its name, the seed and its shape, so both forms hold the same model; in GGUF the
 rows of q and k are in that format's order. The directory has no tokenizer unless one is given; the
@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from shapes import SHAPES
+from codellama_rt.bench.shapes import SHAPES
 
 from codellama_rt.checkpoint.gguf_model import gguf_name
 from codellama_rt.checkpoint.weight_loading import expected_shapes
