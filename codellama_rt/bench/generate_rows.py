@@ -51,15 +51,12 @@ class Model:
     def runner(self, max_depth: int) -> Iterator[Runner]:
         """The model behind an engine; what was written for it is deleted at the end."""
         with tempfile.TemporaryDirectory(prefix="codellama-rt-bench-") as folder:
-            path = self.path or str(self.write(Path(folder)))
-            yield Runner(open_checkpoint(path), max_depth, self.kv_dtype)
-
-    def write(self, folder: Path) -> Path:
-        """Write the random weights into a folder."""
-        config = SHAPES[self.shape]
-        config = replace(config, dtype=self.weights, n_layers=self.layers or config.n_layers)
-        write_directory(folder / "model", config)
-        return folder / "model"
+            path = Path(folder) / "model"
+            if self.path is None:
+                config = SHAPES[self.shape]
+                config = replace(config, n_layers=self.layers or config.n_layers)
+                write_directory(path, config, dtype=self.weights)
+            yield Runner(open_checkpoint(self.path or path), max_depth, self.kv_dtype)
 
 
 def decode_row(
@@ -90,7 +87,8 @@ def prefill_row(
     runner.prefill(num_tokens)
     timing = Timing(watch(runner.run_prompt, lambda: runner.add_prompt(num_tokens), repeats))
     rate = runner.prefill_flops(num_tokens) / timing.median
-    peak = limits.flops[model.weights if model.weights in FLOAT_DTYPES else "int8"]
+    weights = runner.weights_dtype
+    peak = limits.flops[weights if weights in FLOAT_DTYPES else "int8"]
     return {
         "what": "prefill", **_about(model, runner, limits), "tokens": num_tokens,
         **timing.record(), "tokens_per_s": num_tokens / timing.median, "gflop_per_s": rate / 1e9,
@@ -108,8 +106,12 @@ def generate_rows(
         with model.runner(max([*depths, *prefills])) as runner:
             for depth in depths:
                 done += 1
-                yield done, total, decode_row(
-                    model, runner, depth, steps, limits=limits, python_share=python_share
+                yield (
+                    done,
+                    total,
+                    decode_row(
+                        model, runner, depth, steps, limits=limits, python_share=python_share
+                    ),
                 )
             for count in prefills:
                 done += 1
@@ -120,7 +122,7 @@ def _about(model: Model, runner: Runner, limits: Limits) -> Row:
     """What was measured, and the most memory that this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "model": model.name, "layers": runner.config.n_layers, "weights": model.weights,
+        "model": model.name, "layers": runner.config.n_layers, "weights": runner.weights_dtype,
         "kv": runner.kv_dtype, "isa": limits.isa, "threads": ops.num_threads(),
         "peak_rss_gb": peak / 1e9,
     }  # fmt: skip

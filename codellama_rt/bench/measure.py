@@ -55,9 +55,7 @@ class Timing:
         }  # fmt: skip
 
 
-def stopwatch(
-    work: Callable[[], object], setup: Callable[[], object], rounds: int
-) -> list[float]:
+def stopwatch(work: Callable[[], object], setup: Callable[[], object], rounds: int) -> list[float]:
     """The plain `Stopwatch`; the files of `benchmarks/` use pytest-benchmark's instead."""
     seconds = []
     for _ in range(rounds):

@@ -12,10 +12,12 @@ _PERIOD = 1_000_003  # elements that repeat in larger arrays; a prime, so that r
 _PAGES = 7  # that repeat in a cache
 
 
-def noise(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> np.ndarray:
-    """Values in [-0.5, 0.5)."""
+def noise(
+    shape: tuple[int, ...], dtype: str, rng: np.random.Generator, width: float = 1.0
+) -> np.ndarray:
+    """Values in [-width / 2, width / 2)."""
     values = rng.random(min(int(np.prod(shape)), _PERIOD), np.float32) - np.float32(0.5)
-    return np.resize(values.astype(numpy_dtype(dtype)), shape)
+    return np.resize((values * np.float32(width)).astype(numpy_dtype(dtype)), shape)
 
 
 def fill_pages(pages: np.ndarray | Quantized, rng: np.random.Generator) -> None:

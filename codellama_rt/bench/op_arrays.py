@@ -11,6 +11,7 @@ from codellama_rt import ops
 from codellama_rt.bench.noise import noise
 from codellama_rt.bench.op_cases import BLOCK_SIZE, Case
 from codellama_rt.limits import PROBE_BYTES
+from codellama_rt.ops.schema import Op
 
 Arrays = dict[str, np.ndarray]
 
@@ -27,12 +28,12 @@ def make_arrays(case: Case, rng: np.random.Generator) -> Arrays:
     return made
 
 
-def bind(case: Case, arrays: Arrays) -> Callable[[], object]:
+def bind(op: Op, arrays: Arrays) -> Callable[[], object]:
     """The call, on preallocated results, as the model does it."""
-    inputs = [arrays[name] for name in case.op.inputs]
-    outputs = tuple(arrays[name] for name in case.op.outputs)
+    inputs = [arrays[name] for name in op.inputs]
+    outputs = tuple(arrays[name] for name in op.outputs)
     given = {} if not outputs else {"out": outputs if len(outputs) > 1 else outputs[0]}
-    return partial(getattr(ops, case.op.name), *inputs, **given)
+    return partial(getattr(ops, op.name), *inputs, **given)
 
 
 class Turns:
@@ -58,7 +59,7 @@ class Turns:
         if "token_ids" in arrays:
             ids = arrays["token_ids"]
             ids[:] = self._rng.integers(0, self._case.sizes["vocab_size"], ids.shape)
-        self._call = bind(self._case, arrays)
+        self._call = bind(self._case.op, arrays)
         self._next = (self._next + 1) % self._copies
 
     def run(self) -> None:

@@ -22,7 +22,7 @@ def check(case: Case, arrays: Arrays) -> None:
         RuntimeError: the results differ.
     """
     part, expected = _layer(case, arrays) if _is_layer(case) else _reference(case, arrays)
-    bind(case, arrays)()
+    bind(case.op, arrays)()
     for name, values in expected.items():
         found = arrays[name][part.get(name, ...)].astype(np.float64)
         values = values.astype(np.float64)

@@ -76,6 +76,7 @@ def _row(case: Case, timing: Timing, limits: Limits) -> Row:
         "gflop_per_s": case.flops / timing.median / 1e9,
         "limit_us": 1e6 * floor, "share": floor / timing.median, "best_share": floor / timing.best,
         "read_gb_per_s": limits.read_bandwidth / 1e9,
+        "product_dtype": case.product_dtype,
         "peak_gflop_per_s": limits.flops[case.product_dtype] / 1e9,
     }  # fmt: skip
 

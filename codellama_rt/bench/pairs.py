@@ -22,6 +22,10 @@ METHOD = (
     "ours). Caches are filled with made-up keys and values, not by a prompt. Attention alone is a "
     "step at that depth minus a step at 512, in a model of one layer, on both sides."
 )
+_PACKAGES = {
+    "peer_llamacpp": "llama-cpp-python", "peer_transformers": "transformers and torch",
+    "peer_ctranslate2": "ctranslate2, transformers and torch",
+}  # fmt: skip
 Burst = Callable[[], list[float]]
 
 
@@ -35,7 +39,8 @@ class Peer:
             RuntimeError: there is no such interpreter.
         """
         self._script = Path(__file__).with_name("peers") / f"{script}.py"
-        self._python, self._said = python, tempfile.TemporaryFile("w+")
+        self._python = python
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (until `close`)
         try:
             self._process = subprocess.Popen(
                 [python, str(self._script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -57,9 +62,10 @@ class Peer:
         if not line:
             self._said.seek(0)
             said = self._said.read().strip().splitlines() or ["it said nothing"]
+            needed = _PACKAGES[self._script.stem]
             raise RuntimeError(
-                f"{self._script.stem} ended with {self._process.wait()}: {said[-1]}; --peer-python "
-                f"names the interpreter, {self._python}, and must have that runtime"
+                f"{self._script.stem} ended with {self._process.wait()}: {said[-1]}; "
+                f"--peer-python, {self._python}, must be an interpreter with {needed}"
             )
         answer = json.loads(line)
         if "error" in answer:

@@ -31,6 +31,8 @@ class Runner:
         """Take a model and a cache of max_depth + MAX_STEPS tokens, full of noise."""
         self.config = checkpoint.config
         self.kv_dtype = self.config.dtype if kv_dtype == "auto" else kv_dtype
+        projection = checkpoint.weights.layers[0].q_proj.dtype
+        self.weights_dtype = projection if isinstance(projection, str) else projection.name
         self.weight_bytes = weight_bytes(checkpoint.weights)
         max_len = max_depth + MAX_STEPS
         cache = KVCache(

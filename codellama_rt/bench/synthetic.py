@@ -1,7 +1,7 @@
 """Checkpoints of random weights in Code Llama's shapes, for speed and memory alone.
 
-    python -m codellama_rt.bench.synthetic --shape 7b --layers 4 --out 7b-4l           # safetensors
-    python -m codellama_rt.bench.synthetic --shape 7b --layers 4 --out 7b-4l.gguf      # the same model
+    python -m codellama_rt.bench.synthetic --shape 7b --layers 4 --out 7b-4l        # safetensors
+    python -m codellama_rt.bench.synthetic --shape 7b --layers 4 --out 7b-4l.gguf   # the same model
 
 A weight depends on its name, the seed and its shape, so both forms hold the same model; in GGUF the
 rows of q and k are in that format's order. The directory has no tokenizer unless one is given; the
@@ -19,8 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from codellama_rt.bench.shapes import SHAPES
 
+from codellama_rt.bench.noise import noise
+from codellama_rt.bench.shapes import SHAPES
 from codellama_rt.checkpoint.gguf_model import gguf_name
 from codellama_rt.checkpoint.weight_loading import expected_shapes
 from codellama_rt.config import ModelConfig
@@ -31,20 +32,19 @@ _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 def weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, np.ndarray]]:
     """Name and values, one after another: norms of ones, matrices of variance 1 / in_features."""
-    dtype = numpy_dtype(config.dtype)
     for name, shape in expected_shapes(config).items():
         if len(shape) == 1:
-            yield name, np.ones(shape, dtype)
+            yield name, np.ones(shape, numpy_dtype(config.dtype))
             continue
         rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
-        values = rng.random(shape, np.float32)
-        values -= np.float32(0.5)
-        values *= np.float32((12 / shape[1]) ** 0.5)
-        yield name, values.astype(dtype)
+        yield name, noise(shape, config.dtype, rng, (12 / shape[1]) ** 0.5)
 
 
-def write_directory(folder: Path, config: ModelConfig, seed: int = 0) -> None:
-    """Write config.json, generation_config.json and model.safetensors."""
+def write_directory(
+    folder: Path, config: ModelConfig, *, dtype: str = "bfloat16", seed: int = 0
+) -> None:
+    """Write config.json, generation_config.json and model.safetensors, a tensor at a time."""
+    config = replace(config, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(_hf_config(config), indent=1))
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)}
@@ -136,6 +136,7 @@ def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def main() -> None:
+    """Write one checkpoint."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
