@@ -18,8 +18,8 @@ from checkpoint_files import (
 )
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.checkpoint.safetensors_file import read_safetensors
 from codellama_rt.checkpoint.finiteness import first_non_finite
+from codellama_rt.checkpoint.safetensors_file import read_safetensors
 from codellama_rt.dtypes import numpy_dtype
 from codellama_rt.errors import CheckpointError
 
