@@ -1,4 +1,4 @@
-"""The command line: `codellama-rt generate | infill | doctor | bench`.
+"""The command line: `codellama-rt generate | infill | convert | doctor | bench`.
 
 Text goes to stdout, everything else to stderr. What cannot be done ends in one line and exit code
 2; Ctrl-C in exit code 130.
@@ -87,6 +87,24 @@ def infill(
         report = _run(model, sampling, output, request, _discard if in_place else _to_stdout)
         if in_place:
             _replace_file(file, before + report.completions[0].text + after)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Directory in Hugging Face's layout, or hub id.")],
+    out: Annotated[Path, typer.Option(help="The directory to write; nothing may be there.")],
+    quantization: Annotated[str, typer.Option(help="Of the weights: int8, int4.")],
+    debug: Annotated[bool, typer.Option("--debug", help="Errors with their traceback.")] = False,
+) -> None:
+    """Write a checkpoint with quantised weights, which opens at once and is used as it lies."""
+    with reported_errors(debug):
+        from codellama_rt.convert import convert as write_converted
+        from codellama_rt.progress import ProgressBar
+
+        with ProgressBar(f"converting {model}") as bar:
+            written = write_converted(model, out, quantization=quantization, progress=bar.update)
+        size = sum(file.stat().st_size for file in written.iterdir())
+        _tell(f"{written}: {size / 1e9:.2f} GB")
 
 
 @app.command()

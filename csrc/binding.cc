@@ -206,6 +206,10 @@ PYBIND11_MODULE(_core, m) {
     run([&] { launch::add_rms_norm(a, b, c, eps, d, e); });
   });
   m.def("linear", linear);
+  m.def("quantize", [](H weight, H payload) {
+    const auto a = view(weight), b = view(payload);
+    run([&] { launch::quantize(a, b); });
+  });
   m.def("apply_rotary_pos_emb", [](H query, H key, H cos, H sin, H positions, bool interleaved) {
     const auto a = view(query), b = view(key), c = view(cos), d = view(sin), e = view(positions);
     run([&] { launch::apply_rotary_pos_emb(a, b, c, d, e, interleaved); });

@@ -45,6 +45,13 @@ struct LinearParams {
   DType x_dtype, weight_dtype, out_dtype;
 };
 
+struct QuantizeParams {
+  const void* weight;  // (n, k)
+  void* payload;       // weight_bytes(dtype, n, k)
+  DType weight_dtype, dtype;
+  int64_t n, k;
+};
+
 // Tables: row p holds the cosines (sines) of position p. `interleaved`: elements (2i, 2i + 1)
 // rotate together, as in Meta's files; otherwise (i, i + head_dim / 2), as in Hugging Face's.
 struct RotaryParams {
@@ -136,6 +143,7 @@ struct KernelTable {
   void (*embedding)(const EmbeddingParams&);
   void (*rms_norm)(const RmsNormParams&);
   void (*linear)(const LinearParams&);
+  void (*quantize)(const QuantizeParams&);
   void (*apply_rotary_pos_emb)(const RotaryParams&);
   void (*reshape_and_cache)(const ReshapeAndCacheParams&);
   void (*rope_and_cache)(const RopeAndCacheParams&);

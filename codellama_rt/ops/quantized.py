@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 CACHE_DTYPES = ("int8", "int4")
-WEIGHT_DTYPES = ("int8", "int4", "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")
+OWN_WEIGHT_DTYPES = ("int8", "int4")  # that `quantize` makes
+WEIGHT_DTYPES = (*OWN_WEIGHT_DTYPES, "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")
 CACHE_GROUP = 16  # tokens
 INT4_GROUPS = 4  # of head_dim, in a row of an int4 cache
+INT4_STEP = 8  # head_dim is a multiple of this in an int4 cache
 WEIGHT_TILE = 16  # rows
 WEIGHT_GROUP = 32  # elements of in_features with one scale
 GGUF_BLOCKS = {"q4_0": (32, 18), "q4_1": (32, 20), "q8_0": (32, 34), "q4_k": (256, 144),
