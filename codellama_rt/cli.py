@@ -104,7 +104,7 @@ def convert(
         with ProgressBar(f"converting {model}") as bar:
             written = write_converted(model, out, quantization=quantization, progress=bar.update)
         size = sum(file.stat().st_size for file in written.iterdir())
-        _tell(f"{written}: {size / 1e9:.2f} GB")
+        tell(f"{written}: {size / 1e9:.2f} GB")
 
 
 @app.command()

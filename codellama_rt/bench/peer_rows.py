@@ -18,6 +18,7 @@ from codellama_rt.bench.runner import Runner
 from codellama_rt.bench.shapes import SHAPES
 from codellama_rt.bench.synthetic import write_directory, write_gguf
 from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.config import ModelConfig
 from codellama_rt.dtypes import FLOAT_DTYPES
 from codellama_rt.kv_cache import bytes_per_token
 
@@ -105,22 +106,22 @@ class Files:
         """A Hugging Face directory."""
         path = self._folder / f"{layers}-{dtype}"
         if not path.exists():
-            write_directory(path, self._config(layers, dtype))
+            write_directory(path, self._config(layers), dtype=dtype)
         return path
 
     def gguf(self, layers: int, kind: str, peer: Peer) -> Path:
         """A GGUF file; llama.cpp itself quantises."""
         path = self._folder / f"{layers}-{kind}.gguf"
         if not path.exists() and kind in FLOAT_DTYPES:
-            write_gguf(path, self._config(layers, kind))
+            write_gguf(path, replace(self._config(layers), dtype=kind))
         elif not path.exists():
             source = self.gguf(layers, "bfloat16", peer)
             peer.ask("quantize", source=str(source), target=str(path), kind=kind,
                      threads=ops.num_threads())  # fmt: skip
         return path
 
-    def _config(self, layers: int, dtype: str) -> object:
-        return replace(SHAPES[self._shape], n_layers=layers, dtype=dtype)
+    def _config(self, layers: int) -> ModelConfig:
+        return replace(SHAPES[self._shape], n_layers=layers)
 
 
 class Pair:
@@ -134,8 +135,6 @@ class Pair:
         """
         self.setting, threads = setting, ops.num_threads()
         self.peer = Peer(python, f"peer_{setting.peer.replace('.', '')}")
-        dtype = setting.weights if setting.weights in FLOAT_DTYPES else "bfloat16"
-        folder = files.directory(layers, dtype)
         if setting.peer == "llama.cpp":
             kind = _LLAMACPP_WEIGHTS.get(setting.weights, setting.weights)
             model = files.gguf(layers, kind, self.peer)
@@ -143,11 +142,12 @@ class Pair:
             kv = _LLAMACPP_KV.get(setting.kv, setting.kv)
             self.peer.ask("use", flash=setting.flash, kv_dtype=kv)
         else:
+            floats = setting.weights if setting.weights in FLOAT_DTYPES else "bfloat16"
+            model = files.directory(layers, floats)
             self.about = self.peer.ask(
-                "open", model=str(folder), threads=threads, dtype=setting.weights
+                "open", model=str(model), threads=threads, dtype=setting.weights
             )
-        quantization = None if setting.weights in FLOAT_DTYPES else setting.weights
-        checkpoint = open_checkpoint(folder, quantization=quantization)
+        checkpoint = open_checkpoint(files.directory(layers, setting.weights))
         self.runner = Runner(checkpoint, longest, setting.kv)
         self._require_same_model()
 
