@@ -38,10 +38,6 @@ class Limits:
     one_thread_bandwidth: float
     flops: dict[str, float]
 
-    def seconds(self, num_bytes: float, flops: float, dtype: str) -> float:
-        """The least time for moving `num_bytes` and computing `flops` at once."""
-        return max(num_bytes / self.read_bandwidth, flops / self.flops[dtype])
-
     def describe(self) -> str:
         """One line for people."""
         flops = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in self.flops.items())

@@ -12,7 +12,7 @@ from codellama_rt.bench.measure import Row, Stopwatch, Timing, stopwatch
 from codellama_rt.bench.op_arrays import Turns, make_arrays
 from codellama_rt.bench.op_cases import Case, Selection
 from codellama_rt.bench.op_check import check
-from codellama_rt.limits import Limits, measure_limits
+from codellama_rt.limits import peak_flops, read_bandwidth
 
 MIN_RUNS, MAX_RUNS = 20, 2000
 CALL_SECONDS = 2e-6  # below this a call from Python is what takes the time
@@ -31,9 +31,10 @@ def op_row(case: Case, seconds: float, watch: Stopwatch = stopwatch) -> Row:
     check(case, arrays)
     turns = Turns(case, arrays)
     del arrays
-    before = measure_limits(LIMITS_SECONDS)
+    before = _roof(case)
     timing = Timing(watch(turns.run, turns.advance, _rounds(turns, seconds)))
-    return _row(case, timing, _better(before, measure_limits(LIMITS_SECONDS)))
+    read, peak = (max(pair) for pair in zip(before, _roof(case), strict=True))
+    return _row(case, timing, read, peak)
 
 
 def op_rows(
@@ -64,26 +65,24 @@ def _rounds(turns: Turns, seconds: float) -> int:
     return int(min(max(MIN_RUNS, seconds / min(once)), MAX_RUNS))
 
 
-def _row(case: Case, timing: Timing, limits: Limits) -> Row:
-    memory_s = case.num_bytes / limits.read_bandwidth
-    floor = limits.seconds(case.num_bytes, case.flops, case.product_dtype)
+def _roof(case: Case) -> tuple[float, float]:
+    """Bytes and FLOPs a second that the machine gives now; the higher of two is the truer."""
+    dtype = case.product_dtype
+    peak = peak_flops("float32" if dtype == "float16" else dtype, LIMITS_SECONDS)
+    return read_bandwidth(LIMITS_SECONDS), peak
+
+
+def _row(case: Case, timing: Timing, read: float, peak: float) -> Row:
+    memory_s, compute_s = case.num_bytes / read, case.flops / peak
+    floor = max(memory_s, compute_s)
     bound = "call" if floor < CALL_SECONDS else "memory" if memory_s == floor else "compute"
     return {
         "what": "op", "op": case.op.name, "dtype": case.dtype, "model": case.model,
-        "shape": case.label, "isa": limits.isa, "threads": limits.num_threads, **timing.record(),
+        "shape": case.label, "isa": ops.isa(), "threads": ops.num_threads(), **timing.record(),
         "bytes": case.num_bytes, "flops": case.flops, "bound": bound,
         "gb_per_s": case.num_bytes / timing.median / 1e9,
         "gflop_per_s": case.flops / timing.median / 1e9,
         "limit_us": 1e6 * floor, "share": floor / timing.median, "best_share": floor / timing.best,
-        "read_gb_per_s": limits.read_bandwidth / 1e9,
-        "product_dtype": case.product_dtype,
-        "peak_gflop_per_s": limits.flops[case.product_dtype] / 1e9,
+        "read_gb_per_s": read / 1e9, "product_dtype": case.product_dtype,
+        "peak_gflop_per_s": peak / 1e9,
     }  # fmt: skip
-
-
-def _better(a: Limits, b: Limits) -> Limits:
-    """The higher of two measurements: of a limit, the larger is the truer."""
-    flops = {dtype: max(a.flops[dtype], b.flops[dtype]) for dtype in a.flops}
-    together = max(a.read_bandwidth, b.read_bandwidth)
-    alone = max(a.one_thread_bandwidth, b.one_thread_bandwidth)
-    return Limits(a.isa, a.num_threads, together, alone, flops)
