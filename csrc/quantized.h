@@ -8,7 +8,12 @@
 //   int4  row: head_dim / 2 bytes. Scales: kInt4Groups pairs of float16 (scale, minimum) a token.
 //         x = value * scale + minimum, value in 0..15.
 // Weight, (n, k):
-//   int8, int4        made by ops.quantize: tiles of 16 rows in the order VPDPBUSD takes them
+//   int8, int4        made by ops.quantize: tiles of 16 rows, groups of 32 along k, in the order
+//                     that VPDPBUSD takes: 4 elements of row 0, of row 1, ... of row 15; 4 more
+//                     int8: a group is 512 values, plus 128, then 16 scales in bfloat16
+//                     int4: a tile begins with 16 + 16 float32, the rows' units of scales and of
+//                     minima; a group is 256 bytes, elements 0 to 15 in low and 16 to 31 in high
+//                     nibbles, then 16 + 16 bytes, its scales and minima in those units
 //   q4_0 ... q6_k     rows of GGUF blocks as they lie in the file
 #pragma once
 
@@ -52,7 +57,7 @@ constexpr int64_t weight_bytes(DType dtype, int64_t n, int64_t k) {
     case DType::kInt8:
       return tiles * kWeightTile * groups * (kWeightGroup + 2);
     case DType::kInt4:
-      return tiles * kWeightTile * groups * (kWeightGroup / 2 + 2);
+      return tiles * kWeightTile * (8 + groups * (kWeightGroup / 2 + 2));
     case DType::kQ4_0:
       return n * (k / 32) * 18;
     case DType::kQ4_1:

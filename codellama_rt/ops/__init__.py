@@ -167,9 +167,9 @@ def linear(x: Array, weight: Array | tuple[Array, ...], *, out: Array = None) ->
 
 
 def quantize(weight: Array, dtype: str) -> Quantized:
-    """A weight in int8 or int4, with a scale for every 32 elements of a row.
+    """A weight in int8 or int4, with a scale (int4: and a minimum) for every 32 elements of a row.
 
-    A group that holds a NaN or an infinity becomes NaN. The bytes are the same on every
+    A row that holds a NaN or an infinity gives NaN. The bytes are the same on every
     instruction set.
 
     Args:

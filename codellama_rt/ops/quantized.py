@@ -7,8 +7,15 @@ rows of values, then its scales; so a group is one piece, whatever block_size is
 * int4: a row is head_dim / 2 bytes, its scales `INT4_GROUPS` pairs (scale, minimum) of float16 a
   token. x = value * scale + minimum, value in 0..15.
 
-A weight (out_features, in_features): int8 and int4 as `quantize` makes them, in tiles of 16 rows;
-q4_0, q4_1, q8_0, q4_k and q6_k as they lie in a GGUF file.
+A weight (out_features, in_features): int8 and int4 as `quantize` makes them, in tiles of 16 rows,
+groups of 32 along in_features; q4_0, q4_1, q8_0, q4_k and q6_k as they lie in a GGUF file. Elements
+of a group are in the order in which kernels multiply them: 4 of row 0, 4 of row 1, ... of row 15,
+then the next 4 of each.
+
+* int8: a group is 512 bytes, value + 128, then 16 bfloat16 scales. x = value * scale.
+* int4: a tile begins with 16 float32 units of scales and 16 of minima, one a row. A group is 256
+  bytes, elements 0 to 15 in the low and 16 to 31 in the high nibbles, then 16 + 16 bytes: scales and
+  minima in those units. x = value * scale + minimum, value in 0..15.
 """
 
 from __future__ import annotations
@@ -61,5 +68,7 @@ def weight_num_bytes(dtype: str, shape: tuple[int, int]) -> int:
     if dtype in GGUF_BLOCKS:
         elements, num_bytes = GGUF_BLOCKS[dtype]
         return rows * (k // elements) * num_bytes
-    groups = -(-rows // WEIGHT_TILE) * WEIGHT_TILE * -(-k // WEIGHT_GROUP)
-    return groups * (WEIGHT_GROUP // (1 if dtype == "int8" else 2) + 2)
+    padded_rows, groups = -(-rows // WEIGHT_TILE) * WEIGHT_TILE, -(-k // WEIGHT_GROUP)
+    if dtype == "int8":
+        return padded_rows * groups * (WEIGHT_GROUP + 2)
+    return padded_rows * (8 + groups * (WEIGHT_GROUP // 2 + 2))

@@ -17,10 +17,10 @@ constexpr int64_t kChunk = 8;  // groups: whole blocks of any format
 
 // 32 elements of row `row` of a tile.
 template <typename Layout>
-void dequantize_group(const uint8_t* group, int row, float* to) {
+void dequantize_group(const uint8_t* head, const uint8_t* group, int row, float* to) {
   for (int half = 0; half < Layout::kHalves; ++half) {
-    const float scale = Layout::scale(group, half, row);
-    const float minimum = Layout::kHasMinimum ? Layout::minimum(group, row) : 0.0f;
+    const float scale = Layout::scale(head, group, half, row);
+    const float minimum = Layout::kHasMinimum ? Layout::minimum(head, group, row) : 0.0f;
     const int64_t end = (half + 1) * kWeightGroup / Layout::kHalves;
     for (int64_t i = half * kWeightGroup / Layout::kHalves; i < end; ++i) {
       const float product = float(int(Layout::value(group, int(i), row)) - Layout::kBias) * scale;
@@ -37,6 +37,7 @@ void embed_quantized(const EmbeddingParams& p) {
     const int64_t id = p.token_ids[t], first = id / kWeightTile * kWeightTile;
     // Of a GGUF table the row alone, as a tile of one; own formats have tiles of 16.
     const Tile tile = Format::kInPlace ? Tile{table, first, kWeightTile} : Tile{table, id, 1};
+    const uint8_t* head = head_of<Format>(tile, p.dim);
     const int row = Format::kInPlace ? int(id - first) : 0;
     for (int64_t k = 0; k < p.dim; k += kChunk * kWeightGroup) {
       alignas(64) uint8_t unpacked[Format::kInPlace ? 1 : kChunk * Layout::kBytes];
@@ -45,7 +46,7 @@ void embed_quantized(const EmbeddingParams& p) {
       const int64_t groups = num_groups(elements);
       const uint8_t* group = groups_of<Format>(tile, p.dim, k / kWeightGroup, groups, unpacked);
       for (int64_t g = 0; g < groups; ++g) {
-        dequantize_group<Layout>(group + g * Layout::kBytes, row, floats + g * kWeightGroup);
+        dequantize_group<Layout>(head, group + g * Layout::kBytes, row, floats + g * kWeightGroup);
       }
       with_type(p.out_dtype, [&](auto out) {
         convert(floats, static_cast<decltype(out)*>(p.out) + t * p.dim + k, elements);

@@ -133,6 +133,18 @@ inline Vec to_vec(Ints x) {
 
 #endif
 
+inline Vec load_codes(const uint8_t* p) {  // bytes as floats
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))};
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))};
+#else
+  return lanewise([&](int i) { return float(p[i]); });
+#endif
+}
+
 // ---- activations ---------------------------------------------------------------------------
 
 // A token's group of 32, quantised: x = value * scale, value in [-127, 127].

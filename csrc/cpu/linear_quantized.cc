@@ -79,7 +79,7 @@ void pack_all(const LinearParams& p, TokenGroup* x) {
 
 // One vector of rows: a part of a tile's groups.
 struct RowVector {
-  const uint8_t* groups;
+  const uint8_t *head, *groups;
   int part;
 };
 
@@ -120,7 +120,7 @@ __attribute__((noinline)) void multiply_groups(const TokenGroup* x, const RowVec
       }
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) {
-        const Vec scales = Layout::scales(group[j], half, part[j]);
+        const Vec scales = Layout::scales(rows[j].head, group[j], half, part[j]);
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {
           sums[t][j] = fma(to_vec(dots[t][j]), splat(x[t].scale) * scales, sums[t][j]);
@@ -130,7 +130,7 @@ __attribute__((noinline)) void multiply_groups(const TokenGroup* x, const RowVec
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
       if (Layout::kHasMinimum) {
-        const Vec minima = Layout::minima(group[j], part[j]);
+        const Vec minima = Layout::minima(rows[j].head, group[j], part[j]);
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {
           sums[t][j] = fma(minima, splat(x[t].scaled_sum), sums[t][j]);
@@ -232,7 +232,8 @@ void multiply_tiles(const LinearParams& p, const Cut& cut, const TokenGroup* x, 
       for (int64_t i = 0; i < count; ++i) {
         uint8_t* to = reinterpret_cast<uint8_t*>(memory) + i * chunk_bytes;
         const uint8_t* at = groups_of<Format>(tiles[i], p.k, g, length, to);
-        for (int part = 0; part < kParts; ++part) rows[i * kParts + part] = {at, part};
+        const uint8_t* head = head_of<Format>(tiles[i], p.k);
+        for (int part = 0; part < kParts; ++part) rows[i * kParts + part] = {head, at, part};
       }
       multiply_chunk<Layout>(p, x, g, length, rows, count * kParts, totals, stride);
     }

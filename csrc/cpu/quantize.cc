@@ -1,30 +1,25 @@
 // quantize: a float weight to int8 or int4 with a scale for 32 elements along k
 // Shapes   weight (n, k); payload: tiles of 16 rows of groups, as quantized.h says
 // Traffic  n * k * itemsize bytes read, weight_bytes(n, k) written, once each
-// Limit    arithmetic for int4: kTrials roundings an element
+// Limit    memory read, twice for int4: its second pass finds a tile in cache
 // Tiling   a task takes tiles of 16 rows; kLanes rows at a time are transposed, so that a lane is a
 //          row and nothing is summed across lanes
 // Numerics no fused multiply-add: every instruction set and ops/reference.py give the same bytes.
-//          int8: scale = bfloat16(max|w| / 127), value = w / scale rounded to nearest even.
-//          int4: values -8 to 7, a scale of either sign. Of kTrials grids on which the element of
-//          largest magnitude stands at -8 + trial's offset, the one with the least squared error;
-//          its scale refitted by least squares, rounded to bfloat16, and the values rounded anew.
-//          A group with a NaN or an infinity gets a scale of NaN. Rows and elements that fill the
-//          last tile and group have the value 0
+//          int8: scale = bfloat16(max|w| / 127), value = w / scale, to nearest even.
+//          int4: w = value * step + minimum, value in 0..15; step and minimum are 8-bit codes in
+//          units of the row, the largest of its groups being 255 of them: 16 bits a group, as a
+//          float16 scale takes, and half the error, for the grid may lie unevenly around zero.
+//          A row with a NaN or an infinity gives NaN. What fills the last tile and group is zero
 #include "../ops.h"
-#include "int_dot.h"
-#include "task.h"
+#include "weight_formats.h"
 
 namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
 constexpr int kGroup = int(kWeightGroup);
-constexpr int64_t kTaskBytes = 256 << 10;  // of payload
 // Below it 1 / scale would overflow: such a group becomes zeros.
 constexpr float kSmallestScale = 0x1p-120f;
-// Where the largest element stands; SmolLM2's perplexity by them is in csrc/README.md.
-constexpr float kTrials[] = {-9.0f, -8.5f, -8.0f, -7.5f, -7.0f};
 
 struct Columns {
   Vec at[kGroup];  // element i of kLanes rows
@@ -62,93 +57,103 @@ inline Vec inverse(Vec scale) {
   return load(lanes);
 }
 
-// The element of largest magnitude of each row, with its sign; the first of equals.
-inline Vec largest(const Columns& columns) {
-  Vec high = columns.at[0], low = columns.at[0];
-  for (const Vec& column : columns.at) high = max(column, high), low = min(column, low);
-  float highs[kLanes], lows[kLanes];
-  store(highs, high);
-  store(lows, low);
-  for (int i = 0; i < kLanes; ++i) highs[i] = -lows[i] > highs[i] ? lows[i] : highs[i];
-  return load(highs);
-}
-
 inline Vec not_finite(const Columns& columns) {  // NaN where a row has such an element, else 0
   Vec poison = splat(0.0f);
   for (const Vec& column : columns.at) poison = poison + (column - column);
   return poison;
 }
 
-inline Vec nearest(Vec x, Vec inverse_scale, float low, float high) {
-  return min(splat(high), max(splat(low), round(x * inverse_scale)));
+inline Vec nearest(Vec x, float low, float high) {
+  return min(splat(high), max(splat(low), round(x)));
 }
 
-inline Vec int8_scale(const Columns& columns) {
-  const Vec most = largest(columns);
-  return rounded_to_bf16(max(most, splat(0.0f) - most) / splat(127.0f) + not_finite(columns));
+// A byte of each lane, every `stride` bytes.
+inline void put_bytes(Vec x, int bias, uint8_t* to, int64_t stride) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int r = 0; r < kLanes; ++r) to[r * stride] = uint8_t(int(lanes[r]) + bias);
 }
 
-inline Vec int4_scale(const Columns& columns) {
-  const Vec top = inverse(largest(columns));
-  float best[kLanes] = {}, scales[kLanes] = {};
-  for (const float place : kTrials) {
-    const Vec factor = splat(place) * top;
-    Vec products = splat(0.0f), squares = splat(0.0f);
-    for (const Vec& column : columns.at) {
-      const Vec value = nearest(column, factor, -8.0f, 7.0f);
-      products = products + column * value;
-      squares = squares + value * value;
-    }
-    // With the scale products / squares the squared error is sum(w^2) - products^2 / squares.
-    float p[kLanes], s[kLanes];
-    store(p, products);
-    store(s, squares);
-    for (int i = 0; i < kLanes; ++i) {
-      const float scale = s[i] > 0 ? p[i] / s[i] : 0.0f, gain = p[i] * scale;
-      if (gain > best[i]) best[i] = gain, scales[i] = scale;
-    }
-  }
-  return rounded_to_bf16(load(scales) + not_finite(columns));
-}
-
-// kLanes rows of a group of a tile, from row `lane` of the tile on.
+// kLanes rows of a tile, from its row `lane` on: one scale a group.
 template <typename T>
-void quantize_rows(const QuantizeParams& p, int64_t tile, int64_t g, int lane, uint8_t* group) {
-  const bool wide = p.dtype == DType::kInt8;
-  Columns columns;
-  load_columns<T>(p, tile * kWeightTile + lane, g * kWeightGroup, columns);
-  const Vec scale = wide ? int8_scale(columns) : int4_scale(columns);
-  const Vec factor = inverse(scale);
-  const float low = wide ? -127.0f : -8.0f, high = wide ? 127.0f : 7.0f;
-  uint8_t values[kGroup][kLanes];
-  for (int i = 0; i < kGroup; ++i) {
-    float lanes[kLanes];
-    store(lanes, nearest(columns.at[i], factor, low, high));
-    for (int r = 0; r < kLanes; ++r) values[i][r] = uint8_t(int(lanes[r]) + (wide ? 128 : 8));
+void rows_to_int8(const QuantizeParams& p, int64_t tile, int lane, uint8_t* group) {
+  for (int64_t k = 0; k < p.k; k += kGroup, group += Int8Layout::kBytes) {
+    Columns columns;
+    load_columns<T>(p, tile * kWeightTile + lane, k, columns);
+    Vec most = splat(0.0f);
+    for (const Vec& w : columns.at) most = max(max(w, splat(0.0f) - w), most);
+    const Vec scale = rounded_to_bf16(most / splat(127.0f) + not_finite(columns));
+    const Vec factor = inverse(scale);
+    for (int i = 0; i < kGroup; ++i) {
+      put_bytes(nearest(columns.at[i] * factor, -127.0f, 127.0f), Int8Layout::kBias,
+                group + i / 4 * kStepBytes + lane * 4 + i % 4, 4);
+    }
+    store(reinterpret_cast<bf16*>(group + kValuesBytes) + lane, scale);
   }
-  for (int i = 0; i < (wide ? kGroup : kGroup / 2); ++i) {
-    uint8_t* to = group + i / 4 * kStepBytes + lane * 4 + i % 4;
-    for (int r = 0; r < kLanes; ++r) {
-      to[4 * r] = wide ? values[i][r] : uint8_t(values[i][r] | values[i + kGroup / 2][r] << 4);
+}
+
+struct Range {
+  Vec step, depth;  // of a group: (max - min) / 15 and -min, zero being between the two
+};
+
+// The ranges of the groups of kLanes rows, and the largest of each.
+template <typename T>
+Range find_ranges(const QuantizeParams& p, int64_t row, Range* ranges) {
+  Range most = {splat(0.0f), splat(0.0f)};
+  Vec poison = splat(0.0f);
+  for (int64_t k = 0; k < p.k; k += kGroup) {
+    Columns columns;
+    load_columns<T>(p, row, k, columns);
+    Vec low = splat(0.0f), high = splat(0.0f);
+    for (const Vec& w : columns.at) low = min(w, low), high = max(w, high);
+    const Vec step = high / splat(15.0f) - low / splat(15.0f), depth = splat(0.0f) - low;
+    ranges[k / kGroup] = {step, depth};
+    most = {max(step, most.step), max(depth, most.depth)};
+    poison = poison + not_finite(columns);
+  }
+  return {most.step + poison, most.depth + poison};
+}
+
+// kLanes rows of a tile: of each group, codes of its step and depth in units of the row.
+template <typename T>
+void rows_to_int4(const QuantizeParams& p, int64_t tile, int lane, uint8_t* head) {
+  const int64_t row = tile * kWeightTile + lane;
+  auto* ranges = static_cast<Range*>(scratch(Scratch::kTask, num_groups(p.k) * sizeof(Range)));
+  const Range most = find_ranges<T>(p, row, ranges);
+  const Vec step_unit = most.step / splat(255.0f), depth_unit = most.depth / splat(255.0f);
+  store(reinterpret_cast<float*>(head) + lane, step_unit);
+  store(reinterpret_cast<float*>(head) + kWeightTile + lane, splat(0.0f) - depth_unit);
+  const Vec step_factor = inverse(step_unit), depth_factor = inverse(depth_unit);
+  uint8_t* group = head + Int4Layout::kHeadBytes;
+  for (int64_t k = 0; k < p.k; k += kGroup, group += Int4Layout::kBytes) {
+    const Range& range = ranges[k / kGroup];
+    const Vec step = nearest(range.step * step_factor, 0.0f, 255.0f);
+    const Vec depth = nearest(range.depth * depth_factor, 0.0f, 255.0f);
+    put_bytes(step, 0, group + Int4Layout::kCodes + lane, 1);
+    put_bytes(depth, 0, group + Int4Layout::kCodes + kWeightTile + lane, 1);
+    const Vec factor = inverse(step * step_unit), minimum = depth * depth_unit;
+    Columns columns;
+    load_columns<T>(p, row, k, columns);
+    for (int i = 0; i < kGroup / 2; ++i) {
+      const Vec low = nearest((columns.at[i] + minimum) * factor, 0.0f, 15.0f);
+      const Vec high = nearest((columns.at[i + kGroup / 2] + minimum) * factor, 0.0f, 15.0f);
+      put_bytes(low + high * splat(16.0f), 0, group + i / 4 * kStepBytes + lane * 4 + i % 4, 4);
     }
   }
-  uint8_t* scales = group + (wide ? kValuesBytes : kValuesBytes / 2);
-  store(reinterpret_cast<bf16*>(scales) + lane, scale);
 }
 
 }  // namespace
 
 void quantize(const QuantizeParams& p) {
-  const int64_t groups = ceil_div(p.k, kWeightGroup), tiles = ceil_div(p.n, kWeightTile);
-  if (groups == 0 || tiles == 0) return;
-  const int64_t group_bytes = weight_bytes(p.dtype, kWeightTile, kWeightGroup);
-  for_each_row(tiles, groups * group_bytes * 32768 / kTaskBytes, [&](int64_t tile) {
+  const int64_t tile_bytes = weight_bytes(p.dtype, kWeightTile, p.k);
+  if (p.k == 0) return;
+  for_each_row(ceil_div(p.n, kWeightTile), tile_bytes, [&](int64_t tile) {
     with_type(p.weight_dtype, [&](auto weight) {
-      uint8_t* group = static_cast<uint8_t*>(p.payload) + tile * groups * group_bytes;
-      for (int64_t g = 0; g < groups; ++g, group += group_bytes) {
-        for (int lane = 0; lane < kWeightTile; lane += kLanes) {
-          quantize_rows<decltype(weight)>(p, tile, g, lane, group);
-        }
+      using T = decltype(weight);
+      uint8_t* to = static_cast<uint8_t*>(p.payload) + tile * tile_bytes;
+      for (int lane = 0; lane < kWeightTile; lane += kLanes) {
+        p.dtype == DType::kInt8 ? rows_to_int8<T>(p, tile, lane, to)
+                                : rows_to_int4<T>(p, tile, lane, to);
       }
     });
   });

@@ -24,6 +24,7 @@ inline float bf16_at(const uint8_t* p) {
 }
 
 struct Int8Layout {
+  static constexpr int64_t kHeadBytes = 0;  // of a tile, before its groups
   static constexpr int64_t kBytes = kValuesBytes + 2 * kWeightTile;
   static constexpr int kHalves = 1;  // scales along k
   static constexpr bool kHasMinimum = false;
@@ -31,42 +32,56 @@ struct Int8Layout {
   static inline Bytes values(const uint8_t* group, int quad, int part) {
     return load_bytes(group + quad * kStepBytes + part * kPartBytes);
   }
-  static inline Vec scales(const uint8_t* group, int, int part) {
+  static inline Vec scales(const uint8_t*, const uint8_t* group, int, int part) {
     return load(reinterpret_cast<const bf16*>(group + kValuesBytes) + part * kLanes);
   }
-  static inline Vec minima(const uint8_t*, int) { return splat(0.0f); }
+  static inline Vec minima(const uint8_t*, const uint8_t*, int) { return splat(0.0f); }
   // Of one row: element i, its scale.
   static inline uint8_t value(const uint8_t* group, int i, int row) {
     return group[i / 4 * kStepBytes + row * 4 + i % 4];
   }
-  static inline float scale(const uint8_t* group, int, int row) {
+  static inline float scale(const uint8_t*, const uint8_t* group, int, int row) {
     return bf16_at(group + kValuesBytes + 2 * row);
   }
-  static inline float minimum(const uint8_t*, int) { return 0.0f; }
+  static inline float minimum(const uint8_t*, const uint8_t*, int) { return 0.0f; }
 };
 
+// Before a tile's groups: a float32 a row, the unit of its steps, then one of its minima. After
+// the nibbles of a group: a byte a row, its step in those units, then its minimum.
 struct Int4Layout {
-  static constexpr int64_t kBytes = kValuesBytes / 2 + 2 * kWeightTile;
+  static constexpr int64_t kHeadBytes = 2 * 4 * kWeightTile;
+  static constexpr int64_t kCodes = kValuesBytes / 2;
+  static constexpr int64_t kBytes = kCodes + 2 * kWeightTile;
   static constexpr int kHalves = 1;
-  static constexpr bool kHasMinimum = false;
-  static constexpr int kBias = 8;
+  static constexpr bool kHasMinimum = true;
+  static constexpr int kBias = 0;
   static inline Bytes values(const uint8_t* group, int quad, int part) {
     constexpr int kPairs = kQuads / 2;  // step q in the low nibbles, q + 4 in the high ones
     const Bytes both = load_bytes(group + quad % kPairs * kStepBytes + part * kPartBytes);
     return quad < kPairs ? low_nibbles(both) : high_nibbles(both);
   }
-  static inline Vec scales(const uint8_t* group, int, int part) {
-    return load(reinterpret_cast<const bf16*>(group + kValuesBytes / 2) + part * kLanes);
+  static inline Vec scales(const uint8_t* head, const uint8_t* group, int, int part) {
+    return load_codes(group + kCodes + part * kLanes) * load(floats(head) + part * kLanes);
   }
-  static inline Vec minima(const uint8_t*, int) { return splat(0.0f); }
+  static inline Vec minima(const uint8_t* head, const uint8_t* group, int part) {
+    return load_codes(group + kCodes + kWeightTile + part * kLanes) *
+           load(floats(head) + kWeightTile + part * kLanes);
+  }
   static inline uint8_t value(const uint8_t* group, int i, int row) {
     const uint8_t both = group[i / 4 % (kQuads / 2) * kStepBytes + row * 4 + i % 4];
     return i < kWeightGroup / 2 ? both & 15 : both >> 4;
   }
-  static inline float scale(const uint8_t* group, int, int row) {
-    return bf16_at(group + kValuesBytes / 2 + 2 * row);
+  static inline float scale(const uint8_t* head, const uint8_t* group, int, int row) {
+    return float(group[kCodes + row]) * floats(head)[row];
   }
-  static inline float minimum(const uint8_t*, int) { return 0.0f; }
+  static inline float minimum(const uint8_t* head, const uint8_t* group, int row) {
+    return float(group[kCodes + kWeightTile + row]) * floats(head)[kWeightTile + row];
+  }
+
+ private:
+  static inline const float* floats(const uint8_t* head) {
+    return reinterpret_cast<const float*>(head);
+  }
 };
 
 // What GGUF blocks are unpacked into.
@@ -79,19 +94,21 @@ struct Unpacked {
   static inline Bytes values(const uint8_t* group, int quad, int part) {
     return load_bytes(group + quad * kStepBytes + part * kPartBytes);
   }
-  static inline Vec scales(const uint8_t* group, int half, int part) {
+  static inline Vec scales(const uint8_t*, const uint8_t* group, int half, int part) {
     return load(floats(group, half) + part * kLanes);
   }
-  static inline Vec minima(const uint8_t* group, int part) {
+  static inline Vec minima(const uint8_t*, const uint8_t* group, int part) {
     return load(floats(group, kHalves) + part * kLanes);
   }
   static inline uint8_t value(const uint8_t* group, int i, int row) {
     return group[i / 4 * kStepBytes + row * 4 + i % 4];
   }
-  static inline float scale(const uint8_t* group, int half, int row) {
+  static inline float scale(const uint8_t*, const uint8_t* group, int half, int row) {
     return floats(group, half)[row];
   }
-  static inline float minimum(const uint8_t* group, int row) { return floats(group, kHalves)[row]; }
+  static inline float minimum(const uint8_t*, const uint8_t* group, int row) {
+    return floats(group, kHalves)[row];
+  }
   template <typename Group>  // row of floats after the values: scales of a half, or minima
   static inline auto floats(Group* group, int i) {
     using Float = std::conditional_t<std::is_const_v<Group>, const float, float>;
@@ -331,12 +348,24 @@ struct Tile {
   int64_t first_row, num_rows;  // at most 16
 };
 
+// What a layout in place has before a tile's groups.
+template <typename Format>
+inline const uint8_t* head_of(const Tile& tile, int64_t k) {
+  using Layout = typename Format::Layout;
+  if constexpr (!Format::kInPlace)
+    return nullptr;
+  else {
+    const int64_t tile_bytes = Layout::kHeadBytes + num_groups(k) * Layout::kBytes;
+    return tile.weight + tile.first_row / kWeightTile * tile_bytes;
+  }
+}
+
 // Groups [g, g + count) of a tile in the layout; `to` takes what has to be unpacked.
 template <typename Format>
 const uint8_t* groups_of(const Tile& tile, int64_t k, int64_t g, int64_t count, uint8_t* to) {
   using Layout = typename Format::Layout;
   if constexpr (Format::kInPlace) {
-    return tile.weight + (tile.first_row / kWeightTile * num_groups(k) + g) * Layout::kBytes;
+    return head_of<Format>(tile, k) + Layout::kHeadBytes + g * Layout::kBytes;
   } else {
     using Block = typename Format::Block;
     const int64_t row_bytes = num_groups(k) / Block::kGroups * Block::kBlockBytes;
