@@ -14,9 +14,9 @@ from codellama_rt import ops
 from codellama_rt.checkpoint.finiteness import first_non_finite
 from codellama_rt.checkpoint.stored_tensor import StoredTensor
 from codellama_rt.errors import CheckpointError
-from codellama_rt.ops.quantized import Quantized
+from codellama_rt.ops.quantized import OWN_WEIGHT_DTYPES, Quantized
 
-QUANTIZATIONS = ("int8", "int4")  # of weights, made here
+QUANTIZATIONS = OWN_WEIGHT_DTYPES
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

@@ -114,8 +114,8 @@ def test_a_source_is_let_go_after_each_tensor(tmp_path):
     file = source / "model.safetensors"
     convert(source, tmp_path / "out", quantization="int4",
             progress=lambda *_: seen.append(resident_bytes(file)))  # fmt: skip
-    assert len(seen) == 13
-    assert max(seen) < 0.02 * file.stat().st_size
+    assert len(seen) == 12
+    assert max(seen) <= 3 * 2**20  # one huge page, which holds the header; the file has 23 MB
 
 
 class Stopped(BaseException):
@@ -185,7 +185,7 @@ def test_metadata_describes_every_quantised_tensor(tmp_path):
     described = json.loads(metadata["codellama_rt.quantized"])
     stored = read_safetensors(file)
     assert set(described) == {name for name, tensor in stored.items() if tensor.encoding == "U8"}
-    assert described["lm_head.weight"] == {"dtype": "int4", "shape": [512, 64]}
+    assert described["lm_head.weight"] == {"dtype": "int4", "shape": [512, 128]}
     assert (
         os.stat(file).st_mode & 0o777 == os.stat(tmp_path / "out" / "config.json").st_mode & 0o777
     )

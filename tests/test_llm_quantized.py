@@ -22,7 +22,7 @@ PROMPT = "def add(first, second):"
 COMBINATIONS = [(None, "int8"), (None, "int4"), ("int8", "auto"), ("int4", "auto"),
                 ("int8", "int8"), ("int4", "int4")]  # fmt: skip
 # Mean error of a tiny random model's logits, by their spread: at most about twice what was seen.
-LOGIT_ERROR = {"int8": 0.02, "int4": 0.2}
+LOGIT_ERROR = {"int8": 0.1, "int4": 0.6}
 
 
 @pytest.fixture(scope="module")
