@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 
 from codellama_rt import ops
-from codellama_rt.bench.noise import noise
-from codellama_rt.bench.op_cases import BLOCK_SIZE, Case
+from codellama_rt.bench.noise import fill_caches, noise, quantized_noise
+from codellama_rt.bench.op_cases import BLOCK_SIZE, CACHES, Case
+from codellama_rt.dtypes import FLOAT_DTYPES
 from codellama_rt.limits import PROBE_BYTES
+from codellama_rt.ops import Quantized
+from codellama_rt.ops.quantized import empty_caches
 from codellama_rt.ops.schema import Op
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray | Quantized]
 
 
 def make_arrays(case: Case, rng: np.random.Generator) -> Arrays:
@@ -23,8 +26,14 @@ def make_arrays(case: Case, rng: np.random.Generator) -> Arrays:
         shape, dtype = case.shape_of(name), case.dtype_of(name)
         if dtype == "int32":
             made[name] = _integers(name, shape, case.sizes, rng)
-        else:
+        elif dtype in FLOAT_DTYPES:
             made[name] = noise(shape, dtype, rng)
+        elif name not in CACHES:
+            made[name] = quantized_noise(shape, dtype, rng)
+    if "key_cache" in case.tensors and "key_cache" not in made:
+        pages = empty_caches(case.dtype, case.shape_of("key_cache"))
+        fill_caches(*pages, rng)
+        made |= zip(CACHES, pages, strict=True)
     return made
 
 
@@ -47,15 +56,13 @@ class Turns:
         self._case, self._next = case, 0
         set_bytes = sum(array.nbytes for array in arrays.values())
         self._copies = max(1, -(-num_bytes // set_bytes))
-        self._arrays = {
-            name: np.repeat(array[None], self._copies, axis=0) for name, array in arrays.items()
-        }
+        self._arrays = {name: _repeated(array, self._copies) for name, array in arrays.items()}
         self._rng = np.random.default_rng(4)
         self.advance()
 
     def advance(self) -> None:
         """Take the next copy."""
-        arrays = {name: array[self._next] for name, array in self._arrays.items()}
+        arrays = {name: copies[self._next] for name, copies in self._arrays.items()}
         if "token_ids" in arrays:
             ids = arrays["token_ids"]
             ids[:] = self._rng.integers(0, self._case.sizes["vocab_size"], ids.shape)
@@ -65,6 +72,13 @@ class Turns:
     def run(self) -> None:
         """Call the operator on it."""
         self._call()
+
+
+def _repeated(array: np.ndarray | Quantized, copies: int) -> Sequence[np.ndarray | Quantized]:
+    if isinstance(array, Quantized):
+        payloads = np.repeat(array.payload[None], copies, axis=0)
+        return [Quantized(payload, array.dtype, array.shape) for payload in payloads]
+    return np.repeat(array[None], copies, axis=0)
 
 
 def _integers(name: str, shape: tuple, sizes: dict, rng: np.random.Generator) -> np.ndarray:

@@ -98,7 +98,8 @@ class Case:
         if dtype in ITEM_SIZE:
             return ITEM_SIZE[dtype]
         if name in CACHES:
-            return cache_row_bytes(dtype, self.sizes["head_dim"]) / self.sizes["head_dim"]
+            both = cache_row_bytes(dtype, self.sizes["head_dim"])  # of a key and of a value
+            return sum(both) / 2 / self.sizes["head_dim"]
         rows, columns = self.shape_of(name)
         return weight_num_bytes(dtype, (rows, columns)) / (rows * columns)
 
@@ -145,12 +146,9 @@ class Selection:
 
 
 def _accepts(case: Case) -> bool:
-    """Whether the dtype says anything about this op, and the op takes it."""
-    if case.dtype in FLOAT_DTYPES:
-        return True
-    stored = [n for n in case.op.inputs if case.dtype_of(n) == case.dtype]
-    named = [case.op.inputs[n].dtypes for n in stored]
-    return bool(stored) and all(isinstance(d, str) or case.dtype in d for d in named)
+    """Whether the dtype says anything about this op."""
+    names = case.op.inputs
+    return case.dtype in FLOAT_DTYPES or case.dtype in map(case.dtype_of, names)
 
 
 def _cases(model: str, dtype: str, tokens: Sequence[int], keys: Sequence[int]) -> Iterator[Case]:

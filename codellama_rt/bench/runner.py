@@ -11,7 +11,7 @@ from unittest.mock import patch
 import numpy as np
 
 from codellama_rt import ops
-from codellama_rt.bench.noise import fill_pages
+from codellama_rt.bench.noise import fill_caches
 from codellama_rt.checkpoint import Checkpoint
 from codellama_rt.engine import Engine
 from codellama_rt.kv_cache import KVCache, bytes_per_token
@@ -40,8 +40,8 @@ class Runner:
             dtype=self.kv_dtype,
         )  # fmt: skip
         rng = np.random.default_rng(1)
-        for pages in (pages for layer in cache.layers for pages in layer):
-            fill_pages(pages, rng)
+        for caches in cache.layers:
+            fill_caches(*caches, rng)
         self.model = _SkippableModel(Llama(self.config, checkpoint.weights))
         self.engine = Engine(
             self.model, cache, max_num_seqs=1, max_model_len=max_len, prefix_caching=False
