@@ -11,7 +11,7 @@ from codellama_rt import ops
 from codellama_rt.config import ModelConfig
 from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.memory import available_bytes, parse_bytes
-from codellama_rt.ops.quantized import CACHE_DTYPES, INT4_STEP, Quantized, cache_row_bytes
+from codellama_rt.ops.quantized import CACHE_DTYPES, Quantized, cache_row_bytes
 
 KV_DTYPES = (*FLOAT_DTYPES, *CACHE_DTYPES)
 MEMORY_SHARE = 0.8  # of what the weights leave; the rest is for activations and the caller
@@ -31,7 +31,7 @@ class KVCache:
         dtype: one of `KV_DTYPES`.
         layers: n_layers pairs (key_cache, value_cache), each
             (num_blocks, n_kv_heads, block_size, head_dim); in int8 and int4 a `Quantized` whose
-            payload is uint8 (num_blocks, n_kv_heads, page_bytes).
+            payload is uint8 (num_blocks, n_kv_heads, bytes of a page of keys or of values).
     """
 
     def __init__(
@@ -50,14 +50,15 @@ class KVCache:
                 f"got {num_blocks} and {block_size}"
             )
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
-        page_bytes = block_size * row_bytes(config, dtype)
-        self.num_bytes = 2 * config.n_layers * num_blocks * config.n_kv_heads * page_bytes
-        memory = _map_memory(self.num_bytes)
-        pages = memory.reshape(config.n_layers, 2, num_blocks, config.n_kv_heads, page_bytes)
         shape = (num_blocks, config.n_kv_heads, block_size, config.head_dim)
+        key_bytes, value_bytes = (
+            num_blocks * config.n_kv_heads * block_size * row for row in row_bytes(config, dtype)
+        )
+        self.num_bytes = config.n_layers * (key_bytes + value_bytes)
+        layers = _map_memory(self.num_bytes).reshape(config.n_layers, -1)
         self.layers = [
-            (_as_cache(keys, dtype, shape), _as_cache(values, dtype, shape))
-            for keys, values in pages
+            (_as_cache(pages[:key_bytes], dtype, shape), _as_cache(pages[key_bytes:], dtype, shape))
+            for pages in layers
         ]
 
     def copy_blocks(self, block_pairs: np.ndarray) -> None:
@@ -85,12 +86,12 @@ def _map_memory(num_bytes: int) -> np.ndarray:
 
 def _as_cache(payload: np.ndarray, dtype: str, shape: tuple[int, ...]) -> Pages:
     if dtype in CACHE_DTYPES:
-        return Quantized(payload, dtype, shape)
+        return Quantized(payload.reshape(*shape[:2], -1), dtype, shape)
     return payload.view(numpy_dtype(dtype)).reshape(shape)
 
 
-def row_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes that one token takes in one head of one cache, scales included.
+def row_bytes(config: ModelConfig, dtype: str) -> tuple[int, int]:
+    """Bytes that one token's key and its value take in one head, scales included.
 
     Raises:
         ValueError: no dtype of a cache, or heads of this size cannot have it.
@@ -98,18 +99,16 @@ def row_bytes(config: ModelConfig, dtype: str) -> int:
     if dtype not in KV_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(KV_DTYPES)}, got {dtype!r}")
     if dtype not in CACHE_DTYPES:
-        return config.head_dim * numpy_dtype(dtype).itemsize
-    if dtype == "int4" and config.head_dim % INT4_STEP:
-        raise ValueError(
-            f"an int4 KV cache takes heads of a multiple of {INT4_STEP} elements, and this model's "
-            f"have {config.head_dim}; use kv_dtype='int8'"
-        )
-    return cache_row_bytes(dtype, config.head_dim)
+        return (config.head_dim * numpy_dtype(dtype).itemsize,) * 2
+    try:
+        return cache_row_bytes(dtype, config.head_dim)
+    except ValueError as error:
+        raise ValueError(f"{error}; use kv_dtype='int8'") from None
 
 
 def bytes_per_token(config: ModelConfig, dtype: str) -> int:
     """Bytes of keys and values that one token takes over all layers."""
-    return 2 * config.n_layers * config.n_kv_heads * row_bytes(config, dtype)
+    return config.n_layers * config.n_kv_heads * sum(row_bytes(config, dtype))
 
 
 def plan_num_blocks(

@@ -21,7 +21,7 @@ MODELS = {  # checkpoint; dtype of its floats, of the cache; quantization of its
     "mixed": ("mqa_fp16_sharded", "float16", "float32", None),
     "dynamic": ("rope_dynamic2", "float32", "float32", None),
     "int8 cache": ("gqa_theta1e6_bf16", "bfloat16", "int8", None),
-    "int4 cache": ("gqa_theta1e6_bf16", "bfloat16", "int4", None),
+    "int4 cache": ("mqa_fp16_sharded", "bfloat16", "int4", None),
     "int8 weights": ("gqa_theta1e6_bf16", "bfloat16", "bfloat16", "int8"),
     "int4 weights": ("tied_fp32", "float32", "float16", "int4"),
     "int4 both": ("mqa_fp16_sharded", "float16", "int4", "int4"),

@@ -96,24 +96,24 @@ def test_dtype_that_cannot_be():
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_quantised_layout(dtype):
-    cache = KVCache(CONFIG, num_blocks=5, block_size=32, dtype=dtype)
-    page_bytes = 32 * cache_row_bytes(dtype, 8)
-    for keys, values in cache.layers:
-        for pages in (keys, values):
+    cache = KVCache(WIDE, num_blocks=5, block_size=32, dtype=dtype)
+    rows = cache_row_bytes(dtype, 128)
+    for pair in cache.layers:
+        for pages, row in zip(pair, rows, strict=True):
             assert isinstance(pages, Quantized)
-            assert (pages.dtype, pages.shape) == (dtype, (5, 2, 32, 8))
-            assert pages.payload.shape == (5, 2, page_bytes)
+            assert (pages.dtype, pages.shape) == (dtype, (5, 2, 32, 128))
+            assert pages.payload.shape == (5, 2, 32 * row)
             assert pages.payload.flags.c_contiguous
             assert pages.payload.flags.writeable
             pages.payload[...] += 1
     assert all((c.payload == 1).all() for pair in cache.layers for c in pair), "shared memory"
-    assert cache.num_bytes == 2 * 3 * 5 * 2 * page_bytes
-    assert bytes_per_token(CONFIG, dtype) == 2 * 3 * 2 * cache_row_bytes(dtype, 8)
+    assert cache.num_bytes == 3 * 5 * 2 * 32 * sum(rows)
+    assert bytes_per_token(WIDE, dtype) == 3 * 2 * sum(rows)
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_copy_blocks_copies_quantised_pages(dtype):
-    cache = KVCache(CONFIG, num_blocks=3, block_size=16, dtype=dtype)
+    cache = KVCache(WIDE, num_blocks=3, block_size=16, dtype=dtype)
     for i, pair in enumerate(cache.layers):
         pair[0].payload[1], pair[1].payload[1] = i + 1, i + 11
     cache.copy_blocks(int32([[1, 2]]))
@@ -124,13 +124,12 @@ def test_copy_blocks_copies_quantised_pages(dtype):
 
 
 def test_heads_that_int4_cannot_hold():
-    config = replace(CONFIG, head_dim=6)
-    message = r"int4 KV cache takes heads of a multiple of \d+ .* have 6; use kv_dtype='int8'"
+    message = r"int4 cache must have head_dim a multiple of \d+, got 8; use kv_dtype='int8'"
     with pytest.raises(ValueError, match=message):
-        KVCache(config, num_blocks=1, dtype="int4")
+        KVCache(CONFIG, num_blocks=1, dtype="int4")
     with pytest.raises(ValueError, match=message):
-        bytes_per_token(config, "int4")
-    KVCache(config, num_blocks=1, dtype="int8")
+        bytes_per_token(CONFIG, "int4")
+    KVCache(CONFIG, num_blocks=1, dtype="int8")
 
 
 def test_memory_that_the_system_refuses():

@@ -5,7 +5,7 @@ import pytest
 from builders import running_on
 from checkpoint_files import write_mini
 from goldens import make_engine, run, tiny_golden
-from tiny_llm import KV_MEMORY, NAME, make_folder
+from tiny_llm import KV_MEMORY, make_folder
 from tolerances import assert_equal_bits
 
 import codellama_rt as clrt
@@ -18,6 +18,7 @@ from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.scoring import sequence_logits
 from codellama_rt.traffic import weight_bytes
 
+NAME = "mqa_fp16_sharded"  # heads of 32, as an int4 cache wants them
 PROMPT = "def add(first, second):"
 COMBINATIONS = [(None, "int8"), (None, "int4"), ("int8", "auto"), ("int4", "auto"),
                 ("int8", "int8"), ("int4", "int4")]  # fmt: skip
@@ -27,7 +28,7 @@ LOGIT_ERROR = {"int8": 0.1, "int4": 0.6}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("llm") / "model")
+    return make_folder(tmp_path_factory.mktemp("llm") / "model", name=NAME)
 
 
 @pytest.mark.parametrize(("quantization", "kv_dtype"), COMBINATIONS)
@@ -38,7 +39,7 @@ def test_options_change_no_bit(folder, quantization, kv_dtype):
     options = {"kv_memory": KV_MEMORY, "kv_dtype": kv_dtype}
     with LLM(folder, quantization=quantization, **options) as llm:
         expected, logits = llm.generate(ids, params)[0].token_ids, llm.logits(ids)
-        assert llm.kv_cache.dtype == ("bfloat16" if kv_dtype == "auto" else kv_dtype)
+        assert llm.kv_cache.dtype == ("float16" if kv_dtype == "auto" else kv_dtype)
     for threads, block_size, budget in [(1, 16, 16), (2, 64, 512)]:
         with running_on(), LLM(
             folder, quantization=quantization, num_threads=threads, block_size=block_size,
@@ -57,18 +58,20 @@ def test_a_converted_checkpoint_gives_the_same_bits(folder, tmp_path, quantizati
     with LLM(folder, quantization=quantization, kv_memory=KV_MEMORY) as llm:
         logits, text = llm.logits(ids), llm.generate(PROMPT)[0].text
     with LLM(converted, kv_memory=KV_MEMORY) as llm:
-        assert llm.kv_cache.dtype == "bfloat16"
+        assert llm.kv_cache.dtype == "float16"
         assert_equal_bits(llm.logits(ids), logits)
         assert llm.generate(PROMPT)[0].text == text
     with pytest.raises(ValueError, match=f"found them in {quantization} already"):
         LLM(converted, quantization="int4" if quantization == "int8" else "int8")
 
 
-@pytest.mark.parametrize("name", [NAME, "mqa_fp16_sharded", "tied_fp32", "hd128_gqa_bf16"])
 @pytest.mark.parametrize("where", ["weights", "cache"])
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("name", [NAME, "hd128_gqa_bf16", "gqa_theta1e6_bf16", "tied_fp32"])
 def test_logits_are_near_those_in_float32(name, where, dtype):
     golden = tiny_golden(name)
+    if (where, dtype) == ("cache", "int4") and golden.model().config.head_dim < 32:
+        pytest.skip("an int4 cache takes heads of a multiple of 32")
     quantization, kv_dtype = (dtype, "float32") if where == "weights" else (None, dtype)
     model = golden.model("float32", quantization)
     for i, case in enumerate(golden.cases):
@@ -187,7 +190,7 @@ def test_what_there_is_not(folder, options, message):
 def test_heads_too_small_for_int4(tmp_path):
     write_mini(tmp_path / "model")  # heads of 4
     with pytest.raises(
-        ValueError, match=r"int4 KV cache takes heads .* have 4; use kv_dtype='int8'"
+        ValueError, match=r"int4 cache must have head_dim .* got 4; use kv_dtype='int8'"
     ):
         LLM(tmp_path / "model", kv_dtype="int4")
     with LLM(tmp_path / "model", kv_dtype="int8", quantization="int4", kv_memory=KV_MEMORY) as llm:
@@ -195,5 +198,5 @@ def test_heads_too_small_for_int4(tmp_path):
 
 
 def test_a_refusal_names_the_dtype_that_fits(folder):
-    with pytest.raises(RuntimeError, match=r"100000 tokens takes .* in bfloat16.*kv_dtype='int4'"):
-        LLM(folder, max_model_len=100_000, kv_memory="40MB")
+    with pytest.raises(RuntimeError, match=r"100000 tokens takes .* in float16.*kv_dtype='int4'"):
+        LLM(folder, max_model_len=100_000, kv_memory="20MB")

@@ -1,4 +1,4 @@
-"""Quantised tensors: bytes, and what they stand for. `csrc/quantized.h` has the same layouts in C++.
+"""Quantised tensors: bytes, and what they stand for. `csrc/quantized.h` has the same in C++.
 
 A cache in int8 or int4: a page of a head is block_size / 16 groups of 16 tokens, each group its
 rows of values, then its scales; so a group is one piece, whatever block_size is.
@@ -17,8 +17,8 @@ then the next 4 of each.
 
 * int8: a group is 512 bytes, value + 128, then 16 bfloat16 scales. x = value * scale.
 * int4: a tile begins with 16 float32 units of scales and 16 of minima, one a row. A group is 256
-  bytes, elements 0 to 15 in the low and 16 to 31 in the high nibbles, then 16 + 16 bytes: scales and
-  minima in those units. x = value * scale + minimum, value in 0..15.
+  bytes, elements 0 to 15 in the low and 16 to 31 in the high nibbles, then 16 + 16 bytes: scales
+  and minima in those units. x = value * scale + minimum, value in 0..15.
 """
 
 from __future__ import annotations
