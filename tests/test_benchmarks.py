@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from codellama_rt import cli, ops
 from codellama_rt.bench import op_check, pairs, peer_rows, tables
 from codellama_rt.bench.generate_rows import Model, generate_rows
-from codellama_rt.bench.measure import Timing, stopwatch
+from codellama_rt.bench.measure import Timing, save, stopwatch
 from codellama_rt.bench.op_arrays import Turns, make_arrays
 from codellama_rt.bench.op_cases import DTYPES, Selection
 from codellama_rt.bench.op_rows import op_row, op_rows
@@ -87,6 +87,7 @@ def test_a_selection_refuses_what_does_not_exist():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_tiny_case_is_right_on_every_instruction_set(dtype):
     found = cases(dtypes=(dtype,))
+    assert found
     for isa in ops.available_isas():
         ops.set_isa(isa)
         for case in found:
@@ -149,6 +150,15 @@ def test_timing_keeps_the_middle_of_the_runs():
     ran = []
     assert len(stopwatch(lambda: ran.append("work"), lambda: ran.append("setup"), 3)) == 3
     assert ran == ["setup", "work"] * 3
+
+
+def test_a_file_says_what_was_typed(tmp_path, monkeypatch):
+    words = ["bench", "peers", "--peer-python", "/x/python", "--json", "a.json", "--steps", "3"]
+    monkeypatch.setattr(sys, "argv", ["codellama-rt", *words])
+    save(tmp_path / "a.json", "peers", [{"what": "decode"}])
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["command"] == "codellama-rt bench peers --peer-python PYTHON --steps 3"
+    assert record["rows"] == [{"what": "decode"}]
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,8 +70,14 @@ def stopwatch(work: Callable[[], object], setup: Callable[[], object], rounds: i
 def save(path: Path, what: str, rows: Sequence[Row]) -> None:
     """Write rows as JSON, with what they were measured on and by."""
     record = {
-        "bench": what, "command": " ".join(["codellama-rt", *sys.argv[1:]]), "version": __version__,
+        "bench": what, "command": _command(sys.argv[1:]), "version": __version__,
         "machine": platform.machine(), "python": platform.python_version(),
         "numpy": np.__version__, "rows": list(rows),
     }  # fmt: skip
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _command(words: Sequence[str]) -> str:
+    """What was typed, without the names of files and interpreters, which are the machine's own."""
+    text = re.sub(r" --json[ =]\S+", "", " ".join(["codellama-rt", *words]))
+    return re.sub(r"--peer-python[ =]\S+", "--peer-python PYTHON", text)
