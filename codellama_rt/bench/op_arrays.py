@@ -75,6 +75,8 @@ class Turns:
 
 
 def _repeated(array: np.ndarray | Quantized, copies: int) -> Sequence[np.ndarray | Quantized]:
+    if copies == 1:
+        return [array]
     if isinstance(array, Quantized):
         payloads = np.repeat(array.payload[None], copies, axis=0)
         return [Quantized(payload, array.dtype, array.shape) for payload in payloads]
