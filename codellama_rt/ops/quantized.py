@@ -89,6 +89,11 @@ def cache_row_bytes(dtype: str, head_dim: int) -> tuple[int, int]:
     return head_dim // 2 + head_dim // 8 + 4, head_dim // 2 + 4
 
 
+def cache_item_size(dtype: str, head_dim: int, *, key: bool) -> float:
+    """Bytes an element of a quantised cache of keys or of values takes, scales included."""
+    return cache_row_bytes(dtype, head_dim)[0 if key else 1] / head_dim
+
+
 def empty_caches(dtype: str, shape: tuple[int, int, int, int]) -> tuple[Quantized, Quantized]:
     """Zeroed pages of keys and of values.
 

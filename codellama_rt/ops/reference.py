@@ -10,7 +10,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from codellama_rt.ops.quantized import CACHE_GROUP, Quantized, cache_row_bytes, read_cache, rotate_rows
+from codellama_rt.ops.quantized import (
+    CACHE_GROUP,
+    Quantized,
+    cache_row_bytes,
+    read_cache,
+    rotate_rows,
+)
 
 Array = NDArray
 

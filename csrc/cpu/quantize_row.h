@@ -28,7 +28,7 @@ inline void widen(const T* x, int64_t n, float* out) {
 struct Range {
   float least, most;
   bool finite;
-  float greatest() const { return most > -least ? most : -least; }
+  float greatest() const { return most > -least ? most : 0.0f - least; }  // never -0
 };
 
 // Of x (n), n a multiple of kCacheGroup.
