@@ -10,7 +10,13 @@ import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
-from codellama_rt.ops.quantized import CACHE_DTYPES, Quantized, empty_caches
+from codellama_rt.ops.quantized import (
+    CACHE_DTYPES,
+    GGUF_BLOCKS,
+    OWN_WEIGHT_DTYPES,
+    Quantized,
+    empty_caches,
+)
 
 GARBAGE_BLOCKS = (-1, -7, 2**31 - 1)  # what an unused entry of a block table may hold
 ACTIVATION_AND_STORED = [(a, b) for a in FLOAT_DTYPES for b in FLOAT_DTYPES]
@@ -33,6 +39,20 @@ def running_on(isa: str | None = None, num_threads: int | None = None) -> Iterat
 def normal(rng: np.random.Generator, shape, dtype: str = "float32", scale: float = 1.0):
     """Normally distributed numbers, rounded to `dtype`."""
     return (scale * rng.standard_normal(shape, np.float32)).astype(numpy_dtype(dtype))
+
+
+def quantized_weight(rng: np.random.Generator, shape: tuple[int, int], dtype: str) -> ops.Quantized:
+    """A weight in any quantised format: of normal numbers, or valid blocks of random bits."""
+    if dtype in OWN_WEIGHT_DTYPES:
+        return ops.quantize(normal(rng, shape), dtype)
+    rows, k = shape
+    elements, num_bytes = GGUF_BLOCKS[dtype]
+    blocks = rng.integers(0, 256, (rows, k // elements, num_bytes), np.uint8)
+    halves = {"q4_1": [0, 2], "q4_k": [0, 2], "q6_k": [208]}.get(dtype, [0])
+    for offset in halves:
+        scales = (0.02 * rng.standard_normal((rows, k // elements, 1))).astype(np.float16)
+        blocks[..., offset : offset + 2] = scales.view(np.uint8)
+    return ops.Quantized(blocks.reshape(rows, -1), dtype, shape)
 
 
 def int32(values) -> np.ndarray:

@@ -17,7 +17,14 @@ from codellama_rt.ops.quantized import (
     read_cache,
     rotate_rows,
 )
+from codellama_rt.ops.reference_weights import dequantize, quantize, rounded_to_int8
 
+__all__ = [
+    "add_rms_norm", "apply_rotary_pos_emb", "attend", "copy_blocks", "decoder_layer", "dequantize",
+    "embedding", "flash_attention", "gather_pages", "int16_query", "linear", "merge_attention",
+    "paged_attention", "quantize", "reshape_and_cache", "rms_norm", "rope_and_cache", "rotate",
+    "rounded_to_int8", "silu_and_mul",
+]  # fmt: skip
 Array = NDArray
 
 
@@ -25,8 +32,10 @@ def _f64(x: Array) -> Array:
     return np.asarray(x).astype(np.float64)
 
 
-def embedding(token_ids: Array, table: Array) -> Array:
+def embedding(token_ids: Array, table: Array | Quantized) -> Array:
     """Rows `token_ids` (num_tokens) of `table` (vocab_size, dim)."""
+    if isinstance(table, Quantized):
+        table = dequantize(table)
     return _f64(table[token_ids])
 
 
@@ -44,9 +53,13 @@ def add_rms_norm(
     return rms_norm(total, weight, eps), _f64(total)
 
 
-def linear(x: Array, weight: Array | tuple[Array, ...]) -> Array:
+def linear(
+    x: Array, weight: Array | Quantized | tuple[Array, ...] | tuple[Quantized, ...]
+) -> Array:
     """`x` (num_tokens, in_features) times `weight` (out_features, in_features) transposed."""
     weights = weight if isinstance(weight, (tuple, list)) else (weight,)
+    if isinstance(weights[0], Quantized):
+        x, weights = rounded_to_int8(x), [dequantize(w) for w in weights]
     return np.concatenate([_f64(x) @ _f64(w).T for w in weights], axis=-1)
 
 

@@ -4,6 +4,8 @@
 // signed values that all lanes share. The sums are exact on every instruction set.
 #pragma once
 
+#include <limits>
+
 #include "../quantized.h"
 #include "vec.h"
 
@@ -157,53 +159,69 @@ struct TokenGroup {
 
 // Below it 127 / max would overflow: such a group counts as zeros.
 constexpr float kSmallestMax = 0x1p-100f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-inline void store_values(const int8_t* values, Stored* to) {
-  if constexpr (sizeof(Stored) == 1) {
-    std::memcpy(to, values, kWeightGroup);
-  } else {
-    for (int i = 0; i < kWeightGroup; i += 4) {
-      to[i] = values[i], to[i + 1] = values[i + 2], to[i + 2] = values[i + 1];
-      to[i + 3] = values[i + 3];
-    }
+constexpr int kGroupVecs = int(kWeightGroup) / kLanes;
+
+// The largest magnitude's bits: more than any finite float's if an element is not finite.
+inline uint32_t largest_bits(const Vec (&x)[kGroupVecs]) {
+#if defined(__AVX512F__)
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  const __m512i a = _mm512_and_si512(_mm512_castps_si512(x[0].v), magnitude);
+  const __m512i b = _mm512_and_si512(_mm512_castps_si512(x[1].v), magnitude);
+  return _mm512_reduce_max_epu32(_mm512_max_epu32(a, b));
+#else
+  float lanes[kWeightGroup];
+  for (int i = 0; i < kGroupVecs; ++i) store(lanes + i * kLanes, x[i]);
+  int32_t most = 0;
+  for (const float lane : lanes) {
+    const int32_t bits = int32_t(float_to_bits(lane) & 0x7fffffff);
+    most = bits > most ? bits : most;
   }
+  return uint32_t(most);
+#endif
 }
 
-// round(x * factor), to nearest even, in [-127, 127].
-inline void round_group(const Vec (&x)[kWeightGroup / kLanes], Vec factor, int8_t* values) {
-  for (int i = 0; i < kWeightGroup / kLanes; ++i) {
-#if defined(__AVX512F__)
-    const __m512i rounded = _mm512_cvtps_epi32((x[i] * factor).v);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(values + i * kLanes),
-                     _mm512_cvtepi32_epi8(rounded));
-#else
-    float lanes[kLanes];
-    store(lanes, round(x[i] * factor));
-    for (int j = 0; j < kLanes; ++j) values[i * kLanes + j] = int8_t(lanes[j]);
-#endif
+// Stores x * factor rounded to nearest even; the sums of each half.
+inline void put_rounded(const Vec (&x)[kGroupVecs], float factor, Stored* to, int32_t (&sums)[2]) {
+#if defined(__AVX512VNNI__)
+  for (int i = 0; i < 2; ++i) {
+    const __m512i rounded = _mm512_cvtps_epi32((x[i] * splat(factor)).v);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * kLanes), _mm512_cvtepi32_epi8(rounded));
+    sums[i] = _mm512_reduce_add_epi32(rounded);
   }
+#else
+  constexpr int kOrder[] = {0, 2, 1, 3};
+  float lanes[kWeightGroup];
+  for (int i = 0; i < kGroupVecs; ++i) store(lanes + i * kLanes, round(x[i] * splat(factor)));
+  for (int i = 0; i < kWeightGroup; ++i) {
+    const int from = sizeof(Stored) == 1 ? i : i / 4 * 4 + kOrder[i % 4];
+    to[i] = Stored(lanes[from]);
+    sums[i / (kWeightGroup / 2)] += to[i];
+  }
+#endif
 }
 
 // The first n of 32 elements; those after them are zero. `halves`: each half has a start.
 template <typename X>
 inline void quantize_group(const X* x, int64_t n, int32_t bias, bool halves, TokenGroup& to) {
-  Vec parts[kWeightGroup / kLanes];
-  Vec most = splat(0.0f), poison = splat(0.0f);
-  for (int i = 0; i < kWeightGroup / kLanes; ++i) {
+  Vec parts[kGroupVecs];
+  for (int i = 0; i < kGroupVecs; ++i) {
     const int64_t left = n - i * kLanes;
     parts[i] = left >= kLanes ? load(x + i * kLanes)
                : left > 0     ? load_first(x + i * kLanes, int(left))
                               : splat(0.0f);
-    most = max(max(parts[i], splat(0.0f) - parts[i]), most);
-    poison = poison + (parts[i] - parts[i]);  // NaN where x is not finite
   }
-  const float largest = max_lane(most), not_finite = sum(poison);
-  int8_t values[kWeightGroup] = {};
-  to.scale = largest < kSmallestMax ? not_finite : largest / 127.0f + not_finite;
-  if (to.scale > 0) round_group(parts, splat(127.0f / largest), values);
+  const float largest = bits_to_float(largest_bits(parts));
   int32_t sums[2] = {};
-  for (int i = 0; i < kWeightGroup; ++i) sums[i / (kWeightGroup / 2)] += values[i];
-  store_values(values, to.values);
+  if (largest >= kSmallestMax && largest < kInfinity) {
+    put_rounded(parts, 127.0f / largest, to.values, sums);
+    to.scale = largest / 127.0f;
+  } else {
+    std::memset(to.values, 0, sizeof(to.values));
+    to.scale = largest < kSmallestMax ? 0.0f : kNaN;
+  }
   to.scaled_sum = to.scale * float(sums[0] + sums[1]);
   to.start[0] = -bias * (halves ? sums[0] : sums[0] + sums[1]);
   to.start[1] = -bias * sums[1];

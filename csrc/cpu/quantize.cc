@@ -63,8 +63,9 @@ inline Vec not_finite(const Columns& columns) {  // NaN where a row has such an 
   return poison;
 }
 
+// x rounded to nearest even, in [low, high]; NaN becomes low.
 inline Vec nearest(Vec x, float low, float high) {
-  return min(splat(high), max(splat(low), round(x)));
+  return min(splat(high), max(round(x), splat(low)));
 }
 
 // A byte of each lane, every `stride` bytes.
