@@ -10,6 +10,7 @@ from codellama_rt.config import ModelConfig
 from codellama_rt.dtypes import FLOAT_DTYPES
 from codellama_rt.ops.quantized import (
     CACHE_DTYPES,
+    GGUF_BLOCKS,
     WEIGHT_DTYPES,
     cache_row_bytes,
     weight_num_bytes,
@@ -61,11 +62,8 @@ class Case:
             return self.dtype if self.dtype in (*FLOAT_DTYPES, *CACHE_DTYPES) else "bfloat16"
         if name in MATRICES and len(tensor.axes) == 2:
             return self.dtype
-        if name in (*NORMS, "weight"):
-            return self.dtype if self.dtype in FLOAT_DTYPES else "float32"
-        if self.op.name == "flash_attention" and name == "key":
-            return self.dtype
-        return "float32"
+        is_stored = name in (*NORMS, "weight") or (self.op.name, name) == ("flash_attention", "key")
+        return self.dtype if is_stored and self.dtype in FLOAT_DTYPES else "float32"
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The sizes of an argument's or a result's axes."""
@@ -146,9 +144,12 @@ class Selection:
 
 
 def _accepts(case: Case) -> bool:
-    """Whether the dtype says anything about this op."""
-    names = case.op.inputs
-    return case.dtype in FLOAT_DTYPES or case.dtype in map(case.dtype_of, names)
+    """Whether the dtype says anything about this op, and its rows are whole blocks of it."""
+    if case.dtype in FLOAT_DTYPES:
+        return True
+    stored = [name for name in case.op.inputs if case.dtype_of(name) == case.dtype]
+    block, _ = GGUF_BLOCKS.get(case.dtype, (1, 0))
+    return bool(stored) and not any(case.shape_of(name)[-1] % block for name in stored)
 
 
 def _cases(model: str, dtype: str, tokens: Sequence[int], keys: Sequence[int]) -> Iterator[Case]:
