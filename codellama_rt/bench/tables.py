@@ -84,7 +84,7 @@ _MODEL: list[Column] = [
 _DECODE: list[Column] = [
     *_MODEL, ("depth", _text("depth")), ("median us (p10-p90)", _time),
     ("tokens/s", _decimals("tokens_per_s", 2)), ("GB/s", _decimals("gb_per_s", 1)),
-    ("of read", _share), _READ, ("peak RSS GB", _decimals("peak_rss_gb", 1)),
+    ("of read", _share), _READ, ("RSS GB", _decimals("rss_gb", 1)),
     ("Python", lambda r: f"{r['python_share']:.1%}" if "python_share" in r else ""),
 ]  # fmt: skip
 _PREFILL: list[Column] = [
