@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,5 +80,5 @@ def save(path: Path, what: str, rows: Sequence[Row]) -> None:
 
 def _command(words: Sequence[str]) -> str:
     """What was typed, without the names of files and interpreters, which are the machine's own."""
-    text = re.sub(r" --json[ =]\S+", "", " ".join(["codellama-rt", *words]))
+    text = re.sub(r" --json[ =]\S+", "", shlex.join(["codellama-rt", *words]))
     return re.sub(r"--peer-python[ =]\S+", "--peer-python PYTHON", text)
