@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 MARKS = ["o", "s", "^", "D", "v", "P", "X", "*"]
-SIZE = (9, 5.4)  # inches
+SIZE = (11, 5.4)  # inches
 
 
 def plot_all(rows, folder):
@@ -36,7 +36,8 @@ def roofline(axes, rows):
     span = [min(at) / 2, max(at) * 2]
     reads = [row["read_gb_per_s"] for row in rows]
     peak = max(row["peak_gflop_per_s"] for row in rows)
-    edge = [span[0], *sorted(x for x in (peak / max(reads),) if span[0] < x < span[1]), span[1]]
+    knees = [peak / read for read in (max(reads), min(reads))]
+    edge = [span[0], *(x for x in knees if span[0] < x < span[1]), span[1]]
     low, high = ([min(x * read, peak) for x in edge] for read in (min(reads), max(reads)))
     axes.fill_between(edge, low, high, color="#bbbbbb", alpha=0.5, linewidth=0)
     axes.plot(edge, high, color="#555555", label=f"read {min(reads):.0f}-{max(reads):.0f} GB/s")
@@ -74,9 +75,11 @@ def context(axes, rows):
         label = f"{row['model']}: {row['weights']} weights, {row['kv']} cache"
         roofs.setdefault(label, {})[row["depth"]] = 1e9 * row["read_gb_per_s"] / row["bytes"]
     for i, (label, points) in enumerate(series.items()):
-        colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+        cycle = i // len(COLOURS)  # colours that come again have other marks and hollow ones
+        colour, mark = COLOURS[i % len(COLOURS)], MARKS[(i + 3 * cycle) % len(MARKS)]
         depths = sorted(points)
-        axes.plot(depths, [points[d] for d in depths], color=colour, marker=mark, label=label)
+        axes.plot(depths, [points[d] for d in depths], color=colour, marker=mark, label=label,
+                  markerfacecolor="white" if cycle else colour)  # fmt: skip
         if label in roofs:
             axes.plot(depths, [roofs[label][d] for d in depths], color=colour, linestyle="--",
                       linewidth=1, alpha=0.7)  # fmt: skip
@@ -90,7 +93,7 @@ def context(axes, rows):
     axes.xaxis.set_minor_locator(plt.NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.grid(which="major", alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def _peaks(rows):
