@@ -2,7 +2,7 @@
 // reaches the numbers: tasks are made of whole splits, and splits are folded in order.
 #pragma once
 
-#include "attention_tile.h"
+#include "attention_softmax.h"
 
 namespace codellama_rt {
 namespace CLRT_ISA {

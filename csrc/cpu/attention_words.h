@@ -148,14 +148,15 @@ QueryScale pack_query(const Q* query, int64_t head_dim, float* words) {
   return {};
 }
 
-// The greatest element becomes `limit`, as great as int32 sums with int8 keys allow.
+// The greatest element becomes `limit`: as great as int32 sums with int8 keys allow, and 256 times
+// what fits int8 (score_row_bytes).
 template <typename T, typename Q>
 QueryScale pack_quantized_query(const Q* query, int64_t head_dim, float* words, float* floats) {
   const int64_t padded = ceil_div(head_dim, kGroup) * kGroup;
   widen(query, head_dim, floats);
   if (std::is_same_v<T, Nibbles>) rotate(floats, head_dim, kQueryRotation);
   const Range range = range_of(floats, padded);
-  const float limit = float(smaller(32767, (int64_t(1) << 24) / head_dim));
+  const float limit = float(smaller(127 * 256, (int64_t(1) << 24) / head_dim));
   const float greatest = range.greatest(), inverse = greatest > kLeast ? limit / greatest : 0.0f;
   int16_t* out = reinterpret_cast<int16_t*>(words);
   std::memset(words, 0, padded * sizeof(float));
