@@ -105,10 +105,11 @@ template <typename T>
 void soften_rows(const Block& block, const Tile<T>& tile, const Seen& seen, Fetch& fetch,
                  const QueryScale* queries, float* scores, float* states) {
   const float scale = block.a.scale * 1.44269504f;  // log2(e)
+  const Scales<T> scales(tile);
   for (int64_t row = 0; row < block.num_rows; ++row) {
     fetch.step(kSoftenShares);
     if (seen(row) == 0) continue;
-    soften(tile, scores + row * kTile, seen(row), queries[row], scale, block.state(states, row));
+    soften(scales, scores + row * kTile, seen(row), queries[row], scale, block.state(states, row));
   }
 }
 
@@ -177,11 +178,11 @@ void attend_tile(const Block& block, int64_t key, const Tile<T>& tile, const Til
   const Seen seen(block, key);
   Fetch fetch(next, a.head_dim,
               kTile / kLanes * kTransposeShares +
-                  ceil_div(rows, kScoreRows) * kTile / kPanel * kScoreShares +
+                  ceil_div(rows, kScoreRows<T>) * kTile / kPanel * kScoreShares<T> +
                   rows * kSoftenShares +
                   ceil_div(rows, kValueRows) * panels * kTile * kValueShares);
   transpose_keys(tile, fetch, a.head_dim, work.keys);
-  for_rows<kScoreRows>(0, rows, [&](int64_t row, auto step) {
+  for_rows<kScoreRows<T>>(0, rows, [&](int64_t row, auto step) {
     constexpr int n = decltype(step)::value;
     score_rows<T, n>(query + row * dim, dim, work.keys, chunks, seen(row + n - 1), fetch,
                      work.scores + row * kTile);

@@ -25,58 +25,77 @@ inline void clear(RowState state) {
   state.top() = -INFINITY;
 }
 
-// What a quantised tile's scores, in int32, and weights are multiplied by: kLanes keys from `key`.
+// What a quantised tile's scores, in int32, and its weights are multiplied by; made once a tile.
 template <typename T>
 struct Scales {
-  static Vec score(const Tile<T>&, int, Vec total, float) { return total; }
-  static Vec weight(const Tile<T>&, int, Vec weight) { return weight; }
+  explicit Scales(const Tile<T>&) {}
+  Vec score(int, Vec total, float) const { return total; }
+  Vec weight(int, Vec weight) const { return weight; }
 };
+
 template <>
-struct Scales<int8_t> {
-  static Vec scales(const int8_t* group, int64_t row, int key) {
-    return load(reinterpret_cast<const float*>(group + kGroup * row) + key % kGroup);
+class Scales<int8_t> {
+ public:
+  explicit Scales(const Tile<int8_t>& tile) : tile_(tile) {}
+  Vec score(int key, Vec total, float) const {
+    return int32_to_float(total) * scales(tile_.keys[key / kGroup], key);
   }
-  static Vec score(const Tile<int8_t>& tile, int key, Vec total, float) {
-    return int32_to_float(total) * scales(tile.keys[key / kGroup], tile.row_stride, key);
+  Vec weight(int key, Vec weight) const {
+    return weight * scales(tile_.values[key / kGroup], key);
   }
-  static Vec weight(const Tile<int8_t>& tile, int key, Vec weight) {
-    return weight * scales(tile.values[key / kGroup], tile.row_stride, key);
+
+ private:
+  Vec scales(const int8_t* group, int key) const {
+    return load(reinterpret_cast<const float*>(group + kGroup * tile_.row_stride) + key % kGroup);
   }
+
+  const Tile<int8_t>& tile_;
 };
+
+// Values are taken less a middle, about which their sums cancel least; that of the tile's values is
+// kValueMiddle.
 template <>
-struct Scales<Nibbles> {
-  static constexpr float kMiddle = 16.0f;  // of a key's values, about which sums cancel least
-  static const f16* scales(const Nibbles* group, int64_t row_bytes, int key) {
-    return reinterpret_cast<const f16*>(group + kGroup * row_bytes) + key % kGroup;
+class Scales<Nibbles> {
+ public:
+  explicit Scales(const Tile<Nibbles>& tile) {
+    const int64_t row_bytes = tile.row_stride;
+    for (int key = 0; key < kTile; key += kLanes) {
+      const int g = key / kGroup;
+      take(tile.keys[g] + kGroup * (row_bytes + row_bytes / 4), key, kKeyMiddle, key_);
+      take(tile.values[g] + kGroup * row_bytes, key, kValueMiddle, value_);
+    }
   }
-  static Vec score(const Tile<Nibbles>& tile, int key, Vec total, float query_sum) {
-    const int64_t row_bytes = tile.row_stride + tile.row_stride / 4;
-    const f16* scale = scales(tile.keys[key / kGroup], row_bytes, key);
-    const Vec about = int32_to_float(add_int32(total, splat_int32(int32_t(-kMiddle * query_sum))));
-    const Vec middle = fma(load(scale), splat(kMiddle), load(scale + kGroup));
-    return fma(about, load(scale), middle * splat(query_sum));
+  Vec score(int key, Vec total, float query_sum) const {
+    const Vec about = add_int32(total, splat_int32(int32_t(-kKeyMiddle * query_sum)));
+    return fma(int32_to_float(about), load(key_[0] + key), load(key_[1] + key) * splat(query_sum));
   }
-  static Vec weight(const Tile<Nibbles>& tile, int key, Vec weight) {
-    return weight * load(scales(tile.values[key / kGroup], tile.row_stride, key));
+  Vec weight(int key, Vec weight) const { return weight * load(value_[0] + key); }
+  Vec middle(int key, Vec weight) const { return weight * load(value_[1] + key); }
+
+ private:
+  static constexpr float kKeyMiddle = 16.0f;
+  using Table = float[2][kTile];  // scales; what the middle stands for
+
+  static void take(const Nibbles* scales, int key, float middle, Table& to) {
+    const f16* scale = reinterpret_cast<const f16*>(scales) + key % kGroup;
+    store(to[0] + key, load(scale));
+    store(to[1] + key, fma(load(scale), splat(middle), load(scale + kGroup)));
   }
-  // Of what is taken off values when they are loaded.
-  static Vec middle(const Tile<Nibbles>& tile, int key, Vec weight) {
-    const f16* scale = scales(tile.values[key / kGroup], tile.row_stride, key);
-    return weight * fma(load(scale), splat(kValueMiddle), load(scale + kGroup));
-  }
+
+  Table key_, value_;
 };
 
 // Turns the row's scores into weights 2^(scale * score - top), times the values' scales; lanes past
 // num_keys are never read as numbers, whatever they hold.
 template <typename T>
-__attribute__((noinline)) void soften(const Tile<T>& tile, float* scores, int num_keys,
+__attribute__((noinline)) void soften(const Scales<T>& scales, float* scores, int num_keys,
                                       QueryScale query, float scale, RowState state) {
   constexpr int kVecs = kTile / kLanes;
   const Vec factor = splat(scale * query.scale);
   Vec x[kVecs], greatest = splat(-INFINITY);
   for (int j = 0; j < kVecs; ++j) {
     x[j] = load(scores + j * kLanes);
-    x[j] = Scales<T>::score(tile, j * kLanes, x[j], query.sum) * factor;
+    x[j] = scales.score(j * kLanes, x[j], query.sum) * factor;
     if (num_keys < kTile) x[j] = select_first(num_keys - j * kLanes, x[j], splat(-INFINITY));
     greatest = max(x[j], greatest);
   }
@@ -90,7 +109,7 @@ __attribute__((noinline)) void soften(const Tile<T>& tile, float* scores, int nu
   Vec sums[kVecs];
   for (int j = 0; j < kVecs; ++j) {
     sums[j] = exp2_nonpositive(x[j] - splat(state.top()));
-    store(scores + j * kLanes, Scales<T>::weight(tile, j * kLanes, sums[j]));
+    store(scores + j * kLanes, scales.weight(j * kLanes, sums[j]));
   }
   constexpr int kStep = kGroup / kLanes;
   const auto add_up = [&](const Vec* parts, float* to) {
@@ -103,7 +122,7 @@ __attribute__((noinline)) void soften(const Tile<T>& tile, float* scores, int nu
   add_up(sums, state.weights());
   if constexpr (std::is_same_v<T, Nibbles>) {
     for (int j = 0; j < kVecs; ++j) {
-      sums[j] = Scales<T>::middle(tile, j * kLanes, sums[j]);
+      sums[j] = scales.middle(j * kLanes, sums[j]);
       if (num_keys < kTile) sums[j] = select_first(num_keys - j * kLanes, sums[j], splat(0.0f));
     }
     add_up(sums, state.middles());

@@ -21,15 +21,17 @@ constexpr int kGroups = kTile / kGroup;
 template <typename T>
 constexpr int64_t kPacked = std::is_same_v<T, Nibbles> ? 2 : 1;
 
-// Rows and vectors multiplied at a time: what fits 32 (AVX2: 16) registers. Values take one
-// accumulator for each pair, scores two.
+// Rows and vectors multiplied at a time: what fits 32 (AVX2: 16) registers. Values and exact scores
+// take one accumulator for each pair, other scores two.
 constexpr int kPanel = kLanes == 16 ? 4 : 2;
 constexpr int kValueRows = 4;
-constexpr int kScoreRows = 3;
+template <typename T>
+constexpr int kScoreRows = kQuantized<T> ? 6 : 3;
 
 // What work on a tile asks for of the next one (class Fetch): about a share for 8 cycles.
 constexpr int kTransposeShares = 16;  // a vector of keys
-constexpr int kScoreShares = 3;       // one word of kScoreRows rows
+template <typename T>
+constexpr int kScoreShares = kScoreRows<T>;  // one word of kScoreRows rows
 constexpr int kSoftenShares = 5;      // a row
 constexpr int kValueShares = 1;       // a key and panel of kValueRows rows
 
@@ -288,10 +290,12 @@ inline void score_panel(const float* query, int64_t query_stride, const float* w
     for (Vec& total : row) total = splat(0.0f);
   }
   for (int j = 0; j < kLanes; ++j) {
-    fetch.step(kScoreShares);
+    fetch.step(kScoreShares<T>);
     Vec chains[kRows][kVecs];
-    for (auto& row : chains) {
-      for (Vec& chain : row) chain = splat(0.0f);
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVecs; ++v) {  // exact sums are one chain
+        chains[r][v] = kQuantized<T> ? totals[r][v] : splat(0.0f);
+      }
     }
     for (int64_t c = 0; c < chunks; ++c, words += kTile) {
       Vec keys[kVecs];
@@ -304,7 +308,9 @@ inline void score_panel(const float* query, int64_t query_stride, const float* w
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) totals[r][v] = Words<T>::add(totals[r][v], chains[r][v]);
+      for (int v = 0; v < kVecs; ++v) {
+        totals[r][v] = kQuantized<T> ? chains[r][v] : totals[r][v] + chains[r][v];
+      }
     }
   }
   for (int r = 0; r < kRows; ++r) {

@@ -37,7 +37,6 @@ struct Words {
                          : load_whole_chunk(row, chunk);
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
-  static Vec add(Vec a, Vec b) { return a + b; }
   static void store_query(float* words, int64_t element, Vec x) { store(words + element, x); }
 };
 
@@ -60,7 +59,6 @@ struct Words<bf16> {
                : load_whole_chunk(row, chunk);
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return dot_bf16_pairs(a, b, c); }
-  static Vec add(Vec a, Vec b) { return a + b; }
   static void store_query(float* words, int64_t element, Vec x) {
     store(reinterpret_cast<bf16*>(words) + element, x);
   }
@@ -92,7 +90,6 @@ struct Words<int8_t> {
     return load_pairs(bytes);
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return dot_int16_pairs(a, b, c); }
-  static Vec add(Vec a, Vec b) { return add_int32(a, b); }
   // Where element d of the query is among its int16.
   static int64_t place(int64_t d) { return d; }
 };
@@ -127,7 +124,6 @@ struct Words<Nibbles> {
     return add_16_where(bits, nibbles(load_pairs(bytes), chunk));
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return dot_int16_pairs(a, b, c); }
-  static Vec add(Vec a, Vec b) { return add_int32(a, b); }
   static int64_t place(int64_t d) {
     return d / (4 * kLanes) * (4 * kLanes) + d % 2 * (2 * kLanes) + d % (4 * kLanes) / 2;
   }
