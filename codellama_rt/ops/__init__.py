@@ -25,8 +25,8 @@ from codellama_rt.ops.control import (
 from codellama_rt.ops.quantized import Quantized
 
 __all__ = [
-    "Quantized", "add_rms_norm", "apply_rotary_pos_emb", "available", "available_isas", "copy_blocks",
-    "decoder_layer", "embedding", "flash_attention", "isa", "linear", "merge_attention",
+    "Quantized", "add_rms_norm", "apply_rotary_pos_emb", "available", "available_isas",
+    "copy_blocks", "decoder_layer", "embedding", "flash_attention", "isa", "linear", "merge_attention",
     "num_threads", "paged_attention", "reshape_and_cache", "rms_norm", "rope_and_cache", "set_isa",
     "set_num_threads", "silu_and_mul",
 ]  # fmt: skip

@@ -1,14 +1,16 @@
 // attention: out[t, h] = softmax(scale * q[t, h] . K) V, over paged or contiguous keys and values:
 //            one kernel for decoding and prefill          (arXiv:2205.14135, arXiv:2309.06180)
 // Shapes   q, out (num_tokens, n_heads, head_dim); keys and values as in ops.h
-// Traffic  2 * sum(keys) * n_kv_heads * head_dim * itemsize bytes read, once each, for up to kRows
-//          rows (queries x heads of the group) a sequence
+// Traffic  2 * sum(keys) * n_kv_heads * head_dim * itemsize bytes read (quantised pages: as many as
+//          quantized.h says), once each, for up to kRows rows (queries x heads of the group) a
+//          sequence
 // Limit    memory read up to about 8 rows (bf16, Zen 5); then multiply-adds, of which the half
 //          of q . K runs in bfloat16 pairs where the CPU has them
 // Tiling   one task = (sequence, queries of up to kRows rows a kv head, some kv heads in turn, a
 //          run of splits of kSplit keys); a kv head's rows share each tile of kTile keys; tiles
 //          above the diagonal are skipped
-// Numerics fp32 scores, softmax and sums (one a tile, added up a split); a query without keys
+// Numerics fp32 scores, softmax and sums (one a tile, added up a split); over quantised keys the
+//          query is int16 with one scale, its products exact sums; a query without keys
 //          gives zeros and lse = -inf; what a row does not see is dropped by selection, its values
 //          are never multiplied: NaN in unused slots or in later tokens stays there
 //

@@ -1,4 +1,5 @@
-// The softmax of attention: scores of a tile into weights, and the state of a row that they go into.
+// The softmax of attention: scores of a tile into weights, and the state of a row that they go
+// into.
 #pragma once
 
 #include "attention_tile.h"
@@ -40,9 +41,7 @@ class Scales<int8_t> {
   Vec score(int key, Vec total, float) const {
     return int32_to_float(total) * scales(tile_.keys[key / kGroup], key);
   }
-  Vec weight(int key, Vec weight) const {
-    return weight * scales(tile_.values[key / kGroup], key);
-  }
+  Vec weight(int key, Vec weight) const { return weight * scales(tile_.values[key / kGroup], key); }
 
  private:
   Vec scales(const int8_t* group, int key) const {

@@ -15,7 +15,7 @@ namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
-constexpr int kTile = 64;   // keys of one softmax step; a tile starts at a multiple of it
+constexpr int kTile = 64;  // keys of one softmax step; a tile starts at a multiple of it
 constexpr int kGroups = kTile / kGroup;
 // Elements that one of T holds.
 template <typename T>
@@ -32,17 +32,17 @@ constexpr int kScoreRows = kQuantized<T> ? 6 : 3;
 constexpr int kTransposeShares = 16;  // a vector of keys
 template <typename T>
 constexpr int kScoreShares = kScoreRows<T>;  // one word of kScoreRows rows
-constexpr int kSoftenShares = 5;      // a row
-constexpr int kValueShares = 1;       // a key and panel of kValueRows rows
+constexpr int kSoftenShares = 5;             // a row
+constexpr int kValueShares = 1;              // a key and panel of kValueRows rows
 
 // Where the tile's groups lie. Groups past the last key stand for the last one again.
 template <typename T>
 struct Tile {
   const T* keys[kGroups];
   const T* values[kGroups];
-  int64_t row_stride;  // in T
+  int64_t row_stride;              // in T
   int64_t key_bytes, value_bytes;  // of a group in one piece, its scales included; 0: rows apart
-  int num_keys;  // the keys that exist: in (0, kTile]
+  int num_keys;                    // the keys that exist: in (0, kTile]
 };
 
 // ---- keys and values of a tile ------------------------------------------------------------
@@ -129,7 +129,8 @@ void transpose_keys(const Tile<T>& tile, Fetch& fetch, int64_t head_dim, float* 
   }
 }
 
-// The tile's values in float32 without their scales, rows `padded_dim` apart and zero past head_dim.
+// The tile's values in float32 without their scales, rows `padded_dim` apart and zero past
+// head_dim.
 template <typename T>
 void convert_values(const Tile<T>& tile, int64_t head_dim, int64_t padded_dim, float* values) {
   for (int i = 0; i < tile.num_keys; ++i) {
@@ -203,12 +204,11 @@ void score_exact_row(const Tile<T>& tile, Fetch& fetch, const float* query, int 
                      int64_t head_dim, float* scores) {
   const int64_t chunks = kChunks ? kChunks : Words<T>::num_chunks(head_dim);
   score_groups(fetch, num_keys, scores, [&](int key) {
-    const auto row =
-        Words<T>::key_row(tile.keys[key / kGroup], key % kGroup, tile.row_stride);
+    const auto row = Words<T>::key_row(tile.keys[key / kGroup], key % kGroup, tile.row_stride);
     Vec sum = splat(0.0f);
     for (int64_t c = 0; c < chunks; ++c) {
-      const Vec words = kChunks ? Words<T>::load_whole_chunk(row, c)
-                                : Words<T>::load_chunk(row, c, head_dim);
+      const Vec words =
+          kChunks ? Words<T>::load_whole_chunk(row, c) : Words<T>::load_chunk(row, c, head_dim);
       sum = Words<T>::multiply_add(load(query + c * kLanes), words, sum);
     }
     return sum;

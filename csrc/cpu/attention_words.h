@@ -98,7 +98,7 @@ struct Words<int8_t> {
 template <>
 struct Words<Nibbles> {
   struct Row {
-    const Nibbles* low;  // head_dim / 2 bytes: bits 0 to 3
+    const Nibbles* low;         // head_dim / 2 bytes: bits 0 to 3
     const uint8_t *even, *odd;  // head_dim / 16 bytes each: bit 4 of the elements of that number
   };
   static int64_t num_chunks(int64_t head_dim) { return 2 * ceil_div(head_dim, 4 * kLanes); }

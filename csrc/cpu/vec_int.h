@@ -69,8 +69,8 @@ inline Vec join_lanes(const Vec (&quads)[4]) {
   const auto pair = [](__m512i x, __m512i y) {
     return _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
   };
-  return from_bits(pair(pair(to_bits(quads[0]), to_bits(quads[1])),
-                        pair(to_bits(quads[2]), to_bits(quads[3]))));
+  return from_bits(
+      pair(pair(to_bits(quads[0]), to_bits(quads[1])), pair(to_bits(quads[2]), to_bits(quads[3]))));
 }
 inline void interleave(Vec& even, Vec& odd) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -114,8 +114,7 @@ inline Vec add_16_where(const uint8_t* bits, Vec a) {
   const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
                                         8192, 16384, -32768);
   const __m256i set = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(mask), bit), bit);
-  return from_bits(
-      _mm256_or_si256(to_bits(a), _mm256_and_si256(set, _mm256_set1_epi16(16))));
+  return from_bits(_mm256_or_si256(to_bits(a), _mm256_and_si256(set, _mm256_set1_epi16(16))));
 }
 inline Vec sum_lanes(Vec a, Vec b, Vec c, Vec d) {
   const auto halves = [](Vec x, Vec y) {
