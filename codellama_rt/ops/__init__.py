@@ -26,9 +26,9 @@ from codellama_rt.ops.quantized import Quantized
 
 __all__ = [
     "Quantized", "add_rms_norm", "apply_rotary_pos_emb", "available", "available_isas",
-    "copy_blocks", "decoder_layer", "embedding", "flash_attention", "isa", "linear", "merge_attention",
-    "num_threads", "paged_attention", "reshape_and_cache", "rms_norm", "rope_and_cache", "set_isa",
-    "set_num_threads", "silu_and_mul",
+    "copy_blocks", "decoder_layer", "embedding", "flash_attention", "isa", "linear",
+    "merge_attention", "num_threads", "paged_attention", "reshape_and_cache", "rms_norm",
+    "rope_and_cache", "set_isa", "set_num_threads", "silu_and_mul",
 ]  # fmt: skip
 
 Array = Any  # numpy.ndarray or mindspore.Tensor, contiguous
