@@ -2,8 +2,9 @@
 //
 // Raw pointers, sizes, strides in elements; no framework type. Inner dimensions are contiguous
 // unless a stride is given. Dtypes: activations are float32, float16 or bfloat16; caches too, each
-// of its own, or int8 or int4 (quantized.h); indices are int32; statistics, RoPE tables and log-sum-exps are float32.
-// Offsets are int64_t: 100k tokens overflow 32 bits. Arguments were checked by the launcher.
+// of its own, or int8 or int4 (quantized.h); indices are int32; statistics, RoPE tables and
+// log-sum-exps are float32. Offsets are int64_t: 100k tokens overflow 32 bits. Arguments were
+// checked by the launcher.
 #pragma once
 
 #include <cstdint>

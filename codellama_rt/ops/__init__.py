@@ -25,10 +25,10 @@ from codellama_rt.ops.control import (
 from codellama_rt.ops.quantized import OWN_WEIGHT_DTYPES, Quantized, weight_num_bytes
 
 __all__ = [
-    "Quantized", "add_rms_norm", "apply_rotary_pos_emb", "available", "available_isas", "copy_blocks",
-    "decoder_layer", "embedding", "flash_attention", "isa", "linear", "merge_attention",
-    "num_threads", "paged_attention", "quantize", "reshape_and_cache", "rms_norm", "rope_and_cache",
-    "set_isa", "set_num_threads", "silu_and_mul",
+    "Quantized", "add_rms_norm", "apply_rotary_pos_emb", "available", "available_isas",
+    "copy_blocks", "decoder_layer", "embedding", "flash_attention", "isa", "linear",
+    "merge_attention", "num_threads", "paged_attention", "quantize", "reshape_and_cache",
+    "rms_norm", "rope_and_cache", "set_isa", "set_num_threads", "silu_and_mul",
 ]  # fmt: skip
 
 Array = Any  # numpy.ndarray or mindspore.Tensor, contiguous

@@ -1,4 +1,4 @@
-"""Quantised tensors: bytes, and what they stand for. `csrc/quantized.h` has the same in C++.
+"""Quantised tensors: bytes, and what they stand for; `csrc/quantized.h` says the same in C++.
 
 A cache in int8 or int4: a page of a head is block_size / 16 groups of 16 tokens, each group its
 rows of values, then its scales; so a group is one piece, whatever block_size is.
@@ -131,7 +131,7 @@ def read_cache(cache: Quantized, *, key: bool) -> np.ndarray:
         cache: pages of keys or of values, as `reshape_and_cache` writes them.
         key: which of the two they are.
     """
-    num_blocks, n_kv_heads, block_size, head_dim = cache.shape
+    head_dim = cache.shape[-1]
     row_bytes = cache_row_bytes(cache.dtype, head_dim)[0 if key else 1]
     groups = np.ascontiguousarray(cache.payload).reshape(-1, CACHE_GROUP * row_bytes)
     read = _read_int8 if cache.dtype == "int8" else _read_int4

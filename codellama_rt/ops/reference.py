@@ -219,7 +219,7 @@ def gather_pages(cache: Array, block_table: Array, length: int) -> Array:
 def int16_query(query: Array, *, rotated: bool) -> Array:
     """`query` (..., head_dim) as it is multiplied with quantised keys: in int16 with one scale."""
     query = np.asarray(query, np.float32)
-    limit = np.float32(min(32767, 2**24 // query.shape[-1]))
+    limit = np.float32(min(127 * 256, 2**24 // query.shape[-1]))
     if rotated:
         query = rotate_rows(query, for_query=True)
     greatest = np.abs(query).max(axis=-1, keepdims=True)

@@ -1,14 +1,16 @@
 // attention: out[t, h] = softmax(scale * q[t, h] . K) V, over paged or contiguous keys and values:
 //            one kernel for decoding and prefill          (arXiv:2205.14135, arXiv:2309.06180)
 // Shapes   q, out (num_tokens, n_heads, head_dim); keys and values as in ops.h
-// Traffic  2 * sum(keys) * n_kv_heads * head_dim * itemsize bytes read, once each, for up to kRows
-//          rows (queries x heads of the group) a sequence
+// Traffic  2 * sum(keys) * n_kv_heads * head_dim * itemsize bytes read (quantised pages: as many as
+//          quantized.h says), once each, for up to kRows rows (queries x heads of the group) a
+//          sequence
 // Limit    memory read up to about 8 rows (bf16, Zen 5); then multiply-adds, of which the half
 //          of q . K runs in bfloat16 pairs where the CPU has them
 // Tiling   one task = (sequence, queries of up to kRows rows a kv head, some kv heads in turn, a
 //          run of splits of kSplit keys); a kv head's rows share each tile of kTile keys; tiles
 //          above the diagonal are skipped
-// Numerics fp32 scores, softmax and sums (one a tile, added up a split); a query without keys
+// Numerics fp32 scores, softmax and sums (one a tile, added up a split); over quantised keys the
+//          query is int16 with one scale, its products exact sums; a query without keys
 //          gives zeros and lse = -inf; what a row does not see is dropped by selection, its values
 //          are never multiplied: NaN in unused slots or in later tokens stays there
 //
@@ -105,10 +107,11 @@ template <typename T>
 void soften_rows(const Block& block, const Tile<T>& tile, const Seen& seen, Fetch& fetch,
                  const QueryScale* queries, float* scores, float* states) {
   const float scale = block.a.scale * 1.44269504f;  // log2(e)
+  const Scales<T> scales(tile);
   for (int64_t row = 0; row < block.num_rows; ++row) {
     fetch.step(kSoftenShares);
     if (seen(row) == 0) continue;
-    soften(tile, scores + row * kTile, seen(row), queries[row], scale, block.state(states, row));
+    soften(scales, scores + row * kTile, seen(row), queries[row], scale, block.state(states, row));
   }
 }
 
@@ -177,11 +180,11 @@ void attend_tile(const Block& block, int64_t key, const Tile<T>& tile, const Til
   const Seen seen(block, key);
   Fetch fetch(next, a.head_dim,
               kTile / kLanes * kTransposeShares +
-                  ceil_div(rows, kScoreRows) * kTile / kPanel * kScoreShares +
+                  ceil_div(rows, kScoreRows<T>) * kTile / kPanel * kScoreShares<T> +
                   rows * kSoftenShares +
                   ceil_div(rows, kValueRows) * panels * kTile * kValueShares);
   transpose_keys(tile, fetch, a.head_dim, work.keys);
-  for_rows<kScoreRows>(0, rows, [&](int64_t row, auto step) {
+  for_rows<kScoreRows<T>>(0, rows, [&](int64_t row, auto step) {
     constexpr int n = decltype(step)::value;
     score_rows<T, n>(query + row * dim, dim, work.keys, chunks, seen(row + n - 1), fetch,
                      work.scores + row * kTile);

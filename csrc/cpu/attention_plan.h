@@ -2,7 +2,7 @@
 // reaches the numbers: tasks are made of whole splits, and splits are folded in order.
 #pragma once
 
-#include "attention_tile.h"
+#include "attention_softmax.h"
 
 namespace codellama_rt {
 namespace CLRT_ISA {
@@ -29,9 +29,7 @@ struct Attention {
   int64_t group_size() const { return n_heads / n_kv_heads; }
   int64_t padded_dim() const { return ceil_div(head_dim, kGroup) * kGroup; }
   // Of a row's state: an int4 cache has middles besides.
-  int64_t state_width() const {
-    return padded_dim() + (cache_dtype == DType::kInt4 ? kGroup : 0);
-  }
+  int64_t state_width() const { return padded_dim() + (cache_dtype == DType::kInt4 ? kGroup : 0); }
   int64_t state_floats() const { return row_state_floats(state_width()); }
   int64_t num_queries(int64_t seq) const { return cu_seqlens_q[seq + 1] - cu_seqlens_q[seq]; }
   int64_t num_keys(int64_t seq) const {

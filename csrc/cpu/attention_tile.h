@@ -15,32 +15,34 @@ namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
-constexpr int kTile = 64;   // keys of one softmax step; a tile starts at a multiple of it
+constexpr int kTile = 64;  // keys of one softmax step; a tile starts at a multiple of it
 constexpr int kGroups = kTile / kGroup;
 // Elements that one of T holds.
 template <typename T>
 constexpr int64_t kPacked = std::is_same_v<T, Nibbles> ? 2 : 1;
 
-// Rows and vectors multiplied at a time: what fits 32 (AVX2: 16) registers. Values take one
-// accumulator for each pair, scores two.
+// Rows and vectors multiplied at a time: what fits 32 (AVX2: 16) registers. Values and exact scores
+// take one accumulator for each pair, other scores two.
 constexpr int kPanel = kLanes == 16 ? 4 : 2;
 constexpr int kValueRows = 4;
-constexpr int kScoreRows = 3;
+template <typename T>
+constexpr int kScoreRows = kQuantized<T> ? 6 : 3;
 
 // What work on a tile asks for of the next one (class Fetch): about a share for 8 cycles.
 constexpr int kTransposeShares = 16;  // a vector of keys
-constexpr int kScoreShares = 3;       // one word of kScoreRows rows
-constexpr int kSoftenShares = 5;      // a row
-constexpr int kValueShares = 1;       // a key and panel of kValueRows rows
+template <typename T>
+constexpr int kScoreShares = kScoreRows<T>;  // one word of kScoreRows rows
+constexpr int kSoftenShares = 5;             // a row
+constexpr int kValueShares = 1;              // a key and panel of kValueRows rows
 
 // Where the tile's groups lie. Groups past the last key stand for the last one again.
 template <typename T>
 struct Tile {
   const T* keys[kGroups];
   const T* values[kGroups];
-  int64_t row_stride;  // in T
+  int64_t row_stride;              // in T
   int64_t key_bytes, value_bytes;  // of a group in one piece, its scales included; 0: rows apart
-  int num_keys;  // the keys that exist: in (0, kTile]
+  int num_keys;                    // the keys that exist: in (0, kTile]
 };
 
 // ---- keys and values of a tile ------------------------------------------------------------
@@ -127,7 +129,8 @@ void transpose_keys(const Tile<T>& tile, Fetch& fetch, int64_t head_dim, float* 
   }
 }
 
-// The tile's values in float32 without their scales, rows `padded_dim` apart and zero past head_dim.
+// The tile's values in float32 without their scales, rows `padded_dim` apart and zero past
+// head_dim.
 template <typename T>
 void convert_values(const Tile<T>& tile, int64_t head_dim, int64_t padded_dim, float* values) {
   for (int i = 0; i < tile.num_keys; ++i) {
@@ -175,24 +178,106 @@ void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_ke
     }
     transpose(chains);
     Vec total = splat(0.0f);
-    for (const Vec& chain : chains) total = Words<T>::add(total, chain);
+    for (const Vec& chain : chains) total = total + chain;
     store(scores + first, total);
   }
 }
 
+// The same of quantised keys. Their sums are exact, so lanes are added in pairs, in half the
+// shuffles of a transpose; a group's rows past the last key are there to be read.
+template <typename Dot>
+inline void score_groups(Fetch& fetch, int num_keys, float* scores, const Dot& dot) {
+  for (int first = 0; first < num_keys; first += kLanes) {
+    Vec quads[kLanes / 4];
+#pragma GCC unroll 4
+    for (int q = 0; q < kLanes / 4; ++q) {
+      fetch.step(4 * kValueShares);
+      const int key = first + 4 * q;
+      quads[q] = sum_lanes(dot(key), dot(key + 1), dot(key + 2), dot(key + 3));
+    }
+    store(scores + first, join_lanes(quads));
+  }
+}
+
+template <typename T, int kChunks>
+void score_exact_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
+                     int64_t head_dim, float* scores) {
+  const int64_t chunks = kChunks ? kChunks : Words<T>::num_chunks(head_dim);
+  score_groups(fetch, num_keys, scores, [&](int key) {
+    const auto row = Words<T>::key_row(tile.keys[key / kGroup], key % kGroup, tile.row_stride);
+    Vec sum = splat(0.0f);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const Vec words =
+          kChunks ? Words<T>::load_whole_chunk(row, c) : Words<T>::load_chunk(row, c, head_dim);
+      sum = Words<T>::multiply_add(load(query + c * kLanes), words, sum);
+    }
+    return sum;
+  });
+}
+
+#if defined(__AVX512VNNI__)
+// An int4 key of 128 elements as 64 bytes, low halves and high halves, against the query in two
+// parts of 8 bits: the same sums in half the instructions.
+inline void score_row_bytes(const Tile<Nibbles>& tile, Fetch& fetch, const float* query,
+                            int num_keys, float* scores) {
+  __m512i high[2], low[2];  // of the elements of even, of odd number
+  for (int i = 0; i < 2; ++i) {
+    const __m512i words[2] = {to_bits(load(query + i * kLanes)),
+                              to_bits(load(query + (2 + i) * kLanes))};
+    __m256i parts[2][2];
+    for (int j = 0; j < 2; ++j) {
+      const __m512i rounded = _mm512_add_epi16(words[j], _mm512_set1_epi16(128));
+      parts[0][j] = _mm512_cvtepi16_epi8(_mm512_srai_epi16(rounded, 8));
+      parts[1][j] = _mm512_cvtepi16_epi8(words[j]);  // less 256 times the other: in [-128, 127]
+    }
+    high[i] = _mm512_inserti64x4(_mm512_castsi256_si512(parts[0][0]), parts[0][1], 1);
+    low[i] = _mm512_inserti64x4(_mm512_castsi256_si512(parts[1][0]), parts[1][1], 1);
+  }
+  const __m512i fours = _mm512_set1_epi8(15), bit = _mm512_set1_epi8(16);
+  score_groups(fetch, num_keys, scores, [&](int key) {
+    const uint8_t* group = &tile.keys[key / kGroup]->bits;
+    const __m512i row = _mm512_loadu_si512(group + key % kGroup * 64);
+    uint64_t even_bits, odd_bits;
+    std::memcpy(&even_bits, group + kGroup * 64 + key % kGroup * 16, 8);
+    std::memcpy(&odd_bits, group + kGroup * 64 + key % kGroup * 16 + 8, 8);
+    __m512i even = _mm512_and_si512(row, fours);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi16(row, 4), fours);
+    even = _mm512_mask_add_epi8(even, even_bits, even, bit);
+    odd = _mm512_mask_add_epi8(odd, odd_bits, odd, bit);
+    __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, high[0]);
+    sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, odd, high[1]), 8);
+    sum = _mm512_dpbusd_epi32(sum, even, low[0]);
+    return from_bits(_mm512_dpbusd_epi32(sum, odd, low[1]));
+  });
+}
+#endif
+
 template <typename T>
 void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
                int64_t head_dim, float* scores) {
+#if defined(__AVX512VNNI__)
+  if constexpr (std::is_same_v<T, Nibbles>) {
+    if (head_dim == 128) return score_row_bytes(tile, fetch, query, num_keys, scores);
+  }
+#endif
   const int64_t chunks = Words<T>::has_whole_chunks(head_dim) ? Words<T>::num_chunks(head_dim) : 0;
+  const auto score = [&](auto known) {
+    constexpr int n = decltype(known)::value;
+    if constexpr (kQuantized<T>) {
+      score_exact_row<T, n>(tile, fetch, query, num_keys, head_dim, scores);
+    } else {
+      score_row<T, n>(tile, fetch, query, num_keys, head_dim, scores);
+    }
+  };
   switch (chunks) {
     case 2:
-      return score_row<T, 2>(tile, fetch, query, num_keys, head_dim, scores);
+      return score(std::integral_constant<int, 2>());
     case 4:
-      return score_row<T, 4>(tile, fetch, query, num_keys, head_dim, scores);
+      return score(std::integral_constant<int, 4>());
     case 8:
-      return score_row<T, 8>(tile, fetch, query, num_keys, head_dim, scores);
+      return score(std::integral_constant<int, 8>());
     default:
-      return score_row<T, 0>(tile, fetch, query, num_keys, head_dim, scores);
+      return score(std::integral_constant<int, 0>());
   }
 }
 
@@ -205,10 +290,12 @@ inline void score_panel(const float* query, int64_t query_stride, const float* w
     for (Vec& total : row) total = splat(0.0f);
   }
   for (int j = 0; j < kLanes; ++j) {
-    fetch.step(kScoreShares);
+    fetch.step(kScoreShares<T>);
     Vec chains[kRows][kVecs];
-    for (auto& row : chains) {
-      for (Vec& chain : row) chain = splat(0.0f);
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVecs; ++v) {  // exact sums are one chain
+        chains[r][v] = kQuantized<T> ? totals[r][v] : splat(0.0f);
+      }
     }
     for (int64_t c = 0; c < chunks; ++c, words += kTile) {
       Vec keys[kVecs];
@@ -221,7 +308,9 @@ inline void score_panel(const float* query, int64_t query_stride, const float* w
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) totals[r][v] = Words<T>::add(totals[r][v], chains[r][v]);
+      for (int v = 0; v < kVecs; ++v) {
+        totals[r][v] = kQuantized<T> ? chains[r][v] : totals[r][v] + chains[r][v];
+      }
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -280,108 +369,6 @@ inline void add_values_panel(const float* weights, const V* const* groups, int64
       float* to = out + r * out_stride + column + j * kLanes;
       store(to, load(to) + sums[r][j]);
     }
-  }
-}
-
-// ---- softmax ------------------------------------------------------------------------------
-
-// The state of a query row over the keys of one split, and over the splits so far:
-// [0, width) the weighted sum of values, then kGroup floats that add up to the sum of weights, then
-// the greatest score. Scores are in units of log2. Over an int4 cache the last kGroup columns of
-// the width add up to the weighted sum of the values' middles.
-struct RowState {
-  float* out;
-  int64_t width;
-  float* middles() const { return out + width - kGroup; }
-  float* weights() const { return out + width; }
-  float& top() const { return out[width + kGroup]; }
-};
-constexpr int64_t row_state_floats(int64_t width) { return width + 2 * kGroup; }
-
-inline void clear(RowState state) {
-  for (int64_t i = 0; i < state.width + kGroup; i += kLanes) store(state.out + i, splat(0.0f));
-  state.top() = -INFINITY;
-}
-
-// What a quantised tile's scores, in int32, and weights are multiplied by: kLanes keys from `key`.
-template <typename T>
-struct Scales {
-  static Vec score(const Tile<T>&, int, Vec total, float) { return total; }
-  static Vec weight(const Tile<T>&, int, Vec weight) { return weight; }
-};
-template <>
-struct Scales<int8_t> {
-  static Vec scales(const int8_t* group, int64_t row, int key) {
-    return load(reinterpret_cast<const float*>(group + kGroup * row) + key % kGroup);
-  }
-  static Vec score(const Tile<int8_t>& tile, int key, Vec total, float) {
-    return int32_to_float(total) * scales(tile.keys[key / kGroup], tile.row_stride, key);
-  }
-  static Vec weight(const Tile<int8_t>& tile, int key, Vec weight) {
-    return weight * scales(tile.values[key / kGroup], tile.row_stride, key);
-  }
-};
-template <>
-struct Scales<Nibbles> {
-  static const f16* scales(const Nibbles* group, int64_t row_bytes, int key) {
-    return reinterpret_cast<const f16*>(group + kGroup * row_bytes) + key % kGroup;
-  }
-  static Vec score(const Tile<Nibbles>& tile, int key, Vec total, float query_sum) {
-    const int64_t row_bytes = tile.row_stride + tile.row_stride / 4;
-    const f16* scale = scales(tile.keys[key / kGroup], row_bytes, key);
-    return fma(int32_to_float(total), load(scale), load(scale + kGroup) * splat(query_sum));
-  }
-  static Vec weight(const Tile<Nibbles>& tile, int key, Vec weight) {
-    return weight * load(scales(tile.values[key / kGroup], tile.row_stride, key));
-  }
-  // Of what value 8 stands for: about it sums cancel least.
-  static Vec middle(const Tile<Nibbles>& tile, int key, Vec weight) {
-    const f16* scale = scales(tile.values[key / kGroup], tile.row_stride, key);
-    return weight * fma(load(scale), splat(kMiddle), load(scale + kGroup));
-  }
-};
-
-// Turns the row's scores into weights 2^(scale * score - top), times the values' scales; lanes past
-// num_keys are never read as numbers, whatever they hold.
-template <typename T>
-__attribute__((noinline)) void soften(const Tile<T>& tile, float* scores, int num_keys,
-                                      QueryScale query, float scale, RowState state) {
-  constexpr int kVecs = kTile / kLanes;
-  const Vec factor = splat(scale * query.scale);
-  Vec x[kVecs], greatest = splat(-INFINITY);
-  for (int j = 0; j < kVecs; ++j) {
-    x[j] = load(scores + j * kLanes);
-    x[j] = Scales<T>::score(tile, j * kLanes, x[j], query.sum) * factor;
-    if (num_keys < kTile) x[j] = select_first(num_keys - j * kLanes, x[j], splat(-INFINITY));
-    greatest = max(x[j], greatest);
-  }
-  if (const float top = max_lane(greatest); top > state.top()) {
-    const Vec shrink = exp2_nonpositive(splat(state.top() - top));
-    for (int64_t i = 0; i < state.width + kGroup; i += kLanes) {
-      store(state.out + i, load(state.out + i) * shrink);
-    }
-    state.top() = top;
-  }
-  Vec sums[kVecs];
-  for (int j = 0; j < kVecs; ++j) {
-    sums[j] = exp2_nonpositive(x[j] - splat(state.top()));
-    store(scores + j * kLanes, Scales<T>::weight(tile, j * kLanes, sums[j]));
-  }
-  constexpr int kStep = kGroup / kLanes;
-  const auto add_up = [&](const Vec* parts, float* to) {
-    for (int i = 0; i < kStep; ++i) {
-      const Vec pairs =
-          (parts[i] + parts[kStep + i]) + (parts[2 * kStep + i] + parts[3 * kStep + i]);
-      store(to + i * kLanes, load(to + i * kLanes) + pairs);
-    }
-  };
-  add_up(sums, state.weights());
-  if constexpr (std::is_same_v<T, Nibbles>) {
-    for (int j = 0; j < kVecs; ++j) {
-      sums[j] = Scales<T>::middle(tile, j * kLanes, sums[j]);
-      if (num_keys < kTile) sums[j] = select_first(num_keys - j * kLanes, sums[j], splat(0.0f));
-    }
-    add_up(sums, state.middles());
   }
 }
 

@@ -37,7 +37,6 @@ struct Words {
                          : load_whole_chunk(row, chunk);
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
-  static Vec add(Vec a, Vec b) { return a + b; }
   static void store_query(float* words, int64_t element, Vec x) { store(words + element, x); }
 };
 
@@ -60,7 +59,6 @@ struct Words<bf16> {
                : load_whole_chunk(row, chunk);
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return dot_bf16_pairs(a, b, c); }
-  static Vec add(Vec a, Vec b) { return a + b; }
   static void store_query(float* words, int64_t element, Vec x) {
     store(reinterpret_cast<bf16*>(words) + element, x);
   }
@@ -92,7 +90,6 @@ struct Words<int8_t> {
     return load_pairs(bytes);
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return dot_int16_pairs(a, b, c); }
-  static Vec add(Vec a, Vec b) { return add_int32(a, b); }
   // Where element d of the query is among its int16.
   static int64_t place(int64_t d) { return d; }
 };
@@ -101,7 +98,7 @@ struct Words<int8_t> {
 template <>
 struct Words<Nibbles> {
   struct Row {
-    const Nibbles* low;  // head_dim / 2 bytes: bits 0 to 3
+    const Nibbles* low;         // head_dim / 2 bytes: bits 0 to 3
     const uint8_t *even, *odd;  // head_dim / 16 bytes each: bit 4 of the elements of that number
   };
   static int64_t num_chunks(int64_t head_dim) { return 2 * ceil_div(head_dim, 4 * kLanes); }
@@ -127,7 +124,6 @@ struct Words<Nibbles> {
     return add_16_where(bits, nibbles(load_pairs(bytes), chunk));
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return dot_int16_pairs(a, b, c); }
-  static Vec add(Vec a, Vec b) { return add_int32(a, b); }
   static int64_t place(int64_t d) {
     return d / (4 * kLanes) * (4 * kLanes) + d % 2 * (2 * kLanes) + d % (4 * kLanes) / 2;
   }
@@ -148,14 +144,15 @@ QueryScale pack_query(const Q* query, int64_t head_dim, float* words) {
   return {};
 }
 
-// The greatest element becomes `limit`, as great as int32 sums with int8 keys allow.
+// The greatest element becomes `limit`: as great as int32 sums with int8 keys allow, and 256 times
+// what fits int8 (score_row_bytes).
 template <typename T, typename Q>
 QueryScale pack_quantized_query(const Q* query, int64_t head_dim, float* words, float* floats) {
   const int64_t padded = ceil_div(head_dim, kGroup) * kGroup;
   widen(query, head_dim, floats);
   if (std::is_same_v<T, Nibbles>) rotate(floats, head_dim, kQueryRotation);
   const Range range = range_of(floats, padded);
-  const float limit = float(smaller(32767, (int64_t(1) << 24) / head_dim));
+  const float limit = float(smaller(127 * 256, (int64_t(1) << 24) / head_dim));
   const float greatest = range.greatest(), inverse = greatest > kLeast ? limit / greatest : 0.0f;
   int16_t* out = reinterpret_cast<int16_t*>(words);
   std::memset(words, 0, padded * sizeof(float));

@@ -35,7 +35,9 @@ class PageRow {
  public:
   PageRow(void* cache, bool key, int64_t slot, int64_t head, int64_t n_kv_heads, int64_t block_size,
           int64_t head_dim)
-      : cache_(cache), key_(key), head_dim_(head_dim),
+      : cache_(cache),
+        key_(key),
+        head_dim_(head_dim),
         row_((slot / block_size * n_kv_heads + head) * block_size + slot % block_size) {}
 
   static constexpr bool kQuantizes =
