@@ -248,9 +248,12 @@ void copy_blocks(TensorView key_cache, TensorView value_cache, TensorView block_
   check.writable("key_cache", key_cache);
   check.writable("value_cache", value_cache);
   check.range("block_pairs", block_pairs, 0, blocks.size, "num_blocks");
-  kernels().copy_blocks(
-      {key_cache.data, value_cache.data, ints(block_pairs), pairs.size,
-       kv_heads.size * block.size * cache_group_bytes(key_cache.dtype, dim.size) / kCacheGroup});
+  const auto block_bytes = [&](bool key) {
+    const int64_t group_bytes = cache_group_bytes(key_cache.dtype, dim.size, key);
+    return kv_heads.size * (block.size * group_bytes / kCacheGroup);
+  };
+  kernels().copy_blocks({key_cache.data, value_cache.data, ints(block_pairs), pairs.size,
+                         block_bytes(true), block_bytes(false)});
 }
 
 }  // namespace launch

@@ -1,8 +1,8 @@
 // The contract of every kernel: one plain struct an op, on every device.
 //
 // Raw pointers, sizes, strides in elements; no framework type. Inner dimensions are contiguous
-// unless a stride is given. Dtypes: activations and caches are float32, float16 or bfloat16, each
-// of its own; indices are int32; statistics, RoPE tables and log-sum-exps are float32.
+// unless a stride is given. Dtypes: activations are float32, float16 or bfloat16; caches too, each
+// of its own, or int8 or int4 (quantized.h); indices are int32; statistics, RoPE tables and log-sum-exps are float32.
 // Offsets are int64_t: 100k tokens overflow 32 bits. Arguments were checked by the launcher.
 #pragma once
 
@@ -132,9 +132,9 @@ struct SiluAndMulParams {
 };
 
 struct CopyBlocksParams {
-  void *key_cache, *value_cache;  // (num_blocks, ...), block_bytes a block
+  void *key_cache, *value_cache;  // (num_blocks, ...)
   const int32_t* block_pairs;     // (num_pairs, 2): source, destination; done in order
-  int64_t num_pairs, block_bytes;
+  int64_t num_pairs, key_block_bytes, value_block_bytes;
 };
 
 // One table an instruction set (or device): the ops' entry points.

@@ -25,10 +25,10 @@ from codellama_rt.ops.control import (
 from codellama_rt.ops.quantized import OWN_WEIGHT_DTYPES, Quantized, weight_num_bytes
 
 __all__ = [
-    "Quantized", "add_rms_norm", "apply_rotary_pos_emb", "available", "available_isas", "copy_blocks",
-    "decoder_layer", "embedding", "flash_attention", "isa", "linear", "merge_attention",
-    "num_threads", "paged_attention", "quantize", "reshape_and_cache", "rms_norm", "rope_and_cache",
-    "set_isa", "set_num_threads", "silu_and_mul",
+    "Quantized", "add_rms_norm", "apply_rotary_pos_emb", "available", "available_isas",
+    "copy_blocks", "decoder_layer", "embedding", "flash_attention", "isa", "linear",
+    "merge_attention", "num_threads", "paged_attention", "quantize", "reshape_and_cache",
+    "rms_norm", "rope_and_cache", "set_isa", "set_num_threads", "silu_and_mul",
 ]  # fmt: skip
 
 Array = Any  # numpy.ndarray or mindspore.Tensor, contiguous
@@ -233,7 +233,8 @@ def reshape_and_cache(
     Args:
         key: (num_tokens, n_kv_heads, head_dim) float32, float16 or bfloat16.
         value: like `key`.
-        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype; written.
+        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`
+            in int8 or int4, quantised as it is written; written.
         value_cache: like `key_cache`; written.
         slot_mapping: (num_tokens) int32: block_id * block_size + offset; -1 skips the token.
 
@@ -258,7 +259,8 @@ def rope_and_cache(
         cos: (num_positions, head_dim / 2) float32; row p belongs to position p.
         sin: like `cos`.
         positions: (num_tokens) int32.
-        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype; written.
+        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`
+            in int8 or int4, quantised as it is written; written.
         value_cache: like `key_cache`; written.
         slot_mapping: (num_tokens) int32; -1 writes nothing of that token.
         interleaved: as in `apply_rotary_pos_emb`.
@@ -325,9 +327,9 @@ def paged_attention(
 
     Args:
         query: (num_tokens, n_heads, head_dim) float32, float16 or bfloat16. Over a bfloat16 cache
-            it is rounded to bfloat16.
-        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype; block_size is a
-            multiple of 16, n_kv_heads divides n_heads.
+            it is rounded to bfloat16, over a quantised one to int16 with a scale a head.
+        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`
+            in int8 or int4; block_size is a multiple of 16, n_kv_heads divides n_heads.
         value_cache: like `key_cache`.
         block_tables: (num_seqs, max_blocks) int32; entries past a sequence's pages are not read.
         seq_lens: (num_seqs) int32: keys of each sequence, the queries' own tokens included.
@@ -408,7 +410,8 @@ def copy_blocks(key_cache: Array, value_cache: Array, block_pairs: Array) -> Non
     """Copies whole pages of both caches, pair after pair, in place (copy-on-write).
 
     Args:
-        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype; written.
+        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`
+            in int8 or int4, quantised as it is written; written.
         value_cache: like `key_cache`; written.
         block_pairs: (num_pairs, 2) int32: source, destination.
 
@@ -444,7 +447,8 @@ def decoder_layer(
         cos: (num_positions, head_dim / 2) float32; row p belongs to position p.
         sin: like `cos`.
         positions: (num_tokens) int32.
-        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype; written.
+        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`
+            in int8 or int4, quantised as it is written; written.
         value_cache: like `key_cache`; written.
         slot_mapping: (num_tokens) int32; -1 writes nothing of that token.
         block_tables: (num_seqs, max_blocks) int32.

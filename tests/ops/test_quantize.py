@@ -1,4 +1,4 @@
-"""quantize: the bytes of its definition on every instruction set; GGUF's blocks as gguf reads them."""
+"""quantize: its definition's bytes on every instruction set; GGUF's blocks as gguf reads them."""
 
 import gguf
 import numpy as np
