@@ -6,9 +6,9 @@ rows of values, then its scales; so a group is one piece, whatever block_size is
 * int8: a row is head_dim int8, a scale one float32 a token. x = value * scale.
 * int4, values: a row is head_dim / 2 bytes, element 2 i in the low half of byte i; then a float16
   scale a token, then a float16 minimum a token. x = value * scale + minimum, value in 0..15.
-* int4, keys: the row times a Hadamard matrix (`rotate`), 5 bits an element: the low four as above,
-  then rows of head_dim / 8 bytes with bit 4 of the elements of even number, then of odd number;
-  scales and minimums as above.
+* int4, keys: the row times a Hadamard matrix (`rotate_rows`), 5 bits an element: the low four as
+  above, then rows of head_dim / 8 bytes with bit 4 of the elements of even number, then of odd
+  number; scales and minimums as above.
 
 A weight (out_features, in_features): int8 and int4 as `quantize` makes them, in tiles of 16 rows,
 groups of 32 along in_features; q4_0, q4_1, q8_0, q4_k and q6_k as they lie in a GGUF file. Elements

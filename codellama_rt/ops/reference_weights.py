@@ -56,12 +56,21 @@ def _to_int8(groups: Array) -> tuple[Array, Array]:
     """Values plus 128, and the upper halves of their scales: bfloat16."""
     import ml_dtypes
 
-    finite = np.isfinite(groups).all(axis=-1)
-    largest = np.where(finite, np.abs(groups).max(axis=-1), np.nan).astype(np.float32)
-    scale = (largest / np.float32(127)).astype(ml_dtypes.bfloat16)
-    factor = _inverse(scale.astype(np.float32))[..., None]
-    values = _rounded(groups * factor, -127, 127).astype(np.int32) + 128
-    return values.astype(np.uint8), scale
+    largest = np.fmax.reduce(np.abs(groups), axis=-1)
+    unit, best = _inverse(largest), np.full(largest.shape, np.inf, np.float32)
+    scale = np.zeros_like(best)
+    for trial in range(13):
+        tried = (largest / np.float32(124 + trial / 2)).astype(ml_dtypes.bfloat16)
+        tried = tried.astype(np.float32)
+        squares = np.zeros_like(best)
+        for w in np.moveaxis(groups, -1, 0):  # in the kernels' order
+            error = (w - _rounded(w * _inverse(tried), -127, 127) * tried) * unit
+            squares = squares + error * error
+        better = squares < best
+        best, scale = np.where(better, squares, best), np.where(better, tried, scale)
+    scale = np.where(np.isfinite(groups).all(axis=-1), scale, np.float32(np.nan))
+    values = _rounded(groups * _inverse(scale)[..., None], -127, 127).astype(np.int32) + 128
+    return values.astype(np.uint8), scale.astype(ml_dtypes.bfloat16)
 
 
 def _to_int4(groups: Array) -> tuple[Array, Array, Array, Array, Array]:

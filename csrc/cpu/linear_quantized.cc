@@ -33,7 +33,7 @@ constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, no
 constexpr int64_t kFewTokens = 3 * kHeight;
 constexpr int64_t kBlockTiles = 4;  // with many tokens: 64 rows
 constexpr int64_t kFewTiles = 2;
-constexpr int64_t kChunkGroups = 128;      // 64 rows of them: 280 KB of L2
+constexpr int64_t kChunkGroups = 48;       // 32 rows of them: 52 KB; 32 and 64 were 2 to 5 % slower
 constexpr int64_t kFewGroups = 16;         // 32 rows of them: 17 KB of L1
 constexpr int64_t kTaskBytes = 128 << 10;  // see linear.cc
 constexpr int64_t kTasks = 32;
@@ -191,17 +191,17 @@ struct Cut {
   int64_t tiles, groups;  // of a block, of a chunk
 };
 
-// All tokens by one chunk of a block's tiles.
+// All tokens by one chunk of a block's tiles: a few vectors of rows stay in L1, the tokens pass.
 template <typename Layout>
 void multiply_chunk(const LinearParams& p, const TokenGroup* x, int64_t g, int64_t count,
                     const RowVector* rows, int64_t num_vectors, float* totals, int64_t stride) {
   const int64_t groups = num_groups(p.k);
-  for (int64_t t = 0; t < p.num_tokens; t += kHeight) {
-    const int64_t height = smaller(kHeight, p.num_tokens - t);
-    const TokenGroup* panel = x + t * groups + g * height;
-    with_count<kHeight>(height, [&](auto tokens) {
-      for (int64_t j = 0; j < num_vectors; j += kWidth) {
-        with_count<kWidth>(smaller(kWidth, num_vectors - j), [&](auto vectors) {
+  for (int64_t j = 0; j < num_vectors; j += kWidth) {
+    with_count<kWidth>(smaller(kWidth, num_vectors - j), [&](auto vectors) {
+      for (int64_t t = 0; t < p.num_tokens; t += kHeight) {
+        const int64_t height = smaller(kHeight, p.num_tokens - t);
+        const TokenGroup* panel = x + t * groups + g * height;
+        with_count<kHeight>(height, [&](auto tokens) {
           multiply_groups<Layout, tokens.value, vectors.value>(
               panel, rows + j, count, totals + t * stride + j * kLanes, stride);
         });

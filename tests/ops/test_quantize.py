@@ -1,4 +1,4 @@
-"""quantize: the bytes of its definition on every instruction set; GGUF's blocks as gguf reads them."""
+"""quantize: its definition's bytes on every instruction set; GGUF's blocks as gguf reads them."""
 
 import gguf
 import numpy as np
@@ -12,7 +12,9 @@ from codellama_rt.ops import reference
 from codellama_rt.ops.quantized import GGUF_BLOCKS, OWN_WEIGHT_DTYPES, weight_num_bytes
 
 OWN = pytest.mark.parametrize("dtype", OWN_WEIGHT_DTYPES)
-LARGEST_ERROR = {"int8": 0.5 / 127, "int4": 1.1 / 15}  # of a group, in units of its largest element
+# Of a group, in units of its largest element. int8 may clip that one, where the others gain by it.
+LARGEST_ERROR = {"int8": 3.5 / 127, "int4": 1.1 / 15}
+MEAN_SQUARE = {"int8": 0.3 / 127, "int4": 0.6 / 15}  # its root; rounding alone gives 0.29 of a step
 
 
 @OWN
@@ -40,6 +42,8 @@ def test_error(rng, dtype):
     # int4: half a step of up to twice the largest element, and what rounding the codes adds
     largest = np.abs(weight).reshape(50, 20, 32).max(axis=-1)
     assert (error.max(axis=-1) <= LARGEST_ERROR[dtype] * 1.01 * largest).all()
+    root = np.sqrt(np.mean((error / largest[..., None]) ** 2))
+    assert root <= MEAN_SQUARE[dtype]
 
 
 @OWN
