@@ -73,7 +73,8 @@ class KVCache:
 
 def _map_memory(num_bytes: int) -> np.ndarray:
     try:
-        memory = mmap.mmap(-1, num_bytes)
+        # Private: what mmap shares by default gets no huge pages on most systems.
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError) as error:
         raise RuntimeError(
             f"no memory for a KV cache of {num_bytes / 1e9:.1f} GB ({error}); "

@@ -134,6 +134,31 @@ def test_decode_traffic_is_counted_key_by_key(model):
     assert report.decode_keys == 4 + 5 + 6
 
 
+def test_quantised_weights_and_cache(run, model):
+    options = {"quantization": "int4", "kv_dtype": "int8"}
+    expected = clrt.generate(model, PROMPT, max_new_tokens=9, **options)
+    assert expected != clrt.generate(model, PROMPT, max_new_tokens=9)
+    words = ("--quantization", "int4", "--kv-dtype", "int8", "--max-new-tokens", 9, "--stats")
+    code, out, err = run("generate", model, "-p", PROMPT, *words)
+    assert (code, out) == (0, expected)
+    assert "GB/s" in err
+
+
+def test_convert_writes_what_generate_opens(run, model, tmp_path):
+    out = tmp_path / "converted"
+    code, text, err = run("convert", model, "--quantization", "int4", "--out", out)
+    assert (code, text) == (0, "")
+    assert err == f"{out}: 0.00 GB\n"
+    expected = clrt.generate(model, PROMPT, quantization="int4", max_new_tokens=9)
+    assert run("generate", out, "-p", PROMPT, "--max-new-tokens", 9) == (0, expected, "")
+    assert_one_line_error(
+        run("convert", model, "--quantization", "int4", "--out", out), "is there already"
+    )
+    assert_one_line_error(
+        run("convert", out, "--quantization", "int8", "--out", tmp_path / "b"), "in int4 already"
+    )
+
+
 def test_json_gives_a_line_a_sample(run, model):
     code, out, err = run(
         "generate", model, "-p", PROMPT, "--n", 2, "--temperature", 1, "--seed", 1,
@@ -202,6 +227,11 @@ def test_infill_in_place_changes_the_gap_alone(run, model, tmp_path):
         (("generate", "MODEL", "-p", "x", "--logit-bias", "a=1"), ["--logit-bias", "a=1"]),
         (("generate", "MODEL", "-p", "x", "--device", "cuda"), ["cuda", "available: cpu"]),
         (("generate", "MODEL", "-p", "x", "--dtype", "int3"), ["dtype", "int3"]),
+        (("generate", "MODEL", "-p", "x", "--kv-dtype", "int3"), ["kv_dtype", "int4", "int3"]),
+        (("generate", "MODEL", "-p", "x", "--kv-dtype", "int4"), ["head_dim", "kv_dtype='int8'"]),
+        (("generate", "MODEL", "-p", "x", "--quantization", "q4"), ["int8, int4, got 'q4'"]),
+        (("convert", "MODEL", "--quantization", "q4", "--out", "x"), ["int8, int4, got 'q4'"]),
+        (("convert", "nowhere", "--quantization", "int4", "--out", "x"), ["found no such file"]),
         (("generate", "MODEL", "-p", "x", "--kv-memory", "much"), ["memory size", "much"]),
         (("generate", "MODEL", "-p", "x", "--kv-memory", "1B"), ["KV cache", "raise kv_memory"]),
         (("generate", "MODEL", "-p", "x y z", "--max-model-len", 3), ["max_model_len=3"]),
@@ -307,7 +337,7 @@ def test_progress_is_shown_on_a_terminal_alone(run, model, monkeypatch):
 def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert all(f"  {command} " in out for command in ("generate", "infill", "doctor"))
+    assert all(f"  {command} " in out for command in ("generate", "infill", "convert", "doctor"))
 
 
 def test_the_command_line_starts_light():
@@ -321,7 +351,8 @@ def test_doctor_tells_what_there_is(run):
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
     for word in ("numpy", "MindSpore", "instruction set", "threads", "GB/s", "bfloat16",
-                 "custom ops", "device cpu", "device cuda", "no: this build"):  # fmt: skip
+                 "KV caches", "int4", "q6_k", "custom ops", "device cpu", "device cuda",
+                 "no: this build"):  # fmt: skip
         assert word in out
 
 

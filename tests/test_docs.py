@@ -21,6 +21,7 @@ from codellama_rt.config import ModelConfig
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
 NAMED_MODELS = ("CodeLlama-7b-hf", "smollm2-135m-instruct")
+CONVERTED = "CodeLlama-7b-int4"
 
 
 def blocks(language):
@@ -35,7 +36,7 @@ USE, TRANSFORMERS, API = blocks("python")
 def folder(tmp_path_factory):
     """A model of as many ids as its tokenizer has pieces: any id it draws can be decoded."""
     pieces = pb.ModelProto.FromString(sentencepiece_model()).pieces
-    config = {"vocab_size": len(pieces), "max_position_embeddings": 1024}
+    config = {"vocab_size": len(pieces), "max_position_embeddings": 1024, "head_dim": 32}
     shapes = expected_shapes(ModelConfig.from_hf(MINI_CONFIG | config))
     rng = np.random.default_rng(5)
     tensors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
@@ -79,7 +80,7 @@ def test_the_api_page_names_what_there_is():
 def command_lines():
     """What the README types after `codellama-rt`, without its comments."""
     text = "\n".join(blocks("sh"))
-    lines = re.findall(r"codellama-rt (generate|infill|doctor)(.*)", text)
+    lines = re.findall(r"codellama-rt (generate|infill|convert|doctor)(.*)", text)
     return [[command, *shlex.split(rest, comments=True)] for command, rest in lines]
 
 
@@ -87,6 +88,8 @@ def command_lines():
 def test_the_command_lines_run(words, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hole.py").write_text("a = <FILL_ME>\n")
+    if words[0] != "convert":
+        (tmp_path / CONVERTED).symlink_to(folder)
     with pytest.raises(SystemExit) as ended:
         cli.app([on(folder, word) for word in words])
     assert ended.value.code == 0

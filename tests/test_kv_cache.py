@@ -1,6 +1,7 @@
 """The KV cache's memory: its layout, its size, and how many pages are planned."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +73,18 @@ def test_a_large_cache_costs_only_what_is_used():
     cache = KVCache(CONFIG, num_blocks=10**6, block_size=16)  # 6 GB
     cache.layers[-1][1][-1] = 1
     assert cache.layers[-1][1][-1].all()
+
+
+def test_the_memory_is_private():
+    """Shared mappings get no huge pages where shmem_enabled is never, as it is by default."""
+    cache = KVCache(CONFIG, num_blocks=1000)
+    address = cache.layers[0][0].ctypes.data
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if begin <= address < end:
+            assert line.split()[1] == "rw-p"
+            return
+    raise AssertionError("not mapped")
 
 
 def test_close_gives_the_pages_up():
