@@ -63,20 +63,9 @@ def convert(
         raise ValueError("convert takes a quantization: int8 or int4")
     check_quantization(quantization)
     path, out = resolve_model(model), Path(out)
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: expected a directory in Hugging Face's layout, found a file; GGUF's "
-            "quantised types are used as they lie, without conversion"
-        )
     if out.exists():
         raise FileExistsError(f"{out} is there already; give --out another name, or remove it")
-    stored = read_directory(path)
-    if stored.quantization is not None:
-        raise CheckpointError(
-            f"{path}: expected weights to quantise, found them in {stored.quantization} already; "
-            "convert the original"
-        )
-    tensors = sources(match_tensors(stored))
+    tensors = _read_source(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
@@ -87,6 +76,22 @@ def convert(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return out
+
+
+def _read_source(path: Path) -> dict[str, StoredTensor]:
+    """The tensors to write, each with what it is made from."""
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: expected a directory in Hugging Face's layout, found a file; GGUF's "
+            "quantised types are used as they lie, without conversion"
+        )
+    stored = read_directory(path)
+    if stored.quantization is not None:
+        raise CheckpointError(
+            f"{path}: expected weights to quantise, found them in {stored.quantization} already; "
+            "convert the original"
+        )
+    return sources(match_tensors(stored))
 
 
 def _write(

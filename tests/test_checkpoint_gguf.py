@@ -18,6 +18,7 @@ from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.checkpoint.gguf_file import read_gguf
 from codellama_rt.checkpoint.safetensors_file import read_safetensors
 from codellama_rt.config import ModelConfig, RopeScaling
+from codellama_rt.dtypes import numpy_dtype
 from codellama_rt.errors import CheckpointError
 from codellama_rt.rope import inverse_frequencies
 
@@ -129,8 +130,8 @@ def test_quantised_tensors_are_decoded(tmp_path, kind, dtype):
         (layer.down_proj, prefix + "mlp.down_proj.weight"),
         (checkpoint.weights.lm_head, "lm_head.weight"),
     ]:
-        assert np.array_equal(ours, decoded[name].astype(expected))
-    assert layer.mlp_norm.dtype == ("float32" if dtype == "auto" else expected)
+        assert np.array_equal(ours, decoded[name].astype(numpy_dtype(expected)))
+    assert layer.mlp_norm.dtype.name == ("float32" if dtype == "auto" else expected)
     assert {what for _, _, what in calls} == {f"converting to {expected}", "checking for NaN"}
 
 

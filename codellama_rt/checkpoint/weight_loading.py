@@ -156,6 +156,26 @@ def load_arrays(
             finite.
     """
     target = choose_dtype(tensors) if dtype == "auto" else numpy_dtype(dtype)
+    todo = dict(tensors) if quantization is None else sources(tensors)
+    kept = _as_they_lie(todo, target, dtype == "auto", quantization)
+    counter = Counter(sum(t.payload.nbytes for n, t in todo.items() if n not in kept), progress)
+    weights: dict[str, Weight] = {}
+    for name, tensor in todo.items():
+        if name in kept:
+            weights[name] = tensor.view()
+        elif quantization is not None and is_quantized(name):
+            weights[name] = quantize_tensor(tensor, quantization)
+            counter.add(tensor.payload.nbytes, f"quantising to {quantization}")
+        else:
+            weights[name] = _convert(tensor, target, counter)
+            tensor.release()
+    return weights
+
+
+def _as_they_lie(
+    tensors: Mapping[str, StoredTensor], target: np.dtype, is_auto: bool, quantization: str | None
+) -> set[str]:
+    """Names of the tensors that are used without conversion."""
     is_mixed = quantization is not None or not all(
         tensor.is_float for name, tensor in tensors.items() if is_quantized(name)
     )
@@ -166,24 +186,11 @@ def load_arrays(
         if quantization is not None and is_quantized(name):
             return False
         if not tensor.is_float:
-            return dtype == "auto" and tensor.weight_dtype is not None
-        keeps_its_own = dtype == "auto" and (is_mixed or len(tensor.shape) == 1)
+            return is_auto and tensor.weight_dtype is not None
+        keeps_its_own = is_auto and (is_mixed or len(tensor.shape) == 1)
         return keeps_its_own or ENCODINGS[tensor.encoding] == target
 
-    todo = dict(tensors) if quantization is None else sources(tensors)
-    total = sum(t.payload.nbytes for name, t in todo.items() if not lies_right(name, t))
-    counter = Counter(total, progress)
-    weights: dict[str, Weight] = {}
-    for name, tensor in todo.items():
-        if lies_right(name, tensor):
-            weights[name] = tensor.view()
-        elif quantization is not None and is_quantized(name):
-            weights[name] = quantize_tensor(tensor, quantization)
-            counter.add(tensor.payload.nbytes, f"quantising to {quantization}")
-        else:
-            weights[name] = _convert(tensor, target, counter)
-            tensor.release()
-    return weights
+    return {name for name, tensor in tensors.items() if lies_right(name, tensor)}
 
 
 def _convert(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> np.ndarray:
