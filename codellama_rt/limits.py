@@ -76,7 +76,7 @@ def read_bandwidth(seconds: float = 0.2, num_bytes: int = PROBE_BYTES) -> float:
         seconds: how long to repeat; three passes at least.
         num_bytes: of the memory that is read; taken for the length of the call.
     """
-    memory = mmap.mmap(-1, num_bytes)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # as the KV cache: the roof pays for no small pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     view = np.frombuffer(memory, np.uint8)
