@@ -135,35 +135,62 @@ inline void interleave(Vec& even, Vec& odd) {
   odd.v = _mm256_permute2f128_ps(low, high, 0x31);
 }
 
-#else
+#else  // any Vec, through its lanes in memory
 
+struct Lanes {
+  uint32_t at[kLanes];
+};
+inline Lanes to_bits(Vec x) {
+  float floats[kLanes];
+  store(floats, x);
+  Lanes lanes;
+  std::memcpy(lanes.at, floats, sizeof(floats));
+  return lanes;
+}
 template <typename F>
 inline Vec lanewise_int32(F f) {
-  return lanewise([&](int i) { return bits_to_float(uint32_t(f(i))); });
+  Lanes lanes;
+  for (int i = 0; i < kLanes; ++i) lanes.at[i] = uint32_t(f(i));
+  float floats[kLanes];
+  std::memcpy(floats, lanes.at, sizeof(floats));
+  return load(floats);
 }
-inline int32_t lane_int32(Vec x, int i) { return int32_t(float_to_bits(x.v[i])); }
+template <typename F>
+inline Vec lanewise_float(F f) {
+  float floats[kLanes];
+  for (int i = 0; i < kLanes; ++i) floats[i] = f(i);
+  return load(floats);
+}
 inline Vec splat_int32(int32_t x) {
   return lanewise_int32([&](int) { return x; });
 }
 inline Vec add_int32(Vec a, Vec b) {
-  return lanewise_int32([&](int i) { return lane_int32(a, i) + lane_int32(b, i); });
+  const Lanes x = to_bits(a), y = to_bits(b);
+  return lanewise_int32([&](int i) { return x.at[i] + y.at[i]; });
 }
 inline Vec and_bits(Vec a, Vec b) {
-  return lanewise_int32([&](int i) { return lane_int32(a, i) & lane_int32(b, i); });
+  const Lanes x = to_bits(a), y = to_bits(b);
+  return lanewise_int32([&](int i) { return x.at[i] & y.at[i]; });
 }
 inline Vec shift_right_4(Vec a) {
-  return lanewise_int32([&](int i) { return float_to_bits(a.v[i]) >> 4; });
+  const Lanes x = to_bits(a);
+  return lanewise_int32([&](int i) { return x.at[i] >> 4; });
 }
 inline Vec int32_to_float(Vec a) {
-  return lanewise([&](int i) { return float(lane_int32(a, i)); });
+  const Lanes x = to_bits(a);
+  return lanewise_float([&](int i) { return float(int32_t(x.at[i])); });
 }
-inline Vec float_to_int32(Vec a) {
-  return lanewise_int32([&](int i) { return int32_t(std::nearbyint(a.v[i])); });
+inline Vec float_to_int32(Vec a) {  // nearest even
+  float floats[kLanes];
+  store(floats, a);
+  return lanewise_int32([&](int i) { return int32_t(std::nearbyint(floats[i])); });
 }
 inline Vec dot_int16_pairs(Vec a, Vec b, Vec c) {
+  const Lanes x = to_bits(a), y = to_bits(b), z = to_bits(c);
   return lanewise_int32([&](int i) {
-    const int32_t x = lane_int32(a, i), y = lane_int32(b, i);
-    return lane_int32(c, i) + int16_t(x) * int16_t(y) + (x >> 16) * (y >> 16);
+    const int32_t low = int16_t(x.at[i]) * int16_t(y.at[i]);
+    const int32_t high = int16_t(x.at[i] >> 16) * int16_t(y.at[i] >> 16);
+    return z.at[i] + uint32_t(low) + uint32_t(high);
   });
 }
 template <typename T>
@@ -172,18 +199,21 @@ inline Vec load_pairs(const T* p) {
       [&](int i) { return uint16_t(p[2 * i]) | uint32_t(uint16_t(p[2 * i + 1])) << 16; });
 }
 inline Vec load(const int8_t* p) {
-  return lanewise([&](int i) { return float(p[i]); });
+  return lanewise_float([&](int i) { return float(p[i]); });
 }
 inline Vec load_int32(const uint8_t* p) {
   return lanewise_int32([&](int i) { return p[i]; });
 }
 inline void store_int8(int8_t* p, Vec a) {
-  for (int i = 0; i < kLanes; ++i) p[i] = int8_t(lane_int32(a, i));
+  const Lanes x = to_bits(a);
+  for (int i = 0; i < kLanes; ++i) p[i] = int8_t(x.at[i]);
 }
 inline Vec add_16_where(const uint8_t* bits, Vec a) {
+  static_assert(kLanes == 4, "eight int16 have a byte of bits");
+  const Lanes x = to_bits(a);
   return lanewise_int32([&](int i) {
     const uint32_t two = *bits >> (2 * i);
-    return float_to_bits(a.v[i]) | (two & 1) << 4 | (two & 2) << 19;
+    return x.at[i] | (two & 1) << 4 | (two & 2) << 19;
   });
 }
 inline Vec sum_lanes(Vec a, Vec b, Vec c, Vec d) {
@@ -193,11 +223,15 @@ inline Vec sum_lanes(Vec a, Vec b, Vec c, Vec d) {
 }
 inline Vec join_lanes(const Vec (&quads)[1]) { return quads[0]; }
 inline void interleave(Vec& even, Vec& odd) {
-  const Vec e = even, o = odd;
+  float e[kLanes], o[kLanes], both[2 * kLanes];
+  store(e, even);
+  store(o, odd);
   for (int i = 0; i < kLanes; ++i) {
-    (i < kLanes / 2 ? even.v[2 * i] : odd.v[2 * i - kLanes]) = e.v[i];
-    (i < kLanes / 2 ? even.v[2 * i + 1] : odd.v[2 * i + 1 - kLanes]) = o.v[i];
+    both[2 * i] = e[i];
+    both[2 * i + 1] = o[i];
   }
+  even = load(both);
+  odd = load(both + kLanes);
 }
 
 #endif
