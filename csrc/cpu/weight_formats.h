@@ -156,9 +156,22 @@ struct Rows {
   }
   // The float16 at `offset` of every row.
   inline void load_halves(int64_t offset, float* to) const {
+#if defined(__AVX512F__)
+    // Stores of 2 bytes and a load of 32 would wait for each other: inserted in registers.
+    const auto eight = [&](int first) {
+      const auto at = [&](int r) {
+        int16_t half;
+        std::memcpy(&half, row[first + r] + offset, 2);
+        return half;
+      };
+      return _mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
+    };
+    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_set_m128i(eight(8), eight(0))));
+#else
     f16 halves[kWeightTile];
     for (int r = 0; r < kWeightTile; ++r) std::memcpy(&halves[r], row[r] + offset, 2);
     for (int i = 0; i < kWeightTile; i += kLanes) store(to + i, load(halves + i));
+#endif
   }
 };
 
@@ -172,11 +185,15 @@ inline void to_floats(const Words& words, Floats& floats) {
 
 // The float16 in the low half of each word.
 inline void low_halves(const Words& words, Floats& floats) {
+#if defined(__AVX512F__)
+  floats = (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)words));
+#else
   f16 halves[kWeightTile];
   for (int r = 0; r < kWeightTile; ++r) halves[r].bits = uint16_t(words[r]);
   for (int i = 0; i < kWeightTile; i += kLanes) {
     store(reinterpret_cast<float*>(&floats) + i, load(halves + i));
   }
+#endif
 }
 
 // ---- formats: blocks of a row, and how they are unpacked -----------------------------------
@@ -372,6 +389,13 @@ const uint8_t* groups_of(const Tile& tile, int64_t k, int64_t g, int64_t count, 
     Rows rows;
     for (int64_t i = 0; i < kWeightTile; ++i) {  // the last row stands in for those past it
       rows.row[i] = tile.weight + (tile.first_row + smaller(i, tile.num_rows - 1)) * row_bytes;
+    }
+    // What is unpacked next: sixteen rows are more streams than hardware prefetchers follow.
+    const int64_t bytes = count / Block::kGroups * Block::kBlockBytes;
+    const int64_t end = (g + count) / Block::kGroups * Block::kBlockBytes;
+    const int64_t ahead = end < row_bytes ? end : kWeightTile * row_bytes;
+    for (const uint8_t* row : rows.row) {
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + ahead + at);
     }
     for (int64_t at = 0; at < count; at += Block::kGroups) {
       Block::unpack(rows, (g + at) / Block::kGroups * Block::kBlockBytes, to + at * Layout::kBytes);
