@@ -21,9 +21,10 @@ using Shapes = std::vector<Shape>;
 
 constexpr int kMaxInputs = 19;
 
-// What the bytes of an input stand for: the attribute `format_<input>` of ops/primitives.py,
-// "dtype row_bytes axis axis ...". Of a cache the number and the size of pages, axes 0 and 2, are
-// -1: they follow from its payload (num_blocks, n_kv_heads, block_size * row_bytes).
+// What the bytes of an input stand for. The attribute `formats`, written by ops/primitives.py, has
+// an entry for each of the first inputs, a ';' after it: "dtype row_bytes axis axis ...", empty for
+// floats. Of a cache the number and the size of pages, axes 0 and 2, are -1: they follow from its
+// payload (num_blocks, n_kv_heads, block_size * row_bytes).
 struct Format {
   DType dtype = DType::kOther;  // not quantised
   int ndim = 0;
@@ -32,8 +33,12 @@ struct Format {
 
   static Format of(AotExtra* extra, int input) {
     Format format;
-    std::istringstream text(extra->get(("format_" + std::to_string(input)).c_str()));
-    std::string name;
+    std::istringstream entries(extra->get("formats"));
+    std::string entry, name;
+    for (int i = 0; i <= input; ++i) {
+      if (!std::getline(entries, entry, ';')) return format;
+    }
+    std::istringstream text(entry);
     if (!(text >> name >> format.row_bytes)) return format;
     format.dtype = quantized_dtype(name.c_str());
     while (format.ndim < kMaxDims && text >> format.shape[format.ndim]) ++format.ndim;

@@ -27,9 +27,9 @@ operator, argument and reason. PyNative runs asynchronously, so it may show at a
 a result is read.
 
 **Quantised tensors.** A `Quantized` stands in PyNative where it does in `codellama_rt.ops`, its
-payload a Tensor. A graph takes it apart, as the tuple (payload, dtype, shape), of which the last two
-are constants. The payload of a cache is (num_blocks, n_kv_heads, bytes of a page): the number and
-the size of its pages may change from call to call, and are not read from the shape.
+payload a Tensor. A graph takes it apart, as the tuple (payload, dtype, shape), of which the last
+two are constants. The payload of a cache is (num_blocks, n_kv_heads, bytes of a page): the number
+and the size of its pages may change from call to call, and are not read from the shape.
 
 Example:
     >>> import mindspore, numpy

@@ -34,15 +34,14 @@ def make_primitive(
     inputs = _names(name, num_tensors)
     outputs = list(op.outputs) or ["token"]
     info = CustomRegOp(f"{name}{num_tensors}")
-    for i, (key, format_) in enumerate(zip(inputs, formats, strict=True)):
-        if format_ is not None:
-            info.attr(f"format_{i}", "required", "str", value=_attribute(name, key, *format_))
     for i, key in enumerate(inputs):
         info.input(i, key)
     for i, key in enumerate(outputs):
         info.output(i, key)
     for (key, attribute), value in zip(op.attributes.items(), values, strict=True):
         info.attr(key, "required", attribute.type, value=_checked(name, key, attribute, value))
+    # In one: all primitives of a symbol must have the same attributes.
+    info.attr("formats", "required", "str", value=_describe(name, inputs, formats))
     if name == "linear":  # the ABI's shape inference does not tell
         info.attr("num_weights", "required", "int", value=num_tensors - 1)
     info.dtype_format(*[DataType.None_None] * (len(inputs) + len(outputs))).target("CPU")
@@ -87,11 +86,19 @@ def _names(name: str, num_tensors: int) -> tuple[str, ...]:
     return names + tuple(f"weight_{i}" for i in range(2, num_tensors))
 
 
-def _attribute(op: str, key: str, dtype: str, shape: tuple[int, ...]) -> str:
-    """A format as `csrc/aot.cc` reads it: dtype, bytes of a token's row, shape.
+def _describe(op: str, names: tuple[str, ...], formats: tuple[Format | None, ...]) -> str:
+    """The formats as `csrc/aot.cc` reads them: of each input dtype, bytes of a token's row, shape.
 
     A cache's pages may change in number and size: they follow from its payload's shape.
     """
+    entries = [
+        "" if format_ is None else _entry(op, name, *format_)
+        for name, format_ in zip(names, formats, strict=True)
+    ]
+    return ";".join([*entries, ""])
+
+
+def _entry(op: str, key: str, dtype: str, shape: tuple[int, ...]) -> str:
     row_bytes = 0
     if key in _CACHES:
         row_bytes = cache_row_bytes(dtype, shape[3])[_CACHES.index(key)]
