@@ -6,6 +6,8 @@
 // No symbol of MindSpore is used. An exception goes through to MindSpore, which makes a
 // RuntimeError with its text of it (a return value other than 0 would be shown as a bare number).
 #include <cstring>
+#include <sstream>
+#include <string>
 
 #include "decoder_layer.h"
 #include "launch.h"
@@ -17,9 +19,44 @@ namespace {
 using Shape = std::vector<int64_t>;
 using Shapes = std::vector<Shape>;
 
+constexpr int kMaxInputs = 19;
+
+// What the bytes of an input stand for. The attribute `formats`, written by ops/primitives.py, has
+// an entry for each of the first inputs, a ';' after it: "dtype row_bytes axis axis ...", empty for
+// floats. Of a cache the number and the size of pages, axes 0 and 2, are -1: they follow from its
+// payload (num_blocks, n_kv_heads, block_size * row_bytes).
+struct Format {
+  DType dtype = DType::kOther;  // not quantised
+  int ndim = 0;
+  int64_t row_bytes = 0;
+  int64_t shape[kMaxDims] = {};
+
+  static Format of(AotExtra* extra, int input) {
+    Format format;
+    std::istringstream entries(extra->get("formats"));
+    std::string entry, name;
+    for (int i = 0; i <= input; ++i) {
+      if (!std::getline(entries, entry, ';')) return format;
+    }
+    std::istringstream text(entry);
+    if (!(text >> name >> format.row_bytes)) return format;
+    format.dtype = quantized_dtype(name.c_str());
+    while (format.ndim < kMaxDims && text >> format.shape[format.ndim]) ++format.ndim;
+    return format;
+  }
+  // Of an axis; `payload(axis)` gives the payload's, or -1 while that is not known.
+  template <typename Payload>
+  int64_t size(int axis, const Payload& payload) const {
+    if (axis >= ndim || shape[axis] >= 0) return axis < ndim ? shape[axis] : 1;
+    const int64_t size = payload(axis);
+    return axis == 0 || size < 0 ? size : size / row_bytes;
+  }
+};
+
 struct Attributes : AotKernelData {
   float eps, scale;
   bool interleaved, causal;
+  Format formats[kMaxInputs];
 };
 
 // The tensors of one call.
@@ -37,6 +74,33 @@ struct Call {
   }
 
   TensorView operator[](int i) const {
+    TensorView t = plain(i);
+    if (i >= kMaxInputs || attributes().formats[i].dtype == DType::kOther) return t;
+    const Format& format = attributes().formats[i];
+    const TensorView payload = t;
+    t.num_bytes = 1;
+    for (int axis = 0; axis < payload.ndim; ++axis) t.num_bytes *= payload.shape[axis];
+    t.dtype = format.dtype;
+    t.dtype_text = dtype_name(format.dtype);
+    t.ndim = format.ndim;
+    for (int axis = 0; axis < t.ndim; ++axis) {
+      t.shape[axis] = format.size(
+          axis, [&](int a) { return a < payload.ndim ? payload.shape[a] : int64_t{0}; });
+    }
+    set_strides(t);
+    return t;
+  }
+
+ private:
+  static void set_strides(TensorView& t) {
+    int64_t stride = 1;
+    for (int axis = t.ndim - 1; axis >= 0; --axis) {
+      t.strides[axis] = stride;
+      stride *= t.shape[axis];
+    }
+  }
+
+  TensorView plain(int i) const {
     if (ndims[i] > kMaxDims) {
       throw std::invalid_argument(std::string(name) + ": tensor " + std::to_string(i) + " has " +
                                   std::to_string(ndims[i]) + " dimensions, an op takes at most 4");
@@ -48,12 +112,8 @@ struct Call {
       if (std::strcmp(dtypes[i], dtype_name(dtype)) == 0) t.dtype = dtype;
     }
     t.ndim = ndims[i];
-    int64_t stride = 1;
-    for (int axis = t.ndim - 1; axis >= 0; --axis) {
-      t.shape[axis] = shapes[i][axis];
-      t.strides[axis] = stride;
-      stride *= t.shape[axis];
-    }
+    for (int axis = 0; axis < t.ndim; ++axis) t.shape[axis] = shapes[i][axis];
+    set_strides(t);
     return t;
   }
 };
@@ -68,14 +128,21 @@ struct Inputs {
   AotExtra* extra;
 
   int64_t size(int input, int axis) const {
-    const bool rank_known = ndims[input] == 0 || shapes[input][0] != kUnknownRank;
-    if (axis >= ndims[input] || !rank_known) return rank_known ? 1 : -1;
-    return shapes[input][axis] >= 0 ? shapes[input][axis] : -1;
+    const Format format = Format::of(extra, input);
+    if (format.dtype == DType::kOther) return plain_size(input, axis);
+    return format.size(axis, [&](int a) { return plain_size(input, a); });
   }
   Shape shape(int input, int ndim) const {
     Shape sizes(ndim);
     for (int axis = 0; axis < ndim; ++axis) sizes[axis] = size(input, axis);
     return sizes;
+  }
+
+ private:
+  int64_t plain_size(int input, int axis) const {
+    const bool rank_known = ndims[input] == 0 || shapes[input][0] != kUnknownRank;
+    if (axis >= ndims[input] || !rank_known) return rank_known ? 1 : -1;
+    return shapes[input][axis] >= 0 ? shapes[input][axis] : -1;
   }
 };
 
@@ -221,6 +288,7 @@ int read_attributes(AotExtra* extra) {
   attributes->scale = extra->get("scale", 0.0f);
   attributes->interleaved = extra->get("interleaved", false);
   attributes->causal = extra->get("causal", true);
+  for (int i = 0; i < kMaxInputs; ++i) attributes->formats[i] = Format::of(extra, i);
   extra->set_kernel_data(attributes);
   return 0;
 }

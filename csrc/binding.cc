@@ -46,13 +46,6 @@ const NamedDType& dtype_of(py::handle dtype) {
   return found->second;
 }
 
-DType quantized_dtype(const std::string& name) {
-  for (DType dtype = DType::kInt8; dtype != DType::kOther; dtype = DType(int(dtype) + 1)) {
-    if (name == dtype_name(dtype)) return dtype;
-  }
-  throw DtypeError("no quantised dtype is called '" + name + "'");
-}
-
 [[noreturn]] void fail_dims(int ndim) {
   throw std::invalid_argument("a tensor of an op has at most " + std::to_string(kMaxDims) +
                               " dimensions, got " + std::to_string(ndim));
@@ -112,7 +105,11 @@ TensorView view_quantized(py::handle object) {
   if (std::strcmp(t.dtype_text, "uint8") != 0) {
     throw DtypeError(std::string("the payload of a Quantized must be uint8, got ") + t.dtype_text);
   }
-  t.dtype = quantized_dtype(object.attr("dtype").cast<std::string>());
+  const std::string name = object.attr("dtype").cast<std::string>();
+  t.dtype = quantized_dtype(name.c_str());
+  if (t.dtype == DType::kOther) {
+    throw DtypeError("no quantised dtype is called '" + name + "'");
+  }
   t.dtype_text = dtype_name(t.dtype);
   const py::tuple shape = object.attr("shape");
   t.ndim = int(shape.size());

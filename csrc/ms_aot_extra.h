@@ -32,6 +32,7 @@ class AotExtra {
   int64_t get(const char* name, int64_t otherwise) {
     return HasAttr(name) ? GetInt(name) : otherwise;
   }
+  std::string get(const char* name) { return HasAttr(name) ? GetString(name) : std::string(); }
 
  private:  // in the virtual table's order
   virtual bool GetBool(std::string name) = 0;

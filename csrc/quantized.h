@@ -20,6 +20,8 @@
 //   q4_0 ... q6_k     rows of GGUF blocks as they lie in the file
 #pragma once
 
+#include <cstring>
+
 #include "dtype.h"
 
 namespace codellama_rt {
@@ -49,6 +51,13 @@ constexpr int64_t cache_group_bytes(DType dtype, int64_t head_dim, bool key) {
     default:
       return kCacheGroup * head_dim * item_size(dtype);
   }
+}
+
+// kOther if there is none of that name.
+inline DType quantized_dtype(const char* name) {
+  int dtype = int(DType::kInt8);
+  while (DType(dtype) != DType::kOther && std::strcmp(name, dtype_name(DType(dtype))) != 0) ++dtype;
+  return DType(dtype);
 }
 
 // Bytes of a weight of n rows of k, k being a multiple of what a block holds.

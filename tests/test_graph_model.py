@@ -1,17 +1,22 @@
 """LlamaCell: the direct road's logits, bit for bit, from one compiled graph."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from checkpoint_files import TINY, TINY_NAMES
 from goldens import run
 from tolerances import assert_equal_bits
 
+from codellama_rt import ops
 from codellama_rt.batch import Batch
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.dtypes import FLOAT_DTYPES
 from codellama_rt.engine import Engine
 from codellama_rt.kv_cache import KVCache
 from codellama_rt.model import Llama
+from codellama_rt.ops.quantized import CACHE_DTYPES, OWN_WEIGHT_DTYPES, empty_caches
 from codellama_rt.sampling_params import SamplingParams
 
 mindspore = pytest.importorskip("mindspore", reason="MindSpore is not installed")
@@ -100,16 +105,19 @@ def test_an_engine_generates_the_same_tokens(whole_layers):
     assert run_requests(cell, "bfloat16", seed=1) == run_requests(direct, "bfloat16", seed=1)
 
 
+def three_tokens(block_size):
+    return Batch(
+        token_ids=np.array([5, 6, 7], np.int32), positions=np.arange(3, dtype=np.int32),
+        cu_seqlens_q=np.array([0, 3], np.int32), seq_lens=np.array([3], np.int32),
+        block_tables=np.array([[1]], np.int32), logit_rows=np.array([2, 0], np.int32),
+        slot_mapping=np.arange(block_size, block_size + 3, dtype=np.int32),
+    )  # fmt: skip
+
+
 def test_pages_of_another_size_and_dtype():
     """Another cache: other pages need no new graph, another dtype does."""
     checkpoint = open_checkpoint(TINY / STORED["float32"])
     cell, direct = make_cell(checkpoint, False), Llama(checkpoint.config, checkpoint.weights)
-    batch = Batch(
-        token_ids=np.array([5, 6, 7], np.int32), positions=np.arange(3, dtype=np.int32),
-        cu_seqlens_q=np.array([0, 3], np.int32), seq_lens=np.array([3], np.int32),
-        block_tables=np.array([[1]], np.int32), logit_rows=np.array([2, 0], np.int32),
-        slot_mapping=np.zeros(3, np.int32),
-    )  # fmt: skip
     before = compiled_graphs()
     for num_blocks, block_size, dtype, graphs in [
         (2, 16, "float32", 1), (5, 64, "float32", 1), (2, 16, "bfloat16", 2),
@@ -119,10 +127,69 @@ def test_pages_of_another_size_and_dtype():
             KVCache(checkpoint.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
             for _ in range(2)
         ]
-        batch.slot_mapping = np.arange(block_size, block_size + 3, dtype=np.int32)
+        batch = three_tokens(block_size)
         expected = direct.forward(batch, caches[0])
         assert_equal_bits(cell.forward(batch, caches[1]), expected)
         assert compiled_graphs() == before + graphs
+
+
+def quantized(weights, dtype):
+    """The same model with all projections and the head in `dtype`."""
+    layers = [
+        replace(layer, **{n: ops.quantize(w, dtype) for n, w in vars(layer).items() if "proj" in n})
+        for layer in weights.layers
+    ]
+    return replace(weights, layers=layers, lm_head=ops.quantize(weights.lm_head, dtype))
+
+
+@VARIANTS
+@pytest.mark.parametrize("dtype", OWN_WEIGHT_DTYPES)
+def test_logits_of_quantized_weights(dtype, whole_layers):
+    checkpoint = open_checkpoint(TINY / STORED["bfloat16"])
+    weights = quantized(checkpoint.weights, dtype)
+    run_requests(BothRoads(replace(checkpoint, weights=weights), whole_layers), "bfloat16")
+
+
+def test_a_quantized_embedding():
+    """Its rows too: as a GGUF file has them."""
+    checkpoint = open_checkpoint(TINY / STORED["float32"])
+    table = ops.quantize(checkpoint.weights.embedding, "int8")
+    weights = replace(checkpoint.weights, embedding=table)
+    run_requests(BothRoads(replace(checkpoint, weights=weights), False), "float32")
+
+
+def quantized_cache(config, dtype, num_blocks, block_size):
+    shape = (num_blocks, config.n_kv_heads, block_size, config.head_dim)
+    layers = [empty_caches(dtype, shape) for _ in range(config.n_layers)]
+    return SimpleNamespace(dtype=dtype, layers=layers)
+
+
+@VARIANTS
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_logits_over_quantized_caches(dtype, whole_layers):
+    """Pages of another number and size need no new graph."""
+    checkpoint = open_checkpoint(TINY / "hd128_gqa_bf16")
+    cell, direct = (
+        make_cell(checkpoint, whole_layers), Llama(checkpoint.config, checkpoint.weights)
+    )  # fmt: skip
+    before = compiled_graphs()
+    for num_blocks, block_size in [(2, 16), (5, 64)]:
+        ours, theirs = (
+            quantized_cache(checkpoint.config, dtype, num_blocks, block_size) for _ in range(2)
+        )
+        batch = three_tokens(block_size)
+        assert_equal_bits(cell.forward(batch, ours), direct.forward(batch, theirs))
+        for a, b in zip(pages_of(ours), pages_of(theirs), strict=True):
+            assert_equal_bits(a.payload, b.payload)
+    assert compiled_graphs() == before + 1
+
+
+def test_a_cell_keeps_its_quantized_dtype():
+    checkpoint = open_checkpoint(TINY / "hd128_gqa_bf16")
+    cell = make_cell(checkpoint, False)
+    cell.forward(three_tokens(16), quantized_cache(checkpoint.config, "int8", 2, 16))
+    with pytest.raises(ValueError, match=r"compiled for a cache in int8, got one in int4; make"):
+        cell.forward(three_tokens(16), quantized_cache(checkpoint.config, "int4", 2, 16))
 
 
 def test_weights_are_used_where_they_lie():

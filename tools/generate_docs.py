@@ -70,6 +70,7 @@ def describe(name: str, tensor: object) -> str:
     floats = {
         SCHEMA.FLOATS: "float",
         SCHEMA.CACHED: "float, int8 or int4",
+        SCHEMA.WEIGHTS: "float or quantised",
         SCHEMA.INT32: "int32",
         SCHEMA.FLOAT32: "float32",
     }

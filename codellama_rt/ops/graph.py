@@ -26,6 +26,11 @@ and values are checked when the operator runs: MindSpore makes a RuntimeError of
 operator, argument and reason. PyNative runs asynchronously, so it may show at a later call, or when
 a result is read.
 
+**Quantised tensors.** A `Quantized` stands in PyNative where it does in `codellama_rt.ops`, its
+payload a Tensor. A graph takes it apart, as the tuple (payload, dtype, shape), of which the last
+two are constants. The payload of a cache is (num_blocks, n_kv_heads, bytes of a page): the number
+and the size of its pages may change from call to call, and are not read from the shape.
+
 Example:
     >>> import mindspore, numpy
     >>> x = mindspore.Tensor(numpy.full((1, 2), 3, numpy.float32))
@@ -41,6 +46,7 @@ from mindspore import Tensor
 from mindspore.ops import Custom, constexpr
 
 from codellama_rt.ops.primitives import check_tensors, make_primitive
+from codellama_rt.ops.quantized import Quantized
 from codellama_rt.ops.schema import OPS
 from codellama_rt.ops.schema import Tensor as Description
 
@@ -66,7 +72,8 @@ def add_rms_norm(
 
 def linear(x: Tensor, weight: Tensor | tuple[Tensor, ...]) -> Tensor:
     """x times weight transposed; up to three weights as if they were one of all their rows."""
-    weights = weight if isinstance(weight, (tuple, list)) else (weight,)
+    alone = not isinstance(weight, (tuple, list)) or _is_quantized(weight)
+    weights = (weight,) if alone else weight
     return _run("linear", (x, *weights))
 
 
@@ -174,7 +181,7 @@ def primitive(name: str, *, num_weights: int = 1, **attributes: float | bool | N
         raise ValueError(f"{name} has no attribute {attribute!r}; it has: {', '.join(known)}")
     num_tensors = 1 + num_weights if name == "linear" else len(OPS[name].inputs)
     values = [attributes.get(key, attribute.default) for key, attribute in known.items()]
-    return make_primitive(name, num_tensors, *values)
+    return make_primitive(name, (None,) * num_tensors, *values)
 
 
 _constant_primitive = constexpr(make_primitive)  # a graph evaluates it while it is compiled
@@ -184,8 +191,27 @@ def _run(
     name: str, tensors: tuple[Tensor, ...], *attributes: float | bool | None
 ) -> Tensor | tuple[Tensor, ...]:
     if not _is_compiling(_run):
-        check_tensors(name, tensors)
-    return _constant_primitive(name, len(tensors), *attributes)(*tensors)
+        tensors = tuple(_as_tuple(tensor) for tensor in tensors)
+    payloads, formats = (), ()
+    for tensor in tensors:
+        if _is_quantized(tensor):
+            payloads, formats = (*payloads, tensor[0]), (*formats, (tensor[1], tensor[2]))
+        else:
+            payloads, formats = (*payloads, tensor), (*formats, None)
+    if not _is_compiling(_run):
+        check_tensors(name, payloads)
+    return _constant_primitive(name, formats, *attributes)(*payloads)
+
+
+def _as_tuple(tensor: Tensor | Quantized) -> Tensor | tuple:
+    if isinstance(tensor, Quantized):
+        return (tensor.payload, tensor.dtype, tuple(tensor.shape))
+    return tensor
+
+
+def _is_quantized(tensor: object) -> bool:
+    """Whether it is (payload, dtype, shape): graphs know no other kind of a quantised tensor."""
+    return isinstance(tensor, tuple) and len(tensor) == 3 and isinstance(tensor[1], str)
 
 
 @constexpr(check=False)

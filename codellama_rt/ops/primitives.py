@@ -15,16 +15,22 @@ import mindspore
 from mindspore.ops import Custom, CustomRegOp, DataType
 
 from codellama_rt import _core
+from codellama_rt.ops.quantized import WEIGHT_DTYPES, cache_row_bytes
 from codellama_rt.ops.schema import OPS, Attribute, Op, Tensor
 
+Format = tuple[str, tuple[int, ...]]  # dtype and shape of what the bytes of an input stand for
 LIBRARY = Path(_core.__file__).with_name("libcodellama_rt_cpu.so")
 MAX_WEIGHTS = 3
+_CACHES = ("key_cache", "value_cache")
 
 
 @functools.lru_cache(maxsize=None, typed=True)  # typed: 1 is no True, and is refused
-def make_primitive(name: str, num_tensors: int, *values: float | bool | None) -> Custom:
-    """One op with `num_tensors` inputs and its attributes in the schema's order."""
+def make_primitive(
+    name: str, formats: tuple[Format | None, ...], *values: float | bool | None
+) -> Custom:
+    """One op with inputs in `formats`, None being a float one, and attributes as in the schema."""
     op = OPS[name]
+    num_tensors = len(formats)
     inputs = _names(name, num_tensors)
     outputs = list(op.outputs) or ["token"]
     info = CustomRegOp(f"{name}{num_tensors}")
@@ -34,6 +40,8 @@ def make_primitive(name: str, num_tensors: int, *values: float | bool | None) ->
         info.output(i, key)
     for (key, attribute), value in zip(op.attributes.items(), values, strict=True):
         info.attr(key, "required", attribute.type, value=_checked(name, key, attribute, value))
+    # In one: all primitives of a symbol must have the same attributes.
+    info.attr("formats", "required", "str", value=_describe(name, inputs, formats))
     if name == "linear":  # the ABI's shape inference does not tell
         info.attr("num_weights", "required", "int", value=num_tensors - 1)
     info.dtype_format(*[DataType.None_None] * (len(inputs) + len(outputs))).target("CPU")
@@ -41,7 +49,7 @@ def make_primitive(name: str, num_tensors: int, *values: float | bool | None) ->
     return Custom(
         f"{LIBRARY}:{symbol}",
         None,  # shapes: the library's <symbol>InferShape, the only kind that takes dynamic ones
-        _type_inference(op, inputs),
+        _type_inference(op, inputs, formats),
         "aot",
         reg_info=info.get_op_info(),
     )
@@ -78,6 +86,28 @@ def _names(name: str, num_tensors: int) -> tuple[str, ...]:
     return names + tuple(f"weight_{i}" for i in range(2, num_tensors))
 
 
+def _describe(op: str, names: tuple[str, ...], formats: tuple[Format | None, ...]) -> str:
+    """The formats as `csrc/aot.cc` reads them: of each input dtype, bytes of a token's row, shape.
+
+    A cache's pages may change in number and size: they follow from its payload's shape.
+    """
+    entries = [
+        "" if format_ is None else _entry(op, name, *format_)
+        for name, format_ in zip(names, formats, strict=True)
+    ]
+    return ";".join([*entries, ""])
+
+
+def _entry(op: str, key: str, dtype: str, shape: tuple[int, ...]) -> str:
+    row_bytes = 0
+    if key in _CACHES:
+        row_bytes = cache_row_bytes(dtype, shape[3])[_CACHES.index(key)]
+        shape = (-1, shape[1], -1, shape[3])
+    elif dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"{op}: {key} must be {' or '.join(WEIGHT_DTYPES)}, got {dtype}")
+    return " ".join(map(str, (dtype, row_bytes, *shape)))
+
+
 def _checked(op: str, key: str, attribute: Attribute, value: Any) -> float | bool:
     if attribute.type == "bool":
         if isinstance(value, bool):
@@ -92,7 +122,9 @@ def _checked(op: str, key: str, attribute: Attribute, value: Any) -> float | boo
     return float(value)
 
 
-def _type_inference(op: Op, names: tuple[str, ...]) -> Callable[..., Any]:
+def _type_inference(
+    op: Op, names: tuple[str, ...], formats: tuple[Format | None, ...]
+) -> Callable[..., Any]:
     """MindSpore's way to the dtypes of the results, which is where it lets us check the inputs'."""
     inputs = [op.inputs.get(name, op.inputs.get("weight")) for name in names]
 
@@ -100,22 +132,29 @@ def _type_inference(op: Op, names: tuple[str, ...]) -> Callable[..., Any]:
         if len(types) != len(names):
             raise TypeError(f"{op.name} takes {len(names)} tensors, got {len(types)}")
         given: dict[str, str] = {}
-        for name, tensor, type_ in zip(names, inputs, types, strict=True):
-            given[name] = _checked_dtype(op, name, tensor, type_, given)
+        for name, tensor, type_, format_ in zip(names, inputs, types, formats, strict=True):
+            given[name] = _checked_dtype(op, name, tensor, (type_, format_), given)
         results = tuple(_result_type(output, given) for output in op.outputs.values())
         return results if len(results) > 1 else (*results, mindspore.int32)[0]
 
     return infer
 
 
-def _checked_dtype(op: Op, name: str, tensor: Tensor, type_: Any, given: dict[str, str]) -> str:
-    """The dtype's name, if the schema allows it."""
+def _checked_dtype(
+    op: Op, name: str, tensor: Tensor, given_as: tuple[Any, Format | None], given: dict[str, str]
+) -> str:
+    """The name of the dtype (or of what a payload stands for), if the schema allows it."""
+    type_, format_ = given_as
     dtype = str(type_.element_type() if hasattr(type_, "element_type") else type_).lower()
+    if format_ is not None and dtype == "uint8":
+        dtype = format_[0]
     allowed = tensor.dtypes
     if isinstance(allowed, str):
         allowed = (given[allowed[1:]],)
     elif name not in op.inputs:  # a further weight
         allowed = (given["weight"],)
+    if not isinstance(tensor.dtypes, str):  # a tensor of int8 is no quantised one
+        allowed = tuple(a for a in allowed if (format_ is not None) == (a in WEIGHT_DTYPES))
     if dtype in allowed:
         return dtype
     raise TypeError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 FLOATS = ("float32", "float16", "bfloat16")
 CACHED = (*FLOATS, "int8", "int4")  # the last two as `Quantized`
+WEIGHTS = (*CACHED, "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")  # but for floats as `Quantized`
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
 
@@ -116,7 +117,7 @@ _OPS = [
         "Rows of a table.",
         {
             "token_ids": Tensor(("num_tokens",), INT32, "each in [0, vocab_size)"),
-            "table": Tensor(("vocab_size", "dim"), FLOATS),
+            "table": Tensor(("vocab_size", "dim"), WEIGHTS),
         },
         {"out": Tensor(("num_tokens", "dim"), FLOATS, "float32 unless `out` says otherwise")},
         lambda a, s: a["num_tokens"] * a["dim"] * (s["table"] + s["out"]),
@@ -159,7 +160,7 @@ _OPS = [
         {
             "x": Tensor(("num_tokens", "in_features"), FLOATS),
             "weight": Tensor(
-                ("out_features", "in_features"), FLOATS, "as in the checkpoint", repeated=True
+                ("out_features", "in_features"), WEIGHTS, "as in the checkpoint", repeated=True
             ),
         },
         {"out": Tensor(("num_tokens", "out_features"), "=x", "accumulated in float32")},
@@ -336,14 +337,14 @@ _OPS = [
         {
             "x": Tensor(("num_tokens", "dim"), FLOAT32, "the residual stream"),
             "attention_norm": Tensor(("dim",), FLOATS),
-            "q_proj": Tensor(("n_heads * head_dim", "dim"), FLOATS),
+            "q_proj": Tensor(("n_heads * head_dim", "dim"), WEIGHTS),
             "k_proj": Tensor(("n_kv_heads * head_dim", "dim"), "=q_proj"),
             "v_proj": Tensor(("n_kv_heads * head_dim", "dim"), "=q_proj"),
-            "o_proj": Tensor(("dim", "n_heads * head_dim"), FLOATS),
+            "o_proj": Tensor(("dim", "n_heads * head_dim"), WEIGHTS),
             "mlp_norm": Tensor(("dim",), FLOATS),
-            "gate_proj": Tensor(("hidden_dim", "dim"), FLOATS),
+            "gate_proj": Tensor(("hidden_dim", "dim"), WEIGHTS),
             "up_proj": Tensor(("hidden_dim", "dim"), "=gate_proj"),
-            "down_proj": Tensor(("dim", "hidden_dim"), FLOATS),
+            "down_proj": Tensor(("dim", "hidden_dim"), WEIGHTS),
             "cos": ROPE_TABLE,
             "sin": ROPE_TABLE,
             "positions": POSITIONS,

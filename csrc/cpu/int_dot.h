@@ -38,6 +38,7 @@ inline Quad load_quad(const Stored* x) {
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Ints dot(Bytes w, Quad x, Ints sum) { return {_mm512_dpbusd_epi32(sum.v, w, x)}; }
 inline Vec to_vec(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
 
@@ -63,6 +64,7 @@ inline Quad load_quad(const Stored* x) {
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Ints dot(Bytes w, Quad x, Ints sum) {
   const __m512i even = _mm512_and_si512(w, _mm512_set1_epi16(255)), odd = _mm512_srli_epi16(w, 8);
   const __m512i products =
@@ -89,6 +91,7 @@ inline Bytes load_bytes(const uint8_t* p) {
 }
 inline Bytes low_nibbles(Bytes x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
+inline Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline Ints dot(Bytes w, Quad x, Ints sum) {
   const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
   const __m256i products =
@@ -122,6 +125,10 @@ inline Bytes low_nibbles(Bytes x) {
 inline Bytes high_nibbles(Bytes x) {
   for (uint8_t& byte : x.v) byte = uint8_t(byte >> 4);
   return x;
+}
+inline Ints operator+(Ints a, Ints b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
+  return a;
 }
 inline Ints dot(Bytes w, Quad x, Ints sum) {
   for (int i = 0; i < kLanes; ++i) {

@@ -89,6 +89,8 @@ template <typename Layout, int kTokens, int kVectors>
 __attribute__((noinline)) void multiply_groups(const TokenGroup* x, const RowVector* rows,
                                                int64_t groups, float* totals, int64_t stride) {
   constexpr int kHalfQuads = kQuads / Layout::kHalves;
+  // One sum would wait for its own last product: 4 to 5 cycles.
+  constexpr int kChains = kTokens * kVectors < 4 ? 2 : 1;
   const uint8_t* group[kVectors];
   int part[kVectors];
   Vec sums[kTokens][kVectors];
@@ -100,11 +102,14 @@ __attribute__((noinline)) void multiply_groups(const TokenGroup* x, const RowVec
   for (; groups > 0; --groups, x += kTokens) {
 #pragma GCC unroll 2
     for (int half = 0; half < Layout::kHalves; ++half) {
-      Ints dots[kTokens][kVectors];
+      Ints dots[kChains][kTokens][kVectors];
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) dots[t][j] = splat_int(x[t].start[half]);
+        for (int j = 0; j < kVectors; ++j) {
+          dots[0][t][j] = splat_int(x[t].start[half]);
+          if (kChains > 1) dots[kChains - 1][t][j] = splat_int(0);
+        }
       }
 #pragma GCC unroll 8
       for (int q = half * kHalfQuads; q < (half + 1) * kHalfQuads; ++q) {
@@ -115,7 +120,10 @@ __attribute__((noinline)) void multiply_groups(const TokenGroup* x, const RowVec
         for (int t = 0; t < kTokens; ++t) {
           const Quad quad = load_quad(x[t].values + 4 * q);
 #pragma GCC unroll 2
-          for (int j = 0; j < kVectors; ++j) dots[t][j] = dot(w[j], quad, dots[t][j]);
+          for (int j = 0; j < kVectors; ++j) {
+            Ints& sum = dots[q % kChains][t][j];
+            sum = dot(w[j], quad, sum);
+          }
         }
       }
 #pragma GCC unroll 2
@@ -123,7 +131,9 @@ __attribute__((noinline)) void multiply_groups(const TokenGroup* x, const RowVec
         const Vec scales = Layout::scales(rows[j].head, group[j], half, part[j]);
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {
-          sums[t][j] = fma(to_vec(dots[t][j]), splat(x[t].scale) * scales, sums[t][j]);
+          const Ints& sum = dots[0][t][j];
+          const Vec product = to_vec(kChains > 1 ? sum + dots[kChains - 1][t][j] : sum);
+          sums[t][j] = fma(product, splat(x[t].scale) * scales, sums[t][j]);
         }
       }
     }
