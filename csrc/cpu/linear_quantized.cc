@@ -38,6 +38,7 @@ constexpr int64_t kFewGroups = 16;         // 32 rows of them: 17 KB of L1
 constexpr int64_t kTaskBytes = 128 << 10;  // see linear.cc
 constexpr int64_t kTasks = 32;
 constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kCacheLine = 64;
 
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -83,11 +84,17 @@ struct RowVector {
   int part;
 };
 
+// What a pass over weights prefetches: so many lines for each group, so far ahead of it.
+struct Ahead {
+  int64_t bytes, lines;
+};
+
 // totals[t][j] += the products of `groups` groups; tokens kTokens apart in x, rows of totals
 // `stride` apart.
 template <typename Layout, int kTokens, int kVectors>
 __attribute__((noinline)) void multiply_groups(const TokenGroup* x, const RowVector* rows,
-                                               int64_t groups, float* totals, int64_t stride) {
+                                               int64_t groups, Ahead ahead, float* totals,
+                                               int64_t stride) {
   constexpr int kHalfQuads = kQuads / Layout::kHalves;
   // One sum would wait for its own last product: 4 to 5 cycles.
   constexpr int kChains = kTokens * kVectors < 4 ? 2 : 1;
@@ -146,7 +153,9 @@ __attribute__((noinline)) void multiply_groups(const TokenGroup* x, const RowVec
           sums[t][j] = fma(minima, splat(x[t].scaled_sum), sums[t][j]);
         }
       }
-      __builtin_prefetch(group[j] + kPrefetchBytes);
+      for (int64_t i = 0; i < ahead.lines; ++i) {
+        __builtin_prefetch(group[j] + ahead.bytes + i * kCacheLine);
+      }
       group[j] += Layout::kBytes;
     }
   }
@@ -204,7 +213,8 @@ struct Cut {
 // All tokens by one chunk of a block's tiles: a few vectors of rows stay in L1, the tokens pass.
 template <typename Layout>
 void multiply_chunk(const LinearParams& p, const TokenGroup* x, int64_t g, int64_t count,
-                    const RowVector* rows, int64_t num_vectors, float* totals, int64_t stride) {
+                    Ahead ahead, const RowVector* rows, int64_t num_vectors, float* totals,
+                    int64_t stride) {
   const int64_t groups = num_groups(p.k);
   for (int64_t j = 0; j < num_vectors; j += kWidth) {
     with_count<kWidth>(smaller(kWidth, num_vectors - j), [&](auto vectors) {
@@ -213,7 +223,8 @@ void multiply_chunk(const LinearParams& p, const TokenGroup* x, int64_t g, int64
         const TokenGroup* panel = x + t * groups + g * height;
         with_count<kHeight>(height, [&](auto tokens) {
           multiply_groups<Layout, tokens.value, vectors.value>(
-              panel, rows + j, count, totals + t * stride + j * kLanes, stride);
+              panel, rows + j, count, t == 0 ? ahead : Ahead{0, 0},
+              totals + t * stride + j * kLanes, stride);
         });
       }
     });
@@ -231,6 +242,11 @@ void multiply_tiles(const LinearParams& p, const Cut& cut, const TokenGroup* x, 
   char* memory =
       static_cast<char*>(scratch(Scratch::kTask, totals_bytes + cut.tiles * chunk_bytes));
   float* totals = reinterpret_cast<float*>(memory + cut.tiles * chunk_bytes);
+  // The first pass over a chunk fetches the next one; a single pass, what it needs soon itself.
+  Ahead ahead = {kPrefetchBytes, 1};
+  if (cut.groups < groups)
+    ahead = {cut.groups * Layout::kBytes, ceil_div(Layout::kBytes, kCacheLine)};
+  if (!Format::kInPlace) ahead = {0, 0};
   for (; first < end; first += cut.tiles) {
     const int64_t count = smaller(cut.tiles, end - first);
     PlacedTile tiles[kBlockTiles];
@@ -245,7 +261,7 @@ void multiply_tiles(const LinearParams& p, const Cut& cut, const TokenGroup* x, 
         const uint8_t* head = head_of<Format>(tiles[i], p.k);
         for (int part = 0; part < kParts; ++part) rows[i * kParts + part] = {head, at, part};
       }
-      multiply_chunk<Layout>(p, x, g, length, rows, count * kParts, totals, stride);
+      multiply_chunk<Layout>(p, x, g, length, ahead, rows, count * kParts, totals, stride);
     }
     for (int64_t i = 0; i < count; ++i) put_tile(p, tiles[i], totals + i * kWeightTile, stride);
   }
