@@ -21,6 +21,7 @@ from codellama_rt.llm_arguments import (
     require_counts,
     require_device,
     require_dtype,
+    require_unquantized,
 )
 from codellama_rt.model import Llama
 from codellama_rt.request import Output, check_params
@@ -42,16 +43,16 @@ class LLM:
         kv_dtype: str = "auto", max_model_len: int | None = None,
         kv_memory: int | str | None = None, block_size: int = 64, max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512, num_threads: int | None = None,
-        prefix_caching: bool = True, check: str | None = None,
+        prefix_caching: bool = True, check: str | None = None, quantization: str | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:  # fmt: skip
         """Open a checkpoint; its weights are mapped, not copied, unless `dtype` asks for others.
 
         Args:
             model: directory, GGUF file, built-in name or hub id.
-            device: "cpu".
+            device: "cpu" or "cuda".
             dtype: of the weights: "auto" (as stored), "float32", "float16", "bfloat16".
-            kv_dtype: of the KV cache; "auto": that of the weights.
+            kv_dtype: of the KV cache; "auto": that of the weights. On cuda also "int8", "fp8".
             max_model_len: tokens of prompt and output together; the checkpoint's by default. More
                 is allowed: Code Llama's files say 16,384 and the model reads 100,000.
             kv_memory: bytes, or a str like "8GB", for the KV cache; by default what max_num_seqs
@@ -62,6 +63,7 @@ class LLM:
             num_threads: threads an op, for the whole process; the CPUs of the process by default.
             prefix_caching: whether equal prefixes are computed once.
             check: "finite" refuses weights with NaN or infinity (reads every byte).
+            quantization: None; on cuda also "int8" or "int4", of the layers' projections.
             progress: called with (bytes done, bytes in all, what) while weights are converted.
 
         Raises:
@@ -70,7 +72,9 @@ class LLM:
             RuntimeError: no such device here, or not the memory for max_model_len tokens.
         """
         require_device(device)
-        require_dtype(kv_dtype)
+        if device == "cpu":
+            require_dtype(kv_dtype)
+            require_unquantized(quantization)
         require_counts(
             max_model_len=max_model_len, block_size=block_size, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, num_threads=num_threads,
@@ -87,14 +91,23 @@ class LLM:
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         if kv_dtype == "auto":
             kv_dtype = checkpoint.weights.layers[0].q_proj.dtype.name
-        num_blocks = plan_num_blocks(
-            self.config, kv_dtype, block_size, longest=max_model_len, max_num_seqs=max_num_seqs,
-            kv_memory=kv_memory, weight_bytes=self.stored_bytes,
-        )  # fmt: skip
-        self.model = Llama(self.config, checkpoint.weights)
-        self.kv_cache = KVCache(
-            self.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
-        )
+        if device == "cuda":
+            from codellama_rt.cuda.place import place
+
+            self.model, self.kv_cache = place(
+                self.config, checkpoint.weights, kv_dtype=kv_dtype, block_size=block_size,
+                longest=max_model_len, max_num_seqs=max_num_seqs, kv_memory=kv_memory,
+                quantization=quantization,
+            )  # fmt: skip
+        else:
+            num_blocks = plan_num_blocks(
+                self.config, kv_dtype, block_size, longest=max_model_len,
+                max_num_seqs=max_num_seqs, kv_memory=kv_memory, weight_bytes=self.stored_bytes,
+            )  # fmt: skip
+            self.model = Llama(self.config, checkpoint.weights)
+            self.kv_cache = KVCache(
+                self.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
+            )
         self.engine = Engine(
             self.model, self.kv_cache, self.tokenizer, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, max_model_len=self.max_model_len,
@@ -193,6 +206,7 @@ class LLM:
         return sequence_logits(
             self.model, token_ids, first_position=first_position, kv_dtype=self.kv_cache.dtype,
             chunk_size=self.engine.scheduler.max_num_batched_tokens,
+            make_cache=type(self.kv_cache),
         )  # fmt: skip
 
     def default_params(self) -> SamplingParams:

@@ -44,6 +44,12 @@ def require_dtype(kv_dtype: str) -> None:
         )
 
 
+def require_unquantized(quantization: str | None) -> None:
+    """Refuse quantised weights where only the checkpoint's own are supported."""
+    if quantization is not None:
+        raise ValueError(f"quantization={quantization!r} needs device='cuda'")
+
+
 def require_counts(**counts: int | None) -> None:
     """Refuse options that are given and no positive int."""
     for name, count in counts.items():
