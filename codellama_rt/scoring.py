@@ -53,7 +53,9 @@ def sequence_logits(
     sequence.block_ids = int32_list(range(num_blocks))
     scaling = model.config.rope_scaling
     is_dynamic = scaling is not None and scaling.kind == "dynamic"
-    kv_cache = make_cache(model.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
+    kv_cache = make_cache(
+        model.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
+    )
     rows = []
     for begin in range(0, len(ids), chunk_size):
         end = min(begin + chunk_size, len(ids))

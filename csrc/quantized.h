@@ -10,8 +10,8 @@
 // Weight, (n, k):
 //   int8, int4        made by ops.quantize: tiles of 16 rows in the order VPDPBUSD takes them
 //   q4_0 ... q6_k     rows of GGUF blocks as they lie in the file
-// On cuda: a cache in int8 as above, or in fp8 (e4m3), which lies like int8; a weight in int8_mma or
-// int4_mma, see cuda/weight_formats.cuh.
+// On cuda: a cache in int8 as above, or in fp8 (e4m3), which lies like int8; a weight in int8_mma
+// or int4_mma, see cuda/weight_formats.cuh.
 #pragma once
 
 #include "dtype.h"

@@ -22,7 +22,7 @@ STEPS = [
     ["sequence"],
 ]
 COMPUTATION = [["engine"], ["model", "graph_model"], ["kv_cache", "batch"], ["ops"]]
-LEAVES = ["_core", "config", "dtypes", "errors", "memory", "rope", "sampling_params", "sampler"]
+LEAVES = ["_core", "cuda.device", "config", "dtypes", "errors", "memory", "rope", "sampling_params", "sampler"]
 LEAF_PACKAGES = {"checkpoint": (), "ops": (), "tokenizer": ("checkpoint",)}  # and what they use
 WITHOUT_TENSORS = ["scheduler", "block_manager", "sequence"]
 HEAVY = [

@@ -3,8 +3,8 @@
     python tools/inspect_cuda.py            # one table; fails where something is missing
     python tools/inspect_cuda.py --library codellama_rt/libcodellama_rt_cuda.so
 
-Spills are read from the compiler's own report (cuda_ptxas.txt beside the library), instructions from
-the disassembly, for which `cuobjdump` must be on the path or installed by the extra [cuda-build].
+Spills are read from the compiler's report (cuda_ptxas.txt beside the library), instructions from the
+disassembly, for which `cuobjdump` must be on the path or installed by the extra [cuda-build].
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ MEANT = {
 LOCAL = ("LDL", "STL")  # local memory: what a spill, or an array indexed at run time, becomes
 # Kernels of this many instructions do nothing: the other architecture's way of copying.
 EMPTY = 32
+_CLEAN = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
 
 
 @dataclass
@@ -75,9 +76,8 @@ def spills(report: str) -> list[str]:
     for line in report.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
             name, architecture = match.groups()
-        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line):
-            if match[1] != "0" or match[2] != "0":
-                found.append(f"{architecture} {name}: {line.strip()}")
+        elif re.search(r"\d+ bytes stack frame", line) and not line.strip().startswith(_CLEAN):
+            found.append(f"{architecture} {name}: {line.strip()}")
     return found
 
 

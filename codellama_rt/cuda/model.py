@@ -197,9 +197,7 @@ class DecodeGraph:
     def _step(self) -> None:
         self._inputs.copy()
         self._model.compute(self._inputs, self._kv_cache, self._scratch, self._logits)
-        self._device.copy_async(
-            self._pinned.pointer, self._logits.device_ptr, self._logits.nbytes
-        )
+        self._device.copy_async(self._pinned.pointer, self._logits.device_ptr, self._logits.nbytes)
 
     def __del__(self) -> None:
         """Give the graph back."""

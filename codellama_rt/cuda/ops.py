@@ -30,9 +30,7 @@ def embedding(token_ids: Tensor, table: Tensor, *, out: Tensor | None = None) ->
     return out
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float = 1e-5, *, out: Tensor | None = None
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, out: Tensor | None = None) -> Tensor:
     """RMSNorm of `x` (num_tokens, dim)."""
     if out is None:
         out = empty(x.shape, x.dtype)

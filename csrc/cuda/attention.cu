@@ -1,8 +1,7 @@
 // The choice among attention's kernels, for paged_attention and flash_attention.
-#include "attention.h"
-
 #include <climits>
 
+#include "attention.h"
 #include "ops.h"
 
 namespace codellama_rt {
@@ -21,7 +20,8 @@ void lend_workspace(Attention& a, int64_t head_dim, int64_t most_keys) {
   a.tickets = static_cast<int*>(space.memory);
   a.partials = reinterpret_cast<float*>(static_cast<char*>(space.memory) + kTicketBytes);
   a.max_tickets = kTicketBytes / sizeof(int);
-  a.max_partial_rows = int64_t(space.bytes - kTicketBytes) / int64_t((head_dim + 4) * sizeof(float));
+  a.max_partial_rows =
+      int64_t(space.bytes - kTicketBytes) / int64_t((head_dim + 4) * sizeof(float));
   if (most_keys == 0) return;  // not known here
   const int64_t splits = ceil_div(most_keys, kSplit), nodes = ceil_div(splits, kNode);
   const int64_t rows = int64_t(a.num_tokens) * a.n_heads + a.num_seqs * a.n_kv_heads * (kRows - 1);

@@ -3,8 +3,8 @@
 // Shapes   as in ops.h
 // Traffic  keys and values are read once a row, by a lane a key: many times what must be
 // Limit    latency; none of Code Llama's shapes comes here in bf16 or fp16
-// Tiling   a warp a (token, head); 32 keys at a time, ascending, a key a lane, then an element a lane
-// Numerics fp32; keys that a row does not see are not read
+// Tiling   a warp a (token, head); 32 keys at a time, ascending, a key a lane, then an element a
+// lane Numerics fp32; keys that a row does not see are not read
 #include "attention.h"
 
 namespace codellama_rt {
@@ -18,8 +18,7 @@ CLRT_DEVICE float cache_element(const void* cache, int64_t row, int dim, int d) 
   if constexpr (kIsQuantized<Cache>) {
     const auto* bytes = static_cast<const unsigned char*>(cache);
     const uint32_t code = bytes[quantized_row_offset(row, dim) + d];
-    const float scale =
-        *reinterpret_cast<const float*>(bytes + quantized_scale_offset(row, dim));
+    const float scale = *reinterpret_cast<const float*>(bytes + quantized_scale_offset(row, dim));
     if constexpr (std::is_same_v<Cache, int8_row>) return float(int8_t(code)) * scale;
     const float magnitude = bits_float((code & 0x7f) << 20) * 0x1p120f;
     return (code & 0x80 ? -magnitude : magnitude) * scale;

@@ -42,7 +42,8 @@ struct WarpRows {
         }
         const auto pair =
             *reinterpret_cast<const Vector<T, 2>*>(row + Tile::query_element(step, i / 2));
-        q[step][i] = pack<typename Tile::Math>(to_float(pair.elements[0]), to_float(pair.elements[1]));
+        q[step][i] =
+            pack<typename Tile::Math>(to_float(pair.elements[0]), to_float(pair.elements[1]));
       }
     }
   }
@@ -58,9 +59,8 @@ CLRT_DEVICE float final_lse(float m, float l) {
 
 // One tile for the rows of a warp; every thread of the team comes by.
 template <typename T, typename Tile, int kDim, typename Ring, typename Feed>
-CLRT_DEVICE void attend_tile(const Attention& a, const Segment& s, int key, Ring& ring,
-                             Feed& feed, const WarpRows<T, Tile, kDim>& rows,
-                             RowState<kDim>& state) {
+CLRT_DEVICE void attend_tile(const Attention& a, const Segment& s, int key, Ring& ring, Feed& feed,
+                             const WarpRows<T, Tile, kDim>& rows, RowState<kDim>& state) {
   const bool sees = rows.most > key;
   float scores[kGroups][4];
   unsigned char* stage = ring.take();
@@ -195,8 +195,7 @@ CLRT_DEVICE void finish_unit(const Attention& a, const UnitCursor& unit, const S
       store_spread<T, kDim>(a, output_row(a, s, s.first_row + r), state);
       continue;
     }
-    float* partial =
-        a.partials + (unit.partial_row(splits + node) + r) * kPartialFloats<kDim>;
+    float* partial = a.partials + (unit.partial_row(splits + node) + r) * kPartialFloats<kDim>;
     const int lane = threadIdx.x % kWarp;
     for (int i = 0; i < SpreadRow<kDim>::kEach; ++i) {
       partial[lane * SpreadRow<kDim>::kEach + i] = state.o[i];
@@ -220,8 +219,7 @@ CLRT_DEVICE void attend_split(const Attention& a) {
   if (!totals.fit(a)) return;
   const int warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
   // Neighbouring runs go to different SMs: a short batch then uses all of them.
-  const Range range =
-      share_out(totals.units, warp * gridDim.x + blockIdx.x, num_warps * gridDim.x);
+  const Range range = share_out(totals.units, warp * gridDim.x + blockIdx.x, num_warps * gridDim.x);
   if (range.first == range.end) return;
   WarpRing ring(shared_memory() + warp * WarpRing::kBytes);
   UnitCursor unit(a, range.first);
@@ -258,7 +256,8 @@ struct OneSegment {
   }
 };
 
-// The nodes' fold of rows with more than one node, in shared memory: it is touched every 4,096 keys.
+// The nodes' fold of rows with more than one node, in shared memory: it is touched every 4,096
+// keys.
 template <int kDim, int kThreads>
 struct SharedTotal {
   static constexpr int kFloats = kDim / 8 * 4 + 4;
@@ -325,7 +324,8 @@ CLRT_DEVICE void attend_unsplit(const Attention& a) {
   if (!find_block(a, blockIdx.x, kTeamRows, few_too, &source.segment)) return;
   source.segment.kv_head = blockIdx.y;
   TeamRing ring(shared_memory());
-  const SharedTotal<kDim, kTeamThreads> total{reinterpret_cast<float*>(shared_memory() + TeamRing::kBytes)};
+  const SharedTotal<kDim, kTeamThreads> total{
+      reinterpret_cast<float*>(shared_memory() + TeamRing::kBytes)};
   Segment& s = *reinterpret_cast<Segment*>(total.memory + total.kFloats * kTeamThreads);
   if (threadIdx.x == 0) s = source.segment;  // registers are short
   __syncthreads();

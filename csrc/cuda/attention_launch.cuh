@@ -37,9 +37,9 @@ void launch_split(const Attention& a) {
 }
 template <typename T, typename Tile, int kDim, bool kBulk>
 void launch_unsplit(const Attention& a) {
-  constexpr size_t kBytes = Ring<Tile, kDim, kBulk, kTeamWarps>::kBytes +
-                            SharedTotal<kDim, kTeamThreads>::kFloats * kTeamThreads * sizeof(float) +
-                            sizeof(Segment);
+  constexpr size_t kBytes =
+      Ring<Tile, kDim, kBulk, kTeamWarps>::kBytes +
+      SharedTotal<kDim, kTeamThreads>::kFloats * kTeamThreads * sizeof(float) + sizeof(Segment);
   launch("attention", attend_unsplit_kernel<T, Tile, kDim, kBulk>, unsplit_grid(a, kTeamRows),
          kTeamThreads, kBytes, a);
 }

@@ -1,7 +1,7 @@
-// How attention's work is cut. Keys: tiles of kTile, splits of kSplit, nodes of kNode splits, all at
-// fixed positions of the sequence; rows: a query and a head of the group, 16 to a fragment. A row's
-// splits are folded in ascending order within their node, then its nodes: the same sums whoever
-// computes them, so cuts between blocks, batch and chunks reach no bit.
+// How attention's work is cut. Keys: tiles of kTile, splits of kSplit, nodes of kNode splits, all
+// at fixed positions of the sequence; rows: a query and a head of the group, 16 to a fragment. A
+// row's splits are folded in ascending order within their node, then its nodes: the same sums
+// whoever computes them, so cuts between blocks, batch and chunks reach no bit.
 #pragma once
 
 #include "cache_layout.cuh"
@@ -10,11 +10,11 @@
 namespace codellama_rt {
 namespace cuda {
 
-constexpr int kTile = 64;         // keys that share a softmax step: one page of the default size
-constexpr int kSplit = 256;       // keys of a partial result: 128 KiB of bf16 keys and values
-constexpr int kNode = 16;         // splits folded first: it halves the depth of the last fold
-constexpr int kRows = 16;         // rows of a matrix fragment
-constexpr int kFewQueries = 16;   // up to this many, a sequence is split among blocks
+constexpr int kTile = 64;        // keys that share a softmax step: one page of the default size
+constexpr int kSplit = 256;      // keys of a partial result: 128 KiB of bf16 keys and values
+constexpr int kNode = 16;        // splits folded first: it halves the depth of the last fold
+constexpr int kRows = 16;        // rows of a matrix fragment
+constexpr int kFewQueries = 16;  // up to this many, a sequence is split among blocks
 constexpr int kTicketBytes = 1 << 20;  // of the workspace: counters, zero between launches
 
 // PagedAttentionParams and FlashAttentionParams in one: paged where block_tables is not null.
@@ -139,7 +139,11 @@ class UnitCursor {
   CLRT_DEVICE Segment segment(const Attention& a) const {
     const int blocks = share_.groups / a.n_kv_heads, block = group() % blocks;
     const int rows = num_queries(a, seq_) * group_size(a), keys = num_keys(a, seq_);
-    Segment s{seq_, group() / blocks, block * kRows, (block + 1) * kRows, split() * kSplit,
+    Segment s{seq_,
+              group() / blocks,
+              block * kRows,
+              (block + 1) * kRows,
+              split() * kSplit,
               (split() + 1) * kSplit};
     if (s.end_row > rows) s.end_row = rows;
     if (s.end_key > keys) s.end_key = keys;
@@ -178,8 +182,8 @@ CLRT_DEVICE Range share_out(int64_t units, int worker, int num_workers) {
   return {int(units * worker / num_workers), int(units * (worker + 1) / num_workers)};
 }
 
-// The unsplit kernel's blocks: `rows` rows of a kv head each, the last ones first, for they see most.
-// Returns false where there is no such block.
+// The unsplit kernel's blocks: `rows` rows of a kv head each, the last ones first, for they see
+// most. Returns false where there is no such block.
 CLRT_DEVICE bool find_block(const Attention& a, int block, int rows, bool few_too, Segment* s) {
   for (int seq = a.num_seqs - 1; seq >= 0; --seq) {
     const int queries = num_queries(a, seq);

@@ -1,5 +1,5 @@
-// Attention over caches of int8 and fp8 rows, computed in bf16: what attention_launch.cuh is compiled
-// for here.
+// Attention over caches of int8 and fp8 rows, computed in bf16: what attention_launch.cuh is
+// compiled for here.
 #include "attention_launch.cuh"
 
 namespace codellama_rt {

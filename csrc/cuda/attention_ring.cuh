@@ -6,8 +6,6 @@
 // team of one warp needs no barrier of the block; a larger team is the whole block.
 #pragma once
 
-#include <type_traits>
-
 #include "attention_tile.cuh"
 
 namespace codellama_rt {
@@ -35,9 +33,8 @@ class Ring {
     }
   }
 
-  // Whether this thread asks for tiles; and room for what it has to remember, which is thereby not
-  // in everybody's registers.
-  CLRT_DEVICE bool asks() const { return !kBulk || thread_ == 0; }
+  // Whether this thread speaks for the team; and room for what is to be asked for next.
+  CLRT_DEVICE bool leads() const { return thread_ == 0; }
   CLRT_DEVICE void* request_memory() const { return barriers_ + kBarrierBytes / 8; }
 
   // Asks for the tile of keys (or values) from `key` on, for the next free stage.
@@ -80,8 +77,6 @@ class Ring {
     sync();
     ++taken_;
   }
-
- private:
   CLRT_DEVICE static void sync() {
     if constexpr (kTeam == 1) {
       __syncwarp();
@@ -90,6 +85,7 @@ class Ring {
     }
   }
 
+ private:
   CLRT_DEVICE void request_bulk(const Attention& a, const Segment& s, int key, int count,
                                 bool is_value, unsigned char* stage) {
     uint64_t* barrier = barriers_ + requested_ % Tile::kStages;
@@ -124,6 +120,7 @@ class Ring {
     const unsigned char* memory = values_or_keys(a, is_value);
     if constexpr (Tile::kQuantized) {
       constexpr int kPieces = Tile::kGroupBytes / 16;
+#pragma unroll 1  // its registers are wanted elsewhere
       for (int i = thread_; i < divide_up(count, kCacheGroup) * kPieces; i += kTeam * kWarp) {
         const int group = i / kPieces;
         const int64_t row = key_row(a, s.seq, s.kv_head, key + group * kCacheGroup);
@@ -134,6 +131,7 @@ class Ring {
       constexpr int kPieces = kDim / 8;
       const int64_t row_bytes = (a.block_tables ? 1 : a.n_kv_heads) * kDim * 2;
       const int64_t column = a.block_tables ? 0 : s.kv_head * kDim * 2;
+#pragma unroll 1
       for (int i = thread_; i < count * kPieces; i += kTeam * kWarp) {
         const int64_t row = key_row(a, s.seq, s.kv_head, key + i / kPieces);
         ptx::copy16_async(stage + Tile::offset(i / kPieces, i % kPieces),
@@ -185,32 +183,36 @@ class Requests {
   bool is_value_ = false, more_;
 };
 
-// The requests of a ring and the first of them: in shared memory where one thread asks.
+// The requests of a ring and the first of them: in shared memory, for registers are short. One
+// thread asks the copy engine; cp.async is every thread's, from a copy that lives as long as a
+// call.
 template <typename Ring, typename Source, bool kBulk>
 class Feed {
  public:
   CLRT_DEVICE Feed(const Attention& a, Ring& ring, const Source& source, int stages) : ring_(ring) {
     static_assert(sizeof(Requests<Ring, Source>) <= Ring::kRequestBytes, "no room for requests");
-    if (!ring.asks()) return;
-    requests() = Requests<Ring, Source>(a, source);
+    if (ring.leads()) requests() = Requests<Ring, Source>(a, source);
+    Ring::sync();
     for (int i = 0; i < stages; ++i) next(a);
   }
   CLRT_DEVICE void next(const Attention& a) {
-    if (ring_.asks()) requests().next(a, ring_);
+    if constexpr (kBulk) {
+      if (ring_.leads()) requests().next(a, ring_);
+    } else {
+      Requests<Ring, Source> mine = requests();
+      Ring::sync();
+      mine.next(a, ring_);
+      if (ring_.leads()) requests() = mine;
+      Ring::sync();
+    }
   }
 
  private:
   CLRT_DEVICE Requests<Ring, Source>& requests() {
-    if constexpr (kBulk) {
-      return *static_cast<Requests<Ring, Source>*>(ring_.request_memory());
-    } else {
-      return own_;
-    }
+    return *static_cast<Requests<Ring, Source>*>(ring_.request_memory());
   }
 
-  struct Nothing {};
   Ring& ring_;
-  std::conditional_t<kBulk, Nothing, Requests<Ring, Source>> own_;
 };
 
 }  // namespace cuda

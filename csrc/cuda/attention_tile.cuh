@@ -53,8 +53,7 @@ CLRT_DEVICE FoldScales fold_scales(float& m, float& l, float m_more, float l_mor
 template <int kDim>
 CLRT_DEVICE void fold(RowState<kDim>& total, const RowState<kDim>& part) {
   for (int row = 0; row < 2; ++row) {
-    const FoldScales scales =
-        fold_scales(total.m[row], total.l[row], part.m[row], part.l[row]);
+    const FoldScales scales = fold_scales(total.m[row], total.l[row], part.m[row], part.l[row]);
     for (int i = 0; i < kDim / 8; ++i) {
       for (int j = 2 * row; j < 2 * row + 2; ++j) {
         total.o[i][j] = scales(total.o[i][j], part.o[i][j]);
@@ -109,7 +108,7 @@ CLRT_DEVICE void soften(float (&s)[kGroups][4], const int (&visible)[2], float s
 // Weights of 16 keys as the first operand of a product.
 template <typename T>
 CLRT_DEVICE void pack_weights(const float (&s)[kGroups][4], int keys16, uint32_t (&a)[4]) {
-  const float(&low)[4] = s[2 * keys16], (&high)[4] = s[2 * keys16 + 1];
+  const float (&low)[4] = s[2 * keys16], (&high)[4] = s[2 * keys16 + 1];
   a[0] = pack<T>(low[0], low[1]);
   a[1] = pack<T>(low[2], low[3]);
   a[2] = pack<T>(high[0], high[1]);

@@ -3,10 +3,12 @@
 // Shapes   head_dim 128, query and cache of one 16-bit type; paged or contiguous
 // Traffic  keys and values once for every 128 rows (queries x heads of a group)
 // Limit    arithmetic: 4 * 128 * head_dim FLOP a key and block for 512 bytes
-// Tiling   one warpgroup asks for tiles (kStages of 16 KiB: 3 pairs of keys and values), two take 64
+// Tiling   one warpgroup asks for tiles (kStages of 16 KiB: 3 pairs of keys and values), two take
+// 64
 //          rows each; they take turns at q . k, so that one's softmax runs beside the other's
 //          products; blocks of late rows come first
-// Numerics the sums of attention_tile.cuh in the same order: tiles of 64 keys, splits, nodes. Whether
+// Numerics the sums of attention_tile.cuh in the same order: tiles of 64 keys, splits, nodes.
+// Whether
 //          wgmma adds the 16 products of a step as mma does is the hardware's; tests/cuda asks it.
 #include "attention.h"
 #include "attention_kernels.cuh"
@@ -19,7 +21,7 @@ namespace {
 constexpr int kDim = 128, kConsumers = 2, kGroupThreads = 128, kGroupRows = 64, kStages = 6;
 constexpr int kBlockRows = kConsumers * kGroupRows, kThreads = (kConsumers + 1) * kGroupThreads;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // 128 * 24 + 256 * 240 < 65,536
-constexpr int kTurn = 1, kClear = 3;  // named barriers: a pair each
+constexpr int kTurn = 1, kClear = 3;                              // named barriers: a pair each
 constexpr int kTileBytes = FloatTile<bf16, kDim>::kBytes;
 constexpr int kTotalThreads = kConsumers * kGroupThreads;
 
@@ -92,7 +94,8 @@ CLRT_DEVICE void add_values(const unsigned char* values, const float (&s)[kGroup
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kTile / 16; ++step) {
-    ptx::wgmma_128<T>(o, p[step], ptx::descriptor(values + step * 2048, kTileBytes / 2, 1024), true);
+    ptx::wgmma_128<T>(o, p[step], ptx::descriptor(values + step * 2048, kTileBytes / 2, 1024),
+                      true);
   }
   ptx::wgmma_finish();
 }
@@ -104,7 +107,8 @@ CLRT_DEVICE void consume(const Attention& a, const Segment& s, const Stages& sta
   const int warp_row = first_row + threadIdx.x % kGroupThreads / kWarp * kRows;
   WarpRows<T, FloatTile<T, kDim>, kDim> rows;
   rows.load(a, s, warp_row);
-  const int last_row = (first_row + kGroupRows < s.end_row ? first_row + kGroupRows : s.end_row) - 1;
+  const int last_row =
+      (first_row + kGroupRows < s.end_row ? first_row + kGroupRows : s.end_row) - 1;
   const int most = last_row < first_row ? 0 : visible_keys(a, s.seq, last_row);
   const auto one_node = [&] { return s.end_key <= kSplit * kNode; };
   if (!one_node()) total.clear();
@@ -176,8 +180,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 bool attend_wgmma(const Attention& a, const AttentionShape& shape) {
   if (device().major != 9 || shape.head_dim != kDim) return false;
   if (a.partials && !a.few_too && a.num_tokens <= a.few_queries) return true;  // all is split
-  constexpr size_t kBytes = kStageBytes + SharedTotal<kDim, kTotalThreads>::kFloats * kTotalThreads *
-                                              sizeof(float) + sizeof(Segment);
+  constexpr size_t kBytes =
+      kStageBytes + SharedTotal<kDim, kTotalThreads>::kFloats * kTotalThreads * sizeof(float) +
+      sizeof(Segment);
   const auto kernel =
       shape.dtype == DType::kBFloat16 ? attend_wgmma_kernel<bf16> : attend_wgmma_kernel<f16>;
   const int64_t group = a.n_heads / a.n_kv_heads;

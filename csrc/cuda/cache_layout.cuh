@@ -48,7 +48,7 @@ CLRT_DEVICE uint8_t to_e4m3(float x) {
     return uint8_t(sign | (float_bits(shifted) - 0x46800000));
   }
   const uint32_t rounded = magnitude + 0x7ffff + (magnitude >> 20 & 1);  // to 3 bits of mantissa
-  const uint32_t code = (rounded - 0x3c000000) >> 20;                     // bias 127 - 7 = 120
+  const uint32_t code = (rounded - 0x3c000000) >> 20;                    // bias 127 - 7 = 120
   return uint8_t(sign | (code > 0x7e ? 0x7e : code));
 }
 

@@ -1,4 +1,4 @@
-"""Run a compiler and keep what it says in a file; show it where it fails: compile.py LOG COMMAND..."""
+"""Run a compiler, keep what it says in a file, show it where it fails: compile.py LOG COMMAND..."""
 
 import subprocess
 import sys

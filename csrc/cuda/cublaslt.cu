@@ -1,7 +1,6 @@
-#include "cublaslt.h"
-
 #include <stdexcept>
 
+#include "cublaslt.h"
 #include "runtime.h"
 
 #ifdef CLRT_EMULATE
@@ -60,9 +59,7 @@ void check(int status, const char* what) {
 }
 
 int real_type(DType dtype) {
-  return dtype == DType::kFloat32   ? kReal32F
-         : dtype == DType::kFloat16 ? kReal16F
-                                    : kReal16BF;
+  return dtype == DType::kFloat32 ? kReal32F : dtype == DType::kFloat16 ? kReal16F : kReal16BF;
 }
 
 // What is made for one product, and goes with it.

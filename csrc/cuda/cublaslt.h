@@ -12,7 +12,8 @@ namespace codellama_rt {
 namespace cuda {
 #pragma GCC visibility push(default)
 
-// "" and from now on in use; or why not. An empty path: libcublasLt.so.13, .12, .11 as they are found.
+// "" and from now on in use; or why not. An empty path: libcublasLt.so.13, .12, .11 as they are
+// found.
 std::string use_cublaslt(const std::string& path, void* workspace, size_t workspace_bytes);
 
 #pragma GCC visibility pop

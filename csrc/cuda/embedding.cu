@@ -29,8 +29,8 @@ void embedding(const EmbeddingParams& p) {
     with_type(p.out_dtype, [&](auto out_type) {
       using T = decltype(type);
       using Out = decltype(out_type);
-      const auto kernel = p.dim % kCount == 0 ? embedding_kernel<T, Out, kCount>
-                                              : embedding_kernel<T, Out, 1>;
+      const auto kernel =
+          p.dim % kCount == 0 ? embedding_kernel<T, Out, kCount> : embedding_kernel<T, Out, 1>;
       launch("embedding", kernel, dim3(p.num_tokens), kThreads, 0, p);
     });
   });

@@ -2,9 +2,12 @@
 // Shapes   x (num_tokens, k); weights (n[i], k); out (num_tokens, sum(n))
 // Traffic  weights once for every 32 tokens (a float weight: every 128 from 33 tokens on)
 // Limit    memory read up to 32 tokens (32 FLOP/byte in bf16); arithmetic beyond 100 or so
-// Tiling   few tokens: a block of 8 warps takes 16 rows of the weight, each warp an eighth of k, and
-//          keeps 4 chunks (4 KiB) a warp in flight; more: linear_many.cu, or cuBLASLt where it is in use
-// Numerics products of 16-bit numbers, sums in fp32: eighths of k, each ascending, added in ascending
+// Tiling   few tokens: a block of 8 warps takes 16 rows of the weight, each warp an eighth of k,
+// and
+//          keeps 4 chunks (4 KiB) a warp in flight; more: linear_many.cu, or cuBLASLt where it is
+//          in use
+// Numerics products of 16-bit numbers, sums in fp32: eighths of k, each ascending, added in
+// ascending
 //          order, whatever the number of tokens; quantised weights exactly to bf16, a sum of 32
 //          times its scale; x in the weight's type, over a quantised weight in bf16
 #include "cublaslt.h"
@@ -60,7 +63,7 @@ CLRT_DEVICE void multiply(const LinearParams& p, const WeightTile& tile, int64_t
           load_x<T, typename W::Math>(static_cast<const T*>(p.x) + token * p.x_stride, at,
                                       token < p.num_tokens && at < p.k, b);
           float group[4] = {};
-          float(&into)[4] = W::kScaled ? group : sums[j];
+          float (&into)[4] = W::kScaled ? group : sums[j];
           ptx::mma<typename W::Math>(into, a[0], b[0], b[1]);
           ptx::mma<typename W::Math>(into, a[1], b[2], b[3]);
           if constexpr (W::kScaled) {
@@ -121,8 +124,9 @@ void launch_linear(const LinearParams& p) {
 
 void check_supported(const LinearParams& p) {
   if (p.x_dtype == DType::kFloat32 || p.weight_dtype == DType::kFloat32) {
-    refuse("linear", "x and weight must be float16 or bfloat16, or the weight int8_mma or int4_mma; "
-                     "load the model with dtype='bfloat16'");
+    refuse("linear",
+           "x and weight must be float16 or bfloat16, or the weight int8_mma or int4_mma; "
+           "load the model with dtype='bfloat16'");
   }
   if (is_float(p.weight_dtype) && p.weight_dtype != p.x_dtype) {
     refuse("linear", std::string("x must be in the weight's dtype, ") + dtype_name(p.weight_dtype));

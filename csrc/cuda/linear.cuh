@@ -1,4 +1,5 @@
-// What the kernels of linear share: where a tile of rows lies, the order of sums, how results go out.
+// What the kernels of linear share: where a tile of rows lies, the order of sums, how results go
+// out.
 #pragma once
 
 #include "weight_formats.cuh"

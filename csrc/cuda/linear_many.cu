@@ -2,7 +2,8 @@
 // Shapes   as linear's
 // Traffic  a weight once for every 128 tokens, x once for every 128 rows
 // Limit    arithmetic from some 200 tokens on
-// Tiling   a block of 8 warps takes 128 rows x 128 tokens, a warp 32 x 64; chunks of 32 of k come by
+// Tiling   a block of 8 warps takes 128 rows x 128 tokens, a warp 32 x 64; chunks of 32 of k come
+// by
 //          cp.async, kStages deep, 16 KiB each; 12 reads of 512 bytes feed 32 products of a warp
 // Numerics the very sums of linear.cu: eighths of k in turn, each by the same products in the same
 //          order, so a token's bits do not depend on how many there are

@@ -33,8 +33,8 @@ __global__ void merge_attention_kernel(const __grid_constant__ MergeAttentionPar
     if (only_a || only_b) {
       out[d] = only_a ? a[d] : b[d];
     } else {
-      out[d] = from_float<T>(
-          __fmaf_rn(to_float(b[d]), weight_b, __fmul_rn(to_float(a[d]), weight_a)));
+      out[d] =
+          from_float<T>(__fmaf_rn(to_float(b[d]), weight_b, __fmul_rn(to_float(a[d]), weight_a)));
     }
   }
   __syncwarp();  // lse may be lse_a or lse_b: it is written when every lane has read both

@@ -92,9 +92,8 @@ void add_runtime(py::module_& m) {
   m.def("copy_async", [](uintptr_t to, uintptr_t from, size_t bytes) {
     copy_async(pointer(to), pointer(from), bytes);
   });
-  m.def("fill_async", [](uintptr_t memory, int byte, size_t bytes) {
-    fill_async(pointer(memory), byte, bytes);
-  });
+  m.def("fill_async",
+        [](uintptr_t memory, int byte, size_t bytes) { fill_async(pointer(memory), byte, bytes); });
   m.def("synchronize", synchronize, py::call_guard<py::gil_scoped_release>());
   m.def("begin_capture", begin_capture);
   m.def("end_capture", [] { return address(end_capture()); });

@@ -123,10 +123,10 @@ CLRT_DEVICE void fence_async() {
 // One arrival, and `bytes` to come.
 CLRT_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
 #ifdef CLRT_HOPPER
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 #endif
 }
 CLRT_DEVICE void barrier_arrive(uint64_t* barrier) {

@@ -72,7 +72,8 @@ void rms_norm(const RmsNormParams& p) {
       using W = decltype(weight_type);
       constexpr int kCount = kVectorOf<T>;
       bool aligned = p.dim % kCount == 0 && is_aligned(p.weight, kCount * sizeof(W));
-      for (const void* memory : {p.x, p.residual, (const void*)p.out, (const void*)p.residual_out}) {
+      for (const void* memory :
+           {p.x, p.residual, (const void*)p.out, (const void*)p.residual_out}) {
         aligned = aligned && is_aligned(memory, 16);
       }
       const auto kernel = aligned ? rms_norm_kernel<T, W, kCount> : rms_norm_kernel<T, W, 1>;

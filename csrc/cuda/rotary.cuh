@@ -25,8 +25,8 @@ CLRT_DEVICE void store_piece(T* x, const float (&in)[kEach]) {
 
 // Elements [first, first + kEach) of the rotated head; cos and sin: the position's rows.
 template <typename T, int kEach>
-CLRT_DEVICE void rotate_piece(const T* head, const float* cos, const float* sin, int first, int half,
-                              bool interleaved, float (&out)[kEach]) {
+CLRT_DEVICE void rotate_piece(const T* head, const float* cos, const float* sin, int first,
+                              int half, bool interleaved, float (&out)[kEach]) {
   float x[kEach];
   load_piece(head + first, x);
   if (interleaved) {

@@ -1,10 +1,10 @@
 // CUDA's runtime behind runtime.h. Linked statically; without a driver every call says so.
-#include "runtime.h"
-
 #include <cuda_runtime.h>
 
 #include <memory>
 #include <stdexcept>
+
+#include "runtime.h"
 
 namespace codellama_rt {
 namespace cuda {

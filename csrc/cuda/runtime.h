@@ -1,5 +1,6 @@
-// What the library asks of CUDA's runtime beside launching kernels: memory, copies, streams, graphs.
-// runtime.cu calls CUDA; emu/emu.cc stands in for it on the CPU. Each throws std::runtime_error.
+// What the library asks of CUDA's runtime beside launching kernels: memory, copies, streams,
+// graphs. runtime.cu calls CUDA; emu/emu.cc stands in for it on the CPU. Each throws
+// std::runtime_error.
 #pragma once
 
 #include <cstddef>

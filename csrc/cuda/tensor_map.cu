@@ -6,8 +6,8 @@ namespace cuda {
 
 ptx::TensorMap make_tensor_map(const void* memory, DType, int64_t rows, int64_t columns,
                                int box_rows) {
-  return {static_cast<const unsigned char*>(memory), columns, rows, columns * 2, kBoxColumns,
-          box_rows};
+  return {
+      static_cast<const unsigned char*>(memory), columns, rows, columns * 2, kBoxColumns, box_rows};
 }
 
 #else

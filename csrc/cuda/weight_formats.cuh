@@ -4,10 +4,11 @@
 // so a float weight's 16 bytes as they lie in the checkpoint; step s of two takes 8 t + 4 s and the
 // next three. x is taken the same way, so the products are those of the plain order.
 //
-// int8_mma, int4_mma: tiles of 16 rows x 64, tiles of one 16 rows after another, k a multiple of 64,
-// rows padded to 16. Quantised along k by 32: x = value * scale, scale float16.
+// int8_mma, int4_mma: tiles of 16 rows x 64, tiles of one 16 rows after another, k a multiple of
+// 64, rows padded to 16. Quantised along k by 32: x = value * scale, scale float16.
 //   int8   2 x 32 x 16 bytes: [row g or g + 8][lane][8 of the first 32, 8 of the second]
-//   int4   32 x 4 words: [lane][row g: first 32, second 32; row g + 8: alike]; element e of 8 at bits
+//   int4   32 x 4 words: [lane][row g: first 32, second 32; row g + 8: alike]; element e of 8 at
+//   bits
 //          4 (e / 2) + 16 (e % 2), value + 8
 //   then   16 x 2 scales: [row][first 32, second 32]
 #pragma once
@@ -40,8 +41,7 @@ struct FloatWeight {
     if (at >= k) return piece;
     for (int i = 0; i < 2; ++i) {
       const int64_t row = first + 8 * i < n ? first + 8 * i : n - 1;
-      piece.rows[i] =
-          *reinterpret_cast<const uint4*>(static_cast<const T*>(weight) + row * k + at);
+      piece.rows[i] = *reinterpret_cast<const uint4*>(static_cast<const T*>(weight) + row * k + at);
     }
     return piece;
   }

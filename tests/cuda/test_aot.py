@@ -42,7 +42,7 @@ class AotOp:
 @pytest.fixture
 def library(cuda):
     """The library beside the module that the tests use."""
-    (path,) = Path(cuda.__file__).parent.glob("libcodellama_rt_cuda.so")
+    (path,) = Path(cuda.__file__).parent.glob("libcodellama_rt_cuda*.so")
     return ctypes.CDLL(str(path))
 
 

@@ -1,5 +1,6 @@
-"""paged_attention and flash_attention on the device against the float64 oracle: the split kernel (up
-to 16 queries), the unsplit ones (chunks), and what takes any other shape."""
+"""Attention on the device against the float64 oracle: the split kernel (up to 16 queries), the
+unsplit ones (chunks), and what takes any other shape.
+"""
 
 import numpy as np
 import pytest
@@ -102,7 +103,9 @@ def test_long_sequences_fold_nodes(rng, heads):
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 128), ("float16", 64), ("float32", 40)])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [("bfloat16", 128), ("float16", 64), ("float32", 40)]
+)
 def test_flash_attention(rng, dtype, head_dim, causal):
     case = paged(
         rng, [5, 300, 70], [5, 20, 1], heads=(4, 2), head_dim=head_dim, dtype=dtype,

@@ -1,4 +1,4 @@
-"""The library of CUDA kernels as nvcc made it: loads anywhere, no spills, the instructions meant."""
+"""The library as nvcc made it: loads anywhere, no kernel spills, the instructions meant."""
 
 import ctypes
 import importlib.util

@@ -58,7 +58,7 @@ def test_bfloat16_logits(name):
 
 
 def lost_by_bfloat16(name, prompt, positions, expected):
-    """What the CPU's kernels lose over bfloat16 weights and cache, activations rounded to it too."""
+    """What the CPU's kernels lose over bfloat16 weights and cache, and a bfloat16 residual."""
     reference = tiny_golden(name).model("bfloat16")
     logits = sequence_logits(reference, prompt, kv_dtype="bfloat16")[positions]
     rounding = np.abs(expected).max() * 2**-7  # a bfloat16 residual stream, which the CPU has not
@@ -134,12 +134,12 @@ def test_copy_blocks_of_every_layer(rng):
     _, cache = make_model(NAMES[1], kv_dtype="int8")
     from codellama_rt.cuda import tensor
 
-    for pages in cache.layers[1]:
+    for pages in cache.layers[-1]:
         bytes_of = rng.integers(0, 256, pages.payload.shape, np.uint8)
         tensor.copy(pages.payload, bytes_of)
-    before = cache.layers[1][1].payload.numpy().reshape(cache.num_blocks, -1)
+    before = cache.layers[-1][1].payload.numpy().reshape(cache.num_blocks, -1)
     cache.copy_blocks(int32([[0, 2], [2, 1]]))
-    after = cache.layers[1][1].payload.numpy().reshape(cache.num_blocks, -1)
+    after = cache.layers[-1][1].payload.numpy().reshape(cache.num_blocks, -1)
     assert_equal_bits(after[:3], before[[0, 0, 0]])
     assert_equal_bits(after[3:], before[3:])
 
@@ -179,7 +179,9 @@ def test_refusals():
     checkpoint = open_checkpoint(tiny_golden(NAMES[1]).folder, dtype="bfloat16")
     with pytest.raises(ValueError, match="quantization must be None, int8 or int4"):
         upload(checkpoint.weights, "int3")
-    with pytest.raises(ValueError, match="kv_dtype must be one of auto, .*fp8 on cuda, got 'int4'"):
+    with pytest.raises(
+        ValueError, match=r"kv_dtype must be one of auto, .*fp8 on cuda, got 'int4'"
+    ):
         make_model(NAMES[1], kv_dtype="int4")
 
 

@@ -41,7 +41,11 @@ def on_device(cache, dtype):
 def test_rows_are_quantised_as_written(rng, head_dim, dtype):
     caches = [np.zeros((3, 2, 32, head_dim), np.float32) for _ in range(2)]
     there = [on_device(cache, dtype) for cache in caches]
-    tables, positions, slots = rope_tables(64, head_dim), int32([0, 63, 5, 9]), int32([17, -1, 0, 95])
+    tables, positions, slots = (
+        rope_tables(64, head_dim),
+        int32([0, 63, 5, 9]),
+        int32([17, -1, 0, 95]),
+    )
     qkv = normal(rng, (4, 7 * head_dim), "bfloat16")
     qkv[2, -head_dim:] = 0  # a row of zeros has no scale
     qkv[3, -head_dim:] *= np.float32(1e-3)  # and small numbers are no matter
@@ -64,7 +68,6 @@ def test_reshape_and_cache_writes_the_same_rows(rng):
     ops.reshape_and_cache(*put(rows, rows), *there, put(np.arange(32, dtype=np.int32)))
     for got in there:
         assert_equal_bits(get(got.payload), quantized(cache, "fp8")[0])
-
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (8, 1)])

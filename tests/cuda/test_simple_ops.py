@@ -138,5 +138,7 @@ def test_shapes_are_checked(rng):
 
 def test_a_head_that_no_warp_takes(rng):
     x, table = put(normal(rng, (1, 1, 20)), normal(rng, (4, 10)))
-    with pytest.raises(ValueError, match="head_dim must be a multiple of 8 up to 128, or of 16 up to 256, got 20"):
+    with pytest.raises(
+        ValueError, match="head_dim must be a multiple of 8 up to 128, or of 16 up to 256, got 20"
+    ):
         ops.apply_rotary_pos_emb(x, x, table, table, put(int32([0])))

@@ -56,7 +56,7 @@ struct Block {
 
 Thread& thread();
 Block& block();
-void yield();       // lets the others run; throws if nobody gets anywhere
+void yield();  // lets the others run; throws if nobody gets anywhere
 void made_progress();
 
 // Everyone's value, once all `size` have arrived.
@@ -75,14 +75,15 @@ inline void arrive_and_wait(Collective& c, int size) {
   while (c.generation == generation) yield();
 }
 template <typename T>
-const unsigned char (*exchange(Collective& c, int lane, int size, const T& mine))[kSlotBytes] {
+const unsigned char (*exchange(Collective& c, int lane, int size, const T& mine)) [kSlotBytes] {
   static_assert(sizeof(T) <= kSlotBytes, "a slot is too small");
   auto* slots = c.slots[c.generation & 1];
   std::memcpy(slots[lane], &mine, sizeof(T));
   arrive_and_wait(c, size);
   return slots;
+} inline int lane() {
+  return thread().number % kWarp;
 }
-inline int lane() { return thread().number % kWarp; }
 inline Collective& warp() { return block().warps[thread().number / kWarp]; }
 inline Collective& warpgroup() { return block().warpgroups[thread().number / kWarpgroup]; }
 

@@ -61,8 +61,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     for (int k = 0; k < 16; ++k) {
       const int place = k % 8 / 2, half = k % 2, upper = k / 8;
       const float x = emu::slot<Fragments>(slots, 4 * g + place).a[4 * upper + i / 2 * 2 + half];
-      const float y =
-          emu::slot<Fragments>(slots, 4 * (2 * t + i % 2) + place).b[2 * upper + half];
+      const float y = emu::slot<Fragments>(slots, 4 * (2 * t + i % 2) + place).b[2 * upper + half];
       sum += double(x) * y;
     }
     c[i] = float(sum);

@@ -38,8 +38,9 @@ float operand(uint64_t descriptor, int k, int n, bool across_k) {
   const uint32_t start = uint32_t(descriptor & 0x3fff) << 4;
   const uint32_t leading = uint32_t(descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
-  uint32_t address = start + (across_k ? n / 64 * leading + n % 64 * 2 + k / 8 * stride + k % 8 * 128
-                                       : n / 8 * stride + n % 8 * 128 + k * 2);
+  uint32_t address =
+      start + (across_k ? n / 64 * leading + n % 64 * 2 + k / 8 * stride + k % 8 * 128
+                        : n / 8 * stride + n % 8 * 128 + k * 2);
   address ^= (address >> 7 & 7) << 4;
   uint16_t bits;
   std::memcpy(&bits, emu::block().shared + address, 2);
