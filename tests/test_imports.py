@@ -22,7 +22,8 @@ STEPS = [
     ["sequence"],
 ]
 COMPUTATION = [["engine"], ["model", "graph_model"], ["kv_cache", "batch"], ["ops"]]
-LEAVES = ["_core", "cuda.device", "config", "dtypes", "errors", "memory", "rope", "sampling_params", "sampler"]
+LEAVES = ["_core", "config", "dtypes", "errors", "memory", "rope", "sampling_params", "sampler",
+          "cuda.device"]  # fmt: skip
 LEAF_PACKAGES = {"checkpoint": (), "ops": (), "tokenizer": ("checkpoint",)}  # and what they use
 WITHOUT_TENSORS = ["scheduler", "block_manager", "sequence"]
 HEAVY = [

@@ -3,8 +3,8 @@
     python tools/inspect_cuda.py            # one table; fails where something is missing
     python tools/inspect_cuda.py --library codellama_rt/libcodellama_rt_cuda.so
 
-Spills are read from the compiler's report (cuda_ptxas.txt beside the library), instructions from the
-disassembly, for which `cuobjdump` must be on the path or installed by the extra [cuda-build].
+Spills are read from the compiler's report (cuda_ptxas.txt beside the library), instructions from
+the disassembly, for which `cuobjdump` must be on the path or installed by the extra [cuda-build].
 """
 
 from __future__ import annotations
