@@ -13,8 +13,10 @@
 #include <vector>
 
 #include "launch.h"
-#ifdef CLRT_CUDA  // the module _cuda: the same ops on device tensors
+#ifdef CLRT_CUDA     // the module _cuda: the same ops on device tensors
+#ifndef CLRT_MODULE  // the emulator has a name of its own
 #define CLRT_MODULE _cuda
+#endif
 #include "cuda/module.h"
 #else
 #define CLRT_MODULE _core

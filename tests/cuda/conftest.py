@@ -32,8 +32,8 @@ def emulated_module():
         f"-DPython3_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
     )  # fmt: skip
     _run("cmake", "--build", str(build), "--parallel", str(min(os.cpu_count() or 1, 4)))
-    (path,) = build.glob("_cuda.*.so")
-    spec = importlib.util.spec_from_file_location(NAME, path)
+    (path,) = build.glob("_cuda_emulated.*.so")
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

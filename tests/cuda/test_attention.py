@@ -205,7 +205,7 @@ def test_copies_by_cp_async_give_the_same_bits(rng, emulated_module, tmp_path):
 import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
 import importlib.util, numpy as np
-spec = importlib.util.spec_from_file_location("codellama_rt._cuda", {emulated_module.__file__!r})
+spec = importlib.util.spec_from_file_location("_cuda_emulated", {emulated_module.__file__!r})
 module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
 sys.modules["codellama_rt._cuda"] = module
 import test_attention as t
