@@ -50,12 +50,13 @@ class LLM:
 
         Args:
             model: directory, GGUF file, built-in name or hub id.
-            device: "cpu".
+            device: "cpu" or "cuda".
             dtype: of the weights: "auto" (as stored), "float32", "float16", "bfloat16".
             quantization: "int8" or "int4" quantises the projections and the head as they are
                 loaded; None takes them as stored, quantised ones included.
             kv_dtype: of the KV cache: "auto" (that of the weights, bfloat16 beside GGUF's
-                quantised ones), "float32", "float16", "bfloat16", "int8", "int4".
+                quantised ones), "float32", "float16", "bfloat16", "int8", "int4"; on cuda "fp8",
+                but no "int4".
             max_model_len: tokens of prompt and output together; the checkpoint's by default. More
                 is allowed: Code Llama's files say 16,384 and the model reads 100,000.
             kv_memory: bytes, or a str like "8GB", for the KV cache; by default what max_num_seqs
@@ -77,7 +78,8 @@ class LLM:
                 message says which kv_dtype or length would fit).
         """
         require_device(device)
-        require_dtype(kv_dtype)
+        if device != "cuda":  # its cache has dtypes of its own, and place() refuses others
+            require_dtype(kv_dtype)
         check_quantization(quantization)
         require_counts(
             max_model_len=max_model_len, block_size=block_size, max_num_seqs=max_num_seqs,
@@ -86,8 +88,9 @@ class LLM:
         if num_threads is not None:
             ops.set_num_threads(num_threads)
         checkpoint = open_checkpoint(
-            model, dtype=dtype, quantization=quantization, check=check, progress=progress
-        )
+            model, dtype=dtype, check=check, progress=progress,
+            quantization=None if device == "cuda" else quantization,  # there in formats of its own
+        )  # fmt: skip
         self.config = checkpoint.config
         self.generation_config = checkpoint.generation_config
         self.stored_bytes = checkpoint.stored_bytes
@@ -96,14 +99,24 @@ class LLM:
             self.tokenizer = load_tokenizer(checkpoint.tokenizer_path, self.config.vocab_size)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         kv_dtype = self.config.dtype if kv_dtype == "auto" else kv_dtype
-        num_blocks = plan_num_blocks(
-            self.config, kv_dtype, block_size, longest=max_model_len, max_num_seqs=max_num_seqs,
-            kv_memory=kv_memory, weight_bytes=checkpoint.mapped_bytes,
-        )  # fmt: skip
-        self.model = Llama(self.config, checkpoint.weights)
-        self.kv_cache = KVCache(
-            self.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
-        )
+        if device == "cuda":
+            from codellama_rt.cuda.place import place
+
+            self.model, self.kv_cache = place(
+                self.config, checkpoint.weights, kv_dtype=kv_dtype, block_size=block_size,
+                longest=max_model_len, max_num_seqs=max_num_seqs, kv_memory=kv_memory,
+                quantization=quantization,
+            )  # fmt: skip
+        else:
+            num_blocks = plan_num_blocks(
+                self.config, kv_dtype, block_size, longest=max_model_len,
+                max_num_seqs=max_num_seqs, kv_memory=kv_memory,
+                weight_bytes=checkpoint.mapped_bytes,
+            )  # fmt: skip
+            self.model = Llama(self.config, checkpoint.weights)
+            self.kv_cache = KVCache(
+                self.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
+            )
         self.engine = Engine(
             self.model, self.kv_cache, self.tokenizer, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, max_model_len=self.max_model_len,
@@ -202,6 +215,7 @@ class LLM:
         return sequence_logits(
             self.model, token_ids, first_position=first_position, kv_dtype=self.kv_cache.dtype,
             chunk_size=self.engine.scheduler.max_num_batched_tokens,
+            make_cache=type(self.kv_cache),
         )  # fmt: skip
 
     def default_params(self) -> SamplingParams:

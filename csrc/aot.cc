@@ -9,8 +9,12 @@
 #include <sstream>
 #include <string>
 
-#include "decoder_layer.h"
 #include "launch.h"
+#ifdef CLRT_CUDA
+#include "cuda/runtime.h"
+#else
+#include "decoder_layer.h"
+#endif
 #include "ms_aot_extra.h"
 
 namespace codellama_rt {
@@ -54,8 +58,8 @@ struct Format {
 };
 
 struct Attributes : AotKernelData {
-  float eps, scale;
-  bool interleaved, causal;
+  float eps = 1e-5f, scale = 0;
+  bool interleaved = false, causal = true;
   Format formats[kMaxInputs];
 };
 
@@ -70,7 +74,8 @@ struct Call {
   AotExtra* extra;
 
   const Attributes& attributes() const {
-    return *static_cast<const Attributes*>(extra->kernel_data());
+    static const Attributes usual;  // of a caller that is not MindSpore
+    return extra ? *static_cast<const Attributes*>(extra->kernel_data()) : usual;
   }
 
   TensorView operator[](int i) const {
@@ -148,7 +153,11 @@ struct Inputs {
 
 // A graph drops an op without outputs: those that only write return a token, to be depended upon.
 const Shape kToken = {1};
+#ifdef CLRT_CUDA
+void put_token(const TensorView& token) { cuda::fill_async(token.data, 0, sizeof(int32_t)); }
+#else
 void put_token(const TensorView& token) { *static_cast<int32_t*>(token.data) = 0; }
+#endif
 
 namespace op {
 
@@ -252,6 +261,7 @@ struct CopyBlocks {
   static Shape infer(const Inputs&) { return kToken; }
 };
 
+#ifndef CLRT_CUDA
 struct DecoderLayer {
   static void run(const Call& c) {
     launch::decoder_layer({c[0],
@@ -279,19 +289,48 @@ struct DecoderLayer {
   }
   static Shape infer(const Inputs& in) { return in.shape(0, 2); }
 };
+#endif
 
 }  // namespace op
 
 int read_attributes(AotExtra* extra) {
   auto* attributes = new Attributes;
-  attributes->eps = extra->get("eps", 1e-5f);
-  attributes->scale = extra->get("scale", 0.0f);
-  attributes->interleaved = extra->get("interleaved", false);
-  attributes->causal = extra->get("causal", true);
+  attributes->eps = extra->get("eps", attributes->eps);
+  attributes->scale = extra->get("scale", attributes->scale);
+  attributes->interleaved = extra->get("interleaved", attributes->interleaved);
+  attributes->causal = extra->get("causal", attributes->causal);
   for (int i = 0; i < kMaxInputs; ++i) attributes->formats[i] = Format::of(extra, i);
   extra->set_kernel_data(attributes);
   return 0;
 }
+
+// The op itself. On cuda it goes to the stream that comes with the call; and a caller that is not
+// MindSpore gets 1 for a refusal, 2 for what CUDA says, and the text from clrt_cuda_last_error.
+#ifdef CLRT_CUDA
+thread_local std::string last_error;
+
+template <typename Op>
+int run_op(const Call& call, void* stream) {
+  try {
+    cuda::set_stream(stream);
+    Op::run(call);
+    return 0;
+  } catch (const std::exception& error) {
+    if (call.extra) throw;
+    last_error = error.what();
+    return dynamic_cast<const std::invalid_argument*>(&error) ||
+                   dynamic_cast<const DtypeError*>(&error)
+               ? 1
+               : 2;
+  }
+}
+#else
+template <typename Op>
+int run_op(const Call& call, void*) {
+  Op::run(call);
+  return 0;
+}
+#endif
 
 }  // namespace
 
@@ -299,9 +338,9 @@ int read_attributes(AotExtra* extra) {
 #define CLRT_EXPORT extern "C" __attribute__((visibility("default")))
 #define CLRT_AOT(Name)                                                                            \
   CLRT_EXPORT int Name(int count, void** data, int* ndims, int64_t** shapes, const char** dtypes, \
-                       void*, void* extra) {                                                      \
-    op::Name::run({#Name, count, data, ndims, shapes, dtypes, static_cast<AotExtra*>(extra)});    \
-    return 0;                                                                                     \
+                       void* stream, void* extra) {                                               \
+    return run_op<op::Name>(                                                                      \
+        {#Name, count, data, ndims, shapes, dtypes, static_cast<AotExtra*>(extra)}, stream);      \
   }                                                                                               \
   CLRT_EXPORT int Name##Init(int*, int64_t**, const char**, AotExtra* extra) {                    \
     return read_attributes(extra);                                                                \
@@ -322,6 +361,13 @@ CLRT_AOT(PagedAttention)
 CLRT_AOT(MergeAttention)
 CLRT_AOT(SiluAndMul)
 CLRT_AOT(CopyBlocks)
+#ifdef CLRT_CUDA
+CLRT_EXPORT const char* clrt_cuda_last_error() { return last_error.c_str(); }
+CLRT_EXPORT void clrt_cuda_set_workspace(void* memory, int64_t bytes) {
+  cuda::set_workspace(memory, size_t(bytes));
+}
+#else
 CLRT_AOT(DecoderLayer)
+#endif
 
 }  // namespace codellama_rt

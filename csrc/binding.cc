@@ -12,10 +12,18 @@
 #include <unordered_map>
 #include <vector>
 
+#include "launch.h"
+#ifdef CLRT_CUDA     // the module _cuda: the same ops on device tensors
+#ifndef CLRT_MODULE  // the emulator has a name of its own
+#define CLRT_MODULE _cuda
+#endif
+#include "cuda/module.h"
+#else
+#define CLRT_MODULE _core
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 #include "decoder_layer.h"
-#include "launch.h"
+#endif
 
 namespace py = pybind11;
 
@@ -28,6 +36,7 @@ struct NamedDType {
 };
 
 NamedDType named(std::string name) {
+  if (name.compare(0, 6, "torch.") == 0) name.erase(0, 6);
   for (char& c : name) c = char(std::tolower(static_cast<unsigned char>(c)));
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32}) {
     if (name == dtype_name(dtype)) return {dtype, name};
@@ -51,6 +60,7 @@ const NamedDType& dtype_of(py::handle dtype) {
                               " dimensions, got " + std::to_string(ndim));
 }
 
+#ifndef CLRT_CUDA
 TensorView view_array(const py::array& array) {
   TensorView t;
   const NamedDType& dtype = dtype_of(array.dtype());
@@ -66,6 +76,18 @@ TensorView view_array(const py::array& array) {
     t.strides[i] = array.strides(i) % bytes == 0 ? array.strides(i) / bytes : -1;
   }
   return t;
+}
+#endif
+
+// Of a MindSpore Tensor; on cuda of a DeviceTensor, or of any Tensor there that knows its pointer.
+void* memory_of(py::handle tensor) {
+#ifdef CLRT_CUDA
+  if (py::hasattr(tensor, "device_ptr")) {
+    return reinterpret_cast<void*>(tensor.attr("device_ptr").cast<uintptr_t>());
+  }
+  if (!tensor.attr("is_cuda").cast<bool>()) throw DtypeError("an op on cuda takes tensors there");
+#endif
+  return reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
 }
 
 TensorView view_mindspore(py::handle tensor) {
@@ -85,16 +107,20 @@ TensorView view_mindspore(py::handle tensor) {
     t.strides[i] = stride;
     stride *= t.shape[i];
   }
-  t.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  t.data = memory_of(tensor);
   return t;
 }
 
 // An ops.Quantized: bytes, and the dtype and shape of what they stand for.
 TensorView view_quantized(py::handle object) {
   const py::object payload = object.attr("payload");
+#ifdef CLRT_CUDA
+  TensorView t = view_mindspore(payload);
+#else
   TensorView t = py::isinstance<py::array>(payload)
                      ? view_array(py::reinterpret_borrow<py::array>(payload))
                      : view_mindspore(payload);
+#endif
   t.num_bytes = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
     if (t.strides[i] != t.num_bytes && t.shape[i] > 1) {
@@ -124,6 +150,15 @@ TensorView view_quantized(py::handle object) {
 }
 
 // The view, and what keeps its memory: the caller holds the object for the length of the call.
+#ifdef CLRT_CUDA
+TensorView view(py::handle object) {
+  if (py::hasattr(object, "device_ptr")) return view_mindspore(object);
+  if (py::hasattr(object, "payload")) return view_quantized(object);
+  if (py::hasattr(object, "is_cuda")) return view_mindspore(object);
+  throw DtypeError("an op on cuda takes DeviceTensors, got " +
+                   std::string(py::str(py::type::of(object).attr("__name__"))));
+}
+#else
 TensorView view(py::handle object) {
   if (py::isinstance<py::array>(object)) {
     return view_array(py::reinterpret_borrow<py::array>(object));
@@ -133,6 +168,7 @@ TensorView view(py::handle object) {
   throw DtypeError("an op takes NumPy arrays or MindSpore Tensors, got " +
                    std::string(py::str(py::type::of(object).attr("__name__"))));
 }
+#endif
 
 template <typename Launch>
 void run(const Launch& launch) {
@@ -155,6 +191,7 @@ void linear(py::handle x, py::handle weight, py::handle out) {
   run([&] { launch::linear(xv, weights, num_weights, ov); });
 }
 
+#ifndef CLRT_CUDA
 std::vector<std::string> isa_names() {
   size_t n = 0;
   const KernelTable* const* tables = available_isas(&n);
@@ -176,11 +213,12 @@ void choose_num_threads(int n) {
     throw std::invalid_argument("num_threads must be at least 1, got " + std::to_string(n));
   set_num_threads(n);
 }
+#endif
 
 }  // namespace
 
-PYBIND11_MODULE(_core, m) {
-  m.doc() = "Direct calls to the CPU kernels; codellama_rt.ops is the documented surface.";
+PYBIND11_MODULE(CLRT_MODULE, m) {
+  m.doc() = "Direct calls to the kernels; codellama_rt.ops is the documented surface.";
   py::register_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);
@@ -247,6 +285,9 @@ PYBIND11_MODULE(_core, m) {
     const auto a = view(key_cache), b = view(value_cache), c = view(block_pairs);
     run([&] { launch::copy_blocks(a, b, c); });
   });
+#ifdef CLRT_CUDA
+  cuda::add_runtime(m);
+#else
   m.def("decoder_layer", [](const py::tuple& inputs, float eps, bool interleaved, H out) {
     if (inputs.size() != 19) throw std::invalid_argument("decoder_layer takes 19 tensors");
     TensorView t[19];
@@ -272,6 +313,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("set_isa", choose_isa);
   m.def("num_threads", num_threads);
   m.def("set_num_threads", choose_num_threads);
+#endif
 }
 
 }  // namespace codellama_rt

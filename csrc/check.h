@@ -13,6 +13,14 @@ namespace codellama_rt {
 
 constexpr int kMaxDims = 4;
 
+// Whether indices can be looked at before the kernel runs: those in a device's memory are the
+// caller's promise.
+#ifdef CLRT_CUDA
+constexpr bool kValuesAtHand = false;
+#else
+constexpr bool kValuesAtHand = true;
+#endif
+
 // A tensor of any framework, as an op sees it.
 struct TensorView {
   void* data = nullptr;

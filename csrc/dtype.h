@@ -19,6 +19,9 @@ enum class DType : int32_t {
   kQ8_0,
   kQ4_K,
   kQ6_K,
+  kFp8,
+  kInt8Mma,
+  kInt4Mma,
   kOther
 };
 
@@ -57,6 +60,12 @@ constexpr const char* dtype_name(DType dtype) {
       return "q4_k";
     case DType::kQ6_K:
       return "q6_k";
+    case DType::kFp8:
+      return "fp8";
+    case DType::kInt8Mma:
+      return "int8_mma";
+    case DType::kInt4Mma:
+      return "int4_mma";
     case DType::kOther:
       break;
   }

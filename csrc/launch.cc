@@ -1,7 +1,11 @@
 #include "launch.h"
 
-#include "cpu/dispatch.h"
 #include "launch_checks.h"
+#ifdef CLRT_CUDA  // compiled once a device
+#include "cuda/dispatch.h"
+#else
+#include "cpu/dispatch.h"
+#endif
 
 namespace codellama_rt {
 namespace launch {

@@ -18,6 +18,8 @@
 //                     minima; a group is 256 bytes, elements 0 to 15 in low and 16 to 31 in high
 //                     nibbles, then 16 + 16 bytes, its scales and minima in those units
 //   q4_0 ... q6_k     rows of GGUF blocks as they lie in the file
+// On cuda: a cache in int8 as above, or in fp8 (e4m3), which lies like int8; a weight in int8_mma
+// or int4_mma, see cuda/weight_formats.cuh.
 #pragma once
 
 #include <cstring>
@@ -35,16 +37,25 @@ constexpr bool is_float(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
 }
 constexpr bool is_cache_dtype(DType dtype) {
+#ifdef CLRT_CUDA
+  return is_float(dtype) || dtype == DType::kInt8 || dtype == DType::kFp8;
+#else
   return is_float(dtype) || dtype == DType::kInt8 || dtype == DType::kInt4;
+#endif
 }
 constexpr bool is_weight_dtype(DType dtype) {
+#ifdef CLRT_CUDA
+  return is_float(dtype) || dtype == DType::kInt8Mma || dtype == DType::kInt4Mma;
+#else
   return is_float(dtype) || (dtype >= DType::kInt8 && dtype <= DType::kQ6_K);
+#endif
 }
 
 // Bytes of kCacheGroup tokens of one head, of keys or of values.
 constexpr int64_t cache_group_bytes(DType dtype, int64_t head_dim, bool key) {
   switch (dtype) {
     case DType::kInt8:
+    case DType::kFp8:
       return kCacheGroup * (head_dim + 4);
     case DType::kInt4:
       return kCacheGroup * (head_dim / 2 + (key ? head_dim / 8 : 0) + 4);
@@ -66,9 +77,12 @@ constexpr int64_t weight_bytes(DType dtype, int64_t n, int64_t k) {
   const int64_t groups = (k + kWeightGroup - 1) / kWeightGroup;
   switch (dtype) {
     case DType::kInt8:
+    case DType::kInt8Mma:
       return tiles * kWeightTile * groups * (kWeightGroup + 2);
     case DType::kInt4:
       return tiles * kWeightTile * (8 + groups * (kWeightGroup / 2 + 2));
+    case DType::kInt4Mma:
+      return tiles * kWeightTile * groups * (kWeightGroup / 2 + 2);
     case DType::kQ4_0:
       return n * (k / 32) * 18;
     case DType::kQ4_1:
@@ -87,6 +101,7 @@ constexpr int64_t weight_bytes(DType dtype, int64_t n, int64_t k) {
 // Elements of k that a block of the format holds: k is a multiple of it.
 constexpr int64_t weight_block(DType dtype) {
   if (dtype == DType::kQ4_K || dtype == DType::kQ6_K) return 256;
+  if (dtype == DType::kInt8Mma || dtype == DType::kInt4Mma) return 64;
   return dtype >= DType::kQ4_0 && dtype <= DType::kQ8_0 ? 32 : 1;
 }
 

@@ -22,7 +22,8 @@ STEPS = [
     ["sequence"],
 ]
 COMPUTATION = [["engine"], ["model", "graph_model"], ["kv_cache", "batch"], ["ops"]]
-LEAVES = ["_core", "config", "dtypes", "errors", "memory", "rope", "sampling_params", "sampler"]
+LEAVES = ["_core", "config", "dtypes", "errors", "memory", "rope", "sampling_params", "sampler",
+          "cuda.device"]  # fmt: skip
 LEAF_PACKAGES = {  # and what they use
     "ops": (), "checkpoint": ("ops", "quantize"), "tokenizer": ("checkpoint", "ops", "quantize"),
 }  # fmt: skip

@@ -60,7 +60,11 @@ def available(device: str = "cpu") -> tuple[bool, str]:
     """
     if device == "cpu":
         return True, f"{isa()}, {num_threads()} threads"
-    if device in ("cuda", "ascend"):
+    if device == "cuda":
+        from codellama_rt.cuda.device import available as cuda_available
+
+        return cuda_available()
+    if device == "ascend":
         return False, f"this build has no {device} kernels; available: cpu"
     raise ValueError(f"device must be 'cpu', 'cuda' or 'ascend', got {device!r}")
 

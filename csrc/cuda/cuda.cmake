@@ -1,0 +1,71 @@
+# libcodellama_rt_cuda.so and _cuda, where an nvcc is: on the path, or of the pip wheels of the extra
+# [cuda-build]. CMake's own CUDA language is not used: it does not find the wheels' parts.
+set(CODELLAMA_RT_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO (where an nvcc is found)")
+if(CODELLAMA_RT_CUDA STREQUAL "OFF")
+  return()
+endif()
+
+execute_process(
+  COMMAND ${Python3_EXECUTABLE} -c "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+  OUTPUT_VARIABLE site_packages OUTPUT_STRIP_TRAILING_WHITESPACE)
+find_program(CODELLAMA_RT_NVCC nvcc HINTS ENV CUDA_HOME PATH_SUFFIXES bin)
+if(NOT CODELLAMA_RT_NVCC)
+  find_program(CODELLAMA_RT_NVCC nvcc PATHS ${site_packages}/nvidia/cu13/bin NO_DEFAULT_PATH)
+endif()
+if(CODELLAMA_RT_NVCC)
+  get_filename_component(cuda_root ${CODELLAMA_RT_NVCC} REALPATH)
+  get_filename_component(cuda_root ${cuda_root} DIRECTORY)
+  get_filename_component(cuda_root ${cuda_root} DIRECTORY)
+  find_library(CODELLAMA_RT_CUDART cudart_static NO_DEFAULT_PATH
+               PATHS ${cuda_root} /usr/local/cuda PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib)
+endif()
+if(NOT CODELLAMA_RT_NVCC OR NOT CODELLAMA_RT_CUDART)
+  if(CODELLAMA_RT_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "CODELLAMA_RT_CUDA=ON, but there is no nvcc with libcudart_static; "
+                        "pip install 'codellama_rt[cuda-build]' brings them")
+  endif()
+  message(STATUS "No nvcc: no CUDA kernels")
+  return()
+endif()
+message(STATUS "CUDA kernels by ${CODELLAMA_RT_NVCC}")
+
+include(${CMAKE_CURRENT_LIST_DIR}/sources.cmake)
+file(GLOB cuda_headers ${CMAKE_CURRENT_LIST_DIR}/*.h ${CMAKE_CURRENT_LIST_DIR}/*.cuh
+     ${CMAKE_CURRENT_LIST_DIR}/../*.h)
+# Machine code for Ampere and for Hopper apart; what comes after them compiles the former's PTX.
+set(nvcc_flags -O3 -std=c++17 -DCLRT_CUDA -Xcompiler=-fPIC,-fvisibility=hidden -Xptxas=-v -diag-suppress=177
+    -gencode=arch=compute_80,code=[sm_80,compute_80] -gencode=arch=compute_90a,code=sm_90a)
+set(cuda_objects)
+foreach(stem ${cuda_kernels} runtime)
+  set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda/${stem}.o)
+  add_custom_command(
+    OUTPUT ${object}
+    COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_LIST_DIR}/compile.py ${object}.log
+            ${CODELLAMA_RT_NVCC} ${nvcc_flags} -c ${CMAKE_CURRENT_LIST_DIR}/${stem}.cu -o ${object}
+    DEPENDS ${CMAKE_CURRENT_LIST_DIR}/${stem}.cu ${cuda_headers} VERBATIM)
+  list(APPEND cuda_objects ${object})
+endforeach()
+set_source_files_properties(${cuda_objects} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
+
+# The host's part is compiled a second time, for this device.
+set(host_sources ${cuda_host_sources})
+list(TRANSFORM host_sources PREPEND ${CMAKE_CURRENT_LIST_DIR}/../)
+add_library(codellama_rt_cuda SHARED ${cuda_objects} ${host_sources})
+target_compile_definitions(codellama_rt_cuda PRIVATE CLRT_CUDA)
+target_link_libraries(codellama_rt_cuda PRIVATE ${CODELLAMA_RT_CUDART} Threads::Threads dl rt)
+target_link_options(codellama_rt_cuda PRIVATE -Wl,-Bsymbolic -Wl,--exclude-libs,ALL)
+
+pybind11_add_module(_cuda MODULE csrc/binding.cc csrc/cuda/module.cc)
+target_compile_definitions(_cuda PRIVATE CLRT_CUDA)
+target_link_libraries(_cuda PRIVATE codellama_rt_cuda)
+set_target_properties(_cuda PROPERTIES INSTALL_RPATH "$ORIGIN" BUILD_WITH_INSTALL_RPATH ON)
+install(TARGETS codellama_rt_cuda _cuda LIBRARY DESTINATION .)
+
+# What the compiler said of registers and spills, for tools/inspect_cuda.py.
+install(CODE "file(GLOB logs \"${CMAKE_CURRENT_BINARY_DIR}/cuda/*.log\")
+  file(WRITE \"${CMAKE_CURRENT_BINARY_DIR}/cuda/ptxas.txt\" \"\")
+  foreach(log IN LISTS logs)
+    file(READ \"\${log}\" text)
+    file(APPEND \"${CMAKE_CURRENT_BINARY_DIR}/cuda/ptxas.txt\" \"\${text}\")
+  endforeach()")
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/cuda/ptxas.txt DESTINATION . RENAME cuda_ptxas.txt)
