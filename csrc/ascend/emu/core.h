@@ -89,7 +89,6 @@ class Core {
     ++issued_[pipe];
     pipe_ = pipe;
     name_ = name;
-    if (pipe == PIPE_S) known_[PIPE_S][PIPE_S] = issued_[PIPE_S];
   }
   const char* instruction() const { return name_; }
 
@@ -113,7 +112,8 @@ class Core {
     }
   }
 
-  // What was written here must be complete; the running instruction itself is no one's hazard.
+  // What was written here must be complete. No hazards: the running instruction with itself, and
+  // the scalar program's own accesses, which are done in order.
   void check_after_write(const Access& last, const char* where) const {
     if (last.writer >= 0 && !complete(last.writer, last.written)) {
       fail_order(last.writer, "wrote", where);
@@ -177,7 +177,7 @@ class Core {
 
  private:
   bool complete(int pipe, uint32_t number) const {
-    const bool own = pipe == pipe_ && number == issued_[pipe];
+    const bool own = pipe == pipe_ && (number == issued_[pipe] || pipe == PIPE_S);
     return own || number <= known_[pipe_][pipe];
   }
   [[noreturn]] void fail_order(int other, const char* did, const char* where) const {
