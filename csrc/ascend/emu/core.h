@@ -56,11 +56,12 @@ class Core {
   void reset(int64_t core, int64_t cores) {
     index = core;
     num_cores = cores;
-    used_ = 0;
     issued_ = {};
     for (Clock& clock : known_) clock = {};
-    std::memset(initialised_.data(), 0, initialised_.size());
-    std::fill(blocks_.begin(), blocks_.end(), Access{});
+    const int64_t touched = std::min(used_, kUbBytes);
+    std::memset(initialised_.data(), 0, touched);
+    std::fill(blocks_.begin(), blocks_.begin() + touched / kBlock, Access{});
+    used_ = 0;
     flags_.clear();
     queues_open_ = 0;
   }

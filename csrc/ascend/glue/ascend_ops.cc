@@ -54,6 +54,17 @@ class Runner : public ms::pynative::PyboostRunner {
     tensors_.clear();
   }
 
+ protected:
+  // On an NPU every kernel is launched by one queue. On a CPU MindSpore's own run a stage earlier,
+  // and would overtake ours in that queue: the emulator's run with them.
+  void _DispatchLaunchTask() override {
+    if (CLRT_ASCEND_EMULATED) {
+      LaunchKernel();
+    } else {
+      PyboostRunner::_DispatchLaunchTask();
+    }
+  }
+
  private:
   AclnnCall call_;
   Plan plan_;
