@@ -38,6 +38,7 @@ class CMakeBuild(build_ext):
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DPython3_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11_dir()}",
+                f"-DCODELLAMA_RT_ASCEND={os.environ.get('CODELLAMA_RT_ASCEND', 'OFF')}",
             ],
             check=True,
         )

@@ -13,8 +13,9 @@ import numpy as np
 from codellama_rt import ops
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.completion import Completion, Job
+from codellama_rt.devices import make_kv_cache, make_model
 from codellama_rt.engine import Engine
-from codellama_rt.kv_cache import KVCache, plan_num_blocks
+from codellama_rt.kv_cache import plan_num_blocks
 from codellama_rt.llm_arguments import (
     Prompt,
     as_prompts,
@@ -22,7 +23,6 @@ from codellama_rt.llm_arguments import (
     require_device,
     require_dtype,
 )
-from codellama_rt.model import Llama
 from codellama_rt.request import Output, check_params
 from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.scoring import sequence_logits
@@ -42,14 +42,14 @@ class LLM:
         kv_dtype: str = "auto", max_model_len: int | None = None,
         kv_memory: int | str | None = None, block_size: int = 64, max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512, num_threads: int | None = None,
-        prefix_caching: bool = True, check: str | None = None,
+        prefix_caching: bool = True, attention: str = "custom", check: str | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:  # fmt: skip
         """Open a checkpoint; its weights are mapped, not copied, unless `dtype` asks for others.
 
         Args:
             model: directory, GGUF file, built-in name or hub id.
-            device: "cpu".
+            device: "cpu" or, where there is one, "ascend".
             dtype: of the weights: "auto" (as stored), "float32", "float16", "bfloat16".
             kv_dtype: of the KV cache; "auto": that of the weights.
             max_model_len: tokens of prompt and output together; the checkpoint's by default. More
@@ -61,6 +61,7 @@ class LLM:
             max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
             num_threads: threads an op, for the whole process; the CPUs of the process by default.
             prefix_caching: whether equal prefixes are computed once.
+            attention: on Ascend "custom" (this project's kernels) or "vendor" (MindSpore's).
             check: "finite" refuses weights with NaN or infinity (reads every byte).
             progress: called with (bytes done, bytes in all, what) while weights are converted.
 
@@ -91,9 +92,9 @@ class LLM:
             self.config, kv_dtype, block_size, longest=max_model_len, max_num_seqs=max_num_seqs,
             kv_memory=kv_memory, weight_bytes=self.stored_bytes,
         )  # fmt: skip
-        self.model = Llama(self.config, checkpoint.weights)
-        self.kv_cache = KVCache(
-            self.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
+        self.model = make_model(device, self.config, checkpoint.weights, attention)
+        self.kv_cache = make_kv_cache(
+            self.model, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
         )
         self.engine = Engine(
             self.model, self.kv_cache, self.tokenizer, max_num_seqs=max_num_seqs,

@@ -8,7 +8,7 @@ from numbers import Integral
 import numpy as np
 
 from codellama_rt.batch import build_batch
-from codellama_rt.kv_cache import KVCache
+from codellama_rt.devices import make_kv_cache
 from codellama_rt.model import Llama
 from codellama_rt.request import checked_prompt
 from codellama_rt.sequence import Chunk, Sequence, int32_list
@@ -50,7 +50,7 @@ def sequence_logits(
     sequence.block_ids = int32_list(range(num_blocks))
     scaling = model.config.rope_scaling
     is_dynamic = scaling is not None and scaling.kind == "dynamic"
-    kv_cache = KVCache(model.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
+    kv_cache = make_kv_cache(model, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
     rows = []
     for begin in range(0, len(ids), chunk_size):
         end = min(begin + chunk_size, len(ids))

@@ -88,8 +88,8 @@ def _import_glue(path: Path) -> ModuleType:
     except ImportError as error:
         raise AscendUnavailable(f"the ascend kernels are reached by MindSpore: {error}") from None
     spec = importlib.util.spec_from_file_location("_ascend", path)
-    module = importlib.util.module_from_spec(spec)
     try:
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
         raise AscendUnavailable(

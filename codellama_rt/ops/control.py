@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from codellama_rt import _core
-from codellama_rt.ops import ascend_library
+from codellama_rt.ops.ascend_library import available as ascend_available
 
 
 def available_isas() -> list[str]:
@@ -62,7 +62,7 @@ def available(device: str = "cpu") -> tuple[bool, str]:
     if device == "cpu":
         return True, f"{isa()}, {num_threads()} threads"
     if device == "ascend":
-        return ascend_library.available()
+        return ascend_available()
     if device == "cuda":
         return False, f"this build has no {device} kernels; available: cpu"
     raise ValueError(f"device must be 'cpu', 'cuda' or 'ascend', got {device!r}")

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ def ascend_build() -> Path:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2")
     configure = ["cmake", "-S", REPOSITORY / "csrc" / "ascend", "-B", BUILD, *generator]
-    options = ["-DCODELLAMA_RT_ASCEND=EMU", "-DCODELLAMA_RT_ASCEND_TESTS=ON"]
+    options = ["-DCODELLAMA_RT_ASCEND=EMU", "-DCODELLAMA_RT_ASCEND_TESTS=ON",
+               f"-DPython3_EXECUTABLE={sys.executable}"]  # fmt: skip
     for command in ([*configure, *options], ["cmake", "--build", BUILD, "--parallel", jobs]):
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
@@ -38,6 +40,14 @@ def aclnn(library) -> Aclnn:
     """The ops, on the 40 vector cores of a 910B unless a test asks for others."""
     library.set_cores(40)
     return library
+
+
+@pytest.fixture
+def device(ascend_build, library, monkeypatch) -> None:
+    """`codellama_rt.ops.ascend` on the emulator; four cores, which is enough to share work."""
+    pytest.importorskip("mindspore", reason="MindSpore is not installed")
+    monkeypatch.setenv("CODELLAMA_RT_ASCEND_LIBRARIES", str(ascend_build))
+    library.set_cores(4)
 
 
 @pytest.fixture
