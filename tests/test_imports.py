@@ -23,7 +23,9 @@ STEPS = [
 ]
 COMPUTATION = [["engine"], ["model", "graph_model"], ["kv_cache", "batch"], ["ops"]]
 LEAVES = ["_core", "config", "dtypes", "errors", "memory", "rope", "sampling_params", "sampler"]
-LEAF_PACKAGES = {"checkpoint": (), "ops": (), "tokenizer": ("checkpoint",)}  # and what they use
+LEAF_PACKAGES = {  # and what they use
+    "ops": (), "checkpoint": ("ops", "quantize"), "tokenizer": ("checkpoint", "ops", "quantize"),
+}  # fmt: skip
 WITHOUT_TENSORS = ["scheduler", "block_manager", "sequence"]
 HEAVY = [
     "mindspore", "sentencepiece", "tokenizers", "gguf", "jinja2", "typer", "rich", "protobuf",
