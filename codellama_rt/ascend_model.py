@@ -1,4 +1,4 @@
-"""Llama on an Ascend NPU: matrix products by MindSpore, everything else by the kernels of csrc/ascend.
+"""Llama on an Ascend NPU: matrix products by MindSpore, the rest by the kernels of csrc/ascend.
 
 Activations are in the weights' dtype, float16 or bfloat16; the step's integers are made on the host
 and sent along. The order of the operators is that of `model.Llama`.

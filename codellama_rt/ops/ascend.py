@@ -12,6 +12,7 @@ are asynchronous: a kernel's failure shows when a result is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -136,7 +137,7 @@ def check_lengths(
     Raises:
         ValueError: one that does not.
     """
-    rises = all(a <= b for a, b in zip(ends, ends[1:], strict=False))
+    rises = all(a <= b for a, b in pairwise(ends))
     if len(ends) != len(lens) + 1 or ends[0] != 0 or ends[-1] != query.shape[0] or not rises:
         raise ValueError(
             f"paged_attention: cu_seqlens_q must rise from 0 to num_tokens={query.shape[0]} in "

@@ -27,7 +27,9 @@ def check(name: str, tensors: Mapping[str, Any], **axes: int) -> None:
     for key, tensor in tensors.items():
         described = op.inputs[key]
         if not hasattr(tensor, "dtype") or not hasattr(tensor, "shape"):
-            raise TypeError(f"{name}: {key} must be a mindspore.Tensor, got {type(tensor).__name__}")
+            raise TypeError(
+                f"{name}: {key} must be a mindspore.Tensor, got {type(tensor).__name__}"
+            )
         _check_dtype(name, key, tensor, described, first)
         if len(tensor.shape) != len(described.axes):
             _fail(name, key, tensor, described)
@@ -49,7 +51,7 @@ def _check_dtype(
 ) -> None:
     """Floats: of the first one's dtype, float16 or bfloat16."""
     allowed = described.dtypes
-    if allowed == FLOATS or isinstance(allowed, str):
+    if isinstance(allowed, str) or set(FLOATS) <= set(allowed):
         allowed = (first["float"],) if first else ASCEND_FLOATS
     dtype = str(tensor.dtype).lower()
     if dtype not in allowed:

@@ -75,7 +75,9 @@ def find_custom_ops() -> Path:
     for place in folders:
         if (place / CUSTOM_OPS).is_file():
             return place / CUSTOM_OPS
-    looked = ", ".join(map(str, folders)) or "neither ASCEND_CUSTOM_OPP_PATH nor ASCEND_OPP_PATH set"
+    looked = (
+        ", ".join(map(str, folders)) or "neither ASCEND_CUSTOM_OPP_PATH nor ASCEND_OPP_PATH set"
+    )
     raise AscendUnavailable(
         f"no op package with {CUSTOM_OPS} ({looked}); install it and source CANN's set_env.sh"
     )

@@ -9,6 +9,7 @@ what they are called with. Caches are those of `codellama_rt.ops.ascend`, in pag
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from typing import Any
 
 from codellama_rt.ops.ascend import Lengths, Tensor, as_ints, check_lengths, require_halves
@@ -128,7 +129,7 @@ def paged_attention(
 def _runs(ends: list[int]) -> list[tuple[int, int]]:
     """Ranges of sequences for a call each; those without queries are in none."""
     runs: list[tuple[int, int]] = []
-    counts = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    counts = [b - a for a, b in pairwise(ends)]
     for i, count in enumerate(counts):
         if count == 1 and runs and runs[-1][1] == i and counts[i - 1] == 1:
             runs[-1] = (runs[-1][0], i + 1)

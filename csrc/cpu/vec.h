@@ -1,9 +1,9 @@
 // One float vector a instruction set: what the kernels are written in.
 //
 // Compiled once an instruction set, inside its namespace (CLRT_ISA), so that no inline function of
-// one set can stand in for another's. `kLanes` floats a Vec: 4 (baseline, which is NEON on aarch64),
-// 8 (AVX2), 16 (AVX-512).
-// Reductions are one fixed tree: a sum depends on the lanes' values alone.
+// one set can stand in for another's. `kLanes` floats a Vec: 4 (baseline, which is NEON on
+// aarch64), 8 (AVX2), 16 (AVX-512). Reductions are one fixed tree: a sum depends on the lanes'
+// values alone.
 #pragma once
 
 #include <cmath>
@@ -235,6 +235,10 @@ constexpr int kLanes = 4;
 struct Vec {
   float32x4_t v;
 };
+template <typename F>
+inline Vec lanewise(F f) {
+  return {float32x4_t{f(0), f(1), f(2), f(3)}};
+}
 inline Vec splat(float x) { return {vdupq_n_f32(x)}; }
 inline Vec hold(Vec x) {
   asm("" : "+w"(x.v));

@@ -116,21 +116,17 @@ std::map<std::string, Body> memory_kernels() {
     k.compute();
     k.store(kCount + 8);
   });
-  k["global_write_of_an_input"] = with_buffers([](Kernel& k) {
-    DataCopy(k.x[k.begin], k.a.Get<float>(), kCount);
-  });
+  k["global_write_of_an_input"] =
+      with_buffers([](Kernel& k) { DataCopy(k.x[k.begin], k.a.Get<float>(), kCount); });
   k["global_past_its_buffer"] = with_queues([](Kernel& k) {
     k.x.SetGlobalBuffer(k.x.element(0, 1), kCount / 2);
     k.load(0);
   });
-  k["local_past_its_buffer"] = with_buffers([](Kernel& k) {
-    Muls(k.a.Get<float>(), k.a.Get<float>(), 2.0f, kCount + 8);
-  });
-  k["local_offset_past_its_buffer"] =
-      with_buffers([](Kernel& k) { k.a.Get<float>()[kCount + 8]; });
-  k["misaligned_address"] = with_buffers([](Kernel& k) {
-    Muls(k.b.Get<float>()[4], k.a.Get<float>()[4], 2.0f, 8);
-  });
+  k["local_past_its_buffer"] =
+      with_buffers([](Kernel& k) { Muls(k.a.Get<float>(), k.a.Get<float>(), 2.0f, kCount + 8); });
+  k["local_offset_past_its_buffer"] = with_buffers([](Kernel& k) { k.a.Get<float>()[kCount + 8]; });
+  k["misaligned_address"] =
+      with_buffers([](Kernel& k) { Muls(k.b.Get<float>()[4], k.a.Get<float>()[4], 2.0f, 8); });
   k["misaligned_copy_length"] = with_queues([](Kernel& k) { k.load(k.begin, 12); });
   k["misaligned_buffer_length"] = [](Kernel& k) { k.pipe.InitBuffer(k.in_queue, 2, 20); };
   k["unified_buffer_overflow"] = [](Kernel& k) {
@@ -154,9 +150,8 @@ std::map<std::string, Body> memory_kernels() {
     LocalTensor<float> t = k.in_queue.AllocTensor<float>(), r = k.out_queue.AllocTensor<float>();
     Muls(r, t, 2.0f, kCount);
   });
-  k["partial_overlap"] = with_buffers([](Kernel& k) {
-    Muls(k.a.Get<float>()[8], k.a.Get<float>(), 2.0f, 64);
-  });
+  k["partial_overlap"] =
+      with_buffers([](Kernel& k) { Muls(k.a.Get<float>()[8], k.a.Get<float>(), 2.0f, 64); });
   k["mask_too_long"] = with_buffers([](Kernel& k) {
     Mul(k.a.Get<float>(), k.a.Get<float>(), k.b.Get<float>(), uint64_t(65), 1,
         BinaryRepeatParams(1, 1, 1, 8, 8, 8));
@@ -303,13 +298,14 @@ CLRT_EXPORT const char* run_kernel(const char* name, const float* x, float* out)
   const Memory memory{bytes(x), bytes(out), bytes(work.data())};
   const Body& body = kernels().at(name);
   try {
-    ascend_emu::Launcher::run(
-        2, {{memory.x, 2 * kBytes, false}, {memory.out, 2 * kBytes, true},
-            {memory.work, 2 * kBytes, true}},
-        [&] {
-          Kernel kernel(memory);
-          body(kernel);
-        });
+    ascend_emu::Launcher::run(2,
+                              {{memory.x, 2 * kBytes, false},
+                               {memory.out, 2 * kBytes, true},
+                               {memory.work, 2 * kBytes, true}},
+                              [&] {
+                                Kernel kernel(memory);
+                                body(kernel);
+                              });
   } catch (const ascend_emu::Violation& violation) {
     message = violation.what();
   }

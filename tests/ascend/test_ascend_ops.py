@@ -88,7 +88,9 @@ def test_ops_run_in_their_order(rng):
     x = tensor(x)
     for _ in range(20):
         x = matmul(ascend.rms_norm(x, tensor(norm)), tensor(weight))
-        y = reference.rms_norm(y, norm).astype(np.float16).astype(np.float64) @ weight.T.astype(float)
+        y = reference.rms_norm(y, norm).astype(np.float16).astype(np.float64) @ weight.T.astype(
+            float
+        )
         y = y.astype(np.float16)
     assert np.abs(x.asnumpy() - y).max() <= 0.02 * np.abs(y).max()
 
@@ -98,7 +100,9 @@ def test_an_error_of_the_kernel_is_shown_when_a_result_is_read(rng):
                  cache_dtype="float16")  # fmt: skip
     case.block_tables[0, 1] = 1000
     out, _ = ascend.paged_attention(*map(tensor, case.arguments[:4]), *case.arguments[4:])
-    with pytest.raises(RuntimeError, match="507000: ClrtPagedAttention: core 0: .*outside the ten"):
+    with pytest.raises(
+        RuntimeError, match=r"507000: ClrtPagedAttention: core 0: .*outside the ten"
+    ):
         out.asnumpy()
 
 

@@ -36,7 +36,7 @@ def stand_in(monkeypatch, owner, function):
 
 def fused_infer_attention_score(query, key, value, **given):
     """BNSD queries over BnNBsD pages; with several queries a mask, causal from the end."""
-    batch, n_heads, queries, head_dim = query.shape
+    batch, n_heads, queries, _ = query.shape
     assert given["input_layout"] == "BNSD"
     assert (given["num_heads"], given["block_size"]) == (n_heads, key[0].shape[2])
     assert given["num_key_value_heads"] == key[0].shape[1]

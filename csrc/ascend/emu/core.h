@@ -78,9 +78,7 @@ class Core {
     return begin;
   }
   uint8_t* ub(int64_t offset) { return memory_.data() + offset; }
-  void forget(int64_t begin, int64_t bytes) {
-    std::memset(initialised_.data() + begin, 0, bytes);
-  }
+  void forget(int64_t begin, int64_t bytes) { std::memset(initialised_.data() + begin, 0, bytes); }
 
   // ---- instructions ----------------------------------------------------------------------
 

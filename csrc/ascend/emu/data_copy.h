@@ -10,7 +10,10 @@ struct DataCopyExtParams {
   DataCopyExtParams() = default;
   DataCopyExtParams(uint16_t count, uint32_t length, uint32_t source, uint32_t destination,
                     uint32_t reserved)
-      : blockCount(count), blockLen(length), srcStride(source), dstStride(destination),
+      : blockCount(count),
+        blockLen(length),
+        srcStride(source),
+        dstStride(destination),
         rsv(reserved) {}
   uint16_t blockCount = 1;
   uint32_t blockLen = 0, srcStride = 0, dstStride = 0, rsv = 0;
@@ -67,8 +70,8 @@ void DataCopy(const GlobalTensor<T>& to, const LocalTensor<T>& from, uint32_t co
 }
 
 template <typename T>
-void DataCopyPad(const LocalTensor<T>& to, const GlobalTensor<T>& from,
-                 const DataCopyExtParams& p, const DataCopyPadExtParams<T>& pad) {
+void DataCopyPad(const LocalTensor<T>& to, const GlobalTensor<T>& from, const DataCopyExtParams& p,
+                 const DataCopyPadExtParams<T>& pad) {
   ascend_emu::core().issue(PIPE_MTE2, "DataCopyPad");
   to.require_aligned();
   emu_copy::check(p, p.srcStride, sizeof(T));

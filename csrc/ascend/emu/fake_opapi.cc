@@ -1,8 +1,8 @@
 // A stand-in for CANN's libnnopbase.so and for the libcust_opapi.so that its op build generates.
 //
-// The same C symbols, called in the same two phases: GetWorkspaceSize checks the tensors against the
-// definitions of op_host and runs their tiling; the second call runs the kernel on emulated cores.
-// Errors are CANN's numbers; `clrt_emu_last_error` has the reason in words.
+// The same C symbols, called in the same two phases: GetWorkspaceSize checks the tensors against
+// the definitions of op_host and runs their tiling; the second call runs the kernel on emulated
+// cores. Errors are CANN's numbers; `clrt_emu_last_error` has the reason in words.
 #include <cstdlib>
 #include <memory>
 

@@ -92,8 +92,7 @@ class TQueBind {
   template <typename T>
   Buffer& buffer_of(const LocalTensor<T>& tensor, const char* what) {
     const int64_t i = tensor.buffer();
-    if (i < 0 || i >= int64_t(buffers_.size()) ||
-        buffers_[size_t(i)].begin != tensor.begin()) {
+    if (i < 0 || i >= int64_t(buffers_.size()) || buffers_[size_t(i)].begin != tensor.begin()) {
       ascend_emu::fail(std::string(what) + " of a tensor of another queue");
     }
     return buffers_[size_t(i)];
@@ -137,8 +136,20 @@ class TPipe {
 // ---- events and barriers ------------------------------------------------------------------
 
 enum class HardEvent {
-  MTE2_V, V_MTE2, MTE3_V, V_MTE3, MTE2_MTE3, MTE3_MTE2, V_S, S_V, MTE2_S, S_MTE2, MTE3_S, S_MTE3
-};  // clang-format off
+  MTE2_V,
+  V_MTE2,
+  MTE3_V,
+  V_MTE3,
+  MTE2_MTE3,
+  MTE3_MTE2,
+  V_S,
+  S_V,
+  MTE2_S,
+  S_MTE2,
+  MTE3_S,
+  S_MTE3
+};
+// clang-format off
 constexpr int kEventPipes[][2] = {
     {PIPE_MTE2, PIPE_V}, {PIPE_V, PIPE_MTE2}, {PIPE_MTE3, PIPE_V}, {PIPE_V, PIPE_MTE3},
     {PIPE_MTE2, PIPE_MTE3}, {PIPE_MTE3, PIPE_MTE2}, {PIPE_V, PIPE_S}, {PIPE_S, PIPE_V},

@@ -1,4 +1,5 @@
-// Vector instructions: the forms that take a count, and those that take a mask, repeats and strides.
+// Vector instructions: the forms that take a count, and those that take a mask, repeats and
+// strides.
 //
 // Sums are taken pairwise as the device documents it; the order of a hardware's additions may still
 // differ, so kernels' sums agree with it to rounding, not to the bit.
@@ -17,13 +18,19 @@ enum class ReduceOrder { ORDER_VALUE_INDEX, ORDER_INDEX_VALUE, ORDER_ONLY_VALUE,
 struct BinaryRepeatParams {
   BinaryRepeatParams(uint8_t to_block, uint8_t a_block, uint8_t b_block, uint8_t to_repeat,
                      uint8_t a_repeat, uint8_t b_repeat)
-      : dstBlkStride(to_block), src0BlkStride(a_block), src1BlkStride(b_block),
-        dstRepStride(to_repeat), src0RepStride(a_repeat), src1RepStride(b_repeat) {}
+      : dstBlkStride(to_block),
+        src0BlkStride(a_block),
+        src1BlkStride(b_block),
+        dstRepStride(to_repeat),
+        src0RepStride(a_repeat),
+        src1RepStride(b_repeat) {}
   uint8_t dstBlkStride, src0BlkStride, src1BlkStride, dstRepStride, src0RepStride, src1RepStride;
 };
 struct UnaryRepeatParams {
   UnaryRepeatParams(uint16_t to_block, uint16_t from_block, uint8_t to_repeat, uint8_t from_repeat)
-      : dstBlkStride(to_block), srcBlkStride(from_block), dstRepStride(to_repeat),
+      : dstBlkStride(to_block),
+        srcBlkStride(from_block),
+        dstRepStride(to_repeat),
         srcRepStride(from_repeat) {}
   uint16_t dstBlkStride, srcBlkStride;
   uint8_t dstRepStride, srcRepStride;
@@ -154,17 +161,17 @@ void whole_reduce(const char* name, const LocalTensor<float>& to, const LocalTen
 
 }  // namespace emu_vector
 
-#define ASCEND_EMU_BINARY(Name, expression)                                                       \
-  template <typename T>                                                                           \
-  void Name(const LocalTensor<T>& to, const LocalTensor<T>& a, const LocalTensor<T>& b,           \
-            int32_t count) {                                                                      \
-    emu_vector::binary(#Name, to, a, b, count, [](T, T x, T y) -> T { return expression; });      \
-  }                                                                                               \
-  inline void Name(const LocalTensor<float>& to, const LocalTensor<float>& a,                     \
-                   const LocalTensor<float>& b, uint64_t mask, uint8_t repeats,                   \
-                   const BinaryRepeatParams& p) {                                                 \
-    emu_vector::binary_repeats(#Name, to, a, b, mask, repeats, p, false,                          \
-                               [](float, float x, float y) -> float { return expression; });      \
+#define ASCEND_EMU_BINARY(Name, expression)                                                  \
+  template <typename T>                                                                      \
+  void Name(const LocalTensor<T>& to, const LocalTensor<T>& a, const LocalTensor<T>& b,      \
+            int32_t count) {                                                                 \
+    emu_vector::binary(#Name, to, a, b, count, [](T, T x, T y) -> T { return expression; }); \
+  }                                                                                          \
+  inline void Name(const LocalTensor<float>& to, const LocalTensor<float>& a,                \
+                   const LocalTensor<float>& b, uint64_t mask, uint8_t repeats,              \
+                   const BinaryRepeatParams& p) {                                            \
+    emu_vector::binary_repeats(#Name, to, a, b, mask, repeats, p, false,                     \
+                               [](float, float x, float y) -> float { return expression; }); \
   }
 ASCEND_EMU_BINARY(Add, x + y)
 ASCEND_EMU_BINARY(Sub, x - y)
@@ -181,14 +188,14 @@ inline void MulAddDst(const LocalTensor<float>& to, const LocalTensor<float>& a,
                              [](float d, float x, float y) { return d + x * y; });
 }
 
-#define ASCEND_EMU_UNARY(Name, expression)                                                       \
+#define ASCEND_EMU_UNARY(Name, expression)                                                        \
   inline void Name(const LocalTensor<float>& to, const LocalTensor<float>& from, int32_t count) { \
     emu_vector::unary(#Name, to, from, count, [](float x) -> float { return expression; });       \
-  }                                                                                              \
-  inline void Name(const LocalTensor<float>& to, const LocalTensor<float>& from, uint64_t mask,  \
-                   uint8_t repeats, const UnaryRepeatParams& p) {                                \
-    emu_vector::unary_repeats(#Name, to, from, mask, repeats, p,                                 \
-                              [](float x) -> float { return expression; });                      \
+  }                                                                                               \
+  inline void Name(const LocalTensor<float>& to, const LocalTensor<float>& from, uint64_t mask,   \
+                   uint8_t repeats, const UnaryRepeatParams& p) {                                 \
+    emu_vector::unary_repeats(#Name, to, from, mask, repeats, p,                                  \
+                              [](float x) -> float { return expression; });                       \
   }
 ASCEND_EMU_UNARY(Exp, std::exp(x))
 ASCEND_EMU_UNARY(Ln, std::log(x))
@@ -240,9 +247,9 @@ inline void WholeReduceMax(const LocalTensor<float>& to, const LocalTensor<float
   if (order != ReduceOrder::ORDER_ONLY_VALUE) {
     ascend_emu::fail("emulator: WholeReduceMax gives values only");
   }
-  emu_vector::whole_reduce(
-      "WholeReduceMax", to, from, mask, repeats, to_repeat, from_block, from_repeat,
-      [](const float* x, int64_t n) { return *std::max_element(x, x + n); });
+  emu_vector::whole_reduce("WholeReduceMax", to, from, mask, repeats, to_repeat, from_block,
+                           from_repeat,
+                           [](const float* x, int64_t n) { return *std::max_element(x, x + n); });
 }
 // `work` holds the sums of the repeats.
 inline void ReduceSum(const LocalTensor<float>& to, const LocalTensor<float>& from,

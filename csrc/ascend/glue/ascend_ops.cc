@@ -1,9 +1,9 @@
 // The ops for MindSpore's PyNative mode: tensors, workspace and stream are MindSpore's, the kernels
 // are reached through aclnn.h. The only file that includes a header of MindSpore.
 //
-// MindSpore runs an op in stages on threads of its own: outputs are allocated, `CalcWorkspace` plans
-// the call, `LaunchKernel` queues it on the stream. So arguments are kept until then, and an error
-// shows when a result is read.
+// MindSpore runs an op in stages on threads of its own: outputs are allocated, `CalcWorkspace`
+// plans the call, `LaunchKernel` queues it on the stream. So arguments are kept until then, and an
+// error shows when a result is read.
 #include <functional>
 
 #include "aclnn.h"
@@ -98,9 +98,8 @@ std::vector<ms::Tensor> add_rms_norm(const ms::Tensor& x, const ms::Tensor& resi
 
 ms::Tensor silu_and_mul(const ms::Tensor& gate_up) {
   const ms::Tensor out(gate_up.data_type(), {gate_up.shape()[0], gate_up.shape()[1] / 2});
-  run("ClrtSiluAndMul", {gate_up}, {out}, [](AclnnCall* call, const Tensors& t) {
-    return call->plan(t[0].get(), t[1].get());
-  });
+  run("ClrtSiluAndMul", {gate_up}, {out},
+      [](AclnnCall* call, const Tensors& t) { return call->plan(t[0].get(), t[1].get()); });
   return out;
 }
 

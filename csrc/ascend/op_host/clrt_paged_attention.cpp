@@ -21,9 +21,8 @@ ge::graphStatus tile_paged_attention(gert::TilingContext* context) {
     s.max_blocks = dim(context, 3, 1);
     s.element_type = element_type(context, 0);
     s.scale = *context->GetAttrs()->GetFloat(0);
-    const auto tiling =
-        plan_paged_attention(s, context->GetInputTensor(4)->GetData<int64_t>(),
-                             context->GetInputTensor(5)->GetData<int64_t>(), cores);
+    const auto tiling = plan_paged_attention(s, context->GetInputTensor(4)->GetData<int64_t>(),
+                                             context->GetInputTensor(5)->GetData<int64_t>(), cores);
     workspace = size_t(workspace_bytes(tiling));
     return tiling;
   });

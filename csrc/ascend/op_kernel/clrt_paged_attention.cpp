@@ -10,8 +10,8 @@
 //          64/8 heads, which is the cube cores' work: attention="vendor")
 // Tiling   a unit = (token, key/value head, split of 1,024 keys at absolute positions); contiguous
 //          runs of units of equal weight a core; 64 keys and values in the unified buffer, the next
-//          64 arriving meanwhile. Rows that cores share are merged from the workspace (head_dim + 16
-//          floats a head and split) after one SyncAll
+//          64 arriving meanwhile. Rows that cores share are merged from the workspace (head_dim +
+//          16 floats a head and split) after one SyncAll
 // Numerics float32; each split starts anew and splits are merged in ascending order, so a row's
 //          bits depend neither on the batch nor on the number of cores
 #include "common.h"
@@ -27,28 +27,29 @@ struct AttentionRow {
   int64_t row, token, head, sequence, keys, num_splits;
 };
 
+struct AttentionTensors {
+  GM_ADDR query, key_cache, value_cache, block_tables, seq_lens, cu_seqlens_q, out, lse, partials;
+};
+
 template <typename T>
 class PagedAttention {
  public:
-  __aicore__ inline void init(GM_ADDR query, GM_ADDR key_cache, GM_ADDR value_cache,
-                              GM_ADDR block_tables, GM_ADDR seq_lens, GM_ADDR cu_seqlens_q,
-                              GM_ADDR out, GM_ADDR lse, GM_ADDR partials,
-                              const PagedAttentionTiling* tiling) {
+  __aicore__ inline void init(const AttentionTensors& a, const PagedAttentionTiling* tiling) {
     t_ = tiling;
     group_ = t_->n_heads / t_->n_kv_heads;
     dim_ = t_->head_dim;
     stride_ = uint8_t(dim_ / kBlockFloats);
     heads_size_ = group_ * dim_;
     blocks_size_ = int32_t(group_ * kBlockFloats);
-    query_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(query));
-    key_cache_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(key_cache));
-    value_cache_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(value_cache));
-    block_tables_.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(block_tables));
-    seq_lens_.SetGlobalBuffer(reinterpret_cast<__gm__ int64_t*>(seq_lens));
-    cu_seqlens_q_.SetGlobalBuffer(reinterpret_cast<__gm__ int64_t*>(cu_seqlens_q));
-    out_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(out));
-    lse_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(lse));
-    partials_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(partials));
+    query_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(a.query));
+    key_cache_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(a.key_cache));
+    value_cache_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(a.value_cache));
+    block_tables_.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(a.block_tables));
+    seq_lens_.SetGlobalBuffer(reinterpret_cast<__gm__ int64_t*>(a.seq_lens));
+    cu_seqlens_q_.SetGlobalBuffer(reinterpret_cast<__gm__ int64_t*>(a.cu_seqlens_q));
+    out_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(a.out));
+    lse_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(a.lse));
+    partials_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(a.partials));
     init_buffers();
   }
 
@@ -133,7 +134,8 @@ class PagedAttention {
     row.head = r % t_->n_kv_heads;
     while (row.token >= cu_seqlens_q_.GetValue(sequence + 1)) ++sequence;
     row.sequence = sequence;
-    row.keys = seq_lens_.GetValue(sequence) - (cu_seqlens_q_.GetValue(sequence + 1) - row.token) + 1;
+    row.keys =
+        seq_lens_.GetValue(sequence) - (cu_seqlens_q_.GetValue(sequence + 1) - row.token) + 1;
     row.num_splits = row.keys > t_->split ? divide_up(row.keys, t_->split) : 1;
     return row;
   }
@@ -248,8 +250,8 @@ class PagedAttention {
   __aicore__ inline void add_values(int64_t g, int64_t count) {
     LocalTensor<float> rows = rows_.Get<float>(), products = products_.Get<float>();
     LocalTensor<float> spread = spread_.Get<float>(), acc = acc_.Get<float>()[g * dim_];
-    Brcb(spread, scores_.Get<float>()[g * kVectorFloats],
-         uint8_t(divide_up(count, kBlockFloats)), BrcbRepeatParams(1, 8));
+    Brcb(spread, scores_.Get<float>()[g * kVectorFloats], uint8_t(divide_up(count, kBlockFloats)),
+         BrcbRepeatParams(1, 8));
     vector_barrier();
     for (int64_t c = 0; c < dim_; c += kVectorFloats) {
       Mul(products[c], rows[c], spread, uint64_t(smaller(kVectorFloats, dim_ - c)), uint8_t(count),
@@ -375,13 +377,10 @@ class PagedAttention {
 };
 
 template <typename T>
-__aicore__ inline void run_paged_attention(GM_ADDR query, GM_ADDR key_cache, GM_ADDR value_cache,
-                                           GM_ADDR block_tables, GM_ADDR seq_lens,
-                                           GM_ADDR cu_seqlens_q, GM_ADDR out, GM_ADDR lse,
-                                           GM_ADDR partials, const PagedAttentionTiling* tiling) {
+__aicore__ inline void run_paged_attention(const AttentionTensors& tensors,
+                                           const PagedAttentionTiling* tiling) {
   PagedAttention<T> op;
-  op.init(query, key_cache, value_cache, block_tables, seq_lens, cu_seqlens_q, out, lse, partials,
-          tiling);
+  op.init(tensors, tiling);
   op.process();
   if (tiling->num_slots == 0) return;  // the same on every core
   SyncAll();
@@ -398,12 +397,12 @@ extern "C" __global__ __aicore__ void clrt_paged_attention(
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   PagedAttentionTiling t;
   copy_tiling(&t, tiling);
-  GM_ADDR partials = GetUserWorkspace(workspace);
+  const AttentionTensors tensors = {query,        key_cache, value_cache,
+                                    block_tables, seq_lens,  cu_seqlens_q,
+                                    out,          lse,       GetUserWorkspace(workspace)};
   if (t.element_type == kBFloat16) {
-    run_paged_attention<bfloat16_t>(query, key_cache, value_cache, block_tables, seq_lens,
-                                    cu_seqlens_q, out, lse, partials, &t);
+    run_paged_attention<bfloat16_t>(tensors, &t);
   } else {
-    run_paged_attention<half>(query, key_cache, value_cache, block_tables, seq_lens, cu_seqlens_q,
-                              out, lse, partials, &t);
+    run_paged_attention<half>(tensors, &t);
   }
 }

@@ -1,7 +1,7 @@
 // reshape_and_cache: key_cache[slot] = key; value_cache[slot] = value   (PagedAttention,
 //                    arXiv:2309.06180)
-// Shapes   key, value (T, K, D), caches (blocks, K, block_size, D) in a 16-bit type; slots (T) int32
-// Traffic  8 * K * D bytes a token (33 kB at 32 heads of 128): each row read and written once
+// Shapes   key, value (T, K, D), caches (blocks, K, block_size, D) in a 16-bit type; slots (T)
+// int32 Traffic  8 * K * D bytes a token (33 kB at 32 heads of 128): each row read and written once
 // Limit    memory; no arithmetic
 // Tiling   one task = (token, chunk of key or value heads), one DMA in and one out; chunks shrink
 //          until every core has a task

@@ -4,7 +4,7 @@
 //          bfloat16; cos, sin (positions, D / 2) float32; positions, slot_mapping (T) int32
 // Traffic  each head row read once and written once: 2 * 2 * (H + 2 K) * D bytes a token (49 kB at
 //          32/32 x 128), and cos and sin (512 B) once a task; no row of K or V of a slot -1
-// Limit    memory: 3 FLOP an element rotated, 0.4 FLOP/byte
+// Limit    memory: 3 FLOP an element rotated, 0.5 FLOP/byte
 // Tiling   one task = (token, chunk of query, key or value heads); a chunk is one DMA in and one
 //          out; chunks shrink until every core has a task, so that one token uses all cores
 // Numerics rotated in float32, rounded once; values are copied
@@ -63,7 +63,8 @@ class RopeAndCache {
   }
 
   __aicore__ inline void cache_keys(int64_t token, int64_t head) {
-    const int64_t slot = slots_.GetValue(token), count = smaller(t_.chunk_heads, t_.n_kv_heads - head);
+    const int64_t slot = slots_.GetValue(token),
+                  count = smaller(t_.chunk_heads, t_.n_kv_heads - head);
     if (slot < 0) return;
     LocalTensor<T> rows = rotated(token, t_.n_heads + head, count);
     store_heads(key_cache_[cache_row(slot, head)], rows, count, t_.head_dim, t_.block_size);
@@ -71,7 +72,8 @@ class RopeAndCache {
   }
 
   __aicore__ inline void cache_values(int64_t token, int64_t head) {
-    const int64_t slot = slots_.GetValue(token), count = smaller(t_.chunk_heads, t_.n_kv_heads - head);
+    const int64_t slot = slots_.GetValue(token),
+                  count = smaller(t_.chunk_heads, t_.n_kv_heads - head);
     if (slot < 0) return;
     LocalTensor<T> rows = passing_.template AllocTensor<T>();
     DataCopy(rows, qkv_[qkv_row(token, t_.n_heads + t_.n_kv_heads + head)],
@@ -102,10 +104,10 @@ class RopeAndCache {
     Cast(x, rows, RoundMode::CAST_NONE, uint32_t(size));
     in_.FreeTensor(rows);
     vector_barrier();
-    multiply(y, x, tables, count);                    // first half * cos
-    multiply(y[half], x[half], tables, count);        // second half * cos
-    multiply(z, x[half], tables[half], count);        // second half * sin
-    multiply(z[half], x, tables[half], count);        // first half * sin
+    multiply(y, x, tables, count);              // first half * cos
+    multiply(y[half], x[half], tables, count);  // second half * cos
+    multiply(z, x[half], tables[half], count);  // second half * sin
+    multiply(z[half], x, tables[half], count);  // first half * sin
     tables_.FreeTensor(tables);
     vector_barrier();
     subtract_first_add_second(y, z, count);
@@ -161,10 +163,12 @@ class RopeAndCache {
 }  // namespace ascend
 }  // namespace codellama_rt
 
-extern "C" __global__ __aicore__ void clrt_rope_and_cache(
-    GM_ADDR qkv, GM_ADDR cos, GM_ADDR sin, GM_ADDR positions, GM_ADDR key_cache,
-    GM_ADDR value_cache, GM_ADDR slot_mapping, GM_ADDR query, GM_ADDR key_cache_out,
-    GM_ADDR value_cache_out, GM_ADDR workspace, GM_ADDR tiling) {
+extern "C" __global__ __aicore__ void clrt_rope_and_cache(GM_ADDR qkv, GM_ADDR cos, GM_ADDR sin,
+                                                          GM_ADDR positions, GM_ADDR key_cache,
+                                                          GM_ADDR value_cache, GM_ADDR slot_mapping,
+                                                          GM_ADDR query, GM_ADDR key_cache_out,
+                                                          GM_ADDR value_cache_out,
+                                                          GM_ADDR workspace, GM_ADDR tiling) {
   using namespace codellama_rt::ascend;
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   RopeAndCacheTiling t;

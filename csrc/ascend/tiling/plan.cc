@@ -20,9 +20,9 @@ void require(bool condition, const std::string& message) {
 void require_common(int64_t element_type, int64_t num_cores) {
   require(element_type == kFloat16 || element_type == kBFloat16,
           "the Ascend kernels take float16 and bfloat16");
-  require(num_cores >= 1 && num_cores <= kMaxCores,
-          "num_cores must be in [1, " + std::to_string(kMaxCores) + "], got " +
-              std::to_string(num_cores));
+  require(num_cores >= 1 && num_cores <= kMaxCores, "num_cores must be in [1, " +
+                                                        std::to_string(kMaxCores) + "], got " +
+                                                        std::to_string(num_cores));
 }
 
 void require_head_dim(int64_t head_dim) {
@@ -81,9 +81,8 @@ RopeAndCacheTiling plan_rope_and_cache(int64_t num_tokens, int64_t n_heads, int6
     t.chunk_heads = chunk;
     return ub_bytes(t) <= kUbBytes;
   };
-  t.chunk_heads =
-      chunk_of_heads(num_tokens, std::min(std::max(n_heads, n_kv_heads), kMostRepeats), num_cores,
-                     fits, per_token);
+  t.chunk_heads = chunk_of_heads(num_tokens, std::min(std::max(n_heads, n_kv_heads), kMostRepeats),
+                                 num_cores, fits, per_token);
   t.tasks = share(num_tokens * per_token(t.chunk_heads), num_cores);
   return t;
 }
@@ -264,8 +263,9 @@ PagedAttentionTiling plan_paged_attention(const AttentionSizes& sizes, const int
   t.slot_floats = sizes.n_heads / sizes.n_kv_heads * (sizes.head_dim + 2 * kBlockFloats);
   t.tile = kVectorFloats;  // its scores are one instruction's
   while (t.tile > 16 && ub_bytes(t) > kUbBytes) t.tile /= 2;
-  require(ub_bytes(t) <= kUbBytes, "n_heads / n_kv_heads * head_dim is too much for the unified "
-                                   "buffer; use attention=\"vendor\"");
+  require(ub_bytes(t) <= kUbBytes,
+          "n_heads / n_kv_heads * head_dim is too much for the unified "
+          "buffer; use attention=\"vendor\"");
   place_cores(&t, seq_lens, cu_seqlens_q, num_cores);
   place_slots(&t, seq_lens, cu_seqlens_q);
   return t;

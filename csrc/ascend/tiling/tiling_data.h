@@ -68,7 +68,7 @@ struct PagedAttentionTiling {
   AttentionUnit first[kMaxCores + 1];
   // A row that several cores share is merged from global memory, by the core that has its first
   // split. Its partial results lie in consecutive slots of the workspace.
-  int64_t open_slot[kMaxCores];      // of split 0 of the row that core c leaves open at its end
+  int64_t open_slot[kMaxCores];       // of split 0 of the row that core c leaves open at its end
   int64_t inherited_slot[kMaxCores];  // of the first unit of core c, if an earlier core began it
   int64_t num_slots;
   // Of a slot: for each head of the group acc (head_dim); then the maxima, then the sums, each
