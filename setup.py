@@ -39,6 +39,7 @@ class CMakeBuild(build_ext):
                 f"-DPython3_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11_dir()}",
                 f"-DCODELLAMA_RT_CUDA={os.environ.get('CODELLAMA_RT_CUDA', 'AUTO')}",
+                f"-DCODELLAMA_RT_ASCEND={os.environ.get('CODELLAMA_RT_ASCEND', 'OFF')}",
             ],
             check=True,
         )

@@ -13,8 +13,8 @@ import numpy as np
 from codellama_rt import ops
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.completion import Completion, Job
+from codellama_rt.devices import place
 from codellama_rt.engine import Engine
-from codellama_rt.kv_cache import KVCache, plan_num_blocks
 from codellama_rt.llm_arguments import (
     Prompt,
     as_prompts,
@@ -22,7 +22,6 @@ from codellama_rt.llm_arguments import (
     require_device,
     require_dtype,
 )
-from codellama_rt.model import Llama
 from codellama_rt.quantize import check_quantization
 from codellama_rt.request import Output, check_params
 from codellama_rt.sampling_params import SamplingParams
@@ -43,14 +42,14 @@ class LLM:
         quantization: str | None = None, kv_dtype: str = "auto", max_model_len: int | None = None,
         kv_memory: int | str | None = None, block_size: int = 64, max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512, num_threads: int | None = None,
-        prefix_caching: bool = True, check: str | None = None,
+        prefix_caching: bool = True, attention: str = "custom", check: str | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:  # fmt: skip
         """Open a checkpoint; its weights are mapped, not copied, unless others are asked for.
 
         Args:
             model: directory, GGUF file, built-in name or hub id.
-            device: "cpu" or "cuda".
+            device: "cpu", or where there is one "cuda" or "ascend".
             dtype: of the weights: "auto" (as stored), "float32", "float16", "bfloat16".
             quantization: "int8" or "int4" quantises the projections and the head as they are
                 loaded; None takes them as stored, quantised ones included.
@@ -67,6 +66,7 @@ class LLM:
             max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
             num_threads: threads an op, for the whole process; the CPUs of the process by default.
             prefix_caching: whether equal prefixes are computed once.
+            attention: on Ascend "custom" (this project's kernels) or "vendor" (MindSpore's).
             check: "finite" refuses weights with NaN or infinity (reads every byte).
             progress: called with (bytes done, bytes in all, what) while weights are converted or
                 quantised.
@@ -99,24 +99,11 @@ class LLM:
             self.tokenizer = load_tokenizer(checkpoint.tokenizer_path, self.config.vocab_size)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         kv_dtype = self.config.dtype if kv_dtype == "auto" else kv_dtype
-        if device == "cuda":
-            from codellama_rt.cuda.place import place
-
-            self.model, self.kv_cache = place(
-                self.config, checkpoint.weights, kv_dtype=kv_dtype, block_size=block_size,
-                longest=max_model_len, max_num_seqs=max_num_seqs, kv_memory=kv_memory,
-                quantization=quantization,
-            )  # fmt: skip
-        else:
-            num_blocks = plan_num_blocks(
-                self.config, kv_dtype, block_size, longest=max_model_len,
-                max_num_seqs=max_num_seqs, kv_memory=kv_memory,
-                weight_bytes=checkpoint.mapped_bytes,
-            )  # fmt: skip
-            self.model = Llama(self.config, checkpoint.weights)
-            self.kv_cache = KVCache(
-                self.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
-            )
+        self.model, self.kv_cache = place(
+            device, self.config, checkpoint.weights, kv_dtype=kv_dtype, block_size=block_size,
+            longest=max_model_len, max_num_seqs=max_num_seqs, kv_memory=kv_memory,
+            weight_bytes=checkpoint.mapped_bytes, quantization=quantization, attention=attention,
+        )  # fmt: skip
         self.engine = Engine(
             self.model, self.kv_cache, self.tokenizer, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, max_model_len=self.max_model_len,
@@ -215,7 +202,6 @@ class LLM:
         return sequence_logits(
             self.model, token_ids, first_position=first_position, kv_dtype=self.kv_cache.dtype,
             chunk_size=self.engine.scheduler.max_num_batched_tokens,
-            make_cache=type(self.kv_cache),
         )  # fmt: skip
 
     def default_params(self) -> SamplingParams:

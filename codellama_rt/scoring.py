@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Collection
 from numbers import Integral
 
 import numpy as np
 
 from codellama_rt.batch import build_batch
-from codellama_rt.kv_cache import KVCache
+from codellama_rt.devices import make_kv_cache
 from codellama_rt.model import Llama
 from codellama_rt.request import checked_prompt
 from codellama_rt.sequence import Chunk, Sequence, int32_list
@@ -20,7 +19,6 @@ MAX_POSITION = 2**20  # RoPE's tables hold every position below: 1 GB at head_di
 def sequence_logits(
     model: Llama, token_ids: Collection[int], *, first_position: int = 0,
     kv_dtype: str = "float32", block_size: int = 64, chunk_size: int = 512,
-    make_cache: Callable[..., KVCache] = KVCache,
 ) -> np.ndarray:  # fmt: skip
     """Logits after every token, computed in chunks in a KV cache that lives as long as the call.
 
@@ -31,7 +29,6 @@ def sequence_logits(
         kv_dtype: of the cache.
         block_size: tokens a page.
         chunk_size: tokens a step; no bit of the result depends on it.
-        make_cache: the kind of cache that the model computes in.
 
     Returns:
         (len(token_ids), vocab_size) float32.
@@ -53,9 +50,7 @@ def sequence_logits(
     sequence.block_ids = int32_list(range(num_blocks))
     scaling = model.config.rope_scaling
     is_dynamic = scaling is not None and scaling.kind == "dynamic"
-    kv_cache = make_cache(
-        model.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
-    )
+    kv_cache = make_kv_cache(model, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
     rows = []
     for begin in range(0, len(ids), chunk_size):
         end = min(begin + chunk_size, len(ids))

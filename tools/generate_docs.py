@@ -1,4 +1,4 @@
-"""Writes the op tables of README.md and csrc/README.md from the schema.
+"""Writes the op tables of README.md, csrc/README.md and csrc/ascend/README.md from the schema.
 
 python tools/generate_docs.py            # writes
 python tools/generate_docs.py --check    # fails if a table is not what the schema says
@@ -131,9 +131,32 @@ def replaced(text: str, content: str) -> str:
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
+ASCEND_OPS = ("rms_norm", "add_rms_norm", "rope_and_cache", "reshape_and_cache", "paged_attention",
+              "silu_and_mul")  # fmt: skip
+HBM_BYTES_PER_SECOND = 1.6e12  # of an Atlas A2 (910B), as its vendor states it
+
+
+def ascend_table() -> str:
+    """What the Ascend kernels must move for one token, and the time below which none can be."""
+    rows = [("op", "bytes at 1 token", "FLOP/byte", "floor"), ("---",) * 4]
+    for name in ASCEND_OPS:
+        op = SCHEMA.OPS[name]
+        items = {}
+        for argument, tensor in {**op.inputs, **op.outputs}.items():
+            fixed = tensor.dtypes in (SCHEMA.INT32, SCHEMA.FLOAT32)
+            items[argument] = SCHEMA.ITEM_SIZE["float32" if fixed else "float16"]
+        sizes = SIZES | {"num_tokens": 1, "num_scores": SIZES["num_keys"]}
+        num_bytes = op.num_bytes(sizes, items)
+        floor_us = num_bytes / HBM_BYTES_PER_SECOND * 1e6
+        intensity = op.flops(sizes) / num_bytes
+        rows.append((f"`{name}`", size(num_bytes), f"{intensity:.3g}", f"{floor_us:.3g} us"))
+    return table(rows)
+
+
 DOCUMENTS: dict[str, Callable[[], str]] = {
     "README.md": short_table,
     "csrc/README.md": full_table,
+    "csrc/ascend/README.md": ascend_table,
 }
 
 

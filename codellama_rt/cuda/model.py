@@ -25,6 +25,8 @@ _SMALLEST_WIDTH = 16  # of a bucket's block tables
 class DeviceLlama:
     """The decoder on the device; it holds weights, scratch memory and graphs."""
 
+    kv_cache_type = DeviceKVCache
+
     def __init__(self, config: ModelConfig, weights: DeviceWeights) -> None:
         """Take weights that are on the device."""
         self.config, self.weights = config, weights

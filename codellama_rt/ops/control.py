@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from codellama_rt import _core
+from codellama_rt.ops.ascend_library import available as ascend_available
 
 
 def available_isas() -> list[str]:
@@ -65,7 +66,7 @@ def available(device: str = "cpu") -> tuple[bool, str]:
 
         return cuda_available()
     if device == "ascend":
-        return False, f"this build has no {device} kernels; available: cpu"
+        return ascend_available()
     raise ValueError(f"device must be 'cpu', 'cuda' or 'ascend', got {device!r}")
 
 

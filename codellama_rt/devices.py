@@ -1,0 +1,68 @@
+"""The model and the KV cache of a device; each device's own modules are imported when asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from codellama_rt.checkpoint import LlamaWeights
+from codellama_rt.config import ModelConfig
+from codellama_rt.kv_cache import KVCache, plan_num_blocks
+from codellama_rt.model import Llama
+
+
+def place(
+    device: str, config: ModelConfig, weights: LlamaWeights, *, kv_dtype: str, block_size: int,
+    longest: int | None, max_num_seqs: int, kv_memory: int | str | None, weight_bytes: int,
+    quantization: str | None, attention: str,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The decoder on "cpu", "cuda" or "ascend" and its pages, with the engine's interface.
+
+    Args:
+        device: where.
+        config: of the model.
+        weights: on the host.
+        kv_dtype: of the cache.
+        block_size: tokens a page.
+        longest: tokens of one sequence that must fit; None: none in particular.
+        max_num_seqs: sequences at a time.
+        kv_memory: bytes or a str like "8GB" for the pages; None: what the memory allows.
+        weight_bytes: memory of the host that the weights will take.
+        quantization: of the weights as they go to "cuda"; elsewhere they come quantised.
+        attention: "custom", or on Ascend "vendor".
+
+    Raises:
+        ValueError: weights, dtypes or an attention that the device does not have.
+        RuntimeError: not the memory.
+    """
+    if attention != "custom" and device != "ascend":
+        raise ValueError(f"attention={attention!r} is there on Ascend, not on device {device!r}")
+    if device == "cuda":
+        from codellama_rt.cuda.place import place as place_on_cuda
+
+        return place_on_cuda(
+            config, weights, kv_dtype=kv_dtype, block_size=block_size, longest=longest,
+            max_num_seqs=max_num_seqs, kv_memory=kv_memory, quantization=quantization,
+        )  # fmt: skip
+    num_blocks = plan_num_blocks(
+        config, kv_dtype, block_size, longest=longest, max_num_seqs=max_num_seqs,
+        kv_memory=kv_memory, weight_bytes=weight_bytes,
+    )  # fmt: skip
+    model = make_model(device, config, weights, attention)
+    cache = make_kv_cache(model, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
+    return model, cache
+
+
+def make_model(
+    device: str, config: ModelConfig, weights: LlamaWeights, attention: str = "custom"
+) -> Any:
+    """The decoder on "cpu" or "ascend"; `attention` chooses among Ascend's kernels."""
+    if device == "ascend":
+        from codellama_rt.ascend_model import AscendLlama
+
+        return AscendLlama(config, weights, attention=attention)
+    return Llama(config, weights)
+
+
+def make_kv_cache(model: Any, **sizes: Any) -> Any:
+    """Pages where the model's kernels want them; `sizes` as `KVCache` takes them."""
+    return getattr(model, "kv_cache_type", KVCache)(model.config, **sizes)

@@ -1,0 +1,107 @@
+"""Where the Ascend kernels are, and why they cannot be used where they cannot."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+EMULATOR = "libcodellama_rt_ascend_emu.so"
+CUSTOM_OPS = Path("op_api", "lib", "libcust_opapi.so")  # in the folder of a CANN op package
+VENDOR = "codellama_rt"
+
+
+class AscendUnavailable(RuntimeError):
+    """The Ascend device cannot be used; the message says why."""
+
+
+def folder() -> Path:
+    """Where the glue and the emulator lie: the package, or $CODELLAMA_RT_ASCEND_LIBRARIES."""
+    package = Path(__file__).resolve().parent.parent
+    return Path(os.environ.get("CODELLAMA_RT_ASCEND_LIBRARIES", package))
+
+
+def available() -> tuple[bool, str]:
+    """Whether the Ascend kernels can run here, and on what, or why not.
+
+    The libraries are loaded to find out: nothing short of that tells.
+    """
+    try:
+        glue = load(folder())
+    except AscendUnavailable as error:
+        return False, f"{error}; available: cpu"
+    if glue.emulated:
+        return True, "emulated on this CPU, for tests: functional and slow, no NPU is used"
+    return True, f"kernels of {find_custom_ops()}"
+
+
+@functools.cache
+def load(where: Path) -> ModuleType:
+    """The glue of a build, its libraries opened.
+
+    Raises:
+        AscendUnavailable: the build has no glue, or something that it needs is missing.
+    """
+    path = where / f"_ascend{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.is_file():
+        raise AscendUnavailable(
+            "this build has no ascend kernels (build with CODELLAMA_RT_ASCEND=CANN, see "
+            "csrc/ascend/README.md)"
+        )
+    glue = _import_glue(path)
+    libraries = (str(where / EMULATOR),) * 2
+    if not glue.emulated:
+        _require_npu()
+        libraries = ("libnnopbase.so", str(find_custom_ops()))
+    try:
+        glue.open(*libraries)
+    except RuntimeError as error:
+        raise AscendUnavailable(f"the ascend kernels cannot be loaded: {error}") from None
+    return glue
+
+
+def find_custom_ops() -> Path:
+    """The library of the installed op package: CANN's own rules, first match.
+
+    Raises:
+        AscendUnavailable: there is none.
+    """
+    folders = [Path(p) for p in os.environ.get("ASCEND_CUSTOM_OPP_PATH", "").split(":") if p]
+    if "ASCEND_OPP_PATH" in os.environ:
+        folders.append(Path(os.environ["ASCEND_OPP_PATH"], "vendors", VENDOR))
+    for place in folders:
+        if (place / CUSTOM_OPS).is_file():
+            return place / CUSTOM_OPS
+    looked = (
+        ", ".join(map(str, folders)) or "neither ASCEND_CUSTOM_OPP_PATH nor ASCEND_OPP_PATH set"
+    )
+    raise AscendUnavailable(
+        f"no op package with {CUSTOM_OPS} ({looked}); install it and source CANN's set_env.sh"
+    )
+
+
+def _import_glue(path: Path) -> ModuleType:
+    """MindSpore first: the glue's symbols are its."""
+    try:
+        import mindspore  # noqa: F401
+    except ImportError as error:
+        raise AscendUnavailable(f"the ascend kernels are reached by MindSpore: {error}") from None
+    spec = importlib.util.spec_from_file_location("_ascend", path)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise AscendUnavailable(
+            f"the ascend glue was built for another MindSpore: {error}"
+        ) from None
+    return module
+
+
+def _require_npu() -> None:
+    from mindspore import hal
+
+    if not hal.is_available("Ascend"):
+        raise AscendUnavailable("MindSpore finds no Ascend NPU (mindspore.hal.is_available)")

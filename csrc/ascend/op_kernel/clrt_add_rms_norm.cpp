@@ -1,0 +1,9 @@
+// add_rms_norm: see rms_norm.h.
+#include "rms_norm.h"
+
+extern "C" __global__ __aicore__ void clrt_add_rms_norm(GM_ADDR x, GM_ADDR residual, GM_ADDR weight,
+                                                        GM_ADDR out, GM_ADDR residual_out,
+                                                        GM_ADDR workspace, GM_ADDR tiling) {
+  KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+  codellama_rt::ascend::run_rms_norm<true>(x, residual, weight, out, residual_out, tiling);
+}
