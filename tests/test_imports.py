@@ -23,7 +23,9 @@ STEPS = [
 ]
 COMPUTATION = [["engine"], ["model", "graph_model"], ["kv_cache", "batch"], ["ops"]]
 LEAVES = ["_core", "config", "dtypes", "errors", "memory", "rope", "sampling_params", "sampler"]
-LEAF_PACKAGES = {"checkpoint": (), "ops": (), "tokenizer": ("checkpoint",)}  # and what they use
+LEAF_PACKAGES = {  # and what they use
+    "checkpoint": (), "ops": (), "chat": ("checkpoint",), "tokenizer": ("checkpoint", "chat"),
+}  # fmt: skip
 WITHOUT_TENSORS = ["scheduler", "block_manager", "sequence"]
 HEAVY = [
     "mindspore", "sentencepiece", "tokenizers", "gguf", "jinja2", "typer", "rich", "protobuf",
@@ -120,7 +122,8 @@ def test_scheduling_knows_no_tensors(name):
 
 def test_importing_the_package_imports_nothing_heavy():
     code = (
-        "import sys, codellama_rt, codellama_rt.api, codellama_rt.llm, codellama_rt.tokenizer;"
+        "import sys, codellama_rt, codellama_rt.api, codellama_rt.llm, codellama_rt.tokenizer, "
+        "codellama_rt.chat;"
         f"print(sorted(set({HEAVY}) & set(sys.modules)))"
     )
     result = subprocess.run(
