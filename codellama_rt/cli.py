@@ -1,4 +1,4 @@
-"""The command line: `codellama-rt generate | infill | doctor`.
+"""The command line: `codellama-rt generate | infill | chat | doctor`.
 
 Text goes to stdout, everything else to stderr. What cannot be done ends in one line and exit code
 2; Ctrl-C in exit code 130.
@@ -6,17 +6,17 @@ Text goes to stdout, everything else to stderr. What cannot be done ends in one 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from codellama_rt.cli_chat import chat
+from codellama_rt.cli_errors import reported_errors, tell
 from codellama_rt.cli_options import ModelOptions, OutputOptions, SamplingOptions, with_options
 from codellama_rt.sampling_params import SamplingParams
 
@@ -27,9 +27,6 @@ app = typer.Typer(
     help="Run Code Llama models.", add_completion=False, no_args_is_help=True,
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-# What bad input, a missing file or too little memory raise; anything else is a fault of ours.
-_EXPECTED = (ValueError, TypeError, RuntimeError, OSError, MemoryError, ImportError)
-_INTERRUPTED = 130
 Write = Callable[[str], None]
 
 
@@ -91,6 +88,9 @@ def infill(
             _replace_file(file, before + report.completions[0].text + after)
 
 
+app.command()(with_options(chat))
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
@@ -105,25 +105,6 @@ def doctor(
             print(json.dumps(found, indent=1))
         else:
             render(found)
-
-
-@contextlib.contextmanager
-def reported_errors(debug: bool) -> Iterator[None]:
-    """Turn what the user can mend into one line and exit code 2, an interrupt into 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _tell("codellama-rt: interrupted")
-        raise typer.Exit(_INTERRUPTED) from None
-    except BrokenPipeError:  # whoever read stdout has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
-    except _EXPECTED as error:
-        if debug:
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        _tell(f"codellama-rt: {reason}")
-        raise typer.Exit(2) from None
 
 
 def _run(
@@ -150,7 +131,7 @@ def _run(
         elif sys.stdout.isatty() and not report.completions[0].text.endswith("\n"):
             write("\n")
         if output.stats:
-            _tell(cli_run.describe(llm, report))
+            tell(cli_run.describe(llm, report))
     return report
 
 
@@ -206,10 +187,6 @@ def _to_stdout(text: str) -> None:
 
 def _discard(text: str) -> None:
     """Write nowhere."""
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

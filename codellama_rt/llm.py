@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from codellama_rt import ops
+from codellama_rt.chat import read_chat_template
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.completion import Completion, Job
 from codellama_rt.engine import Engine
@@ -23,10 +23,11 @@ from codellama_rt.llm_arguments import (
     require_dtype,
 )
 from codellama_rt.model import Llama
+from codellama_rt.prompt_encoder import PromptEncoder
 from codellama_rt.request import Output, check_params
 from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.scoring import sequence_logits
-from codellama_rt.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, split_fill
+from codellama_rt.tokenizer import has_tokenizer, load_tokenizer
 
 
 class LLM:
@@ -81,9 +82,11 @@ class LLM:
         self.config = checkpoint.config
         self.generation_config = checkpoint.generation_config
         self.stored_bytes = checkpoint.stored_bytes
-        self.tokenizer = None
+        self.tokenizer, chat_template = None, None
         if has_tokenizer(checkpoint.tokenizer_path):
             self.tokenizer = load_tokenizer(checkpoint.tokenizer_path, self.config.vocab_size)
+            chat_template = read_chat_template(checkpoint.tokenizer_path)
+        self._encoder = PromptEncoder(self.tokenizer, chat_template)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         if kv_dtype == "auto":
             kv_dtype = checkpoint.weights.layers[0].q_proj.dtype.name
@@ -173,9 +176,40 @@ class LLM:
                 f"infill gives one sample, got params.n={params.n}; "
                 "for more give generate a prompt with <FILL_ME>"
             )
-        tokenizer = self._require_tokenizer()
-        prompt = tokenizer.encode_infill(prefix, suffix, suffix_first=suffix_first)
-        return self.generate([prompt], self._ending_at_eot(params))[0]
+        request = self._encoder.infilling(prefix, suffix, params, suffix_first=suffix_first)
+        return self.generate([request[0]], request[1])[0]
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None, *,
+        chat_template: str | None = None,
+    ) -> Completion:  # fmt: skip
+        """Answer a conversation; the text is the assistant's next message.
+
+        Args:
+            messages: {"role": "system" | "user" | "assistant", "content": str} in order.
+            params: as in `generate`; params.n must be 1.
+            chat_template: "code-llama", "code-llama-70b" or Jinja; the checkpoint's own if None.
+
+        Raises:
+            ValueError, TypeError: as `chat_prompt`; also params.n is not 1.
+        """
+        prompt, params = self.chat_prompt(messages, params, chat_template=chat_template)
+        if params.n != 1:
+            raise ValueError(f"chat gives one answer, got params.n={params.n}")
+        return self.generate([prompt], params)[0]
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None, *,
+        chat_template: str | None = None,
+    ) -> tuple[list[int], SamplingParams]:  # fmt: skip
+        """The prompt of a conversation, and parameters that end at the end of an answer: together
+        what `generate` and `stream` take.
+
+        Raises:
+            ValueError, TypeError: a message, the order of the roles, or a template that cannot be;
+                or the checkpoint has no chat format.
+        """
+        return self._encoder.conversation(messages, self._checked(params), chat_template)
 
     def logits(self, token_ids: Sequence[int], first_position: int = 0) -> np.ndarray:
         """Logits after every token of one sequence, computed in chunks in pages of its own.
@@ -223,14 +257,7 @@ class LLM:
         self.close()
 
     def _submit(self, prompt: Prompt, params: SamplingParams | None) -> Job:
-        params = self._checked(params)
-        if isinstance(prompt, str):
-            parts = split_fill(prompt)
-            if parts is None:
-                prompt = self._require_tokenizer().encode(prompt)
-            else:
-                prompt = self._require_tokenizer().encode_infill(*parts)
-                params = self._ending_at_eot(params)
+        prompt, params = self._encoder.completion(prompt, self._checked(params))
         name = next(self._names)
         self.engine.add_request(name, prompt, params)
         self._inbox[name] = deque()
@@ -240,16 +267,6 @@ class LLM:
         params = self.default_params() if params is None else params
         check_params(params, self.config.vocab_size, self.tokenizer is not None)
         return params
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint brings no tokenizer; give prompts as token ids")
-        return self.tokenizer
-
-    def _ending_at_eot(self, params: SamplingParams) -> SamplingParams:
-        if params.ignore_eos:
-            return params
-        return replace(params, stop_token_ids=(*params.stop_token_ids, self.tokenizer.eot_id))
 
     def _pump(self) -> None:
         """One step of the engine; its outputs go to whoever asked for them."""

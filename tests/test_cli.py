@@ -307,7 +307,7 @@ def test_progress_is_shown_on_a_terminal_alone(run, model, monkeypatch):
 def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert all(f"  {command} " in out for command in ("generate", "infill", "doctor"))
+    assert all(f"  {command} " in out for command in ("generate", "infill", "chat", "doctor"))
 
 
 def test_the_command_line_starts_light():
