@@ -82,11 +82,11 @@ class LLM:
         self.config = checkpoint.config
         self.generation_config = checkpoint.generation_config
         self.stored_bytes = checkpoint.stored_bytes
-        self.tokenizer, chat_template = None, None
+        self.tokenizer, self.chat_template = None, None
         if has_tokenizer(checkpoint.tokenizer_path):
             self.tokenizer = load_tokenizer(checkpoint.tokenizer_path, self.config.vocab_size)
-            chat_template = read_chat_template(checkpoint.tokenizer_path)
-        self._encoder = PromptEncoder(self.tokenizer, chat_template)
+            self.chat_template = read_chat_template(checkpoint.tokenizer_path)
+        self._encoder = PromptEncoder(self.tokenizer, self.chat_template)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         if kv_dtype == "auto":
             kv_dtype = checkpoint.weights.layers[0].q_proj.dtype.name
