@@ -13,6 +13,7 @@ from collections.abc import Collection
 import numpy as np
 
 from codellama_rt.engine import Engine
+from codellama_rt.lora import LoraAdapter
 from codellama_rt.request import checked_prompt
 from codellama_rt.scheduler import Scheduler
 from codellama_rt.sequence import Sequence
@@ -43,15 +44,19 @@ class Branches:
         self._rows: dict[Branch, np.ndarray] = {}  # computed ones, which the scheduler must not see
         self._numbers = itertools.count()
 
-    def add(self, prompt_token_ids: Collection[int]) -> Branch:
+    def add(self, prompt_token_ids: Collection[int], adapter: LoraAdapter | None = None) -> Branch:
         """A branch that begins with a prompt.
+
+        Args:
+            prompt_token_ids: at least one.
+            adapter: applied to all its tokens.
 
         Raises:
             TypeError, ValueError: as `Engine.add_request`.
         """
         token_ids = checked_prompt(prompt_token_ids, self._engine.model.config.vocab_size)
         self._engine.check_length(len(token_ids))
-        branch = self._engine.make_sequence(token_ids, order=(0, 0, next(self._numbers)))
+        branch = self._engine.make_sequence(token_ids, (0, 0, next(self._numbers)), adapter)
         self._scheduler.add(branch)
         return branch
 

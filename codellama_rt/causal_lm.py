@@ -19,6 +19,7 @@ from codellama_rt.generation.sample import sample
 from codellama_rt.generation.search import Found, Search, StoppingCriterion, padded_rows
 from codellama_rt.generation.tensors import as_mask, as_rows, dtype_name, label_loss, to_tensor
 from codellama_rt.llm import LLM
+from codellama_rt.lora import LoraAdapter
 from codellama_rt.memory import parse_bytes
 from codellama_rt.request import check_token_id
 from codellama_rt.tokenizer.save_tokenizer import save_tokenizer
@@ -43,6 +44,8 @@ class LlamaForCausalLM:
         self.llm = llm
         self.config = llm.config
         self.generation_config = GenerationConfig.from_dict(llm.generation_config)
+        self._adapters: dict[str, LoraAdapter] = {}
+        self._adapter: LoraAdapter | None = None
 
     @classmethod
     def from_pretrained(
@@ -97,7 +100,7 @@ class LlamaForCausalLM:
         mask = as_mask(attention_mask, rows)
         logits = np.zeros((*rows.shape, self.config.vocab_size), np.float32)
         for row, kept, out in zip(rows, mask, logits, strict=True):
-            out[kept] = self.llm.logits(row[kept].tolist())
+            out[kept] = self.llm.logits(row[kept].tolist(), adapter=self._adapter)
         loss = None if labels is None else label_loss(logits, labels)
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
@@ -154,6 +157,27 @@ class LlamaForCausalLM:
             found = (sample if config.num_beams == 1 else beam_search)(search, branches)
         return self._result(search, found, rows.dtype)
 
+    def load_adapter(self, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Load a LoRA adapter in PEFT's format, and apply it from now on.
+
+        Raises:
+            CheckpointError: it is damaged, or for another model.
+        """
+        self._adapters[adapter_name] = self.llm.load_adapter(path)
+        self.set_adapter(adapter_name)
+
+    def set_adapter(self, adapter_name: str | None) -> None:
+        """Apply another loaded adapter from now on, or none.
+
+        Raises:
+            ValueError: no adapter of this name is loaded.
+        """
+        if adapter_name is not None and adapter_name not in self._adapters:
+            raise ValueError(
+                f"no adapter {adapter_name!r} is loaded; there are {sorted(self._adapters)}"
+            )
+        self._adapter = None if adapter_name is None else self._adapters[adapter_name]
+
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
     ) -> None:
@@ -201,6 +225,7 @@ class LlamaForCausalLM:
             config, prompts, rows.astype(np.int64),
             [frozenset(self._usual_ends(prompt) if ends is None else ends) for prompt in prompts],
             pad_id, config.new_tokens(rows.shape[1]), self.llm.max_model_len, tokenizer=tokenizer,
+            adapter=self._adapter,
         )  # fmt: skip
 
     def _usual_ends(self, prompt: list[int]) -> tuple[int, ...]:

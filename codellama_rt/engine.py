@@ -14,6 +14,7 @@ import numpy as np
 
 from codellama_rt.batch import build_batch
 from codellama_rt.block_manager import BlockManager
+from codellama_rt.lora import LoraAdapter, check_adapter
 from codellama_rt.request import Output, Request, Sample, check_params, checked_prompt
 from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.scheduler import Schedule, Scheduler
@@ -61,9 +62,7 @@ class Engine:
         """
         if max_model_len < 2:
             raise ValueError(f"max_model_len must be >= 2 (one in, one out), got {max_model_len}")
-        self.model = model
-        self.kv_cache = kv_cache
-        self.tokenizer = tokenizer
+        self.model, self.kv_cache, self.tokenizer = model, kv_cache, tokenizer
         self.max_model_len = max_model_len
         self.eos_token_ids = _eos_token_ids(model.config, generation_config or {})
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
@@ -72,6 +71,7 @@ class Engine:
         self._has_dynamic_rope = scaling is not None and scaling.kind == "dynamic"
         self._requests: dict[str, Request] = {}  # unfinished
         self._samples: dict[Sequence, Sample] = {}  # unfinished and forked
+        self._adapter_numbers: dict[LoraAdapter, int] = {}  # never reused: pages outlive requests
         self._num_arrived = 0
         self._totals = _Totals()
         self._closed = False
@@ -79,6 +79,7 @@ class Engine:
     def add_request(
         self, request_id: str, prompt_token_ids: Collection[int],
         params: SamplingParams | None = None, *, priority: int = 0,
+        adapter: LoraAdapter | None = None,
     ) -> None:  # fmt: skip
         """Queues a request; `step` gives its outputs.
 
@@ -87,6 +88,7 @@ class Engine:
             prompt_token_ids: token ids; at least one.
             params: how to sample; None: greedy.
             priority: smaller goes first; then first come, first served.
+            adapter: applied to the tokens of this request alone.
 
         Raises:
             ValueError: an id in use, a token outside the vocabulary, a prompt that can never fit.
@@ -99,7 +101,8 @@ class Engine:
         check_params(params, vocab_size, self.tokenizer is not None)
         token_ids = checked_prompt(prompt_token_ids, vocab_size)
         self.check_length(len(token_ids))
-        request = self._make_request(request_id, token_ids, params, priority)
+        sequence = self.make_sequence(token_ids, (priority, self._num_arrived, 0), adapter)
+        request = self._make_request(request_id, sequence, params)
         sample = request.samples[0]
         self.scheduler.add(sample.sequence)
         self._num_arrived += 1
@@ -187,13 +190,16 @@ class Engine:
             **{name: getattr(totals, name) for name in _Totals.__slots__},
         }
 
-    def make_sequence(self, token_ids: array, order: tuple[int, int, int]) -> Sequence:
+    def make_sequence(
+        self, token_ids: array, order: tuple[int, int, int], adapter: LoraAdapter | None = None
+    ) -> Sequence:
         """A prompt as a sequence whose last token's logits are wanted."""
-        prompt_len = len(token_ids)
-        return Sequence(
-            token_ids, prompt_len, order, first_logit=prompt_len - 1,
-            cache_salt=self._cache_salt(prompt_len),
-        )  # fmt: skip
+        salt = self._cache_salt(prompt_len := len(token_ids))
+        if adapter is not None:  # its keys and values are not those of the model alone
+            check_adapter(adapter, self.model.config)
+            number = self._adapter_numbers.setdefault(adapter, len(self._adapter_numbers) + 1)
+            salt += number << 32
+        return Sequence(token_ids, prompt_len, order, prompt_len - 1, salt, adapter)
 
     def check_length(self, prompt_len: int) -> None:
         """Raises ValueError if a prompt leaves no room for a token."""
@@ -220,22 +226,15 @@ class Engine:
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise TypeError(f"priority must be an int, got {type(priority).__name__}")
 
-    def _make_request(
-        self, request_id: str, token_ids: array, params: SamplingParams, priority: int
-    ) -> Request:
-        sequence = self.make_sequence(token_ids, order=(priority, self._num_arrived, 0))
+    def _make_request(self, request_id: str, sequence: Sequence, params: SamplingParams) -> Request:
         if params.prompt_logprobs is not None:
             sequence.first_logit = 0
         return Request(
-            request_id,
-            params,
-            sequence,
+            request_id, params, sequence, max_len=self._max_len(sequence.prompt_len, params),
             seed=secrets.randbits(64) if params.seed is None else params.seed,
-            max_len=self._max_len(len(token_ids), params),
-            eos_token_ids=self.eos_token_ids,
-            vocab_size=self.model.config.vocab_size,
+            eos_token_ids=self.eos_token_ids, vocab_size=self.model.config.vocab_size,
             tokenizer=self.tokenizer,
-        )
+        )  # fmt: skip
 
     def _max_len(self, prompt_len: int, params: SamplingParams) -> int:
         # The last token is never computed, so it needs no room in the cache.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -14,17 +12,20 @@ from codellama_rt.chat import read_chat_template
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.completion import Completion, Job
 from codellama_rt.engine import Engine
+from codellama_rt.jobs import Jobs
 from codellama_rt.kv_cache import KVCache, plan_num_blocks
 from codellama_rt.llm_arguments import (
     Prompt,
     as_prompts,
+    default_params,
     require_counts,
     require_device,
     require_dtype,
 )
+from codellama_rt.lora import LoraAdapter, load_adapter, merged
 from codellama_rt.model import Llama
 from codellama_rt.prompt_encoder import PromptEncoder
-from codellama_rt.request import Output, check_params
+from codellama_rt.request import check_params
 from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.scoring import sequence_logits
 from codellama_rt.tokenizer import has_tokenizer, load_tokenizer
@@ -43,7 +44,8 @@ class LLM:
         kv_dtype: str = "auto", max_model_len: int | None = None,
         kv_memory: int | str | None = None, block_size: int = 64, max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512, num_threads: int | None = None,
-        prefix_caching: bool = True, check: str | None = None,
+        prefix_caching: bool = True, adapter: str | os.PathLike[str] | None = None,
+        check: str | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:  # fmt: skip
         """Open a checkpoint; its weights are mapped, not copied, unless `dtype` asks for others.
@@ -62,6 +64,8 @@ class LLM:
             max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
             num_threads: threads an op, for the whole process; the CPUs of the process by default.
             prefix_caching: whether equal prefixes are computed once.
+            adapter: directory of a LoRA adapter that is merged into the weights; `load_adapter`
+                applies one to single requests.
             check: "finite" refuses weights with NaN or infinity (reads every byte).
             progress: called with (bytes done, bytes in all, what) while weights are converted.
 
@@ -94,7 +98,10 @@ class LLM:
             self.config, kv_dtype, block_size, longest=max_model_len, max_num_seqs=max_num_seqs,
             kv_memory=kv_memory, weight_bytes=self.stored_bytes,
         )  # fmt: skip
-        self.model = Llama(self.config, checkpoint.weights)
+        weights = checkpoint.weights
+        if adapter is not None:
+            weights = merged(weights, load_adapter(adapter, self.config))
+        self.model = Llama(self.config, weights)
         self.kv_cache = KVCache(
             self.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
         )
@@ -103,12 +110,12 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens, max_model_len=self.max_model_len,
             prefix_caching=prefix_caching, generation_config=self.generation_config,
         )  # fmt: skip
-        self._inbox: dict[str, deque[Output]] = {}
-        self._names = (f"llm-{i}" for i in itertools.count())
+        self._jobs = Jobs(self.engine)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        adapter: LoraAdapter | None = None,
     ) -> list[Completion]:  # fmt: skip
         """Complete prompts, all together; a str with <FILL_ME> is filled in.
 
@@ -116,6 +123,7 @@ class LLM:
             prompts: a str, token ids, or a list of either. Special tokens written out in a str
                 stay text.
             params: for all, or one a prompt; None: `default_params()`.
+            adapter: applied to these prompts; from `load_adapter`.
 
         Returns:
             params.n completions a prompt, in the order of the prompts.
@@ -131,17 +139,17 @@ class LLM:
         jobs: list[Job] = []
         try:
             for prompt, its_params in zip(prompts, params, strict=True):
-                jobs.append(self._submit(prompt, its_params))
-            while any(job.unfinished for job in jobs):
-                self._pump()
-                for job in jobs:
-                    job.take(self._inbox[job.name])
+                jobs.append(self._submit(prompt, its_params, adapter))
+            self._jobs.finish(jobs)
         finally:
             for job in jobs:
-                self._dismiss(job)
+                self._jobs.dismiss(job)
         return [completion for job in jobs for completion in job.completions]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *,
+        adapter: LoraAdapter | None = None,
+    ) -> Iterator[str]:  # fmt: skip
         """Complete one prompt and yield its text as it comes; closing the iterator aborts it.
 
         Raises:
@@ -150,13 +158,11 @@ class LLM:
         params = self._checked(params)
         if params.n != 1:
             raise ValueError(f"a stream has one sample, got params.n={params.n}")
-        pieces = self._stream(self._submit(prompt, params))
-        next(pieces)  # begun: now it ends the request however it is dropped
-        return pieces
+        return self._jobs.stream(self._submit(prompt, params, adapter))
 
     def infill(
         self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
-        suffix_first: bool = False,
+        suffix_first: bool = False, adapter: LoraAdapter | None = None,
     ) -> Completion:  # fmt: skip
         """Fill the gap between `prefix` and `suffix`; the text is the filling alone.
 
@@ -165,6 +171,7 @@ class LLM:
             suffix: text after it.
             params: as in `generate`; params.n must be 1.
             suffix_first: the SPM order of the prompt instead of PSM.
+            adapter: as in `generate`.
 
         Raises:
             ValueError: the model has no infilling tokens (only 7B and 13B, base and Instruct, do),
@@ -177,11 +184,11 @@ class LLM:
                 "for more give generate a prompt with <FILL_ME>"
             )
         request = self._encoder.infilling(prefix, suffix, params, suffix_first=suffix_first)
-        return self.generate([request[0]], request[1])[0]
+        return self.generate([request[0]], request[1], adapter=adapter)[0]
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None, *,
-        chat_template: str | None = None,
+        chat_template: str | None = None, adapter: LoraAdapter | None = None,
     ) -> Completion:  # fmt: skip
         """Answer a conversation; the text is the assistant's next message.
 
@@ -189,6 +196,7 @@ class LLM:
             messages: {"role": "system" | "user" | "assistant", "content": str} in order.
             params: as in `generate`; params.n must be 1.
             chat_template: "code-llama", "code-llama-70b" or Jinja; the checkpoint's own if None.
+            adapter: as in `generate`.
 
         Raises:
             ValueError, TypeError: as `chat_prompt`; also params.n is not 1.
@@ -196,7 +204,7 @@ class LLM:
         prompt, params = self.chat_prompt(messages, params, chat_template=chat_template)
         if params.n != 1:
             raise ValueError(f"chat gives one answer, got params.n={params.n}")
-        return self.generate([prompt], params)[0]
+        return self.generate([prompt], params, adapter=adapter)[0]
 
     def chat_prompt(
         self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None, *,
@@ -211,12 +219,24 @@ class LLM:
         """
         return self._encoder.conversation(messages, self._checked(params), chat_template)
 
-    def logits(self, token_ids: Sequence[int], first_position: int = 0) -> np.ndarray:
+    def load_adapter(self, path: str | os.PathLike[str]) -> LoraAdapter:
+        """A LoRA adapter in PEFT's format, to be given to `generate` and the others.
+
+        Raises:
+            CheckpointError: it is damaged, or for another model.
+        """
+        return load_adapter(path, self.config)
+
+    def logits(
+        self, token_ids: Sequence[int], first_position: int = 0, *,
+        adapter: LoraAdapter | None = None,
+    ) -> np.ndarray:  # fmt: skip
         """Logits after every token of one sequence, computed in chunks in pages of its own.
 
         Args:
             token_ids: the sequence, at least one token.
             first_position: position of the first token for RoPE.
+            adapter: as in `generate`.
 
         Returns:
             (len(token_ids), vocab_size) float32.
@@ -226,22 +246,12 @@ class LLM:
         """
         return sequence_logits(
             self.model, token_ids, first_position=first_position, kv_dtype=self.kv_cache.dtype,
-            chunk_size=self.engine.scheduler.max_num_batched_tokens,
+            chunk_size=self.engine.scheduler.max_num_batched_tokens, adapter=adapter,
         )  # fmt: skip
 
     def default_params(self) -> SamplingParams:
         """Greedy, or what the checkpoint's generation_config.json says."""
-        config = self.generation_config
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        given = {name: config[name] for name in names if config.get(name) is not None}
-        if config.get("do_sample"):
-            given.setdefault("temperature", 1.0)
-        else:
-            for name in ("temperature", "top_p", "top_k", "min_p"):
-                given.pop(name, None)
-        if config.get("max_new_tokens"):
-            given["max_tokens"] = config["max_new_tokens"]
-        return SamplingParams(**given)
+        return default_params(self.generation_config)
 
     def close(self) -> None:
         """Abort what runs and give the KV cache's memory back."""
@@ -256,37 +266,13 @@ class LLM:
         """Close."""
         self.close()
 
-    def _submit(self, prompt: Prompt, params: SamplingParams | None) -> Job:
+    def _submit(
+        self, prompt: Prompt, params: SamplingParams | None, adapter: LoraAdapter | None
+    ) -> Job:
         prompt, params = self._encoder.completion(prompt, self._checked(params))
-        name = next(self._names)
-        self.engine.add_request(name, prompt, params)
-        self._inbox[name] = deque()
-        return Job(name, [int(token_id) for token_id in prompt], params.n)
+        return self._jobs.submit(prompt, params, adapter=adapter)
 
     def _checked(self, params: SamplingParams | None) -> SamplingParams:
         params = self.default_params() if params is None else params
         check_params(params, self.config.vocab_size, self.tokenizer is not None)
         return params
-
-    def _pump(self) -> None:
-        """One step of the engine; its outputs go to whoever asked for them."""
-        for output in self.engine.step():
-            if output.request_id in self._inbox:
-                self._inbox[output.request_id].append(output)
-
-    def _stream(self, job: Job) -> Iterator[str]:
-        try:
-            yield ""
-            while job.unfinished:
-                self._pump()
-                inbox = self._inbox[job.name]
-                text = "".join(output.text for output in inbox)
-                job.take(inbox)
-                if text:
-                    yield text
-        finally:
-            self._dismiss(job)
-
-    def _dismiss(self, job: Job) -> None:
-        self.engine.abort(job.name)
-        self._inbox.pop(job.name, None)

@@ -10,7 +10,7 @@ import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.batch import Batch
-from codellama_rt.checkpoint import LayerWeights, LlamaWeights
+from codellama_rt.checkpoint import LlamaWeights
 from codellama_rt.config import ModelConfig
 from codellama_rt.kv_cache import KVCache
 from codellama_rt.rope import RotaryEmbedding
@@ -45,19 +45,22 @@ class Llama:
         x = ops.rms_norm(residual, weights.layers[0].attention_norm, eps, out=a.x)
         following = [layer.attention_norm for layer in weights.layers[1:]]
         for i, layer in enumerate(weights.layers):
-            self._attention(layer, x, rope, batch, kv_cache.layers[i], a)
+            self._attention(i, x, rope, batch, kv_cache.layers[i], a)
             ops.add_rms_norm(a.sublayer, residual, layer.mlp_norm, eps, out=(x, residual))
-            self._mlp(layer, x, a)
+            self._mlp(i, x, batch, a)
             if i < len(following):
                 ops.add_rms_norm(a.sublayer, residual, following[i], eps, out=(x, residual))
         return self._logits(a.sublayer, residual, batch.logit_rows)
 
     def _attention(
-        self, layer: LayerWeights, x: Array, rope: tuple[Array, Array, Array], batch: Batch,
+        self, i: int, x: Array, rope: tuple[Array, Array, Array], batch: Batch,
         caches: tuple[Array, Array], a: Activations,
     ) -> None:  # fmt: skip
+        layer = self.weights.layers[i]
         cos, sin, index = rope
         ops.linear(x, (layer.q_proj, layer.k_proj, layer.v_proj), out=a.qkv)
+        for adapter, rows in batch.adapted:
+            adapter.add(i, ("q_proj", "k_proj", "v_proj"), x, rows, a.qkv)
         ops.rope_and_cache(
             a.qkv, cos, sin, index, *caches, batch.slot_mapping,
             interleaved=self.config.rope_interleaved, out=a.query,
@@ -67,11 +70,18 @@ class Llama:
             out=(a.attended, a.lse),
         )  # fmt: skip
         ops.linear(a.attended_rows, layer.o_proj, out=a.sublayer)
+        for adapter, rows in batch.adapted:
+            adapter.add(i, ("o_proj",), a.attended_rows, rows, a.sublayer)
 
-    def _mlp(self, layer: LayerWeights, x: Array, a: Activations) -> None:
+    def _mlp(self, i: int, x: Array, batch: Batch, a: Activations) -> None:
+        layer = self.weights.layers[i]
         ops.linear(x, (layer.gate_proj, layer.up_proj), out=a.gate_up)
+        for adapter, rows in batch.adapted:
+            adapter.add(i, ("gate_proj", "up_proj"), x, rows, a.gate_up)
         ops.silu_and_mul(a.gate_up, out=a.hidden)
         ops.linear(a.hidden, layer.down_proj, out=a.sublayer)
+        for adapter, rows in batch.adapted:
+            adapter.add(i, ("down_proj",), a.hidden, rows, a.sublayer)
 
     def _logits(self, sublayer: Array, residual: Array, rows: Array) -> Array:
         if len(rows) != len(residual):

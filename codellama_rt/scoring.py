@@ -9,6 +9,7 @@ import numpy as np
 
 from codellama_rt.batch import build_batch
 from codellama_rt.kv_cache import KVCache
+from codellama_rt.lora import LoraAdapter
 from codellama_rt.model import Llama
 from codellama_rt.request import checked_prompt
 from codellama_rt.sequence import Chunk, Sequence, int32_list
@@ -19,6 +20,7 @@ MAX_POSITION = 2**20  # RoPE's tables hold every position below: 1 GB at head_di
 def sequence_logits(
     model: Llama, token_ids: Collection[int], *, first_position: int = 0,
     kv_dtype: str = "float32", block_size: int = 64, chunk_size: int = 512,
+    adapter: LoraAdapter | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Logits after every token, computed in chunks in a KV cache that lives as long as the call.
 
@@ -29,6 +31,7 @@ def sequence_logits(
         kv_dtype: of the cache.
         block_size: tokens a page.
         chunk_size: tokens a step; no bit of the result depends on it.
+        adapter: applied to all tokens.
 
     Returns:
         (len(token_ids), vocab_size) float32.
@@ -46,7 +49,7 @@ def sequence_logits(
             f"got {first_position}"
         )
     num_blocks = -(-len(ids) // block_size)
-    sequence = Sequence(ids, len(ids), order=(0, 0, 0), first_logit=0)
+    sequence = Sequence(ids, len(ids), (0, 0, 0), first_logit=0, adapter=adapter)
     sequence.block_ids = int32_list(range(num_blocks))
     scaling = model.config.rope_scaling
     is_dynamic = scaling is not None and scaling.kind == "dynamic"

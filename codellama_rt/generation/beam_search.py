@@ -76,7 +76,7 @@ class _PromptSearch:
         n_beams = search.config.num_beams
         # At first all beams are the same; only the first may be continued.
         self._beams = [_Beam((), 0.0 if i == 0 else -1e9, ()) for i in range(n_beams)]
-        first = branches.add(self._prompt)
+        first = branches.add(self._prompt, search.adapter)
         self._live: list[Branch] = [first]
         self._scores = np.zeros(0)
         self.results: list[_Result] = []

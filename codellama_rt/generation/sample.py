@@ -68,7 +68,7 @@ def sample(search: Search, branches: Branches) -> Found:
 def _start(search: Search, branches: Branches) -> list[_Row]:
     """The rows: a prompt is computed once, however many results it has."""
     rows = []
-    firsts = [branches.add(prompt) for prompt in search.prompts]
+    firsts = [branches.add(prompt, search.adapter) for prompt in search.prompts]
     branches.logits(firsts)
     for prompt, first in enumerate(firsts):
         for i in range(search.config.num_return_sequences):

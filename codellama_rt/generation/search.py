@@ -32,6 +32,7 @@ class Search:
         criteria: called with (input_ids, scores); True or (rows,) of bool ends rows.
         streamer: takes the prompt, then each token; or None.
         tokenizer: for stop strings; None without them.
+        adapter: applied to all rows, or None.
     """
 
     config: GenerationConfig
@@ -46,6 +47,7 @@ class Search:
     criteria: Sequence[StoppingCriterion] = ()
     streamer: Any = None
     tokenizer: Any = None
+    adapter: Any = None
 
     def stopped(self, input_ids: np.ndarray, scores: Any) -> np.ndarray:
         """Which rows the caller's criteria end.
