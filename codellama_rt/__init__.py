@@ -22,6 +22,7 @@ _HOME = {
     "GenerationConfig": "generation",
     "TextStreamer": "tokenizer.text_streamer",
     "TextIteratorStreamer": "tokenizer.text_streamer",
+    "VARIANTS": "variants",
     "CheckpointError": "errors",
     "ops": "ops",
 }

@@ -121,8 +121,8 @@ def _run(
     with cli_run.open_model(model) as llm:
         load_s = perf_counter() - started
         params = sampling.resolve(llm.default_params())
-        tokenizer = cli_run.require_tokenizer(llm, model.model)
-        token_ids, params = prompt.encode(tokenizer, params)
+        cli_run.require_tokenizer(llm, model.model)
+        token_ids, params = prompt.encode(llm.prompt_encoder, params)
         report = cli_run.follow(llm, token_ids, params, _discard if output.json else write)
         report.load_s = load_s
         if output.json:

@@ -29,6 +29,7 @@ from codellama_rt.request import check_params
 from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.scoring import sequence_logits
 from codellama_rt.tokenizer import has_tokenizer, load_tokenizer
+from codellama_rt.variants import find_variant, require_length
 
 
 class LLM:
@@ -84,13 +85,17 @@ class LLM:
             ops.set_num_threads(num_threads)
         checkpoint = open_checkpoint(model, dtype=dtype, check=check, progress=progress)
         self.config = checkpoint.config
+        self.variant = find_variant(model)
+        require_length(self.variant, max_model_len)
+        if self.variant is not None:
+            self.variant.warn_of_differences(self.config)
         self.generation_config = checkpoint.generation_config
         self.stored_bytes = checkpoint.stored_bytes
         self.tokenizer, self.chat_template = None, None
         if has_tokenizer(checkpoint.tokenizer_path):
             self.tokenizer = load_tokenizer(checkpoint.tokenizer_path, self.config.vocab_size)
             self.chat_template = read_chat_template(checkpoint.tokenizer_path)
-        self._encoder = PromptEncoder(self.tokenizer, self.chat_template)
+        self.prompt_encoder = PromptEncoder(self.tokenizer, self.chat_template, self.variant)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         if kv_dtype == "auto":
             kv_dtype = checkpoint.weights.layers[0].q_proj.dtype.name
@@ -183,7 +188,7 @@ class LLM:
                 f"infill gives one sample, got params.n={params.n}; "
                 "for more give generate a prompt with <FILL_ME>"
             )
-        request = self._encoder.infilling(prefix, suffix, params, suffix_first=suffix_first)
+        request = self.prompt_encoder.infilling(prefix, suffix, params, suffix_first=suffix_first)
         return self.generate([request[0]], request[1], adapter=adapter)[0]
 
     def chat(
@@ -217,7 +222,7 @@ class LLM:
             ValueError, TypeError: a message, the order of the roles, or a template that cannot be;
                 or the checkpoint has no chat format.
         """
-        return self._encoder.conversation(messages, self._checked(params), chat_template)
+        return self.prompt_encoder.conversation(messages, self._checked(params), chat_template)
 
     def load_adapter(self, path: str | os.PathLike[str]) -> LoraAdapter:
         """A LoRA adapter in PEFT's format, to be given to `generate` and the others.
@@ -269,7 +274,7 @@ class LLM:
     def _submit(
         self, prompt: Prompt, params: SamplingParams | None, adapter: LoraAdapter | None
     ) -> Job:
-        prompt, params = self._encoder.completion(prompt, self._checked(params))
+        prompt, params = self.prompt_encoder.completion(prompt, self._checked(params))
         return self._jobs.submit(prompt, params, adapter=adapter)
 
     def _checked(self, params: SamplingParams | None) -> SamplingParams:

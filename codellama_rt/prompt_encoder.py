@@ -9,6 +9,7 @@ from codellama_rt.chat import checked_messages, find_format
 from codellama_rt.llm_arguments import Prompt
 from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.tokenizer import Tokenizer, split_fill
+from codellama_rt.variants import Variant, require_chat, require_infilling
 
 Request = tuple[list[int], SamplingParams]
 
@@ -19,11 +20,15 @@ class PromptEncoder:
     Args:
         tokenizer: None for a checkpoint that brings none.
         chat_template: Jinja that the checkpoint brings, or None.
+        variant: which of Code Llama's models it is, if it is one.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, chat_template: str | None = None) -> None:
-        self._tokenizer = tokenizer
-        self._chat_template = chat_template
+    def __init__(
+        self, tokenizer: Tokenizer | None, chat_template: str | None = None,
+        variant: Variant | None = None,
+    ) -> None:  # fmt: skip
+        self._tokenizer, self._chat_template = tokenizer, chat_template
+        self._variant = variant
 
     def completion(self, prompt: Prompt, params: SamplingParams) -> Request:
         """A str, which is filled in where it says <FILL_ME>, or token ids as they are.
@@ -47,6 +52,7 @@ class PromptEncoder:
             ValueError: the model cannot fill in.
         """
         tokenizer = self.require_tokenizer()
+        require_infilling(self._variant)
         token_ids = tokenizer.encode_infill(prefix, suffix, suffix_first=suffix_first)
         return token_ids, _ending_at(params, [tokenizer.eot_id])
 
@@ -61,7 +67,10 @@ class PromptEncoder:
                 or the checkpoint has no chat format.
         """
         tokenizer = self.require_tokenizer()
-        style = find_format(chat_template or self._chat_template, tokenizer)
+        chat_template = chat_template or self._chat_template
+        if chat_template is None:
+            require_chat(self._variant)
+        style = find_format(chat_template, tokenizer)
         token_ids = style.encode(tokenizer, checked_messages(messages))
         return token_ids, _ending_at(params, style.end_ids(tokenizer))
 
