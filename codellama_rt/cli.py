@@ -1,4 +1,4 @@
-"""The command line: `codellama-rt generate | infill | chat | doctor`.
+"""The command line: `codellama-rt generate | infill | chat | eval | doctor`.
 
 Text goes to stdout, everything else to stderr. What cannot be done ends in one line and exit code
 2; Ctrl-C in exit code 130.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from codellama_rt import cli_eval
 from codellama_rt.cli_chat import chat
 from codellama_rt.cli_errors import reported_errors, tell
 from codellama_rt.cli_options import ModelOptions, OutputOptions, SamplingOptions, with_options
@@ -89,6 +90,7 @@ def infill(
 
 
 app.command()(with_options(chat))
+app.add_typer(cli_eval.app, name="eval")
 
 
 @app.command()
