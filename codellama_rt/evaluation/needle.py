@@ -21,6 +21,7 @@ from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.tokenizer import Tokenizer
 
 _ANSWER_TOKENS = 12
+_SLACK, _MOST_SLACK = 0.02, 0.2  # of a prompt's length that stays empty: enough; the most
 _NEEDLE = '''def key_{name}() -> int:
     """Note that this function is used at the end of the file."""
     return {value}
@@ -65,9 +66,9 @@ def evaluate_needle(
     samples, requests = [], []
     params = SamplingParams(max_tokens=_ANSWER_TOKENS, stop=("\n",))
     for length in lengths:
-        if not 128 <= length <= llm.max_model_len - _ANSWER_TOKENS:
+        if not 256 <= length <= llm.max_model_len - _ANSWER_TOKENS:
             raise ValueError(
-                f"a length is from 128 to max_model_len - {_ANSWER_TOKENS} = "
+                f"a length is from 256 to max_model_len - {_ANSWER_TOKENS} = "
                 f"{llm.max_model_len - _ANSWER_TOKENS} tokens, got {length}"
             )
         for depth in depths:
@@ -120,50 +121,62 @@ def read_blocks(paths: Sequence[Path]) -> list[str]:
 
 
 class _Blocks:
-    """Functions in a random order, and about how many tokens each has."""
+    """Functions and classes in a random order, and about how many tokens each has."""
 
     def __init__(self, tokenizer: Tokenizer, blocks: list[str], seed: int) -> None:
         self._tokenizer = tokenizer
         self._blocks = blocks
         random.Random(seed).shuffle(self._blocks)
-        self._counts: list[int] = []  # of the first blocks, counted when first needed
+        self._counts: dict[int, int] = {}  # counted when first needed
 
     def haystack(self, length: int, depth: float, rng: random.Random) -> Haystack:
         """A file of at most `length` tokens with a key at `depth`."""
         name, value = rng.randrange(100, 1000), rng.randrange(10_000, 100_000)
         needle = _NEEDLE.format(name=name, value=value)
         question = _QUESTION.format(name=name)
-        count = self._fill(length)
+        chosen = self._fill(length - self._count(needle) - self._count(question))
         while True:
-            place = self._place(count, depth)
-            parts = [*self._blocks[:place], needle, *self._blocks[place:count], question]
+            place = self._place(chosen, depth)
+            texts = [self._blocks[i] for i in chosen]
+            parts = [*texts[:place], needle, *texts[place:], question]
             token_ids = self._tokenizer.encode("\n\n".join(parts))
             if len(token_ids) <= length:
-                return Haystack(token_ids, value, sum(self._counts[:place]))
-            count -= 1
-            if count < 0:
-                raise ValueError(f"{length} tokens are too few for the key and the question")
+                return Haystack(token_ids, value, sum(self._counts[i] for i in chosen[:place]))
+            chosen.pop()  # the counts do not know what merges where blocks meet
 
-    def _fill(self, length: int) -> int:
-        """How many blocks fill so many tokens; the last may be too much."""
-        total = 0
+    def _fill(self, room: int) -> list[int]:
+        """Blocks that fill so many tokens, but for a little; those that are too long are left out.
+
+        Raises:
+            ValueError: there are not enough.
+        """
+        chosen, left = [], room
         for i, block in enumerate(self._blocks):
-            if i == len(self._counts):
-                self._counts.append(len(self._tokenizer.encode(block, bos=False)) + 1)
-            total += self._counts[i]
-            if total >= length:
-                return i + 1
-        raise ValueError(f"the sources have {total} tokens, too few for a prompt of {length}")
+            if i not in self._counts:
+                self._counts[i] = self._count(block)
+            if self._counts[i] <= left:
+                chosen.append(i)
+                left -= self._counts[i]
+            if left <= room * _SLACK:
+                break
+        if left <= room * _MOST_SLACK:
+            return chosen
+        raise ValueError(
+            f"the sources have functions for {room - left} tokens, too few for a prompt of {room}"
+        )
 
-    def _place(self, count: int, depth: float) -> int:
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, bos=False)) + 1
+
+    def _place(self, chosen: list[int], depth: float) -> int:
         """After how many blocks about `depth` of their tokens have passed."""
-        counts = self._counts[:count]
+        counts = [self._counts[i] for i in chosen]
         wanted, before = depth * sum(counts), 0
-        for i, size in enumerate(counts):
+        for place, size in enumerate(counts):
             if before + size / 2 > wanted:
-                return i
+                return place
             before += size
-        return count
+        return len(counts)
 
 
 def _first_number(text: str) -> str:
