@@ -52,7 +52,7 @@ def humaneval(
 ) -> None:
     """Write 164 functions from their docstrings; with --execute their tests give pass@k."""
     params = _params(
-        result, n=n, temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens
+        result, temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens
     )
 
     def evaluate(llm: LLM, bars: Callable) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def humaneval(
 
         with bars("completing") as bar:
             return evaluate_humaneval(
-                llm, params=params, ks=tuple(k or (1,)), limit=limit, execute=execute,
+                llm, params=params, n=n, ks=tuple(k or (1,)), limit=limit, execute=execute,
                 timeout_s=timeout, progress=bar.update, execution_progress=_testing(bar),
             )  # fmt: skip
 

@@ -75,7 +75,7 @@ def test_humaneval_counts_what_passes(llm, written):
     right, wrong, fails = "\n    return a + b", "\n    return a", "\n    return (("
     written(right, wrong, fails, fails, right, right)
     result = evaluate_humaneval(
-        llm, params=SamplingParams(n=2, temperature=1.0), ks=(1, 2), problems=PROBLEMS, execute=True
+        llm, params=SamplingParams(temperature=1.0), n=2, ks=(1, 2), problems=PROBLEMS, execute=True
     )
     assert [sample["result"] for sample in result["samples"]] == [
         "passed", "failed", "failed", "failed", "passed", "passed",
@@ -96,14 +96,23 @@ def test_humaneval_runs_nothing_by_default(llm, monkeypatch):
     json.dumps(first)
 
 
+def test_more_samples_than_a_request_has(llm):
+    params = SamplingParams(temperature=2.0, seed=5, max_tokens=2)
+    many = evaluate_humaneval(llm, problems=PROBLEMS[:2], params=params, n=70)
+    few = evaluate_humaneval(llm, problems=PROBLEMS[:2], params=params, n=64)
+    written = [[s["completion"] for s in run["samples"]] for run in (many, few)]
+    assert [s["task_id"] for s in many["samples"]] == ["T/0"] * 70 + ["T/1"] * 70
+    assert written[0][:64] == written[1][:64]
+    assert written[0][64:70] != written[0][:6]
+
+
 def test_humaneval_prompts_end_without_white_space(llm, monkeypatch):
     asked = []
     monkeypatch.setattr(
         "codellama_rt.evaluation.humaneval.complete",
-        lambda llm, requests, progress: asked.extend(requests) or [],
+        lambda llm, requests, progress: asked.extend(requests) or [[Answer("")]],
     )
-    with pytest.raises(ValueError, match="zip"):
-        evaluate_humaneval(llm, problems=PROBLEMS[:1])
+    evaluate_humaneval(llm, problems=PROBLEMS[:1])
     ids, params = asked[0]
     assert llm.tokenizer.decode(ids) == PROBLEMS[0]["prompt"].rstrip()
     assert "\ndef" in params.stop

