@@ -23,11 +23,12 @@ os.environ.setdefault("MS_DEV_RUNTIME_CONF", "graph_pipeline:false")  # before M
 
 import mindspore
 import numpy as np
-from measure import Timing, save
-from op_cases import BLOCK_SIZE, Case
 
 from codellama_rt import ops
 from codellama_rt.batch import Batch
+from codellama_rt.bench.measure import Timing, save
+from codellama_rt.bench.op_arrays import bind, make_arrays
+from codellama_rt.bench.op_cases import BLOCK_SIZE, Case
 from codellama_rt.checkpoint import LayerWeights, LlamaWeights
 from codellama_rt.config import ModelConfig
 from codellama_rt.graph_model import LlamaCell
@@ -163,9 +164,7 @@ def time_call(function: Callable[..., object]) -> float:
 
 def call_costs(op: Op, arrays: dict[str, object]) -> tuple[float, float]:
     """Microseconds of a call of the op, and of the call of the compiled module in it."""
-    outputs = tuple(arrays[name] for name in op.outputs)
-    attributes = {} if not outputs else {"out": outputs if len(outputs) > 1 else outputs[0]}
-    whole = partial(getattr(ops, op.name), *[arrays[name] for name in op.inputs], **attributes)
+    whole = bind(op, arrays)
     recorder = Recorder()
     with patch.object(ops, "_core", recorder):
         whole()
@@ -179,7 +178,7 @@ def compare_calls() -> list[dict]:
     print(f"{'op':22} | {'all':>6} {'pybind':>7} | {'all':>8} {'pybind':>8}")
     rows = []
     for op in OPS.values():
-        arrays = Case(op, "", "float32", SIZES).arrays(np.random.default_rng(0))
+        arrays = make_arrays(Case(op, "", "", "float32", SIZES), np.random.default_rng(0))
         tensors = {name: mindspore.Tensor.from_numpy(array) for name, array in arrays.items()}
         costs = (*call_costs(op, arrays), *call_costs(op, tensors))
         print(
@@ -199,7 +198,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows there")
     args = parser.parse_args()
     ops.set_num_threads(1)
-    save(args.json, compare_steps(args.seconds) + compare_calls())
+    rows = compare_steps(args.seconds) + compare_calls()
+    if args.json:
+        save(args.json, "roads", rows)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,15 @@
 """What this machine gives: the roof of every other figure.
 
-    python benchmarks/limits.py [--threads N] [--isa NAME] [--seconds S] [--json FILE]
+python benchmarks/limits.py [--threads N] [--isa NAME] [--seconds S] [--json FILE]
 """
-
-from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from measure import save
-
 from codellama_rt import ops
-from codellama_rt.limits import Limits, measure_limits
-
-
-def describe(limits: Limits) -> str:
-    """One line."""
-    flops = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in limits.flops.items())
-    return (
-        f"{limits.isa}, {limits.num_threads} threads: "
-        f"read {limits.read_bandwidth / 1e9:.1f} GB/s; GFLOP/s: {flops}"
-    )
+from codellama_rt.bench.measure import save
+from codellama_rt.limits import measure_limits
 
 
 def main() -> None:
@@ -39,9 +27,10 @@ def main() -> None:
     for isa in args.isa:
         ops.set_isa(isa)
         limits = measure_limits(args.seconds)
-        print(describe(limits))
-        rows.append(asdict(limits))
-    save(args.json, rows)
+        print(limits.describe())
+        rows.append({"what": "limits", **asdict(limits)})
+    if args.json:
+        save(args.json, "limits", rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a command ends: what the user can mend in one line, an interrupt, a reader who left."""
+"""How a command ends when something is wrong: one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import typer
 
 # What bad input, a missing file or too little memory raise; anything else is a fault of ours.
-EXPECTED = (ValueError, TypeError, RuntimeError, OSError, MemoryError, ImportError)
+_EXPECTED = (ValueError, TypeError, RuntimeError, OSError, MemoryError, ImportError)
 _INTERRUPTED = 130
 
 
@@ -25,7 +25,7 @@ def reported_errors(debug: bool) -> Iterator[None]:
     except BrokenPipeError:  # whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
-    except EXPECTED as error:
+    except _EXPECTED as error:
         if debug:
             raise
         tell(f"codellama-rt: {reason(error)}")

@@ -24,8 +24,11 @@ class ModelOptions:
     dtype: Annotated[
         str, typer.Option(help="Of the weights: auto, float32, float16, bfloat16.")
     ] = "auto"
+    quantization: Annotated[
+        str | None, typer.Option(help="Of the weights, made when loaded: int8, int4.")
+    ] = None
     kv_dtype: Annotated[
-        str, typer.Option(help="Of the KV cache: auto, float32, float16, bfloat16.")
+        str, typer.Option(help="Of the KV cache: auto, float32, float16, bfloat16, int8, int4.")
     ] = "auto"
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of prompt and output; the checkpoint's by default.")

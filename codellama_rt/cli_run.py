@@ -69,7 +69,8 @@ def open_model(options: ModelOptions) -> LLM:
     """Open the model behind a progress bar."""
     with ProgressBar(f"opening {options.model}") as bar:
         return LLM(
-            options.model, device=options.device, dtype=options.dtype, kv_dtype=options.kv_dtype,
+            options.model, device=options.device, dtype=options.dtype,
+            quantization=options.quantization, kv_dtype=options.kv_dtype,
             max_model_len=options.max_model_len, kv_memory=options.kv_memory,
             num_threads=options.num_threads, progress=bar.update,
         )  # fmt: skip

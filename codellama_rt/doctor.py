@@ -34,7 +34,10 @@ def examine(seconds: float = 0.2) -> dict[str, Any]:
     }
     try:
         from codellama_rt import _core, ops
+        from codellama_rt.dtypes import FLOAT_DTYPES
+        from codellama_rt.kv_cache import KV_DTYPES
         from codellama_rt.limits import measure_limits
+        from codellama_rt.ops.quantized import WEIGHT_DTYPES
     except ImportError as error:
         return found | {"kernels": str(error)}
     limits = measure_limits(seconds)
@@ -45,6 +48,8 @@ def examine(seconds: float = 0.2) -> dict[str, Any]:
         "threads": ops.num_threads(),
         "read_bandwidth": limits.read_bandwidth,
         "flops": limits.flops,
+        "cache_dtypes": KV_DTYPES,
+        "weight_dtypes": (*FLOAT_DTYPES, *WEIGHT_DTYPES),
         "custom_ops": _custom_ops(Path(_core.__file__).with_name("libcodellama_rt_cpu.so")),
         "devices": {name: ops.available(name) for name in _DEVICES},
     }
@@ -87,6 +92,11 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("threads", str(found["threads"])),
         ("read bandwidth", f"{found['read_bandwidth'] / 1e9:.1f} GB/s, measured now"),
         ("GFLOP/s", f"{flops}, measured now"),
+        ("KV caches", ", ".join(found["cache_dtypes"])),
+        (
+            "weights",
+            f"{', '.join(found['weight_dtypes'])}; other GGUF types become bfloat16 when opened",
+        ),
         ("custom ops", found["custom_ops"]),
         *devices,
     ]

@@ -17,6 +17,7 @@ from codellama_rt import _core, ops
 
 PROBE_BYTES = 2**28  # several times any cache, so that every byte comes from memory
 _ROUNDS = 50_000  # about a millisecond
+_MEASURED = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -26,35 +27,46 @@ class Limits:
     Attributes:
         isa: instruction set in use.
         num_threads: threads in use.
-        read_bandwidth: bytes a second.
+        read_bandwidth: bytes a second that all threads read together.
+        one_thread_bandwidth: bytes a second that one of them reads alone.
         flops: FLOP/s by dtype of the operands; float16 is computed in float32.
     """
 
     isa: str
     num_threads: int
     read_bandwidth: float
+    one_thread_bandwidth: float
     flops: dict[str, float]
 
-    def seconds(self, num_bytes: float, flops: float, dtype: str) -> float:
-        """The least time for moving `num_bytes` and computing `flops` at once."""
-        return max(num_bytes / self.read_bandwidth, flops / self.flops[dtype])
+    def describe(self) -> str:
+        """One line for people."""
+        flops = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in self.flops.items())
+        return (
+            f"{self.isa}, {self.num_threads} threads: read {self.read_bandwidth / 1e9:.1f} GB/s "
+            f"(one thread alone {self.one_thread_bandwidth / self.read_bandwidth:.0%} of it); "
+            f"GFLOP/s: {flops}"
+        )
 
 
 def measure_limits(seconds: float = 0.2) -> Limits:
     """Measure all limits.
 
     Args:
-        seconds: spent on each of the three.
+        seconds: spent on each of the five.
 
     Example:
         >>> measure_limits(0.01).num_threads >= 1
         True
     """
-    float32, bfloat16 = (peak_flops(dtype, seconds) for dtype in ("float32", "bfloat16"))
-    return Limits(
-        ops.isa(), ops.num_threads(), read_bandwidth(seconds),
-        {"float32": float32, "float16": float32, "bfloat16": bfloat16},
-    )  # fmt: skip
+    float32, bfloat16, int8 = (peak_flops(dtype, seconds) for dtype in _MEASURED)
+    flops = {"float32": float32, "float16": float32, "bfloat16": bfloat16, "int8": int8}
+    num_threads, together = ops.num_threads(), read_bandwidth(seconds)
+    ops.set_num_threads(1)
+    try:
+        alone = read_bandwidth(seconds)
+    finally:
+        ops.set_num_threads(num_threads)
+    return Limits(ops.isa(), num_threads, together, alone, flops)
 
 
 def read_bandwidth(seconds: float = 0.2, num_bytes: int = PROBE_BYTES) -> float:
@@ -76,14 +88,15 @@ def peak_flops(dtype: str, seconds: float = 0.2) -> float:
     """FLOP/s of the threads together on registers alone; the best pass.
 
     Args:
-        dtype: of the operands: "float32" or "bfloat16" (pairs, where the CPU multiplies such).
+        dtype: of the operands: "float32", "bfloat16" (pairs) or "int8" (quadruples); where the CPU
+            does not multiply such at once, float32's rate, which is what remains there.
         seconds: how long to repeat; three passes at least.
 
     Raises:
         ValueError: another dtype.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
+    if dtype not in _MEASURED:
+        raise ValueError(f"dtype must be one of {', '.join(_MEASURED)}, got {dtype!r}")
     flops = _core.multiply_add(dtype, _ROUNDS)
     return flops / _shortest(lambda: _core.multiply_add(dtype, _ROUNDS), seconds)
 

@@ -25,6 +25,7 @@ from codellama_rt.llm_arguments import (
 from codellama_rt.lora import LoraAdapter, load_adapter, merged
 from codellama_rt.model import Llama
 from codellama_rt.prompt_encoder import PromptEncoder
+from codellama_rt.quantize import check_quantization
 from codellama_rt.request import check_params
 from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.scoring import sequence_logits
@@ -42,24 +43,28 @@ class LLM:
 
     def __init__(
         self, model: str | os.PathLike[str], *, device: str = "cpu", dtype: str = "auto",
-        kv_dtype: str = "auto", max_model_len: int | None = None,
+        quantization: str | None = None, kv_dtype: str = "auto", max_model_len: int | None = None,
         kv_memory: int | str | None = None, block_size: int = 64, max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512, num_threads: int | None = None,
         prefix_caching: bool = True, adapter: str | os.PathLike[str] | None = None,
         check: str | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:  # fmt: skip
-        """Open a checkpoint; its weights are mapped, not copied, unless `dtype` asks for others.
+        """Open a checkpoint; its weights are mapped, not copied, unless others are asked for.
 
         Args:
             model: directory, GGUF file, built-in name or hub id.
             device: "cpu".
             dtype: of the weights: "auto" (as stored), "float32", "float16", "bfloat16".
-            kv_dtype: of the KV cache; "auto": that of the weights.
+            quantization: "int8" or "int4" quantises the projections and the head as they are
+                loaded; None takes them as stored, quantised ones included.
+            kv_dtype: of the KV cache: "auto" (that of the weights, bfloat16 beside GGUF's
+                quantised ones), "float32", "float16", "bfloat16", "int8", "int4".
             max_model_len: tokens of prompt and output together; the checkpoint's by default. More
                 is allowed: Code Llama's files say 16,384 and the model reads 100,000.
             kv_memory: bytes, or a str like "8GB", for the KV cache; by default what max_num_seqs
-                sequences can use, at most 80 % of the memory that the weights leave.
+                sequences can use, at most 80 % of the memory that the weights leave, or 95 % where
+                one of max_model_len tokens takes as much.
             block_size: tokens a KV page, a multiple of 16.
             max_num_seqs: sequences in one step.
             max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
@@ -68,22 +73,27 @@ class LLM:
             adapter: directory of a LoRA adapter that is merged into the weights; `load_adapter`
                 applies one to single requests.
             check: "finite" refuses weights with NaN or infinity (reads every byte).
-            progress: called with (bytes done, bytes in all, what) while weights are converted.
+            progress: called with (bytes done, bytes in all, what) while weights are converted or
+                quantised.
 
         Raises:
             CheckpointError: the checkpoint cannot be used.
             ValueError, TypeError: an argument out of range.
-            RuntimeError: no such device here, or not the memory for max_model_len tokens.
+            RuntimeError: no such device here, or not the memory for max_model_len tokens (the
+                message says which kv_dtype or length would fit).
         """
         require_device(device)
         require_dtype(kv_dtype)
+        check_quantization(quantization)
         require_counts(
             max_model_len=max_model_len, block_size=block_size, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, num_threads=num_threads,
         )  # fmt: skip
         if num_threads is not None:
             ops.set_num_threads(num_threads)
-        checkpoint = open_checkpoint(model, dtype=dtype, check=check, progress=progress)
+        checkpoint = open_checkpoint(
+            model, dtype=dtype, quantization=quantization, check=check, progress=progress
+        )
         self.config = checkpoint.config
         self.variant = find_variant(model)
         require_length(self.variant, max_model_len)
@@ -97,11 +107,10 @@ class LLM:
             self.chat_template = read_chat_template(checkpoint.tokenizer_path)
         self.prompt_encoder = PromptEncoder(self.tokenizer, self.chat_template, self.variant)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
-        if kv_dtype == "auto":
-            kv_dtype = checkpoint.weights.layers[0].q_proj.dtype.name
+        kv_dtype = self.config.dtype if kv_dtype == "auto" else kv_dtype
         num_blocks = plan_num_blocks(
             self.config, kv_dtype, block_size, longest=max_model_len, max_num_seqs=max_num_seqs,
-            kv_memory=kv_memory, weight_bytes=self.stored_bytes,
+            kv_memory=kv_memory, weight_bytes=checkpoint.mapped_bytes,
         )  # fmt: skip
         weights = checkpoint.weights
         if adapter is not None:

@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from codellama_rt import ops
-from codellama_rt.dtypes import FLOAT_DTYPES
+from codellama_rt.kv_cache import KV_DTYPES
 from codellama_rt.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -40,10 +40,8 @@ def require_device(device: str) -> None:
 
 def require_dtype(kv_dtype: str) -> None:
     """Refuse a dtype that the KV cache cannot have."""
-    if kv_dtype not in ("auto", *FLOAT_DTYPES):
-        raise ValueError(
-            f"kv_dtype must be one of auto, {', '.join(FLOAT_DTYPES)}, got {kv_dtype!r}"
-        )
+    if kv_dtype not in ("auto", *KV_DTYPES):
+        raise ValueError(f"kv_dtype must be one of auto, {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
 
 
 def require_counts(**counts: int | None) -> None:

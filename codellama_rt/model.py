@@ -6,13 +6,15 @@ product then rounds its input once, as a bfloat16 weight wants it, and nothing e
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.batch import Batch
-from codellama_rt.checkpoint import LlamaWeights
+from codellama_rt.checkpoint import LayerWeights, LlamaWeights, Weight
 from codellama_rt.config import ModelConfig
-from codellama_rt.kv_cache import KVCache
+from codellama_rt.kv_cache import KVCache, Pages
 from codellama_rt.rope import RotaryEmbedding
 
 Array = np.ndarray
@@ -26,6 +28,10 @@ class Llama:
         self.config = config
         self.weights = weights
         self.rope = RotaryEmbedding(config)
+        self._fused = [
+            (_runs(layer.q_proj, layer.k_proj, layer.v_proj), _runs(layer.gate_proj, layer.up_proj))
+            for layer in weights.layers
+        ]
         self._activations = Activations(config, 1)
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> Array:
@@ -45,22 +51,26 @@ class Llama:
         x = ops.rms_norm(residual, weights.layers[0].attention_norm, eps, out=a.x)
         following = [layer.attention_norm for layer in weights.layers[1:]]
         for i, layer in enumerate(weights.layers):
-            self._attention(i, x, rope, batch, kv_cache.layers[i], a)
+            qkv_proj, gate_up_proj = self._fused[i]
+            _project(x, qkv_proj, a.qkv)
+            _adapt(batch, i, ("q_proj", "k_proj", "v_proj"), x, a.qkv)
+            self._attention(layer, rope, batch, kv_cache.layers[i], a)
+            _adapt(batch, i, ("o_proj",), a.attended_rows, a.sublayer)
             ops.add_rms_norm(a.sublayer, residual, layer.mlp_norm, eps, out=(x, residual))
-            self._mlp(i, x, batch, a)
+            _project(x, gate_up_proj, a.gate_up)
+            _adapt(batch, i, ("gate_proj", "up_proj"), x, a.gate_up)
+            ops.silu_and_mul(a.gate_up, out=a.hidden)
+            ops.linear(a.hidden, layer.down_proj, out=a.sublayer)
+            _adapt(batch, i, ("down_proj",), a.hidden, a.sublayer)
             if i < len(following):
                 ops.add_rms_norm(a.sublayer, residual, following[i], eps, out=(x, residual))
         return self._logits(a.sublayer, residual, batch.logit_rows)
 
     def _attention(
-        self, i: int, x: Array, rope: tuple[Array, Array, Array], batch: Batch,
-        caches: tuple[Array, Array], a: Activations,
+        self, layer: LayerWeights, rope: tuple[Array, Array, Array], batch: Batch,
+        caches: tuple[Pages, Pages], a: Activations,
     ) -> None:  # fmt: skip
-        layer = self.weights.layers[i]
         cos, sin, index = rope
-        ops.linear(x, (layer.q_proj, layer.k_proj, layer.v_proj), out=a.qkv)
-        for adapter, rows in batch.adapted:
-            adapter.add(i, ("q_proj", "k_proj", "v_proj"), x, rows, a.qkv)
         ops.rope_and_cache(
             a.qkv, cos, sin, index, *caches, batch.slot_mapping,
             interleaved=self.config.rope_interleaved, out=a.query,
@@ -70,18 +80,6 @@ class Llama:
             out=(a.attended, a.lse),
         )  # fmt: skip
         ops.linear(a.attended_rows, layer.o_proj, out=a.sublayer)
-        for adapter, rows in batch.adapted:
-            adapter.add(i, ("o_proj",), a.attended_rows, rows, a.sublayer)
-
-    def _mlp(self, i: int, x: Array, batch: Batch, a: Activations) -> None:
-        layer = self.weights.layers[i]
-        ops.linear(x, (layer.gate_proj, layer.up_proj), out=a.gate_up)
-        for adapter, rows in batch.adapted:
-            adapter.add(i, ("gate_proj", "up_proj"), x, rows, a.gate_up)
-        ops.silu_and_mul(a.gate_up, out=a.hidden)
-        ops.linear(a.hidden, layer.down_proj, out=a.sublayer)
-        for adapter, rows in batch.adapted:
-            adapter.add(i, ("down_proj",), a.hidden, rows, a.sublayer)
 
     def _logits(self, sublayer: Array, residual: Array, rows: Array) -> Array:
         if len(rows) != len(residual):
@@ -93,6 +91,32 @@ class Llama:
         if self._activations.num_tokens != num_tokens:
             self._activations = Activations(self.config, num_tokens, self._activations.memory)
         return self._activations
+
+
+def _runs(*weights: Weight) -> list[tuple[tuple[Weight, ...], slice]]:
+    """Neighbours of one dtype, and their columns of the result: `linear` takes those in one pass.
+
+    A GGUF file may hold a layer's values in more bits than its queries and keys.
+    """
+    runs, begin = [], 0
+    for _, run in itertools.groupby(weights, key=lambda weight: str(weight.dtype)):
+        members = tuple(run)
+        end = begin + sum(weight.shape[0] for weight in members)
+        runs.append((members, slice(begin, end)))
+        begin = end
+    return runs
+
+
+def _project(x: Array, runs: list[tuple[tuple[Weight, ...], slice]], out: Array) -> None:
+    """Multiply x by all weights of the runs, into (num_tokens, sum of their rows)."""
+    for weights, columns in runs:
+        ops.linear(x, weights, out=out[:, columns])
+
+
+def _adapt(batch: Batch, i: int, projections: tuple[str, ...], x: Array, out: Array) -> None:
+    """Add to layer i's projections what the adapters of some requests change in them."""
+    for adapter, rows in batch.adapted:
+        adapter.add(i, projections, x, rows, out)
 
 
 class Activations:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
-
 from codellama_rt.checkpoint import LlamaWeights
 
 
@@ -13,5 +11,5 @@ def weight_bytes(weights: LlamaWeights) -> int:
     Args:
         weights: of the model; a tied embedding is read whole, as the head.
     """
-    layers = sum(array.nbytes for layer in weights.layers for array in astuple(layer))
+    layers = sum(array.nbytes for layer in weights.layers for array in vars(layer).values())
     return layers + weights.norm.nbytes + weights.lm_head.nbytes

@@ -206,6 +206,10 @@ PYBIND11_MODULE(_core, m) {
     run([&] { launch::add_rms_norm(a, b, c, eps, d, e); });
   });
   m.def("linear", linear);
+  m.def("quantize", [](H weight, H payload) {
+    const auto a = view(weight), b = view(payload);
+    run([&] { launch::quantize(a, b); });
+  });
   m.def("apply_rotary_pos_emb", [](H query, H key, H cos, H sin, H positions, bool interleaved) {
     const auto a = view(query), b = view(key), c = view(cos), d = view(sin), e = view(positions);
     run([&] { launch::apply_rotary_pos_emb(a, b, c, d, e, interleaved); });
@@ -262,7 +266,8 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("multiply_add", [](std::string dtype, int64_t num_rounds) {
     int64_t flops = 0;
-    run([&] { flops = kernels().multiply_add(named(dtype).dtype, num_rounds); });
+    const DType operands = dtype == "int8" ? DType::kInt8 : named(dtype).dtype;
+    run([&] { flops = kernels().multiply_add(operands, num_rounds); });
     return flops;
   });
   m.def("available_isas", isa_names);

@@ -66,6 +66,17 @@ void Check::weight(const char* name, const TensorView& t, std::initializer_list<
 }
 
 void Check::cache(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
+  pages(name, t, axes, true);
+}
+
+void Check::cache(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+                  DType same_as) {
+  if (t.dtype == same_as) return pages(name, t, axes, false);
+  tensor(name, t, axes, false, dtype_name(same_as), false);
+}
+
+void Check::pages(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+                  bool key) {
   tensor(name, t, axes, is_cache_dtype(t.dtype), kCacheNames, false);
   if (is_float(t.dtype)) return;
   require(t.dtype != DType::kInt4 || t.shape[3] % kInt4Step == 0,
@@ -75,13 +86,7 @@ void Check::cache(const char* name, const TensorView& t, std::initializer_list<A
           "block_size must be a multiple of 16, got " + std::to_string(t.shape[2]));
   num_bytes(name, t,
             t.shape[0] * t.shape[1] * (t.shape[2] / kCacheGroup) *
-                cache_group_bytes(t.dtype, t.shape[3]));
-}
-
-void Check::cache(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
-                  DType same_as) {
-  if (t.dtype == same_as) return cache(name, t, axes);
-  tensor(name, t, axes, false, dtype_name(same_as), false);
+                cache_group_bytes(t.dtype, t.shape[3], key));
 }
 
 void Check::num_bytes(const char* name, const TensorView& t, int64_t expected) {

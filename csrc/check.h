@@ -46,7 +46,8 @@ class Check {
   void float32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
   void int32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
   // A weight (out_features, in_features), or a cache (num_blocks, n_kv_heads, block_size,
-  // head_dim): floats, or quantised as quantized.h says.
+  // head_dim) of keys or, with `same_as` the keys' dtype, of values: floats, or quantised as
+  // quantized.h says.
   void weight(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
   void weight(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
               DType same_as);
@@ -65,6 +66,7 @@ class Check {
  private:
   void tensor(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
               bool dtype_ok, const char* dtype_wanted, bool rows_apart);
+  void pages(const char* name, const TensorView& t, std::initializer_list<Axis*> axes, bool key);
   void num_bytes(const char* name, const TensorView& t, int64_t expected);
   [[noreturn]] void fail_shape(const char* name, const TensorView& t, const char* dtype_wanted,
                                std::initializer_list<Axis*> axes);

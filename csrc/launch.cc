@@ -10,7 +10,7 @@ void embedding(TensorView token_ids, TensorView table, TensorView out) {
   Check check("embedding");
   Axis tokens{"num_tokens"}, vocab{"vocab_size"}, dim{"dim"};
   check.int32("token_ids", token_ids, {&tokens});
-  check.floats("table", table, {&vocab, &dim});
+  check.weight("table", table, {&vocab, &dim});
   check.floats("out", out, {&tokens, &dim});
   check.writable("out", out);
   check.range("token_ids", token_ids, 0, vocab.size, "vocab_size");
@@ -74,6 +74,17 @@ void linear(TensorView x, const TensorView* weights, int num_weights, TensorView
   p.weight_dtype = weights[0].dtype;
   p.out_dtype = out.dtype;
   kernels().linear(p);
+}
+
+void quantize(TensorView weight, TensorView payload) {
+  Check check("quantize");
+  Axis n{"out_features"}, k{"in_features"};
+  check.floats("weight", weight, {&n, &k});
+  check.require(payload.dtype == DType::kInt8 || payload.dtype == DType::kInt4,
+                std::string("dtype must be int8 or int4, got ") + payload.dtype_text);
+  check.weight("payload", payload, {&n, &k});
+  check.writable("payload", payload);
+  kernels().quantize({weight.data, payload.data, weight.dtype, payload.dtype, n.size, k.size});
 }
 
 void apply_rotary_pos_emb(TensorView query, TensorView key, TensorView cos, TensorView sin,
@@ -237,9 +248,12 @@ void copy_blocks(TensorView key_cache, TensorView value_cache, TensorView block_
   check.writable("key_cache", key_cache);
   check.writable("value_cache", value_cache);
   check.range("block_pairs", block_pairs, 0, blocks.size, "num_blocks");
-  kernels().copy_blocks(
-      {key_cache.data, value_cache.data, ints(block_pairs), pairs.size,
-       kv_heads.size * block.size * cache_group_bytes(key_cache.dtype, dim.size) / kCacheGroup});
+  const auto block_bytes = [&](bool key) {
+    const int64_t group_bytes = cache_group_bytes(key_cache.dtype, dim.size, key);
+    return kv_heads.size * (block.size * group_bytes / kCacheGroup);
+  };
+  kernels().copy_blocks({key_cache.data, value_cache.data, ints(block_pairs), pairs.size,
+                         block_bytes(true), block_bytes(false)});
 }
 
 }  // namespace launch

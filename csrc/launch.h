@@ -15,6 +15,7 @@ void rms_norm(TensorView x, TensorView weight, float eps, TensorView out);
 void add_rms_norm(TensorView x, TensorView residual, TensorView weight, float eps, TensorView out,
                   TensorView residual_out);
 void linear(TensorView x, const TensorView* weights, int num_weights, TensorView out);
+void quantize(TensorView weight, TensorView payload);
 void apply_rotary_pos_emb(TensorView query, TensorView key, TensorView cos, TensorView sin,
                           TensorView positions, bool interleaved);
 void reshape_and_cache(TensorView key, TensorView value, TensorView key_cache,

@@ -1,9 +1,10 @@
 // The contract of every kernel: one plain struct an op, on every device.
 //
 // Raw pointers, sizes, strides in elements; no framework type. Inner dimensions are contiguous
-// unless a stride is given. Dtypes: activations and caches are float32, float16 or bfloat16, each
-// of its own; indices are int32; statistics, RoPE tables and log-sum-exps are float32.
-// Offsets are int64_t: 100k tokens overflow 32 bits. Arguments were checked by the launcher.
+// unless a stride is given. Dtypes: activations are float32, float16 or bfloat16; caches too, each
+// of its own, or int8 or int4 (quantized.h); indices are int32; statistics, RoPE tables and
+// log-sum-exps are float32. Offsets are int64_t: 100k tokens overflow 32 bits. Arguments were
+// checked by the launcher.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +44,13 @@ struct LinearParams {
   int64_t n[kMaxWeights];
   int64_t num_weights, num_tokens, k, x_stride, out_stride;
   DType x_dtype, weight_dtype, out_dtype;
+};
+
+struct QuantizeParams {
+  const void* weight;  // (n, k)
+  void* payload;       // weight_bytes(dtype, n, k)
+  DType weight_dtype, dtype;
+  int64_t n, k;
 };
 
 // Tables: row p holds the cosines (sines) of position p. `interleaved`: elements (2i, 2i + 1)
@@ -125,9 +133,9 @@ struct SiluAndMulParams {
 };
 
 struct CopyBlocksParams {
-  void *key_cache, *value_cache;  // (num_blocks, ...), block_bytes a block
+  void *key_cache, *value_cache;  // (num_blocks, ...)
   const int32_t* block_pairs;     // (num_pairs, 2): source, destination; done in order
-  int64_t num_pairs, block_bytes;
+  int64_t num_pairs, key_block_bytes, value_block_bytes;
 };
 
 // One table an instruction set (or device): the ops' entry points.
@@ -136,6 +144,7 @@ struct KernelTable {
   void (*embedding)(const EmbeddingParams&);
   void (*rms_norm)(const RmsNormParams&);
   void (*linear)(const LinearParams&);
+  void (*quantize)(const QuantizeParams&);
   void (*apply_rotary_pos_emb)(const RotaryParams&);
   void (*reshape_and_cache)(const ReshapeAndCacheParams&);
   void (*rope_and_cache)(const RopeAndCacheParams&);

@@ -4,11 +4,19 @@
 //
 // Cache, kInt8 and kInt4: a page of a head is block_size / 16 groups of 16 tokens, each group its
 // rows of values, then its scales. So a group is one piece, whatever block_size is.
-//   int8  row: head_dim int8. Scales: a float32 a token. x = value * scale.
-//   int4  row: head_dim / 2 bytes. Scales: kInt4Groups pairs of float16 (scale, minimum) a token.
-//         x = value * scale + minimum, value in 0..15.
+//   int8         rows of head_dim int8; a float32 scale a token. x = value * scale.
+//   int4 values  rows of head_dim / 2 bytes, element 2 i in the low half of byte i; a float16 scale
+//                a token, then a float16 minimum a token. x = value * scale + minimum.
+//   int4 keys    the rotated row (cpu/quantize_row.h), 5 bits an element: the low four as above,
+//                then rows of head_dim / 8 bytes with bit 4 of the elements of even number, then of
+//                odd number; scales and minimums as above.
 // Weight, (n, k):
-//   int8, int4        made by ops.quantize: tiles of 16 rows in the order VPDPBUSD takes them
+//   int8, int4        made by ops.quantize: tiles of 16 rows, groups of 32 along k, in the order
+//                     that VPDPBUSD takes: 4 elements of row 0, of row 1, ... of row 15; 4 more
+//                     int8: a group is 512 values, plus 128, then 16 scales in bfloat16
+//                     int4: a tile begins with 16 + 16 float32, the rows' units of scales and of
+//                     minima; a group is 256 bytes, elements 0 to 15 in low and 16 to 31 in high
+//                     nibbles, then 16 + 16 bytes, its scales and minima in those units
 //   q4_0 ... q6_k     rows of GGUF blocks as they lie in the file
 #pragma once
 
@@ -17,8 +25,7 @@
 namespace codellama_rt {
 
 constexpr int64_t kCacheGroup = 16;   // tokens
-constexpr int64_t kInt4Groups = 4;    // of head_dim, in a row of an int4 cache
-constexpr int64_t kInt4Step = 8;      // head_dim is a multiple of this in an int4 cache
+constexpr int64_t kInt4Step = 32;     // head_dim is a multiple of this in an int4 cache
 constexpr int64_t kWeightTile = 16;   // rows
 constexpr int64_t kWeightGroup = 32;  // of k, with one scale
 
@@ -32,13 +39,13 @@ constexpr bool is_weight_dtype(DType dtype) {
   return is_float(dtype) || (dtype >= DType::kInt8 && dtype <= DType::kQ6_K);
 }
 
-// Bytes of kCacheGroup tokens of one head.
-constexpr int64_t cache_group_bytes(DType dtype, int64_t head_dim) {
+// Bytes of kCacheGroup tokens of one head, of keys or of values.
+constexpr int64_t cache_group_bytes(DType dtype, int64_t head_dim, bool key) {
   switch (dtype) {
     case DType::kInt8:
       return kCacheGroup * (head_dim + 4);
     case DType::kInt4:
-      return kCacheGroup * (head_dim / 2 + kInt4Groups * 4);
+      return kCacheGroup * (head_dim / 2 + (key ? head_dim / 8 : 0) + 4);
     default:
       return kCacheGroup * head_dim * item_size(dtype);
   }
@@ -52,7 +59,7 @@ constexpr int64_t weight_bytes(DType dtype, int64_t n, int64_t k) {
     case DType::kInt8:
       return tiles * kWeightTile * groups * (kWeightGroup + 2);
     case DType::kInt4:
-      return tiles * kWeightTile * groups * (kWeightGroup / 2 + 2);
+      return tiles * kWeightTile * (8 + groups * (kWeightGroup / 2 + 2));
     case DType::kQ4_0:
       return n * (k / 32) * 18;
     case DType::kQ4_1:

@@ -28,7 +28,10 @@ MINI_CONFIG = {
     "torch_dtype": "float32",
 }
 SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-GGML_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "I32": 26, "BF16": 30}
+GGML_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14,
+    "I32": 26, "BF16": 30,
+}  # fmt: skip
 
 
 def mini_tensors(seed: int = 0) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.engine import Engine
 from codellama_rt.kv_cache import KVCache
 from codellama_rt.model import Llama
+from codellama_rt.ops import Quantized
 from codellama_rt.sampling_params import SamplingParams
 
 # These hold a vocabulary or a layout of others and may not lie in the repository.
@@ -52,8 +53,8 @@ class Golden:
             positions = range(len(self.cases[i]["prompt"]))
         return positions, self.arrays[f"logits_{i}"]
 
-    def model(self, dtype: str = "auto") -> Llama:
-        checkpoint = open_checkpoint(self.folder, dtype=dtype)
+    def model(self, dtype: str = "auto", quantization: str | None = None) -> Llama:
+        checkpoint = open_checkpoint(self.folder, dtype=dtype, quantization=quantization)
         return Llama(checkpoint.config, checkpoint.weights)
 
 
@@ -71,11 +72,14 @@ def make_engine(
     model: Any, *, num_blocks: int = 64, block_size: int = 16, kv_dtype: str = "float32",
     max_model_len: int = 100_000, **options: Any,
 ) -> Engine:  # fmt: skip
-    """An engine without tokenizer; what is in its pages at first is NaN."""
+    """An engine without tokenizer; what is in its pages at first is NaN, or scales of NaN."""
     kv_cache = KVCache(model.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
     for caches in kv_cache.layers:
         for cache in caches:
-            cache[...] = np.nan
+            if isinstance(cache, Quantized):
+                cache.payload[...] = 0xFF
+            else:
+                cache[...] = np.nan
     return Engine(model, kv_cache, max_model_len=max_model_len, **options)
 
 

@@ -15,11 +15,16 @@ from codellama_rt.sampling_params import SamplingParams
 
 NUM_REQUESTS = 40
 LONGEST_PROMPT = 150
-MODELS = {  # checkpoint; dtype of its weights, of the cache
-    "bf16": ("gqa_theta1e6_bf16", "bfloat16", "bfloat16"),
-    "fp32": ("tied_fp32", "float32", "float32"),
-    "mixed": ("mqa_fp16_sharded", "float16", "float32"),
-    "dynamic": ("rope_dynamic2", "float32", "float32"),
+MODELS = {  # checkpoint; dtype of its floats, of the cache; quantization of its weights
+    "bf16": ("gqa_theta1e6_bf16", "bfloat16", "bfloat16", None),
+    "fp32": ("tied_fp32", "float32", "float32", None),
+    "mixed": ("mqa_fp16_sharded", "float16", "float32", None),
+    "dynamic": ("rope_dynamic2", "float32", "float32", None),
+    "int8 cache": ("gqa_theta1e6_bf16", "bfloat16", "int8", None),
+    "int4 cache": ("mqa_fp16_sharded", "bfloat16", "int4", None),
+    "int8 weights": ("gqa_theta1e6_bf16", "bfloat16", "bfloat16", "int8"),
+    "int4 weights": ("tied_fp32", "float32", "float16", "int4"),
+    "int4 both": ("mqa_fp16_sharded", "float16", "int4", "int4"),
 }
 
 Rows = dict[tuple[int, int], bytes]  # (sample, position of a token) -> the logits after it
@@ -114,8 +119,8 @@ class Recorder:
 
 @cache
 def model(name: str):
-    checkpoint, dtype, _ = MODELS[name]
-    return tiny_golden(checkpoint).model(dtype)
+    checkpoint, dtype, _, quantization = MODELS[name]
+    return tiny_golden(checkpoint).model(dtype, quantization)
 
 
 @cache

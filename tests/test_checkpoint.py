@@ -16,22 +16,16 @@ from checkpoint_files import (
     write_mini,
     write_sharded,
 )
+from quantized_models import mapping_under
 
 from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.checkpoint.finiteness import first_non_finite
 from codellama_rt.checkpoint.safetensors_file import read_safetensors
-from codellama_rt.checkpoint.weight_loading import first_non_finite
 from codellama_rt.dtypes import numpy_dtype
 from codellama_rt.errors import CheckpointError
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 NORM = "model.norm.weight"
-
-
-def mapping_under(array):
-    """Follows a view to the mapping it looks into, or None where the array owns its memory."""
-    while isinstance(array, np.ndarray):
-        array = array.base
-    return array.obj if isinstance(array, memoryview) else array
 
 
 def all_arrays(weights):

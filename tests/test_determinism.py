@@ -1,4 +1,4 @@
-"""Logits are a function of the weights and of a sequence's own tokens: 200 schedules, every bit.
+"""Logits are a function of the weights and of a sequence's own tokens: 500 schedules, every bit.
 
 Each schedule runs a random selection of requests with another batch size, token budget, page size,
 placement of pages, amount of KV memory, number of threads, order of arrival, and preemptions at
@@ -14,12 +14,15 @@ from schedules import run_schedule, undisturbed
 from codellama_rt import ops
 
 BEST, *OTHERS = ops.available_isas()
+QUANTIZED = ["int8 cache", "int4 cache", "int8 weights", "int4 weights", "int4 both"]
 GROUPS = [  # model, instruction set, seeds
     *[("bf16", BEST, range(first, first + 10)) for first in range(0, 90, 10)],
     *[("fp32", BEST, range(first, first + 10)) for first in range(100, 190, 10)],
     ("mixed", BEST, range(200, 210)),
     ("dynamic", BEST, range(300, 310)),
     *[("bf16", isa, range(400, 405)) for isa in OTHERS],
+    *[(model, BEST, range(first, first + 20)) for model in QUANTIZED for first in (500, 520, 540)],
+    *[("int4 both", isa, range(600, 605)) for isa in OTHERS],
 ]
 
 

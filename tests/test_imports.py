@@ -24,7 +24,8 @@ STEPS = [
 COMPUTATION = [["engine"], ["model", "graph_model"], ["kv_cache", "batch"], ["ops"]]
 LEAVES = ["_core", "config", "dtypes", "errors", "memory", "rope", "sampling_params", "sampler"]
 LEAF_PACKAGES = {  # and what they use
-    "checkpoint": (), "ops": (), "chat": ("checkpoint",), "tokenizer": ("checkpoint", "chat"),
+    "ops": (), "checkpoint": ("ops", "quantize"), "chat": ("checkpoint", "ops", "quantize"),
+    "tokenizer": ("checkpoint", "chat", "ops", "quantize"),
 }  # fmt: skip
 WITHOUT_TENSORS = ["scheduler", "block_manager", "sequence"]
 HEAVY = [

@@ -1,5 +1,7 @@
 """The KV cache's memory: its layout, its size, and how many pages are planned."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from builders import int32
@@ -8,11 +10,14 @@ from tolerances import assert_equal_bits
 from codellama_rt import kv_cache as kv_cache_module
 from codellama_rt.config import ModelConfig
 from codellama_rt.kv_cache import KVCache, bytes_per_token, plan_num_blocks
+from codellama_rt.ops import Quantized
+from codellama_rt.ops.quantized import CACHE_DTYPES, cache_row_bytes
 
 CONFIG = ModelConfig(
     n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, dim=32, hidden_dim=16, vocab_size=10,
     max_position_embeddings=1000,
 )  # fmt: skip
+WIDE = replace(CONFIG, head_dim=128)
 PAGE_BYTES = 2 * 3 * 2 * 16 * 8 * 2  # keys and values, layers, heads, tokens, elements, float16
 
 
@@ -83,8 +88,48 @@ def test_sizes_that_cannot_be(num_blocks, block_size):
 
 
 def test_dtype_that_cannot_be():
-    with pytest.raises(ValueError, match=r"dtype must be one of .*bfloat16, got 'int8'"):
-        KVCache(CONFIG, num_blocks=1, dtype="int8")
+    with pytest.raises(
+        ValueError, match=r"dtype must be one of .*bfloat16, int8, int4, got 'int2'"
+    ):
+        KVCache(CONFIG, num_blocks=1, dtype="int2")
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_quantised_layout(dtype):
+    cache = KVCache(WIDE, num_blocks=5, block_size=32, dtype=dtype)
+    rows = cache_row_bytes(dtype, 128)
+    for pair in cache.layers:
+        for pages, row in zip(pair, rows, strict=True):
+            assert isinstance(pages, Quantized)
+            assert (pages.dtype, pages.shape) == (dtype, (5, 2, 32, 128))
+            assert pages.payload.shape == (5, 2, 32 * row)
+            assert pages.payload.flags.c_contiguous
+            assert pages.payload.flags.writeable
+            pages.payload[...] += 1
+    assert all((c.payload == 1).all() for pair in cache.layers for c in pair), "shared memory"
+    assert cache.num_bytes == 3 * 5 * 2 * 32 * sum(rows)
+    assert bytes_per_token(WIDE, dtype) == 3 * 2 * sum(rows)
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_copy_blocks_copies_quantised_pages(dtype):
+    cache = KVCache(WIDE, num_blocks=3, block_size=16, dtype=dtype)
+    for i, pair in enumerate(cache.layers):
+        pair[0].payload[1], pair[1].payload[1] = i + 1, i + 11
+    cache.copy_blocks(int32([[1, 2]]))
+    for i, (keys, values) in enumerate(cache.layers):
+        assert (keys.payload[2] == i + 1).all()
+        assert (values.payload[2] == i + 11).all()
+        assert not keys.payload[0].any()
+
+
+def test_heads_that_int4_cannot_hold():
+    message = r"int4 cache must have head_dim a multiple of \d+, got 8; use kv_dtype='int8'"
+    with pytest.raises(ValueError, match=message):
+        KVCache(CONFIG, num_blocks=1, dtype="int4")
+    with pytest.raises(ValueError, match=message):
+        bytes_per_token(CONFIG, "int4")
+    KVCache(CONFIG, num_blocks=1, dtype="int8")
 
 
 def test_memory_that_the_system_refuses():
@@ -119,6 +164,41 @@ def test_plan_that_does_not_hold_one_sequence(free_memory):
         plan(longest=1000, kv_memory=PAGE_BYTES)
     with pytest.raises(RuntimeError, match=r"there are 0\.00 GB"):
         plan(weight_bytes=10**9)
+
+
+def test_plan_gives_one_long_sequence_more_than_its_share(free_memory):
+    free_memory(100 * PAGE_BYTES)
+    assert plan(longest=80 * 16, max_num_seqs=1) == 80
+    assert plan(longest=90 * 16) == plan(longest=90 * 16, max_num_seqs=1) == 90
+    assert plan(longest=95 * 16) == 95
+    with pytest.raises(RuntimeError, match="lower max_model_len to 1520 or raise kv_memory"):
+        plan(longest=96 * 16)
+
+
+def test_plan_says_what_would_fit(free_memory):
+    sizes = {dtype: bytes_per_token(WIDE, dtype) * 16 for dtype in ("float16", *CACHE_DTYPES)}
+
+    def refusal(num_bytes):
+        with pytest.raises(RuntimeError) as caught:
+            plan_num_blocks(
+                WIDE, "float16", 16, longest=100 * 16, max_num_seqs=1, kv_memory=num_bytes,
+                weight_bytes=0,
+            )  # fmt: skip
+        return str(caught.value)
+
+    gigabytes = {dtype: f"{100 * size / 1e9:.2f} GB" for dtype, size in sizes.items()}
+    both = refusal(100 * sizes["int8"])
+    assert f"1600 tokens takes {gigabytes['float16']} in float16" in both
+    assert f"use kv_dtype='int8', which takes {gigabytes['int8']}" in both
+    assert f"use kv_dtype='int4', which takes {gigabytes['int4']}" in both
+    fewer = 100 * sizes["int8"] // sizes["float16"] * 16
+    assert both.endswith(f", lower max_model_len to {fewer} or raise kv_memory")
+    one = refusal(100 * sizes["int4"])
+    assert "int8" not in one
+    assert "use kv_dtype='int4'" in one
+    neither = refusal(sizes["int4"] // 2)
+    assert "kv_dtype" not in neither
+    assert neither.endswith("for it; lower max_model_len or raise kv_memory")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,16 @@ import codellama_rt as clrt
 pytestmark = pytest.mark.real_model
 MODEL = "smollm2-135m-instruct"
 PERPLEXITY_BOUNDS = {"float32": 1e-3, "bfloat16": 5e-3}  # relative, of the reference's own
+# How much higher perplexity may be than with bfloat16 weights and cache.
+QUANTIZED_BOUNDS = {
+    "int8 cache": ({"kv_dtype": "int8"}, 0.003),
+    "int4 cache": ({"kv_dtype": "int4"}, 0.03),
+    "int8 weights": ({"quantization": "int8"}, 0.005),
+    "int4 weights": ({"quantization": "int4"}, 0.06),
+    "int8 both": ({"quantization": "int8", "kv_dtype": "int8"}, 0.008),
+    "int4 both": ({"quantization": "int4", "kv_dtype": "int4"}, 0.09),
+    "as stored, Q4_1 and Q8_0": ({}, 0.01),  # what bfloat16 is decoded from
+}
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +27,19 @@ def goldens(shared_dir):
     folder = shared_dir / "data" / "golden"
     names = ("greedy", "ppl")
     return {name: json.loads((folder / f"smollm2_{name}.json").read_text()) for name in names}
+
+
+def perplexity(ids, **options):
+    with clrt.LLM(MODEL, **options) as llm:
+        logits = llm.logits(ids)[:-1]
+    top = logits.max(axis=-1)
+    normalizer = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1, dtype=np.float64))
+    return np.exp(np.mean(normalizer - logits[np.arange(len(ids) - 1), ids[1:]]))
+
+
+@pytest.fixture(scope="module")
+def bfloat16_perplexity(goldens):
+    return perplexity(goldens["ppl"]["public_4096"]["ids"], dtype="bfloat16")
 
 
 def test_greedy_tokens_in_float32(goldens):
@@ -33,11 +56,14 @@ def test_greedy_tokens_in_float32(goldens):
 @pytest.mark.parametrize("dtype", list(PERPLEXITY_BOUNDS))
 def test_perplexity(goldens, dtype):
     golden = goldens["ppl"]["public_4096"]
-    ids = golden["ids"]
-    with clrt.LLM(MODEL, dtype=dtype) as llm:
-        logits = llm.logits(ids)[:-1]
-    top = logits.max(axis=-1)
-    normalizer = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1, dtype=np.float64))
-    perplexity = np.exp(np.mean(normalizer - logits[np.arange(len(ids) - 1), ids[1:]]))
     expected = golden["ppl_fp32" if dtype == "float32" else "ppl_bf16"]
-    assert perplexity == pytest.approx(expected, rel=PERPLEXITY_BOUNDS[dtype])
+    found = perplexity(golden["ids"], dtype=dtype)
+    assert found == pytest.approx(expected, rel=PERPLEXITY_BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("case", list(QUANTIZED_BOUNDS))
+def test_perplexity_when_quantised(goldens, bfloat16_perplexity, case):
+    options, bound = QUANTIZED_BOUNDS[case]
+    weights = {} if "quantization" in options or not options else {"dtype": "bfloat16"}
+    found = perplexity(goldens["ppl"]["public_4096"]["ids"], **weights, **options)
+    assert found <= bfloat16_perplexity * (1 + bound), found / bfloat16_perplexity - 1

@@ -14,13 +14,13 @@ KV_MEMORY = "4MB"
 
 
 def make_folder(
-    folder: Path, *, tokenizer: bool = True, infilling: bool = True,
+    folder: Path, *, name: str = NAME, tokenizer: bool = True, infilling: bool = True,
     generation_config: dict[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """A checkpoint directory: weights of a tiny golden one, linked, and a tokenizer.model."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "model.safetensors"):
-        (folder / file).symlink_to(TINY / NAME / file)
+    for file in [TINY / name / "config.json", *(TINY / name).glob("model*.safetensors*")]:
+        (folder / file.name).symlink_to(file)
     if tokenizer:
         model_file(folder, infilling)
     if generation_config is not None:

@@ -3,6 +3,7 @@
 Copies, integers and everything that determinism promises are compared for equal bits instead.
 """
 
+import ml_dtypes
 import numpy as np
 
 # Elementwise float32 arithmetic against float64: a few roundings of 6e-8, exp within 2 ulp.
@@ -68,6 +69,13 @@ def assert_attention(actual, expected) -> None:
     error = np.abs(actual - expected).max(axis=-1)
     largest = np.abs(expected).max(axis=-1)
     assert (error <= ATTENTION_RTOL * largest).all(), (error / largest).max()
+
+
+def assert_within_bfloat16_unit(actual, expected) -> None:
+    """Rounded to bfloat16, `actual` is the rounded float64 `expected` or its neighbour."""
+    actual, expected = (np.asarray(x).astype(ml_dtypes.bfloat16) for x in (actual, expected))
+    steps = actual.view(np.int16).astype(np.int32) - expected.view(np.int16).astype(np.int32)
+    assert (np.abs(steps) <= UNITS_IN_LAST_PLACE).all(), np.abs(steps).max()
 
 
 def assert_lse(actual, expected) -> None:

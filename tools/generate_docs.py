@@ -1,7 +1,7 @@
 """Writes the op tables of README.md and csrc/README.md from the schema.
 
-    python tools/generate_docs.py            # writes
-    python tools/generate_docs.py --check    # fails if a table is not what the schema says
+python tools/generate_docs.py            # writes
+python tools/generate_docs.py --check    # fails if a table is not what the schema says
 """
 
 from __future__ import annotations
@@ -67,7 +67,12 @@ def full_table() -> str:
 
 def describe(name: str, tensor: object) -> str:
     """`name` (axes) dtype, and whether it is written."""
-    floats = {SCHEMA.FLOATS: "float", SCHEMA.INT32: "int32", SCHEMA.FLOAT32: "float32"}
+    floats = {
+        SCHEMA.FLOATS: "float",
+        SCHEMA.CACHED: "float, int8 or int4",
+        SCHEMA.INT32: "int32",
+        SCHEMA.FLOAT32: "float32",
+    }
     dtype = f"as `{tensor.dtypes[1:]}`" if isinstance(tensor.dtypes, str) else floats[tensor.dtypes]
     text = f"`{name}` ({', '.join(tensor.axes)}) {dtype}".replace("*", "\\*")
     return text + (", **written**" * tensor.written) + (", up to three" * tensor.repeated)

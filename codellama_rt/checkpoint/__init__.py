@@ -1,7 +1,8 @@
 """Opens a checkpoint: a Hugging Face directory, a GGUF file, or a name that stands for one.
 
-Weights stay where they lie: each is a NumPy view of a read-only mapping of its file, so opening a
-model costs the reading of headers, and its pages are shared with every process that maps them.
+Weights stay where they lie: each is a view of a read-only mapping of its file, so opening a model
+costs the reading of headers, and its pages are shared with every process that maps them. Only what
+is asked for in another dtype is made anew, a tensor at a time.
 """
 
 import dataclasses
@@ -12,42 +13,45 @@ from typing import Any
 
 import numpy as np
 
+from codellama_rt.checkpoint.finiteness import check_finite
 from codellama_rt.checkpoint.gguf_model import read_gguf_model
 from codellama_rt.checkpoint.hf_directory import read_directory
 from codellama_rt.checkpoint.model_names import resolve_model
-from codellama_rt.checkpoint.weight_loading import (
-    Progress,
-    check_finite,
-    load_arrays,
-    match_tensors,
-)
+from codellama_rt.checkpoint.stored_tensor import Progress, StoredModel, StoredTensor, Weight
+from codellama_rt.checkpoint.weight_loading import choose_dtype, load_arrays, match_tensors
 from codellama_rt.config import ModelConfig
 from codellama_rt.dtypes import FLOAT_DTYPES
+from codellama_rt.errors import CheckpointError
+from codellama_rt.ops.quantized import Quantized
+from codellama_rt.quantize import check_quantization
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The weights of one decoder layer; projections are (out, in), row-major, as in the file."""
+    """The weights of one decoder layer; projections are (out, in), as in the file.
+
+    Each is an array, or a `Quantized` in a dtype of its own.
+    """
 
     attention_norm: np.ndarray  # (dim)
-    q_proj: np.ndarray  # (n_heads * head_dim, dim)
-    k_proj: np.ndarray  # (n_kv_heads * head_dim, dim)
-    v_proj: np.ndarray  # (n_kv_heads * head_dim, dim)
-    o_proj: np.ndarray  # (dim, n_heads * head_dim)
+    q_proj: Weight  # (n_heads * head_dim, dim)
+    k_proj: Weight  # (n_kv_heads * head_dim, dim)
+    v_proj: Weight  # (n_kv_heads * head_dim, dim)
+    o_proj: Weight  # (dim, n_heads * head_dim)
     mlp_norm: np.ndarray  # (dim)
-    gate_proj: np.ndarray  # (hidden_dim, dim)
-    up_proj: np.ndarray  # (hidden_dim, dim)
-    down_proj: np.ndarray  # (dim, hidden_dim)
+    gate_proj: Weight  # (hidden_dim, dim)
+    up_proj: Weight  # (hidden_dim, dim)
+    down_proj: Weight  # (dim, hidden_dim)
 
 
 @dataclass(frozen=True)
 class LlamaWeights:
     """All weights of a model; bfloat16 is `ml_dtypes.bfloat16`."""
 
-    embedding: np.ndarray  # (vocab_size, dim)
+    embedding: Weight  # (vocab_size, dim); quantised only as a GGUF file has it
     layers: list[LayerWeights]
     norm: np.ndarray  # (dim)
-    lm_head: np.ndarray  # (vocab_size, dim); the same array as embedding when tied
+    lm_head: Weight  # (vocab_size, dim); the same object as embedding when tied and not quantised
 
 
 @dataclass(frozen=True)
@@ -55,17 +59,19 @@ class Checkpoint:
     """An opened model: configuration, weights, and where its tokenizer is."""
 
     path: Path
-    config: ModelConfig  # its dtype is that of the projections in `weights`
+    config: ModelConfig  # its dtype is that of the projections, or of the floats beside them
     weights: LlamaWeights
     generation_config: dict[str, Any]  # empty when there is none
     tokenizer_path: Path  # the directory or GGUF file
     stored_bytes: int  # of the tensors in the files
+    mapped_bytes: int  # of the weights that are used where they lie in the files
 
 
 def open_checkpoint(
     model: str | os.PathLike[str],
     *,
     dtype: str = "auto",
+    quantization: str | None = None,
     check: str | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
@@ -73,17 +79,21 @@ def open_checkpoint(
 
     Args:
         model: a directory in Hugging Face's layout, a GGUF file, a built-in name, or a hub id.
-        dtype: "auto" keeps the stored dtype and copies nothing (quantised GGUF becomes bfloat16;
-            norms keep their own); "float32", "float16", "bfloat16" convert what differs.
+        dtype: "auto" keeps the stored dtype and copies nothing, GGUF's Q4_0, Q4_1, Q8_0, Q4_K and
+            Q6_K included (its other quantised types become bfloat16; norms keep their own);
+            "float32", "float16", "bfloat16" convert what differs.
+        quantization: "int8" or "int4" quantises the projections and the head, a tensor at a time.
+            None keeps what is stored; so it opens what `convert` quantised.
         check: "finite" reads every weight and refuses NaN and infinities; None reads none.
         progress: called with bytes done, bytes in all, and what is being done.
 
     Returns:
-        The checkpoint; arrays are read-only.
+        The checkpoint; what is mapped or converted is read-only.
 
     Raises:
-        CheckpointError: the files are missing, damaged, contradictory, or of another architecture.
-        ValueError: an unknown dtype or check.
+        CheckpointError: the files are missing, damaged, contradictory, of another architecture, or
+            quantised otherwise.
+        ValueError: an unknown dtype, quantization or check.
         TypeError: model is not a path or a name.
         RuntimeError: a named model cannot be fetched.
 
@@ -92,16 +102,44 @@ def open_checkpoint(
         30
     """
     _check_choices(dtype, check)
+    check_quantization(quantization)
     path = resolve_model(model)
     stored = read_directory(path) if path.is_dir() else read_gguf_model(path)
+    _check_stored_quantization(stored, quantization)
     tensors = match_tensors(stored)
-    arrays = load_arrays(tensors, dtype, progress)
+    arrays = load_arrays(tensors, dtype, quantization, progress)
     if check == "finite":
         check_finite(tensors, arrays, progress)
     weights = _assemble(arrays, stored.config.n_layers)
-    config = dataclasses.replace(stored.config, dtype=weights.layers[0].q_proj.dtype.name)
+    config = dataclasses.replace(stored.config, dtype=_float_dtype(tensors, weights, dtype))
     stored_bytes = sum(tensor.payload.nbytes for tensor in tensors.values())
-    return Checkpoint(path, config, weights, stored.generation_config, path, stored_bytes)
+    mapped_bytes = sum(
+        tensor.payload.nbytes
+        for name, tensor in tensors.items()
+        if np.may_share_memory(_bytes_of(arrays[name]), tensor.payload)
+    )
+    return Checkpoint(
+        path, config, weights, stored.generation_config, path, stored_bytes, mapped_bytes
+    )
+
+
+def _float_dtype(tensors: dict[str, StoredTensor], weights: LlamaWeights, dtype: str) -> str:
+    projection = weights.layers[0].q_proj
+    if not isinstance(projection, Quantized):
+        return projection.dtype.name
+    return choose_dtype(tensors).name if dtype == "auto" else dtype
+
+
+def _bytes_of(weight: Weight) -> np.ndarray:
+    return weight.payload if isinstance(weight, Quantized) else weight
+
+
+def _check_stored_quantization(stored: StoredModel, quantization: str | None) -> None:
+    if stored.quantization is not None and quantization not in (None, stored.quantization):
+        raise CheckpointError(
+            f"{stored.path}: expected weights to quantise to {quantization}, found them in "
+            f"{stored.quantization} already; leave quantization out, or convert the original again"
+        )
 
 
 def _check_choices(dtype: str, check: str | None) -> None:
@@ -126,7 +164,7 @@ _LAYER_PARTS = {
 }
 
 
-def _assemble(arrays: dict[str, np.ndarray], n_layers: int) -> LlamaWeights:
+def _assemble(arrays: dict[str, Weight], n_layers: int) -> LlamaWeights:
     layers = [
         LayerWeights(
             **{

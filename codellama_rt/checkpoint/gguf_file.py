@@ -1,6 +1,7 @@
 """GGUF files (versions 2 and 3): every count and offset is checked against the file.
 
-Quantised tensors are decoded to float32 by the `gguf` package, imported on first use.
+Quantised tensors that no operator takes as they lie are decoded to float32 by the `gguf` package,
+imported on first use.
 """
 
 import math
@@ -13,9 +14,11 @@ import numpy as np
 
 from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
 from codellama_rt.errors import CheckpointError
+from codellama_rt.ops.quantized import GGUF_BLOCKS
 
 MAGIC = b"GGUF"
 _FLOAT_TYPES = {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2)}  # ggml type -> name, item bytes
+_BLOCK_TYPES = {2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 12: "Q4_K", 14: "Q6_K"}  # that ops take
 _SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_AXES = 4  # as in ggml
@@ -36,6 +39,12 @@ class GgufFile:
 
 class QuantizedTensor(StoredTensor):
     """A tensor in one of ggml's block formats."""
+
+    @property
+    def weight_dtype(self) -> str | None:
+        """The name of the format among `ops`' weights, if it is one of them."""
+        name = self.encoding.lower()
+        return name if name in GGUF_BLOCKS and len(self.shape) == 2 else None
 
     def decode(self, begin: int, end: int) -> np.ndarray:
         """Returns the rows begin..end as float32."""
@@ -242,22 +251,29 @@ def _encoding(path: Path, name: str, shape: tuple[int, ...], ggml_type: int) -> 
     if ggml_type in _FLOAT_TYPES:
         encoding, item_bytes = _FLOAT_TYPES[ggml_type]
         return encoding, math.prod(shape) * item_bytes
+    encoding, block, block_bytes = _block_type(path, name, ggml_type)
+    if shape[-1] % block:
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: expected rows of a multiple of {block} for {encoding}, "
+            f"found {shape}"
+        )
+    return encoding, math.prod(shape) // block * block_bytes
+
+
+def _block_type(path: Path, name: str, ggml_type: int) -> tuple[str, int, int]:
+    """Returns the name of a format of blocks, and the elements and bytes of one."""
+    if ggml_type in _BLOCK_TYPES:
+        encoding = _BLOCK_TYPES[ggml_type]
+        return encoding, *GGUF_BLOCKS[encoding.lower()]
     gguf = _import_gguf(path)
     try:
         kind = gguf.GGMLQuantizationType(ggml_type)
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        return kind.name, *gguf.GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError):
         raise CheckpointError(
             f"{path}: tensor {name!r}: expected a ggml type the gguf package knows, found "
-            f"{ggml_type}; "
-            "a newer gguf may know it"
+            f"{ggml_type}; a newer gguf may know it"
         ) from None
-    if shape[-1] % block:
-        raise CheckpointError(
-            f"{path}: tensor {name!r}: expected rows of a multiple of {block} for {kind.name}, "
-            f"found {shape}"
-        )
-    return kind.name, math.prod(shape) // block * block_bytes
 
 
 def _import_gguf(path: Path) -> Any:

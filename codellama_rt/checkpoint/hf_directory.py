@@ -1,9 +1,13 @@
-"""Hugging Face checkpoint directories: config.json beside safetensors, in one file or in shards."""
+"""Hugging Face checkpoint directories: config.json beside safetensors, in one file or in shards.
+
+What `convert` writes is such a directory as well: one file, with some tensors in int8 or int4.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from codellama_rt.checkpoint.safetensors_file import read_safetensors
+from codellama_rt.checkpoint.packed_weights import read_config_section, unpack
+from codellama_rt.checkpoint.safetensors_file import read_metadata, read_safetensors
 from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
 from codellama_rt.checkpoint.strict_json import read_object
 from codellama_rt.config import ModelConfig
@@ -30,8 +34,15 @@ def read_directory(path: Path) -> StoredModel:
         raise CheckpointError(
             f"{path}: expected config.json and {_SINGLE}, found {_what_is_there(path)}"
         )
-    config = ModelConfig.from_hf(read_object(path / "config.json"), str(path / "config.json"))
-    if (path / _SINGLE).exists():  # transformers, too, prefers it to an index beside it
+    values, source = read_object(path / "config.json"), str(path / "config.json")
+    quantization = read_config_section(values, source)
+    if quantization is not None:
+        values.pop("quantization_config")
+    config = ModelConfig.from_hf(values, source)
+    if quantization is not None:
+        file = path / _SINGLE
+        tensors = unpack(file, read_safetensors(file), read_metadata(file))
+    elif (path / _SINGLE).exists():  # transformers, too, prefers it to an index beside it
         tensors = read_safetensors(path / _SINGLE)
     elif (path / _INDEX).exists():
         tensors = _read_shards(path)
@@ -39,7 +50,9 @@ def read_directory(path: Path) -> StoredModel:
         raise CheckpointError(
             f"{path}: expected {_SINGLE} or {_INDEX}, found {_what_is_there(path)}"
         )
-    return StoredModel(path, config, tensors, _read_generation_config(path))
+    return StoredModel(
+        path, config, tensors, _read_generation_config(path), quantization=quantization
+    )
 
 
 def _what_is_there(path: Path) -> str:

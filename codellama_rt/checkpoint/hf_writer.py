@@ -121,7 +121,10 @@ def _named(config: ModelConfig, weights: LlamaWeights) -> list[tuple[str, np.nda
 
 def _entry(name: str, array: np.ndarray, config: ModelConfig) -> Entry:
     if not isinstance(array, np.ndarray):
-        raise ValueError(f"{name} is quantised ({array.dtype}); only float weights can be written")
+        raise ValueError(
+            f"{name} is quantised ({array.dtype}), and only floats are written; open the model "
+            "with dtype='bfloat16'"
+        )
 
     def read() -> np.ndarray:
         rotates = name.endswith(("q_proj.weight", "k_proj.weight"))

@@ -62,6 +62,18 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free-form metadata of a safetensors file; empty where it has none.
+
+    Raises:
+        CheckpointError: the header is damaged, or the metadata are not strings.
+    """
+    header, _ = _read_header(path, map_file(path))
+    metadata = header.get("__metadata__", {})
+    _check_metadata(path, metadata)
+    return metadata
+
+
 def _read_header(path: Path, mapped: np.ndarray) -> tuple[dict[str, Any], int]:
     if len(mapped) < 8:
         raise CheckpointError(

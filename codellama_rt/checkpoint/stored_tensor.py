@@ -12,6 +12,10 @@ import numpy as np
 from codellama_rt.config import ModelConfig
 from codellama_rt.dtypes import numpy_dtype
 from codellama_rt.errors import CheckpointError
+from codellama_rt.ops.quantized import Quantized
+
+Weight = np.ndarray | Quantized
+Progress = Callable[[int, int, str], None]  # done bytes, total bytes, what is being done
 
 ENCODINGS = {  # of plain floats, by safetensors' names
     "F32": numpy_dtype("float32"),
@@ -52,8 +56,7 @@ def map_file(path: Path) -> np.ndarray:
 class StoredTensor:
     """One tensor of a checkpoint file, not yet read.
 
-    `encoding` is the file's word for the element type: F32, F16, BF16, or one that cannot be used
-    as it lies, such as GGUF's Q4_K.
+    `encoding` is the file's word for the element type: F32, F16, BF16, or one of another class's.
     """
 
     name: str  # as in the file
@@ -68,12 +71,19 @@ class StoredTensor:
         return self.encoding in ENCODINGS
 
     @property
+    def weight_dtype(self) -> str | None:
+        """The dtype of `ops.Quantized` that the bytes are, where an op takes them as they lie."""
+        return None
+
+    @property
     def size(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
 
-    def view(self) -> np.ndarray:
+    def view(self) -> Weight:
         """Returns the tensor as a view of the file's mapping."""
+        if self.weight_dtype is not None:
+            return Quantized(self.payload, self.weight_dtype, self.shape)
         array = self.payload.view(ENCODINGS[self.encoding]).reshape(self.shape)
         # Old safetensors writers did not pad the header: kernels need whole-element addresses, so
         # such a tensor, and only such a one, is copied.
@@ -86,6 +96,22 @@ class StoredTensor:
         row = self.size // self.shape[0]
         return flat[begin * row : end * row].reshape(end - begin, *self.shape[1:])
 
+    def release(self) -> None:
+        """Takes the tensor's pages out of this process; whoever reads it again maps them again.
+
+        What is read once, to be converted, would otherwise count as resident to the end.
+        """
+        mapping = self.payload
+        while isinstance(mapping, np.ndarray):
+            mapping = mapping.base
+        mapping = mapping.obj if isinstance(mapping, memoryview) else mapping
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        first = self.payload.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+        begin = first // mmap.PAGESIZE * mmap.PAGESIZE
+        if self.payload.nbytes:
+            mapping.madvise(mmap.MADV_DONTNEED, begin, first + self.payload.nbytes - begin)
+
 
 @dataclass(frozen=True)
 class StoredModel:
@@ -96,3 +122,17 @@ class StoredModel:
     tensors: dict[str, StoredTensor]  # by their names in Hugging Face's layout
     generation_config: dict[str, Any]
     name_in_file: Callable[[str], str] = str  # Hugging Face's name -> the one the files use
+    quantization: str | None = None  # of a directory that `convert` wrote
+
+
+class Counter:
+    """Counts bytes up to their total, and tells each time."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def add(self, count: int, what: str) -> None:
+        """`count` more bytes are done, by doing `what`."""
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total, what)

@@ -1,19 +1,25 @@
-"""From stored tensors to the arrays a model computes with: matching, conversion, finiteness."""
+"""From stored tensors to the weights a model computes with: matching and conversion."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+import collections
+from collections.abc import Mapping
 
 import numpy as np
 
-from codellama_rt.checkpoint.stored_tensor import ENCODINGS, StoredModel, StoredTensor
+from codellama_rt.checkpoint.finiteness import first_non_finite
+from codellama_rt.checkpoint.stored_tensor import (
+    ENCODINGS,
+    Counter,
+    Progress,
+    StoredModel,
+    StoredTensor,
+    Weight,
+)
 from codellama_rt.config import ModelConfig
 from codellama_rt.dtypes import numpy_dtype
 from codellama_rt.errors import CheckpointError
-
-Progress = Callable[[int, int, str], None]  # done bytes, total bytes, what is being done
+from codellama_rt.quantize import QUANTIZATIONS, is_quantized, quantize_tensor, sources
 
 _CHUNK_BYTES = 2**20  # stays in a core's second-level cache between the passes over it
-_EXPONENT_BITS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -108,68 +114,79 @@ def _check_tensor(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
 
 
 def choose_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype:
-    """Chooses the dtype of the projections for dtype="auto".
+    """Chooses the dtype of the floats for dtype="auto".
 
     Args:
         tensors: as `match_tensors` returns them.
 
     Returns:
-        The dtype most of the projections' elements are stored in; bfloat16 if any is quantised.
+        The dtype most of the projections' elements are stored in. If any is quantised: bfloat16,
+        or the embedding's in what `convert` wrote, which is that of the model it was made from.
     """
     projections = [tensor for name, tensor in tensors.items() if name.endswith("_proj.weight")]
+    if any(tensor.weight_dtype in QUANTIZATIONS for tensor in projections):
+        return ENCODINGS[tensors["model.embed_tokens.weight"].encoding]
     if not all(tensor.is_float for tensor in projections):
         return numpy_dtype("bfloat16")
-    elements: Counter[str] = Counter()
+    elements: collections.Counter[str] = collections.Counter()
     for tensor in projections:
         elements[tensor.encoding] += tensor.size
     return ENCODINGS[elements.most_common(1)[0][0]]
 
 
 def load_arrays(
-    tensors: Mapping[str, StoredTensor], dtype: str, progress: Progress | None = None
-) -> dict[str, np.ndarray]:
-    """Turns stored tensors into arrays.
+    tensors: Mapping[str, StoredTensor], dtype: str, quantization: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Weight]:  # fmt: skip
+    """Turns stored tensors into weights, one after another.
 
     Args:
         tensors: as `match_tensors` returns them.
         dtype: "auto" keeps what is stored (norms each in their own dtype) and copies nothing but
-            what differs from the projections' dtype; a name converts every tensor.
-        progress: called with bytes done, bytes to convert, and what is done.
+            what differs from the projections' dtype or is in blocks that no operator takes; a name
+            converts every tensor, those that `convert` quantised apart.
+        quantization: "int8" or "int4" quantises the projections and the head.
+        progress: called with bytes done, bytes to read, and what is done.
 
     Returns:
-        The arrays by name; where dtype and file agree they are views of the file's mapping.
+        The weights by name; where dtype and file agree they are views of the file's mapping.
 
     Raises:
-        CheckpointError: a finite value is beyond the range of dtype.
+        CheckpointError: a finite value is beyond the range of dtype, or one to quantise is not
+            finite.
     """
     target = choose_dtype(tensors) if dtype == "auto" else numpy_dtype(dtype)
-
-    def lies_right(tensor: StoredTensor) -> bool:
-        keeps_its_own = dtype == "auto" and len(tensor.shape) == 1
-        return tensor.is_float and (keeps_its_own or ENCODINGS[tensor.encoding] == target)
-
-    counter = _Counter(
-        sum(t.payload.nbytes for t in tensors.values() if not lies_right(t)),
-        f"converting to {target.name}",
-        progress,
+    is_mixed = quantization is not None or not all(
+        tensor.is_float for name, tensor in tensors.items() if is_quantized(name)
     )
-    return {
-        name: tensor.view() if lies_right(tensor) else _convert(tensor, target, counter)
-        for name, tensor in tensors.items()
-    }
+
+    def lies_right(name: str, tensor: StoredTensor) -> bool:
+        if tensor.weight_dtype in QUANTIZATIONS:
+            return True
+        if quantization is not None and is_quantized(name):
+            return False
+        if not tensor.is_float:
+            return dtype == "auto" and tensor.weight_dtype is not None
+        keeps_its_own = dtype == "auto" and (is_mixed or len(tensor.shape) == 1)
+        return keeps_its_own or ENCODINGS[tensor.encoding] == target
+
+    todo = dict(tensors) if quantization is None else sources(tensors)
+    total = sum(t.payload.nbytes for name, t in todo.items() if not lies_right(name, t))
+    counter = Counter(total, progress)
+    weights: dict[str, Weight] = {}
+    for name, tensor in todo.items():
+        if lies_right(name, tensor):
+            weights[name] = tensor.view()
+        elif quantization is not None and is_quantized(name):
+            weights[name] = quantize_tensor(tensor, quantization)
+            counter.add(tensor.payload.nbytes, f"quantising to {quantization}")
+        else:
+            weights[name] = _convert(tensor, target, counter)
+            tensor.release()
+    return weights
 
 
-class _Counter:
-    def __init__(self, total: int, what: str, progress: Progress | None):
-        self._done, self._total, self._what, self._progress = 0, total, what, progress
-
-    def add(self, count: int) -> None:
-        self._done += count
-        if self._progress is not None:
-            self._progress(self._done, self._total, self._what)
-
-
-def _convert(tensor: StoredTensor, dtype: np.dtype, counter: _Counter) -> np.ndarray:
+def _convert(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> np.ndarray:
     """Converts a chunk of rows at a time, so that a quantised tensor is never whole in float32."""
     converted = np.empty(tensor.shape, dtype)
     n_rows = tensor.shape[0]
@@ -183,7 +200,7 @@ def _convert(tensor: StoredTensor, dtype: np.dtype, counter: _Counter) -> np.nda
         bad = first_non_finite(converted[begin:end])
         if bad is not None:
             _check_overflow(tensor, source, converted[begin:end], begin)
-        counter.add(tensor.payload.nbytes * end // n_rows - done)
+        counter.add(tensor.payload.nbytes * end // n_rows - done, f"converting to {dtype.name}")
         done = tensor.payload.nbytes * end // n_rows
     converted.flags.writeable = False
     return converted
@@ -205,57 +222,3 @@ def _check_overflow(
             f"found {float(source[place]):g} at {[place[0] + begin, *place[1:]]}; use "
             "dtype='float32' or 'bfloat16'"
         )
-
-
-def first_non_finite(array: np.ndarray) -> int | None:
-    """Finds the first NaN or infinity.
-
-    Args:
-        array: float32, float16 or bfloat16, contiguous.
-
-    Returns:
-        Its index in the flattened array, or None.
-
-    Example:
-        >>> first_non_finite(np.array([1.0, np.nan], np.float16))
-        1
-    """
-    # All exponent bits set means NaN or infinity; without its sign such a pattern is the greatest,
-    # so one masked maximum answers: 20 GB/s a core, where np.isfinite does 1 to 2 in 16 bits.
-    unsigned = np.dtype(f"u{array.dtype.itemsize}")
-    limit = unsigned.type(_EXPONENT_BITS[array.dtype.name])
-    magnitudes = array.reshape(-1).view(unsigned) & unsigned.type(np.iinfo(unsigned).max >> 1)
-    if not magnitudes.size or magnitudes.max() < limit:
-        return None
-    return int(np.argmax(magnitudes >= limit))
-
-
-def check_finite(
-    tensors: Mapping[str, StoredTensor],
-    arrays: Mapping[str, np.ndarray],
-    progress: Progress | None = None,
-) -> None:
-    """Reads every weight once and refuses NaN and infinities.
-
-    Args:
-        tensors: where the arrays come from, for the message.
-        arrays: the arrays by the same names.
-        progress: called with bytes done, bytes in all, and what is done.
-
-    Raises:
-        CheckpointError: a value is not finite.
-    """
-    counter = _Counter(sum(array.nbytes for array in arrays.values()), "checking for NaN", progress)
-    for name, array in arrays.items():
-        flat = array.reshape(-1)
-        step = _CHUNK_BYTES // array.dtype.itemsize
-        for begin in range(0, flat.size, step):
-            chunk = flat[begin : begin + step]
-            bad = first_non_finite(chunk)
-            if bad is not None:
-                place = [int(i) for i in np.unravel_index(begin + bad, array.shape)]
-                raise CheckpointError(
-                    f"{tensors[name].file}: tensor {tensors[name].name!r}: expected finite values, "
-                    f"found {float(chunk[bad])} at {place}"
-                )
-            counter.add(chunk.nbytes)

@@ -22,13 +22,13 @@ from codellama_rt.ops.control import (
     set_isa,
     set_num_threads,
 )
-from codellama_rt.ops.quantized import Quantized
+from codellama_rt.ops.quantized import OWN_WEIGHT_DTYPES, Quantized, weight_num_bytes
 
 __all__ = [
-    "Quantized", "add_rms_norm", "apply_rotary_pos_emb", "available", "available_isas", "copy_blocks",
-    "decoder_layer", "embedding", "flash_attention", "isa", "linear", "merge_attention",
-    "num_threads", "paged_attention", "reshape_and_cache", "rms_norm", "rope_and_cache", "set_isa",
-    "set_num_threads", "silu_and_mul",
+    "Quantized", "add_rms_norm", "apply_rotary_pos_emb", "available", "available_isas",
+    "copy_blocks", "decoder_layer", "embedding", "flash_attention", "isa", "linear",
+    "merge_attention", "num_threads", "paged_attention", "quantize", "reshape_and_cache",
+    "rms_norm", "rope_and_cache", "set_isa", "set_num_threads", "silu_and_mul",
 ]  # fmt: skip
 
 Array = Any  # numpy.ndarray or mindspore.Tensor, contiguous
@@ -75,7 +75,7 @@ def embedding(token_ids: Array, table: Array, *, out: Array = None) -> Array:
 
     Args:
         token_ids: (num_tokens) int32, each in [0, vocab_size).
-        table: (vocab_size, dim) float32, float16 or bfloat16.
+        table: (vocab_size, dim) float32, float16 or bfloat16, or a `Quantized` weight.
         out: (num_tokens, dim), any float dtype; float32 by default.
 
     Returns:
@@ -146,8 +146,10 @@ def linear(x: Array, weight: Array | tuple[Array, ...], *, out: Array = None) ->
     Args:
         x: (num_tokens, in_features) float32, float16 or bfloat16; rows may lie apart. Over bfloat16
             weights it is rounded to bfloat16 where the CPU has such dot products.
-        weight: (out_features, in_features) as it lies in a checkpoint, any float dtype; or a tuple
-            of up to three that are multiplied in one pass as if they were one of all their rows.
+        weight: (out_features, in_features) as it lies in a checkpoint, any float dtype, or a
+            `Quantized` one, over which x is rounded to int8 in groups of 32; or a tuple of up to
+            three of one dtype that are multiplied in one pass as if they were one of all their
+            rows.
         out: (num_tokens, out_features), any float dtype; x's by default; rows may lie apart.
 
     Returns:
@@ -162,6 +164,38 @@ def linear(x: Array, weight: Array | tuple[Array, ...], *, out: Array = None) ->
         out = _empty(x, (_size(x, 0), sum(_size(w, 0) for w in weights)))
     _core.linear(x, weight, out)
     return out
+
+
+def quantize(weight: Array, dtype: str) -> Quantized:
+    """A weight in int8 or int4, with a scale (int4: and a minimum) for every 32 elements of a row.
+
+    A row that holds a NaN or an infinity gives NaN. The bytes are the same on every
+    instruction set.
+
+    Args:
+        weight: (out_features, in_features) float32, float16 or bfloat16.
+        dtype: "int8" (8.5 bits an element) or "int4" (4.5 bits).
+
+    Returns:
+        What `linear` and `embedding` take; its payload is of the same kind as `weight`.
+
+    Raises:
+        ValueError: another dtype, or a weight that is not a matrix.
+        TypeError: a weight of another dtype.
+
+    Example:
+        >>> quantized = quantize(np.eye(2, dtype=np.float32), "int8")
+        >>> quantized.shape, quantized.nbytes
+        ((2, 2), 544)
+    """
+    if dtype not in OWN_WEIGHT_DTYPES:
+        names = " or ".join(OWN_WEIGHT_DTYPES)
+        raise ValueError(f"quantize: dtype must be {names}, got {dtype!r}")
+    shape = (_size(weight, 0), _size(weight, 1))
+    payload = _empty(weight, (weight_num_bytes(dtype, shape),), np.uint8)
+    quantized = Quantized(payload, dtype, shape)
+    _core.quantize(weight, quantized)
+    return quantized
 
 
 def apply_rotary_pos_emb(
@@ -199,7 +233,8 @@ def reshape_and_cache(
     Args:
         key: (num_tokens, n_kv_heads, head_dim) float32, float16 or bfloat16.
         value: like `key`.
-        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype; written.
+        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`
+            in int8 or int4, quantised as it is written; written.
         value_cache: like `key_cache`; written.
         slot_mapping: (num_tokens) int32: block_id * block_size + offset; -1 skips the token.
 
@@ -224,7 +259,8 @@ def rope_and_cache(
         cos: (num_positions, head_dim / 2) float32; row p belongs to position p.
         sin: like `cos`.
         positions: (num_tokens) int32.
-        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype; written.
+        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`
+            in int8 or int4, quantised as it is written; written.
         value_cache: like `key_cache`; written.
         slot_mapping: (num_tokens) int32; -1 writes nothing of that token.
         interleaved: as in `apply_rotary_pos_emb`.
@@ -291,9 +327,9 @@ def paged_attention(
 
     Args:
         query: (num_tokens, n_heads, head_dim) float32, float16 or bfloat16. Over a bfloat16 cache
-            it is rounded to bfloat16.
-        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype; block_size is a
-            multiple of 16, n_kv_heads divides n_heads.
+            it is rounded to bfloat16, over a quantised one to int16 with a scale a head.
+        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`
+            in int8 or int4; block_size is a multiple of 16, n_kv_heads divides n_heads.
         value_cache: like `key_cache`.
         block_tables: (num_seqs, max_blocks) int32; entries past a sequence's pages are not read.
         seq_lens: (num_seqs) int32: keys of each sequence, the queries' own tokens included.
@@ -374,7 +410,8 @@ def copy_blocks(key_cache: Array, value_cache: Array, block_pairs: Array) -> Non
     """Copies whole pages of both caches, pair after pair, in place (copy-on-write).
 
     Args:
-        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype; written.
+        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`
+            in int8 or int4, quantised as it is written; written.
         value_cache: like `key_cache`; written.
         block_pairs: (num_pairs, 2) int32: source, destination.
 
@@ -410,7 +447,8 @@ def decoder_layer(
         cos: (num_positions, head_dim / 2) float32; row p belongs to position p.
         sin: like `cos`.
         positions: (num_tokens) int32.
-        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype; written.
+        key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`
+            in int8 or int4, quantised as it is written; written.
         value_cache: like `key_cache`; written.
         slot_mapping: (num_tokens) int32; -1 writes nothing of that token.
         block_tables: (num_seqs, max_blocks) int32.

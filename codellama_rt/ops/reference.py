@@ -10,6 +10,21 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from codellama_rt.ops.quantized import (
+    CACHE_GROUP,
+    Quantized,
+    cache_row_bytes,
+    read_cache,
+    rotate_rows,
+)
+from codellama_rt.ops.reference_weights import dequantize, quantize, rounded_to_int8
+
+__all__ = [
+    "add_rms_norm", "apply_rotary_pos_emb", "attend", "copy_blocks", "decoder_layer", "dequantize",
+    "embedding", "flash_attention", "gather_pages", "int16_query", "linear", "merge_attention",
+    "paged_attention", "quantize", "reshape_and_cache", "rms_norm", "rope_and_cache", "rotate",
+    "rounded_to_int8", "silu_and_mul",
+]  # fmt: skip
 Array = NDArray
 
 
@@ -17,8 +32,10 @@ def _f64(x: Array) -> Array:
     return np.asarray(x).astype(np.float64)
 
 
-def embedding(token_ids: Array, table: Array) -> Array:
+def embedding(token_ids: Array, table: Array | Quantized) -> Array:
     """Rows `token_ids` (num_tokens) of `table` (vocab_size, dim)."""
+    if isinstance(table, Quantized):
+        table = dequantize(table)
     return _f64(table[token_ids])
 
 
@@ -36,9 +53,13 @@ def add_rms_norm(
     return rms_norm(total, weight, eps), _f64(total)
 
 
-def linear(x: Array, weight: Array | tuple[Array, ...]) -> Array:
+def linear(
+    x: Array, weight: Array | Quantized | tuple[Array, ...] | tuple[Quantized, ...]
+) -> Array:
     """`x` (num_tokens, in_features) times `weight` (out_features, in_features) transposed."""
     weights = weight if isinstance(weight, (tuple, list)) else (weight,)
+    if isinstance(weights[0], Quantized):
+        x, weights = rounded_to_int8(x), [dequantize(w) for w in weights]
     return np.concatenate([_f64(x) @ _f64(w).T for w in weights], axis=-1)
 
 
@@ -62,13 +83,77 @@ def apply_rotary_pos_emb(
         x[...] = rotate(x, cos, sin, positions, interleaved).astype(x.dtype)
 
 
+def quantize_int8_rows(x: Array) -> tuple[Array, Array]:
+    """Rows (..., head_dim) of an int8 cache: values int8, and scales (...) float32."""
+    x = np.asarray(x, np.float32)
+    greatest = np.abs(x).max(axis=-1)
+    finite = np.isfinite(greatest)
+    usable = finite & (greatest > 1e-30)
+    inverse = np.float32(127) / np.where(usable, greatest, np.float32(1)) * usable
+    values = np.rint(np.where(finite[..., None], x, 0) * inverse[..., None])
+    scales = np.where(finite, greatest, np.nan).astype(np.float32) / np.float32(127)
+    return values.astype(np.int8), scales
+
+
+def quantize_int4_rows(x: Array, *, key: bool) -> tuple[Array, Array, Array]:
+    """Rows (..., head_dim) of an int4 cache: values uint8, scales and minimums (...) float16.
+
+    Keys are rotated and have 5 bits.
+    """
+    x = np.asarray(x, np.float32)
+    most = np.float32(31 if key else 15)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if key:
+            x = rotate_rows(x, for_query=False)
+        low, high = x.min(axis=-1) + np.float32(0), x.max(axis=-1)
+        scales, minimums = ((high - low) / most).astype(np.float16), low.astype(np.float16)
+    finite = np.isfinite(x).all(axis=-1) & np.isfinite(scales) & np.isfinite(minimums)
+    step = np.where(finite, scales, 0).astype(np.float32)
+    inverse = (step > 0) / np.where(step > 0, step, np.float32(1))
+    start = np.where(finite, minimums, 0).astype(np.float32)
+    scaled = (np.where(finite[..., None], x, 0) - start[..., None]) * inverse[..., None]
+    values = np.clip(np.rint(scaled), 0, most).astype(np.uint8)
+    nan = np.float16(np.nan)
+    return values, np.where(finite, scales, nan), np.where(finite, minimums, nan)
+
+
+def write_row(cache: Quantized, rows: Array, slot: int, *, key: bool) -> None:
+    """Writes one token's `rows` (n_kv_heads, head_dim) into a slot of a quantised cache."""
+    num_blocks, n_kv_heads, block_size, head_dim = cache.shape
+    row_bytes = cache_row_bytes(cache.dtype, head_dim)[0 if key else 1]
+    block, row = divmod(int(slot), block_size)
+    group, row = divmod(row, CACHE_GROUP)
+    pages = cache.payload.reshape(num_blocks, n_kv_heads, -1, CACHE_GROUP * row_bytes)
+    if cache.dtype == "int8":
+        values, scales = quantize_int8_rows(rows)
+        parts = [values.view(np.uint8), scales[:, None].view(np.uint8)]
+    else:
+        values, scales, minimums = quantize_int4_rows(rows, key=key)
+        even, odd = values[:, ::2], values[:, 1::2]
+        parts = [(even & 15) | (odd & 15) << 4]
+        if key:
+            bits = np.concatenate([even >> 4, odd >> 4], axis=1)
+            parts.append(np.packbits(bits, axis=1, bitorder="little"))
+        parts += [scales[:, None].view(np.uint8), minimums[:, None].view(np.uint8)]
+    begin = 0
+    for part in parts:  # of each kind, the rows of a group lie side by side
+        width = part.shape[1]
+        pages[block, :, group, begin + row * width : begin + (row + 1) * width] = part
+        begin += CACHE_GROUP * width
+
+
 def reshape_and_cache(
-    key: Array, value: Array, key_cache: Array, value_cache: Array, slot_mapping: Array
-) -> None:
+    key: Array, value: Array, key_cache: Array | Quantized, value_cache: Array | Quantized,
+    slot_mapping: Array,
+) -> None:  # fmt: skip
     """Writes `key` and `value` (num_tokens, n_kv_heads, head_dim) into their slots, in place."""
     block_size = key_cache.shape[2]
     for token, slot in enumerate(slot_mapping):
         if slot < 0:
+            continue
+        if isinstance(key_cache, Quantized):
+            write_row(key_cache, key[token], slot, key=True)
+            write_row(value_cache, value[token], slot, key=False)
             continue
         block, row = divmod(int(slot), block_size)
         key_cache[block, :, row] = key[token].astype(key_cache.dtype)
@@ -131,13 +216,28 @@ def gather_pages(cache: Array, block_table: Array, length: int) -> Array:
     return pages.transpose(0, 2, 1, 3).reshape(-1, cache.shape[1], cache.shape[3])[:length]
 
 
+def int16_query(query: Array, *, rotated: bool) -> Array:
+    """`query` (..., head_dim) as it is multiplied with quantised keys: in int16 with one scale."""
+    query = np.asarray(query, np.float32)
+    limit = np.float32(min(127 * 256, 2**24 // query.shape[-1]))
+    if rotated:
+        query = rotate_rows(query, for_query=True)
+    greatest = np.abs(query).max(axis=-1, keepdims=True)
+    inverse = np.where(greatest > 1e-30, limit / np.maximum(greatest, 1e-30), 0).astype(np.float32)
+    values = np.rint(query * inverse) * (greatest / limit).astype(np.float64)
+    return rotate_rows(values, for_query=False) if rotated else values
+
+
 def paged_attention(
     query: Array, key_cache: Array, value_cache: Array, block_tables: Array, seq_lens: Array,
     cu_seqlens_q: Array, *, scale: float | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Causal attention over pages; over a bfloat16 cache the query is rounded to bfloat16 first."""
+    """Causal attention over pages, of the query as it is rounded over such a cache."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if key_cache.dtype.name == "bfloat16":
+    if isinstance(key_cache, Quantized):
+        query = int16_query(query, rotated=key_cache.dtype == "int4")
+        key_cache, value_cache = read_cache(key_cache, key=True), read_cache(value_cache, key=False)
+    elif key_cache.dtype.name == "bfloat16":
         query = query.astype(key_cache.dtype)
     parts = [
         attend(
@@ -171,6 +271,8 @@ def silu_and_mul(gate_up: Array) -> Array:
 
 def copy_blocks(key_cache: Array, value_cache: Array, block_pairs: Array) -> None:
     """Copies pages source -> destination, pair after pair, in place."""
+    if isinstance(key_cache, Quantized):
+        key_cache, value_cache = key_cache.payload, value_cache.payload
     for source, destination in block_pairs:
         key_cache[destination] = key_cache[source]
         value_cache[destination] = value_cache[source]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 FLOATS = ("float32", "float16", "bfloat16")
+CACHED = (*FLOATS, "int8", "int4")  # the last two as `Quantized`
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
 
@@ -44,13 +45,16 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Op:
-    """One operator; `num_bytes` and `flops` take axis sizes (and item sizes by argument name)."""
+    """One operator; `num_bytes` and `flops` take axis sizes (and item sizes by argument name).
+
+    The item size of a quantised cache is `quantized.cache_item_size`: a fraction.
+    """
 
     name: str
     doc: str
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
-    num_bytes: Callable[[Mapping[str, int], Mapping[str, int]], int]
+    num_bytes: Callable[[Mapping[str, int], Mapping[str, float]], float]
     flops: Callable[[Mapping[str, int]], int]
     source: str
     attributes: Mapping[str, Attribute] = field(default_factory=dict)
@@ -83,7 +87,7 @@ EVEN = "head_dim % 2 == 0"
 
 def _caches(written: bool) -> dict[str, Tensor]:
     return {
-        "key_cache": Tensor(PAGES, FLOATS, "pages of keys, head-major", written),
+        "key_cache": Tensor(PAGES, CACHED, "pages of keys, head-major", written),
         "value_cache": Tensor(PAGES, "=key_cache", "pages of values", written),
     }
 
@@ -198,7 +202,10 @@ _OPS = [
         },
         {},
         lambda a, s: (
-            2 * a["num_tokens"] * a["n_kv_heads"] * a["head_dim"] * (s["key"] + s["key_cache"])
+            a["num_tokens"]
+            * a["n_kv_heads"]
+            * a["head_dim"]
+            * (2 * s["key"] + s["key_cache"] + s["value_cache"])
         ),
         lambda a: 0,
         PAGED_SOURCE,
@@ -221,7 +228,7 @@ _OPS = [
             * a["head_dim"]
             * (
                 2 * (a["n_heads"] + a["n_kv_heads"]) * s["qkv"]
-                + 2 * a["n_kv_heads"] * s["key_cache"]
+                + a["n_kv_heads"] * (s["key_cache"] + s["value_cache"])
                 + s["cos"]
             )
         ),
@@ -261,7 +268,9 @@ _OPS = [
         "Causal attention of 1 to many queries a sequence over the pages of its keys and values.",
         {
             "query": Tensor(
-                ("num_tokens", "n_heads", "head_dim"), FLOATS, "taken in bfloat16 over such a cache"
+                ("num_tokens", "n_heads", "head_dim"),
+                FLOATS,
+                "taken in bfloat16 over such a cache, in int16 over int8 and int4",
             ),
             **_caches(written=False),
             **_SEQUENCES,
@@ -270,7 +279,7 @@ _OPS = [
         lambda a, s: (
             a["head_dim"]
             * (
-                2 * a["num_keys"] * a["n_kv_heads"] * s["key_cache"]
+                a["num_keys"] * a["n_kv_heads"] * (s["key_cache"] + s["value_cache"])
                 + 2 * a["num_tokens"] * a["n_heads"] * s["query"]
             )
         ),
@@ -311,7 +320,12 @@ _OPS = [
         },
         {},
         lambda a, s: (
-            4 * a["num_pairs"] * a["n_kv_heads"] * a["block_size"] * a["head_dim"] * s["key_cache"]
+            2
+            * a["num_pairs"]
+            * a["n_kv_heads"]
+            * a["block_size"]
+            * a["head_dim"]
+            * (s["key_cache"] + s["value_cache"])
         ),
         lambda a: 0,
         PAGED_SOURCE,
@@ -340,7 +354,7 @@ _OPS = [
         {"out": Tensor(("num_tokens", "dim"), FLOAT32)},
         lambda a, s: (
             _layer_weights(a) * s["q_proj"]
-            + 2 * a["num_keys"] * a["n_kv_heads"] * a["head_dim"] * s["key_cache"]
+            + a["num_keys"] * a["n_kv_heads"] * a["head_dim"] * (s["key_cache"] + s["value_cache"])
         ),
         lambda a: (
             2 * a["num_tokens"] * _layer_weights(a)

@@ -1,14 +1,16 @@
 // attention: out[t, h] = softmax(scale * q[t, h] . K) V, over paged or contiguous keys and values:
 //            one kernel for decoding and prefill          (arXiv:2205.14135, arXiv:2309.06180)
 // Shapes   q, out (num_tokens, n_heads, head_dim); keys and values as in ops.h
-// Traffic  2 * sum(keys) * n_kv_heads * head_dim * itemsize bytes read, once each, for up to kRows
-//          rows (queries x heads of the group) a sequence
+// Traffic  2 * sum(keys) * n_kv_heads * head_dim * itemsize bytes read (quantised pages: as many as
+//          quantized.h says), once each, for up to kRows rows (queries x heads of the group) a
+//          sequence
 // Limit    memory read up to about 8 rows (bf16, Zen 5); then multiply-adds, of which the half
 //          of q . K runs in bfloat16 pairs where the CPU has them
 // Tiling   one task = (sequence, queries of up to kRows rows a kv head, some kv heads in turn, a
 //          run of splits of kSplit keys); a kv head's rows share each tile of kTile keys; tiles
 //          above the diagonal are skipped
-// Numerics fp32 scores, softmax and sums (one a tile, added up a split); a query without keys
+// Numerics fp32 scores, softmax and sums (one a tile, added up a split); over quantised keys the
+//          query is int16 with one scale, its products exact sums; a query without keys
 //          gives zeros and lse = -inf; what a row does not see is dropped by selection, its values
 //          are never multiplied: NaN in unused slots or in later tokens stays there
 //
@@ -22,6 +24,7 @@
 #include <type_traits>
 
 #include "attention_plan.h"
+#include "page.h"
 
 namespace codellama_rt {
 namespace CLRT_ISA {
@@ -33,6 +36,7 @@ constexpr int64_t kDirectValueRows = 16;  // up to this many, values too: conver
 // What a task works in, on its thread. Query and states are of all its heads, the rest of one.
 struct Workspace {
   float *query, *split, *total, *keys, *values, *scores;
+  QueryScale* scales;  // a query row each
 
   Workspace(const Attention& a, int64_t num_heads, int64_t num_rows) {
     const int64_t dim = a.padded_dim(), states = num_heads * num_rows * a.state_floats();
@@ -41,24 +45,36 @@ struct Workspace {
     float** const parts[] = {&query, &split, &total, &keys, &values, &scores};
     int64_t floats = 0;
     for (int64_t size : sizes) floats += size;
-    float* next = static_cast<float*>(scratch(Scratch::kTask, floats * sizeof(float)));
+    const int64_t bytes = floats * sizeof(float) + num_heads * num_rows * sizeof(QueryScale);
+    float* next = static_cast<float*>(scratch(Scratch::kTask, bytes));
     for (int i = 0; i < 6; ++i) {
       *parts[i] = next;
       next += sizes[i];
     }
+    scales = reinterpret_cast<QueryScale*>(next);
   }
 };
 
 template <typename T>
 Tile<T> tile_at(const Block& block, int64_t key) {
+  const Attention& a = block.a;
+  const int64_t key_group = cache_group_bytes(a.cache_dtype, a.head_dim, true);
+  const int64_t value_group = cache_group_bytes(a.cache_dtype, a.head_dim, false);
   Tile<T> tile;
-  tile.row_stride = block.a.row_stride();
+  tile.row_stride = (a.block_tables ? 1 : a.n_kv_heads) * a.head_dim / kPacked<T>;
+  tile.key_bytes = a.block_tables ? key_group : 0;
+  tile.value_bytes = a.block_tables ? value_group : 0;
   const int64_t left = block.most_keys() - key;
   tile.num_keys = left < 0 ? 0 : int(smaller(kTile, left));
-  for (int first = 0; first < tile.num_keys; first += kGroup) {
-    const int64_t offset = block.a.row_offset(block.task.seq, block.kv_head, key + first);
-    tile.keys[first / kGroup] = static_cast<const T*>(block.a.key) + offset;
-    tile.values[first / kGroup] = static_cast<const T*>(block.a.value) + offset;
+  for (int g = 0; g < kGroups && tile.num_keys > 0; ++g) {
+    const int64_t last = (tile.num_keys - 1) / kGroup;
+    const int64_t row = a.row(block.task.seq, block.kv_head, key + smaller(g, last) * kGroup);
+    const auto at = [&](const void* rows, int64_t group_bytes) {
+      return reinterpret_cast<const T*>(static_cast<const char*>(rows) +
+                                        row * (group_bytes / kGroup));
+    };
+    tile.keys[g] = at(a.key, key_group);
+    tile.values[g] = at(a.value, value_group);
   }
   return tile;
 }
@@ -87,12 +103,15 @@ class Seen {
   bool all_;
 };
 
-inline void soften_rows(const Block& block, const Seen& seen, Fetch& fetch, float* scores,
-                        float* states) {
+template <typename T>
+void soften_rows(const Block& block, const Tile<T>& tile, const Seen& seen, Fetch& fetch,
+                 const QueryScale* queries, float* scores, float* states) {
   const float scale = block.a.scale * 1.44269504f;  // log2(e)
+  const Scales<T> scales(tile);
   for (int64_t row = 0; row < block.num_rows; ++row) {
     fetch.step(kSoftenShares);
-    if (seen(row) > 0) soften(scores + row * kTile, seen(row), scale, block.state(states, row));
+    if (seen(row) == 0) continue;
+    soften(scales, scores + row * kTile, seen(row), queries[row], scale, block.state(states, row));
   }
 }
 
@@ -103,7 +122,7 @@ void add_values(const Block& block, const Seen& seen, const V* const* groups, in
   for (int64_t vec = 0; vec < vecs;) {
     const int64_t most =
         block.num_rows == 1 ? 2 * kPanel : kPanel;  // a lone row has free registers
-    const int64_t width = vec + most <= vecs ? most : vec + kPanel <= vecs ? kPanel : 1;
+    const int64_t width = vec + most <= vecs ? most : vec + kPanel <= vecs ? kPanel : kPacked<V>;
     const auto add = [&](int64_t row, auto rows, int num_keys) {
       constexpr int n = decltype(rows)::value;
       const auto panel = [&](auto panel_vecs) {
@@ -112,7 +131,7 @@ void add_values(const Block& block, const Seen& seen, const V* const* groups, in
             states + row * state_floats, state_floats);
       };
       if (!kDirect) fetch.step(kTile * kValueShares);
-      if (width == 1) return panel(std::integral_constant<int, 1>());
+      if (width == kPacked<V>) return panel(std::integral_constant<int, kPacked<V>>());
       if constexpr (n == 1) {
         if (width > kPanel) return panel(std::integral_constant<int, 2 * kPanel>());
       }
@@ -136,7 +155,8 @@ void add_values(const Block& block, const Seen& seen, const V* const* groups, in
 // A few rows: keys and values are used as they lie.
 template <typename T>
 void attend_tile_directly(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
-                          const float* query, const Workspace& work, float* states) {
+                          const float* query, const QueryScale* scales, const Workspace& work,
+                          float* states) {
   const Attention& a = block.a;
   const Seen seen(block, key);
   const int64_t panels = ceil_div(a.head_dim, (block.num_rows == 1 ? 2 : 1) * kPanel * kLanes);
@@ -145,30 +165,31 @@ void attend_tile_directly(const Block& block, int64_t key, const Tile<T>& tile, 
     score_row(tile, fetch, query + row * a.head_dim, seen(row), a.head_dim,
               work.scores + row * kTile);
   }
-  soften_rows(block, seen, fetch, work.scores, states);
+  soften_rows(block, tile, seen, fetch, scales, work.scores, states);
   add_values<true>(block, seen, tile.values, tile.row_stride, fetch, work.scores, states);
 }
 
 // Many rows share one transpose of the keys and one conversion of the values.
 template <typename T>
 void attend_tile(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
-                 const float* query, const Workspace& work, float* states) {
+                 const float* query, const QueryScale* scales, const Workspace& work,
+                 float* states) {
   const Attention& a = block.a;
-  const int64_t dim = a.padded_dim(), chunks = num_chunks<T>(a.head_dim);
+  const int64_t dim = a.padded_dim(), chunks = Words<T>::num_chunks(a.head_dim);
   const int64_t panels = ceil_div(dim, kPanel * kLanes), rows = block.num_rows;
   const Seen seen(block, key);
   Fetch fetch(next, a.head_dim,
               kTile / kLanes * kTransposeShares +
-                  ceil_div(rows, kScoreRows) * kTile / kPanel * kScoreShares +
+                  ceil_div(rows, kScoreRows<T>) * kTile / kPanel * kScoreShares<T> +
                   rows * kSoftenShares +
                   ceil_div(rows, kValueRows) * panels * kTile * kValueShares);
   transpose_keys(tile, fetch, a.head_dim, work.keys);
-  for_rows<kScoreRows>(0, rows, [&](int64_t row, auto step) {
+  for_rows<kScoreRows<T>>(0, rows, [&](int64_t row, auto step) {
     constexpr int n = decltype(step)::value;
     score_rows<T, n>(query + row * dim, dim, work.keys, chunks, seen(row + n - 1), fetch,
                      work.scores + row * kTile);
   });
-  soften_rows(block, seen, fetch, work.scores, states);
+  soften_rows(block, tile, seen, fetch, scales, work.scores, states);
   if (rows <= kDirectValueRows && a.head_dim == dim) {
     add_values<true>(block, seen, tile.values, tile.row_stride, fetch, work.scores, states);
     return;
@@ -198,29 +219,33 @@ void attend_split(const Attention& a, const Task& task, int64_t split, const Wor
       const Block next_block{a, task, last ? task.first_head : block.kv_head + 1};
       const Tile<T> next = tile_at<T>(next_block, last ? key + kTile : key);
       const float* query = work.query + h * query_stride;
+      const QueryScale* scales = work.scales + h * first.num_rows;
       if (direct) {
-        attend_tile_directly(block, key, tile, next, query, work, states + h * stride);
+        attend_tile_directly(block, key, tile, next, query, scales, work, states + h * stride);
       } else {
-        attend_tile(block, key, tile, next, query, work, states + h * stride);
+        attend_tile(block, key, tile, next, query, scales, work, states + h * stride);
       }
       tile = next;
     }
   }
 }
 
+inline float sum_group(const float* group) {
+  Vec sums = load(group);
+  for (int i = kLanes; i < kGroup; i += kLanes) sums = sums + load(group + i);
+  return sum(sums);
+}
+
 // total = total and split joined: their weights are brought to one top.
 inline __attribute__((noinline)) void fold(RowState split, RowState total) {
-  float weights[kLanes * (kGroup / kLanes)];
-  Vec sums = load(split.weights());
-  for (int i = kLanes; i < kGroup; i += kLanes) sums = sums + load(split.weights() + i);
-  store(weights, splat(sum(sums)));
+  const Vec weights = splat(sum_group(split.weights()));
   const float top = split.top() > total.top() ? split.top() : total.top();
   const Vec keep = exp2_nonpositive(splat(total.top() - top));
   const Vec take = exp2_nonpositive(splat(split.top() - top));
-  for (int64_t i = 0; i < total.padded_dim; i += kLanes) {
+  for (int64_t i = 0; i < total.width; i += kLanes) {
     store(total.out + i, fma(load(split.out + i), take, load(total.out + i) * keep));
   }
-  const Vec joined = fma(load(weights), take, load(total.weights()) * keep);
+  const Vec joined = fma(weights, take, load(total.weights()) * keep);
   for (int i = 0; i < kGroup; i += kLanes) store(total.weights() + i, joined);
   total.top() = top;
 }
@@ -243,8 +268,9 @@ void write_rows(const Block& block, float* totals) {
     const bool empty = block.visible_keys(row) == 0;
     const float weights = empty ? 1.0f : total.weights()[0];
     Q* out = static_cast<Q*>(block.a.out) + to * dim;
+    const float middle = block.a.cache_dtype == DType::kInt4 ? sum_group(total.middles()) : 0.0f;
     for (int64_t d = 0; d < dim; d += kLanes) {
-      const Vec x = load(total.out + d) / splat(weights);
+      const Vec x = (load(total.out + d) + splat(middle)) / splat(weights);
       if (dim - d < kLanes) {
         store_first(out + d, x, int(dim - d));
       } else {
@@ -267,7 +293,13 @@ void run_task(const Attention& a, const Task& task) {
   for_heads([&](int64_t h, const Block& block) {
     for (int64_t row = 0; row < rows; ++row) {
       const Q* query = static_cast<const Q*>(a.query) + block.output_row(row) * a.head_dim;
-      pack_query<T>(query, a.head_dim, work.query + (h * rows + row) * a.padded_dim());
+      float* words = work.query + (h * rows + row) * a.padded_dim();
+      if constexpr (kQuantized<T>) {
+        work.scales[h * rows + row] =
+            pack_quantized_query<T>(query, a.head_dim, words, work.values);
+      } else {
+        work.scales[h * rows + row] = pack_query<T>(query, a.head_dim, words);
+      }
       clear(block.state(work.total + h * states, row));
     }
   });
@@ -296,11 +328,20 @@ void join_partials(const Attention& a, const Task& task) {
   write_rows<Q>(block, work.total);
 }
 
-inline void attend(const Attention& a) {
+// Contiguous keys and values are floats; only pages may be quantised.
+template <bool kPages>
+void attend(const Attention& a) {
+  const auto with_keys = [&](const auto& body) {
+    if constexpr (kPages) {
+      with_cache_type(a.cache_dtype, body);
+    } else {
+      with_type(a.cache_dtype, body);
+    }
+  };
   const Plan plan(a);
   with_type(a.dtype, [&](auto type) {
     using Q = decltype(type);
-    with_type(a.cache_dtype, [&](auto cache_type) {
+    with_keys([&](auto cache_type) {
       using T = decltype(cache_type);
       for_each_task(plan.num_tasks, [&](int64_t i) { run_task<T, Q>(a, plan.tasks[i]); });
     });

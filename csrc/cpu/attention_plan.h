@@ -2,7 +2,7 @@
 // reaches the numbers: tasks are made of whole splits, and splits are folded in order.
 #pragma once
 
-#include "attention_tile.h"
+#include "attention_softmax.h"
 
 namespace codellama_rt {
 namespace CLRT_ISA {
@@ -28,17 +28,18 @@ struct Attention {
 
   int64_t group_size() const { return n_heads / n_kv_heads; }
   int64_t padded_dim() const { return ceil_div(head_dim, kGroup) * kGroup; }
-  int64_t state_floats() const { return row_state_floats(padded_dim()); }
+  // Of a row's state: an int4 cache has middles besides.
+  int64_t state_width() const { return padded_dim() + (cache_dtype == DType::kInt4 ? kGroup : 0); }
+  int64_t state_floats() const { return row_state_floats(state_width()); }
   int64_t num_queries(int64_t seq) const { return cu_seqlens_q[seq + 1] - cu_seqlens_q[seq]; }
   int64_t num_keys(int64_t seq) const {
     return block_tables ? seq_lens[seq] : cu_seqlens_k[seq + 1] - cu_seqlens_k[seq];
   }
-  // Elements between two keys of a group, and from the start to key number `key` (a group's first).
-  int64_t row_stride() const { return block_tables ? head_dim : n_kv_heads * head_dim; }
-  int64_t row_offset(int64_t seq, int64_t kv_head, int64_t key) const {
-    if (!block_tables) return ((cu_seqlens_k[seq] + key) * n_kv_heads + kv_head) * head_dim;
+  // Row number over all keys and heads: of head `kv_head` and key number `key` (a group's first).
+  int64_t row(int64_t seq, int64_t kv_head, int64_t key) const {
+    if (!block_tables) return (cu_seqlens_k[seq] + key) * n_kv_heads + kv_head;
     const int64_t page = block_tables[seq * max_blocks + key / block_size];
-    return ((page * n_kv_heads + kv_head) * block_size + key % block_size) * head_dim;
+    return (page * n_kv_heads + kv_head) * block_size + key % block_size;
   }
 };
 
@@ -71,7 +72,7 @@ struct Block {
     return token * a.n_heads + kv_head * group_size + row % group_size;
   }
   RowState state(float* states, int64_t row) const {
-    return {states + row * a.state_floats(), a.padded_dim()};
+    return {states + row * a.state_floats(), a.state_width()};
   }
   float* partial(int64_t split) const {
     return task.partials + (split * a.n_kv_heads + kv_head) * num_rows * a.state_floats();

@@ -8,93 +8,42 @@
 // transpose, shared by all rows, and 2.5 a key and row).
 #pragma once
 
+#include "attention_words.h"
 #include "task.h"
-#include "vec.h"
 
 namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
-constexpr int kGroup = 16;  // keys that lie one row stride apart: block_size is a multiple of it
-constexpr int kTile = 64;   // keys of one softmax step; a tile starts at a multiple of it
+constexpr int kTile = 64;  // keys of one softmax step; a tile starts at a multiple of it
 constexpr int kGroups = kTile / kGroup;
-// Rows and vectors multiplied at a time: what fits 32 (AVX2: 16) registers. Values take one
-// accumulator for each pair, scores two.
+// Elements that one of T holds.
+template <typename T>
+constexpr int64_t kPacked = std::is_same_v<T, Nibbles> ? 2 : 1;
+
+// Rows and vectors multiplied at a time: what fits 32 (AVX2: 16) registers. Values and exact scores
+// take one accumulator for each pair, other scores two.
 constexpr int kPanel = kLanes == 16 ? 4 : 2;
 constexpr int kValueRows = 4;
-constexpr int kScoreRows = 3;
+template <typename T>
+constexpr int kScoreRows = kQuantized<T> ? 6 : 3;
 
 // What work on a tile asks for of the next one (class Fetch): about a share for 8 cycles.
 constexpr int kTransposeShares = 16;  // a vector of keys
-constexpr int kScoreShares = 3;       // one word of kScoreRows rows
-constexpr int kSoftenShares = 5;      // a row
-constexpr int kValueShares = 1;       // a key and panel of kValueRows rows
+template <typename T>
+constexpr int kScoreShares = kScoreRows<T>;  // one word of kScoreRows rows
+constexpr int kSoftenShares = 5;             // a row
+constexpr int kValueShares = 1;              // a key and panel of kValueRows rows
 
-// Where the tile's groups lie. Groups past the last key are not set.
+// Where the tile's groups lie. Groups past the last key stand for the last one again.
 template <typename T>
 struct Tile {
   const T* keys[kGroups];
   const T* values[kGroups];
-  int64_t row_stride;
-  int num_keys;  // the keys that exist: in (0, kTile]
+  int64_t row_stride;              // in T
+  int64_t key_bytes, value_bytes;  // of a group in one piece, its scales included; 0: rows apart
+  int num_keys;                    // the keys that exist: in (0, kTile]
 };
-
-// ---- what a word is -----------------------------------------------------------------------
-
-// One element a word, multiplied in float32. A query is first rounded to a bfloat16 cache's dtype,
-// so that every instruction set computes the same mathematical function.
-template <typename T>
-struct Words {
-  static int64_t count(int64_t head_dim) { return head_dim; }
-  static Vec load_keys(const T* row, int64_t word) { return load(row + word); }
-  static Vec load_first_keys(const T* row, int64_t word, int n) {
-    return load_first(row + word, n);
-  }
-  static Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
-  static void store_query(float* words, int64_t element, Vec x) { store(words + element, x); }
-};
-
-#if defined(__AVX512BF16__)
-// Two elements a word, as they lie.
-template <>
-struct Words<bf16> {
-  static int64_t count(int64_t head_dim) { return head_dim / 2; }
-  static Vec load_keys(const bf16* row, int64_t word) {
-    return load(reinterpret_cast<const float*>(row) + word);
-  }
-  static Vec load_first_keys(const bf16* row, int64_t word, int n) {
-    return load_first(reinterpret_cast<const float*>(row) + word, n);
-  }
-  static Vec multiply_add(Vec a, Vec b, Vec c) { return dot_bf16_pairs(a, b, c); }
-  static void store_query(float* words, int64_t element, Vec x) {
-    store(reinterpret_cast<bf16*>(words) + element, x);
-  }
-};
-#else
-template <>
-inline void Words<bf16>::store_query(float* words, int64_t element, Vec x) {
-  bf16 rounded[kLanes];
-  store(rounded, x);
-  store(words + element, load(rounded));
-}
-#endif
-
-// Words as whole vectors; what is past head_dim is zero in queries and keys.
-template <typename T>
-int64_t num_chunks(int64_t head_dim) {
-  return ceil_div(Words<T>::count(head_dim), kLanes);
-}
-
-// `words` has room for head_dim rounded up to kGroup floats.
-template <typename T, typename Q>
-void pack_query(const Q* query, int64_t head_dim, float* words) {
-  for (int64_t d = 0; d < head_dim; d += kLanes) store(words + d, splat(0.0f));
-  for (int64_t d = 0; d < head_dim; d += kLanes) {
-    const int64_t left = head_dim - d;
-    Words<T>::store_query(words, d,
-                          left < kLanes ? load_first(query + d, int(left)) : load(query + d));
-  }
-}
 
 // ---- keys and values of a tile ------------------------------------------------------------
 
@@ -105,18 +54,19 @@ class Fetch {
  public:
   template <typename T>
   Fetch(const Tile<T>& next, int64_t head_dim, int64_t num_shares) {
-    const bool whole = next.row_stride == head_dim;  // pages: a group is one piece
+    const bool whole = next.key_bytes > 0;
+    const int64_t row_bytes = head_dim * sizeof(T);
     stride_ = next.row_stride * sizeof(T);
     rows_ = whole ? 1 : kGroup;
-    row_bytes_ = (whole ? kGroup : 1) * head_dim * sizeof(T);
-    for (int first = 0; first < next.num_keys; first += kGroup) {
-      groups_[num_groups_++] = reinterpret_cast<const char*>(next.keys[first / kGroup]);
+    row_bytes_[0] = whole ? next.key_bytes : row_bytes;
+    row_bytes_[1] = whole ? next.value_bytes : row_bytes;
+    num_groups_ = ceil_div(next.num_keys, kGroup);
+    for (int g = 0; g < num_groups_; ++g) {
+      groups_[g] = reinterpret_cast<const char*>(next.keys[g]);
+      groups_[num_groups_ + g] = reinterpret_cast<const char*>(next.values[g]);
     }
-    for (int first = 0; first < next.num_keys; first += kGroup) {
-      groups_[num_groups_++] = reinterpret_cast<const char*>(next.values[first / kGroup]);
-    }
-    const int64_t lines = 2 * next.num_keys * ceil_div(head_dim * sizeof(T), kLine);
-    share_ = ceil_div(kLine * lines, num_shares);
+    const int64_t lines = ceil_div(row_bytes_[0], kLine) + ceil_div(row_bytes_[1], kLine);
+    share_ = ceil_div(num_groups_ * rows_ * lines * kLine, num_shares);
     if (num_groups_ > 0) start_group();
   }
 
@@ -132,13 +82,13 @@ class Fetch {
   void start_group() {
     row_ = 0;
     at_ = groups_[group_];
-    end_ = at_ + row_bytes_;
+    end_ = at_ + row_bytes_[group_ >= num_groups_];
   }
   void next_row() {
     if (++row_ < rows_) {
       at_ = groups_[group_] + row_ * stride_;
-      end_ = at_ + row_bytes_;
-    } else if (++group_ < num_groups_) {
+      end_ = at_ + row_bytes_[group_ >= num_groups_];
+    } else if (++group_ < 2 * num_groups_) {
       start_group();
     } else {
       at_ = end_;
@@ -148,51 +98,58 @@ class Fetch {
   const char* groups_[2 * kGroups];
   int num_groups_ = 0, group_ = 0;
   const char *at_ = nullptr, *end_ = nullptr;
-  int64_t stride_, rows_, row_bytes_, row_ = 0, share_, due_ = 0;
+  int64_t stride_, rows_, row_bytes_[2], row_ = 0, share_, due_ = 0;
 };
-
-template <typename T>
-inline Vec load_chunk(const T* row, int64_t chunk, int64_t head_dim) {
-  const int64_t word = chunk * kLanes, left = Words<T>::count(head_dim) - word;
-  return left < kLanes ? Words<T>::load_first_keys(row, word, int(left))
-                       : Words<T>::load_keys(row, word);
-}
 
 // The rows of the kLanes keys from `first` on; past the last key, the last one's again.
 template <typename T>
-inline void key_rows(const Tile<T>& tile, int first, const T* (&rows)[kLanes]) {
-  const T* group = tile.keys[first / kGroup] + first % kGroup * tile.row_stride;
+inline void key_rows(const Tile<T>& tile, int first, typename Words<T>::Row (&rows)[kLanes]) {
   const int last = tile.num_keys - 1 - first;
-  for (int i = 0; i < kLanes; ++i) rows[i] = group + (i < last ? i : last) * tile.row_stride;
+  for (int i = 0; i < kLanes; ++i) {
+    rows[i] = Words<T>::key_row(tile.keys[first / kGroup], first % kGroup + (i < last ? i : last),
+                                tile.row_stride);
+  }
 }
 
 // words[(j * chunks + c) * kTile + i] = word c * kLanes + j of key i: the words of chain j
 // together.
 template <typename T>
 void transpose_keys(const Tile<T>& tile, Fetch& fetch, int64_t head_dim, float* words) {
-  const int64_t chunks = num_chunks<T>(head_dim);
+  const int64_t chunks = Words<T>::num_chunks(head_dim);
   for (int first = 0; first < tile.num_keys; first += kLanes) {
-    const T* rows[kLanes];
+    typename Words<T>::Row rows[kLanes];
     key_rows(tile, first, rows);
     fetch.step(kTransposeShares);
     for (int64_t c = 0; c < chunks; ++c) {
       Vec lanes[kLanes];
-      for (int i = 0; i < kLanes; ++i) lanes[i] = load_chunk(rows[i], c, head_dim);
+      for (int i = 0; i < kLanes; ++i) lanes[i] = Words<T>::load_chunk(rows[i], c, head_dim);
       transpose(lanes);
       for (int j = 0; j < kLanes; ++j) store(words + (j * chunks + c) * kTile + first, lanes[j]);
     }
   }
 }
 
-// The tile's values in float32, rows `padded_dim` apart and zero past head_dim.
+// The tile's values in float32 without their scales, rows `padded_dim` apart and zero past
+// head_dim.
 template <typename T>
 void convert_values(const Tile<T>& tile, int64_t head_dim, int64_t padded_dim, float* values) {
   for (int i = 0; i < tile.num_keys; ++i) {
     const T* row = tile.values[i / kGroup] + i % kGroup * tile.row_stride;
-    for (int64_t d = 0; d < padded_dim; d += kLanes) {
-      const int64_t left = head_dim - d;
-      store(values + i * padded_dim + d,
-            left >= kLanes ? load(row + d) : load_first(row + d, left < 0 ? 0 : int(left)));
+    float* to = values + i * padded_dim;
+    if constexpr (std::is_same_v<T, Nibbles>) {
+      for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
+        Vec even, odd;
+        load_values(row + d / 2, even, odd);
+        interleave(even, odd);
+        store(to + d, even);
+        store(to + d + kLanes, odd);
+      }
+    } else {
+      for (int64_t d = 0; d < padded_dim; d += kLanes) {
+        const int64_t left = head_dim - d;
+        store(to + d,
+              left >= kLanes ? load(row + d) : load_first(row + d, left < 0 ? 0 : int(left)));
+      }
     }
   }
 }
@@ -204,9 +161,9 @@ void convert_values(const Tile<T>& tile, int64_t head_dim, int64_t padded_dim, f
 template <typename T, int kChunks>
 void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
                int64_t head_dim, float* scores) {
-  const int64_t chunks = kChunks ? kChunks : num_chunks<T>(head_dim);
+  const int64_t chunks = kChunks ? kChunks : Words<T>::num_chunks(head_dim);
   for (int first = 0; first < num_keys; first += kLanes) {
-    const T* rows[kLanes];
+    typename Words<T>::Row rows[kLanes];
     key_rows(tile, first, rows);
     Vec chains[kLanes];
 #pragma GCC unroll 16
@@ -214,8 +171,8 @@ void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_ke
       fetch.step(kValueShares);
       chains[i] = splat(0.0f);
       for (int64_t c = 0; c < chunks; ++c) {
-        const Vec key =
-            kChunks ? Words<T>::load_keys(rows[i], c * kLanes) : load_chunk(rows[i], c, head_dim);
+        const Vec key = kChunks ? Words<T>::load_whole_chunk(rows[i], c)
+                                : Words<T>::load_chunk(rows[i], c, head_dim);
         chains[i] = Words<T>::multiply_add(load(query + c * kLanes), key, chains[i]);
       }
     }
@@ -226,19 +183,101 @@ void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_ke
   }
 }
 
+// The same of quantised keys. Their sums are exact, so lanes are added in pairs, in half the
+// shuffles of a transpose; a group's rows past the last key are there to be read.
+template <typename Dot>
+inline void score_groups(Fetch& fetch, int num_keys, float* scores, const Dot& dot) {
+  for (int first = 0; first < num_keys; first += kLanes) {
+    Vec quads[kLanes / 4];
+#pragma GCC unroll 4
+    for (int q = 0; q < kLanes / 4; ++q) {
+      fetch.step(4 * kValueShares);
+      const int key = first + 4 * q;
+      quads[q] = sum_lanes(dot(key), dot(key + 1), dot(key + 2), dot(key + 3));
+    }
+    store(scores + first, join_lanes(quads));
+  }
+}
+
+template <typename T, int kChunks>
+void score_exact_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
+                     int64_t head_dim, float* scores) {
+  const int64_t chunks = kChunks ? kChunks : Words<T>::num_chunks(head_dim);
+  score_groups(fetch, num_keys, scores, [&](int key) {
+    const auto row = Words<T>::key_row(tile.keys[key / kGroup], key % kGroup, tile.row_stride);
+    Vec sum = splat(0.0f);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const Vec words =
+          kChunks ? Words<T>::load_whole_chunk(row, c) : Words<T>::load_chunk(row, c, head_dim);
+      sum = Words<T>::multiply_add(load(query + c * kLanes), words, sum);
+    }
+    return sum;
+  });
+}
+
+#if defined(__AVX512VNNI__)
+// An int4 key of 128 elements as 64 bytes, low halves and high halves, against the query in two
+// parts of 8 bits: the same sums in half the instructions.
+inline void score_row_bytes(const Tile<Nibbles>& tile, Fetch& fetch, const float* query,
+                            int num_keys, float* scores) {
+  __m512i high[2], low[2];  // of the elements of even, of odd number
+  for (int i = 0; i < 2; ++i) {
+    const __m512i words[2] = {to_bits(load(query + i * kLanes)),
+                              to_bits(load(query + (2 + i) * kLanes))};
+    __m256i parts[2][2];
+    for (int j = 0; j < 2; ++j) {
+      const __m512i rounded = _mm512_add_epi16(words[j], _mm512_set1_epi16(128));
+      parts[0][j] = _mm512_cvtepi16_epi8(_mm512_srai_epi16(rounded, 8));
+      parts[1][j] = _mm512_cvtepi16_epi8(words[j]);  // less 256 times the other: in [-128, 127]
+    }
+    high[i] = _mm512_inserti64x4(_mm512_castsi256_si512(parts[0][0]), parts[0][1], 1);
+    low[i] = _mm512_inserti64x4(_mm512_castsi256_si512(parts[1][0]), parts[1][1], 1);
+  }
+  const __m512i fours = _mm512_set1_epi8(15), bit = _mm512_set1_epi8(16);
+  score_groups(fetch, num_keys, scores, [&](int key) {
+    const uint8_t* group = &tile.keys[key / kGroup]->bits;
+    const __m512i row = _mm512_loadu_si512(group + key % kGroup * 64);
+    uint64_t even_bits, odd_bits;
+    std::memcpy(&even_bits, group + kGroup * 64 + key % kGroup * 16, 8);
+    std::memcpy(&odd_bits, group + kGroup * 64 + key % kGroup * 16 + 8, 8);
+    __m512i even = _mm512_and_si512(row, fours);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi16(row, 4), fours);
+    even = _mm512_mask_add_epi8(even, even_bits, even, bit);
+    odd = _mm512_mask_add_epi8(odd, odd_bits, odd, bit);
+    __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, high[0]);
+    sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, odd, high[1]), 8);
+    sum = _mm512_dpbusd_epi32(sum, even, low[0]);
+    return from_bits(_mm512_dpbusd_epi32(sum, odd, low[1]));
+  });
+}
+#endif
+
 template <typename T>
 void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
                int64_t head_dim, float* scores) {
-  const int64_t chunks = head_dim % (2 * kLanes) ? 0 : num_chunks<T>(head_dim);
+#if defined(__AVX512VNNI__)
+  if constexpr (std::is_same_v<T, Nibbles>) {
+    if (head_dim == 128) return score_row_bytes(tile, fetch, query, num_keys, scores);
+  }
+#endif
+  const int64_t chunks = Words<T>::has_whole_chunks(head_dim) ? Words<T>::num_chunks(head_dim) : 0;
+  const auto score = [&](auto known) {
+    constexpr int n = decltype(known)::value;
+    if constexpr (kQuantized<T>) {
+      score_exact_row<T, n>(tile, fetch, query, num_keys, head_dim, scores);
+    } else {
+      score_row<T, n>(tile, fetch, query, num_keys, head_dim, scores);
+    }
+  };
   switch (chunks) {
     case 2:
-      return score_row<T, 2>(tile, fetch, query, num_keys, head_dim, scores);
+      return score(std::integral_constant<int, 2>());
     case 4:
-      return score_row<T, 4>(tile, fetch, query, num_keys, head_dim, scores);
+      return score(std::integral_constant<int, 4>());
     case 8:
-      return score_row<T, 8>(tile, fetch, query, num_keys, head_dim, scores);
+      return score(std::integral_constant<int, 8>());
     default:
-      return score_row<T, 0>(tile, fetch, query, num_keys, head_dim, scores);
+      return score(std::integral_constant<int, 0>());
   }
 }
 
@@ -251,10 +290,12 @@ inline void score_panel(const float* query, int64_t query_stride, const float* w
     for (Vec& total : row) total = splat(0.0f);
   }
   for (int j = 0; j < kLanes; ++j) {
-    fetch.step(kScoreShares);
+    fetch.step(kScoreShares<T>);
     Vec chains[kRows][kVecs];
-    for (auto& row : chains) {
-      for (Vec& chain : row) chain = splat(0.0f);
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVecs; ++v) {  // exact sums are one chain
+        chains[r][v] = kQuantized<T> ? totals[r][v] : splat(0.0f);
+      }
     }
     for (int64_t c = 0; c < chunks; ++c, words += kTile) {
       Vec keys[kVecs];
@@ -267,7 +308,9 @@ inline void score_panel(const float* query, int64_t query_stride, const float* w
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) totals[r][v] = totals[r][v] + chains[r][v];
+      for (int v = 0; v < kVecs; ++v) {
+        totals[r][v] = kQuantized<T> ? chains[r][v] : totals[r][v] + chains[r][v];
+      }
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -299,12 +342,19 @@ inline void add_values_panel(const float* weights, const V* const* groups, int64
     for (Vec& sum : row) sum = splat(0.0f);
   }
   for (int first = 0; first < num_keys; first += kGroup) {
-    const V* row = groups[first / kGroup] + column;
+    const V* row = groups[first / kGroup] + column / kPacked<V>;
     const int end = first + kGroup < num_keys ? first + kGroup : num_keys;
     for (int key = first; key < end; ++key, row += row_stride) {
       if constexpr (kFetch) fetch.step(kValueShares);
       Vec values[kVecs];
-      for (int j = 0; j < kVecs; ++j) values[j] = hold(load(row + j * kLanes));
+      if constexpr (kPacked<V> == 2) {
+        for (int j = 0; j < kVecs; j += 2) {
+          load_values(row + j * kLanes / 2, values[j], values[j + 1]);
+        }
+      } else {
+        for (int j = 0; j < kVecs; ++j) values[j] = load(row + j * kLanes);
+      }
+      for (Vec& value : values) value = hold(value);
       for (int r = 0; r < kRows; ++r) {
         const Vec weight = splat(weights[r * kTile + key]);
         for (int j = 0; j < kVecs; ++j) sums[r][j] = fma(weight, values[j], sums[r][j]);
@@ -312,58 +362,13 @@ inline void add_values_panel(const float* weights, const V* const* groups, int64
     }
   }
   for (int r = 0; r < kRows; ++r) {
+    if constexpr (kPacked<V> == 2) {
+      for (int j = 0; j < kVecs; j += 2) interleave(sums[r][j], sums[r][j + 1]);
+    }
     for (int j = 0; j < kVecs; ++j) {
       float* to = out + r * out_stride + column + j * kLanes;
       store(to, load(to) + sums[r][j]);
     }
-  }
-}
-
-// ---- softmax ------------------------------------------------------------------------------
-
-// The state of a query row over the keys of one split, and over the splits so far:
-// [0, padded_dim) the weighted sum of values, then kGroup floats that add up to the sum of
-// weights, then the greatest score. Scores are in units of log2.
-struct RowState {
-  float* out;
-  int64_t padded_dim;
-  float* weights() const { return out + padded_dim; }
-  float& top() const { return out[padded_dim + kGroup]; }
-};
-constexpr int64_t row_state_floats(int64_t padded_dim) { return padded_dim + 2 * kGroup; }
-
-inline void clear(RowState state) {
-  for (int64_t i = 0; i < state.padded_dim + kGroup; i += kLanes) store(state.out + i, splat(0.0f));
-  state.top() = -INFINITY;
-}
-
-// Turns the row's scores into weights 2^(scale * score - top); lanes past num_keys are never read
-// as numbers, whatever they hold.
-inline __attribute__((noinline)) void soften(float* scores, int num_keys, float scale,
-                                             RowState state) {
-  constexpr int kVecs = kTile / kLanes;
-  Vec x[kVecs], greatest = splat(-INFINITY);
-  for (int j = 0; j < kVecs; ++j) {
-    x[j] = load(scores + j * kLanes) * splat(scale);
-    if (num_keys < kTile) x[j] = select_first(num_keys - j * kLanes, x[j], splat(-INFINITY));
-    greatest = max(x[j], greatest);
-  }
-  if (const float top = max_lane(greatest); top > state.top()) {
-    const Vec shrink = exp2_nonpositive(splat(state.top() - top));
-    for (int64_t i = 0; i < state.padded_dim + kGroup; i += kLanes) {
-      store(state.out + i, load(state.out + i) * shrink);
-    }
-    state.top() = top;
-  }
-  Vec sums[kVecs];
-  for (int j = 0; j < kVecs; ++j) {
-    sums[j] = exp2_nonpositive(x[j] - splat(state.top()));
-    store(scores + j * kLanes, sums[j]);
-  }
-  constexpr int kStep = kGroup / kLanes;
-  for (int i = 0; i < kStep; ++i) {
-    const Vec pairs = (sums[i] + sums[kStep + i]) + (sums[2 * kStep + i] + sums[3 * kStep + i]);
-    store(state.weights() + i * kLanes, load(state.weights() + i * kLanes) + pairs);
   }
 }
 

@@ -23,7 +23,7 @@ void flash_attention(const FlashAttentionParams& p) {
   a.head_dim = p.head_dim;
   a.scale = p.scale;
   a.causal = p.causal;
-  attend(a);
+  attend<false>(a);
 }
 
 }  // namespace CLRT_ISA

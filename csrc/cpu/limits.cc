@@ -26,6 +26,20 @@ constexpr bool kHasPairs = false;
 inline Vec dot_bf16_pairs(Vec, Vec, Vec c) { return c; }
 #endif
 
+#if defined(__AVX512VNNI__)
+constexpr bool kHasQuads = true;
+// chain + the products of 4 unsigned and 4 signed bytes a lane, as 16 int32 in a Vec's bits. Not
+// the intrinsic: GCC 12 copies and spills the chains between integer and float registers, at 0.4 of
+// this speed.
+inline Vec dot_int8_quads(Vec a, Vec b, Vec chain) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(chain.v) : "v"(a.v), "v"(b.v));
+  return chain;
+}
+#else
+constexpr bool kHasQuads = false;
+inline Vec dot_int8_quads(Vec, Vec, Vec chain) { return chain; }
+#endif
+
 void keep(const Vec* values, int n) {
   auto* out = static_cast<float*>(scratch(Scratch::kTask, n * sizeof(Vec)));
   for (int i = 0; i < n; ++i) store(out + i * kLanes, values[i]);
@@ -67,16 +81,19 @@ void read_memory(const void* memory, int64_t bytes) {
 
 int64_t multiply_add(DType dtype, int64_t num_rounds) {
   const bool pairs = kHasPairs && dtype == DType::kBFloat16;
+  const bool quads = kHasQuads && dtype == DType::kInt8;
   const Vec b = splat(num_rounds > 1 ? 0.5f : 0.25f);  // not a constant to the compiler
   const Vec c = splat(num_rounds > 1 ? 1.0f : 2.0f);
   for_each_task(num_threads(), [&](int64_t) {
-    if (pairs) {
+    if (quads) {
+      run_chains(num_rounds, [&](Vec chain) { return dot_int8_quads(b, c, chain); });
+    } else if (pairs) {
       run_chains(num_rounds, [&](Vec chain) { return dot_bf16_pairs(b, c, chain); });
     } else {  // a product that depends on the round: it cannot be taken out of the loop
       run_chains(num_rounds, [&](Vec chain) { return fma(chain, b, c); });
     }
   });
-  return num_threads() * num_rounds * kChains * kLanes * (pairs ? 4 : 2);
+  return num_threads() * num_rounds * kChains * kLanes * (quads ? 8 : pairs ? 4 : 2);
 }
 
 }  // namespace CLRT_ISA

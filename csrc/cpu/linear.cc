@@ -13,7 +13,9 @@
 //          touches an element's sum: its bits follow from x[t] and weight[n] alone.
 //          bfloat16 weights with VDPBF16PS: x is rounded to bfloat16 (nearest even), and the
 //          instruction takes subnormals as zero. Else both operands are float32.
+#include "../quantized.h"
 #include "linear_dot.h"
+#include "linear_quantized.h"
 
 namespace codellama_rt {
 namespace CLRT_ISA {
@@ -294,6 +296,7 @@ void multiply(const LinearParams& p) {
 }  // namespace
 
 void linear(const LinearParams& params) {
+  if (!is_float(params.weight_dtype)) return linear_quantized(params);
   const int64_t parts = ceil_div(params.num_tokens, kMaxTokens);
   if (parts == 0) return;
   const int64_t tokens = ceil_div(ceil_div(params.num_tokens, parts), kTokens) * kTokens;

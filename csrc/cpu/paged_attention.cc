@@ -26,7 +26,7 @@ void paged_attention(const PagedAttentionParams& p) {
   a.block_size = p.block_size;
   a.scale = p.scale;
   a.causal = true;
-  attend(a);
+  attend<true>(a);
 }
 
 }  // namespace CLRT_ISA

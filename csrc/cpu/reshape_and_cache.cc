@@ -5,7 +5,7 @@
 // Traffic  2 * num_tokens * n_kv_heads * head_dim * (itemsize + cache itemsize) bytes, once each
 // Limit    memory
 // Tiling   tokens in groups of 32 KiB; of two tokens with one slot either may win: do not do it
-// Numerics one rounding to the cache's dtype, nearest even
+// Numerics one rounding to the cache's dtype, nearest even; int8 and int4 as in quantize_row.h
 #include "../ops.h"
 #include "page.h"
 #include "task.h"
@@ -16,19 +16,19 @@ namespace CLRT_ISA {
 void reshape_and_cache(const ReshapeAndCacheParams& p) {
   const int64_t row = p.n_kv_heads * p.head_dim;
   with_type(p.dtype, [&](auto type) {
-    with_type(p.cache_dtype, [&](auto cache_type) {
+    with_cache_type(p.cache_dtype, [&](auto cache_type) {
       using T = decltype(type);
-      using Cache = decltype(cache_type);
-      for_each_row(p.num_tokens, 2 * row * item_size(p.cache_dtype), [&](int64_t t) {
+      using Page = PageRow<decltype(cache_type)>;
+      for_each_row(p.num_tokens, 2 * row * item_size(p.dtype), [&](int64_t t) {
         const int64_t slot = p.slot_mapping[t];
         if (slot < 0) return;
+        float* floats = page_scratch(p.head_dim);
         for (int64_t h = 0; h < p.n_kv_heads; ++h) {
           const int64_t from = t * row + h * p.head_dim;
-          const int64_t to = page_row(slot, h, p.n_kv_heads, p.block_size) * p.head_dim;
-          convert(static_cast<const T*>(p.key) + from, static_cast<Cache*>(p.key_cache) + to,
-                  p.head_dim);
-          convert(static_cast<const T*>(p.value) + from, static_cast<Cache*>(p.value_cache) + to,
-                  p.head_dim);
+          const Page key(p.key_cache, true, slot, h, p.n_kv_heads, p.block_size, p.head_dim);
+          const Page value(p.value_cache, false, slot, h, p.n_kv_heads, p.block_size, p.head_dim);
+          key.write(static_cast<const T*>(p.key) + from, floats);
+          value.write(static_cast<const T*>(p.value) + from, floats);
         }
       });
     });

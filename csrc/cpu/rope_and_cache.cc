@@ -7,7 +7,8 @@
 //          + 2 * n_kv_heads * cache itemsize) bytes, once each
 // Limit    memory
 // Tiling   tokens in groups of 32 KiB
-// Numerics fp32 rotation; keys and values are rounded once, to the cache's dtype
+// Numerics fp32 rotation; keys and values are rounded once, to the cache's dtype; int8 and int4 as
+//          in quantize_row.h
 #include "../ops.h"
 #include "page.h"
 #include "rotary.h"
@@ -30,11 +31,18 @@ void rope_and_cache_token(const RopeAndCacheParams& p, int64_t t) {
     rotate_head(query + h * p.head_dim, cos, sin, out + h * p.head_dim, half, p.interleaved);
   }
   if (slot < 0) return;
+  float* floats = page_scratch(p.head_dim);
   for (int64_t h = 0; h < p.n_kv_heads; ++h) {
-    const int64_t to = page_row(slot, h, p.n_kv_heads, p.block_size) * p.head_dim;
-    rotate_head(key + h * p.head_dim, cos, sin, static_cast<Cache*>(p.key_cache) + to, half,
-                p.interleaved);
-    convert(value + h * p.head_dim, static_cast<Cache*>(p.value_cache) + to, p.head_dim);
+    using Page = PageRow<Cache>;
+    const Page keys(p.key_cache, true, slot, h, p.n_kv_heads, p.block_size, p.head_dim);
+    const Page values(p.value_cache, false, slot, h, p.n_kv_heads, p.block_size, p.head_dim);
+    if constexpr (Page::kQuantizes) {
+      rotate_head(key + h * p.head_dim, cos, sin, floats, half, p.interleaved);
+      keys.write(floats, floats);
+    } else {
+      rotate_head(key + h * p.head_dim, cos, sin, keys.floats(), half, p.interleaved);
+    }
+    values.write(value + h * p.head_dim, floats);
   }
 }
 
@@ -43,7 +51,7 @@ void rope_and_cache_token(const RopeAndCacheParams& p, int64_t t) {
 void rope_and_cache(const RopeAndCacheParams& p) {
   const int64_t row_bytes = (p.n_heads + 2 * p.n_kv_heads) * p.head_dim * item_size(p.dtype);
   with_type(p.dtype, [&](auto type) {
-    with_type(p.cache_dtype, [&](auto cache_type) {
+    with_cache_type(p.cache_dtype, [&](auto cache_type) {
       using T = decltype(type);
       using Cache = decltype(cache_type);
       for_each_row(p.num_tokens, row_bytes,

@@ -10,6 +10,7 @@ namespace CLRT_ISA {
 void embedding(const EmbeddingParams&);
 void rms_norm(const RmsNormParams&);
 void linear(const LinearParams&);
+void quantize(const QuantizeParams&);
 void apply_rotary_pos_emb(const RotaryParams&);
 void reshape_and_cache(const ReshapeAndCacheParams&);
 void rope_and_cache(const RopeAndCacheParams&);
@@ -23,9 +24,9 @@ int64_t multiply_add(DType dtype, int64_t num_rounds);
 
 extern const KernelTable table;
 const KernelTable table = {
-    CLRT_STRING(CLRT_ISA), embedding,      rms_norm,        linear,          apply_rotary_pos_emb,
-    reshape_and_cache,     rope_and_cache, paged_attention, flash_attention, merge_attention,
-    silu_and_mul,          copy_blocks,    read_memory,     multiply_add,
+    CLRT_STRING(CLRT_ISA), embedding,         rms_norm,       linear,          quantize,
+    apply_rotary_pos_emb,  reshape_and_cache, rope_and_cache, paged_attention, flash_attention,
+    merge_attention,       silu_and_mul,      copy_blocks,    read_memory,     multiply_add,
 };
 
 }  // namespace CLRT_ISA

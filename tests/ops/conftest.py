@@ -40,7 +40,7 @@ def guarded() -> Iterator[Callable[..., np.ndarray]]:
     buffers: list[tuple[np.ndarray, int, int]] = []
 
     def make(shape, dtype="float32") -> np.ndarray:
-        element = numpy_dtype(dtype)
+        element = np.dtype(dtype) if dtype == "uint8" else numpy_dtype(dtype)
         num_bytes = int(np.prod(shape)) * element.itemsize
         begin = _GUARD + element.itemsize
         memory = np.full(begin + num_bytes + _GUARD, _GUARD_BYTE, np.uint8)

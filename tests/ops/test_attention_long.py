@@ -5,39 +5,50 @@ from functools import cache
 import numpy as np
 import pytest
 from builders import paged
-from tolerances import assert_attention, assert_lse
+from tolerances import assert_attention, assert_lse, assert_within_bfloat16_unit
 
 from codellama_rt import ops
 from codellama_rt.ops import reference
+from codellama_rt.ops.quantized import CACHE_DTYPES
 
 LENGTH = 131_072
 BATCHES = {"decode": [1], "speculation": [5], "chunk": [12]}
 
 
 @cache
-def long_case(dtype, batch):
+def long_case(cache_dtype, batch):
     """A case of two query heads over one key/value head, and the oracle's answer."""
     rng = np.random.default_rng(LENGTH)
     case = paged(
-        rng, [LENGTH], BATCHES[batch], heads=(2, 1), head_dim=64, block_size=64, dtype=dtype,
-        cache_dtype=dtype,
+        rng, [LENGTH], BATCHES[batch], heads=(2, 1), head_dim=64, block_size=64,
+        cache_dtype=cache_dtype,
     )  # fmt: skip
     return case, reference.paged_attention(*case.arguments)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cache_dtype", ["float32", "float16", "bfloat16", *CACHE_DTYPES])
 @pytest.mark.parametrize("batch", ["decode", "speculation"])
 @pytest.mark.usefixtures("isa")
-def test_131072_keys(dtype, batch):
-    case, (expected, expected_lse) = long_case(dtype, batch)
-    for out, lse in (
-        ops.paged_attention(*case.arguments),
-        ops.flash_attention(*case.contiguous),
-    ):
+def test_131072_keys(cache_dtype, batch):
+    """Results in float32: within 1e-5 over any cache, the oracle taking its numbers as cached."""
+    case, (expected, expected_lse) = long_case(cache_dtype, batch)
+    results = [ops.paged_attention(*case.arguments)]
+    if cache_dtype not in CACHE_DTYPES:
+        results.append(ops.flash_attention(*case.contiguous))
+    for out, lse in results:
         assert_attention(out, expected)
         assert_lse(lse, expected_lse)
 
 
-def test_a_chunk_at_the_end_of_131072_keys():
-    case, (expected, _) = long_case("float32", "chunk")
+@pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16"])
+@pytest.mark.usefixtures("isa")
+def test_131072_keys_within_a_unit_of_bfloat16(cache_dtype):
+    case, (expected, _) = long_case(cache_dtype, "speculation")
+    out, _ = ops.paged_attention(*case.arguments)
+    assert_within_bfloat16_unit(out, expected)
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int4"])
+def test_a_chunk_at_the_end_of_131072_keys(cache_dtype):
+    case, (expected, _) = long_case(cache_dtype, "chunk")
     assert_attention(ops.paged_attention(*case.arguments)[0], expected)

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from builders import int32, normal
+from builders import int32, normal, quantized_caches
 from tolerances import assert_equal_bits
 
 from codellama_rt import ops
 from codellama_rt.dtypes import FLOAT_DTYPES
 from codellama_rt.ops import reference
+from codellama_rt.ops.quantized import CACHE_DTYPES
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -23,6 +24,19 @@ def test_pages_in_order(rng, guarded, dtype, pairs):
     reference.copy_blocks(*expected, int32(pairs))
     assert_equal_bits(caches[0], expected[0])
     assert_equal_bits(caches[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_quantized_pages(rng, guarded, dtype):
+    caches = quantized_caches(dtype, (6, 3, 32, 32), guarded)
+    for cache in caches:
+        cache.payload[...] = rng.integers(0, 256, cache.payload.shape, np.uint8)
+    expected = [cache.copy() for cache in caches]
+    pairs = int32([[0, 1], [1, 2], [4, 0], [3, 3]])
+    ops.copy_blocks(*caches, pairs)
+    reference.copy_blocks(*expected, pairs)
+    for ours, theirs in zip(caches, expected, strict=True):
+        assert_equal_bits(ours.payload, theirs.payload)
 
 
 def test_nan_is_copied_bit_for_bit():

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
-from builders import ACTIVATION_AND_STORED, int32, normal, rope_tables
+from builders import ACTIVATION_AND_STORED, int32, normal, quantized_caches, rope_tables
 from tolerances import assert_equal_bits, assert_rounded
 
 from codellama_rt import ops
+from codellama_rt.dtypes import FLOAT_DTYPES
 from codellama_rt.ops import reference
+from codellama_rt.ops.quantized import CACHE_DTYPES
 
 pytestmark = pytest.mark.usefixtures("isa")
 HEADS = pytest.mark.parametrize("heads", [(2, 2), (6, 2), (8, 1)])
@@ -63,6 +65,29 @@ def test_bits_of_the_two_ops(rng, dtype, heads, interleaved):
     ops.reshape_and_cache(key, value, *apart, slots)
     assert_equal_bits(out, query)
     assert_equal_bits(fused, apart)
+
+
+@PAIRINGS
+@pytest.mark.parametrize("heads", [(2, 2), (8, 1)])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_quantized_as_written_by_the_two_ops(rng, guarded, cache_dtype, dtype, heads, interleaved):
+    """The rotated key is quantised from float32: in one 16-bit dtype the two ops round it first."""
+    qkv, tables, positions, slots = make(rng, heads, 64, dtype)
+    n_heads, n_kv_heads = heads
+    fused, apart = (
+        quantized_caches(cache_dtype, (3, n_kv_heads, 16, 64), guarded) for _ in range(2)
+    )
+    out = ops.rope_and_cache(qkv, *tables, positions, *fused, slots, interleaved=interleaved)
+    exact = qkv.astype(np.float32).reshape(NUM_TOKENS, -1, 64)
+    query, key, value = (
+        part.copy() for part in np.split(exact, [n_heads, n_heads + n_kv_heads], axis=1)
+    )
+    ops.apply_rotary_pos_emb(query, key, *tables, positions, interleaved=interleaved)
+    ops.reshape_and_cache(key, value, *apart, slots)
+    assert_equal_bits(out, query.astype(out.dtype))
+    for ours, theirs in zip(fused, apart, strict=True):
+        assert_equal_bits(ours.payload, theirs.payload)
 
 
 def test_position_100_000(rng):

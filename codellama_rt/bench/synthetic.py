@@ -1,7 +1,7 @@
 """Checkpoints of random weights in Code Llama's shapes, for speed and memory alone.
 
-    python benchmarks/synthetic.py --shape 7b --layers 4 --out 7b-4l           # safetensors
-    python benchmarks/synthetic.py --shape 7b --layers 4 --out 7b-4l.gguf      # the same model
+    python -m codellama_rt.bench.synthetic --shape 7b --layers 4 --out 7b-4l        # safetensors
+    python -m codellama_rt.bench.synthetic --shape 7b --layers 4 --out 7b-4l.gguf   # the same model
 
 A weight depends on its name, the seed and its shape, so both forms hold the same model; in GGUF the
 rows of q and k are in that format's order. The directory has no tokenizer unless one is given; the
@@ -14,52 +14,77 @@ import argparse
 import json
 import shutil
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from shapes import SHAPES
 
+from codellama_rt import ops
+from codellama_rt.bench.noise import noise
+from codellama_rt.bench.shapes import SHAPES
 from codellama_rt.checkpoint.gguf_model import gguf_name
+from codellama_rt.checkpoint.packed_weights import config_section, file_metadata, padded_bytes
+from codellama_rt.checkpoint.safetensors_writer import Entry, write_safetensors
 from codellama_rt.checkpoint.weight_loading import expected_shapes
 from codellama_rt.config import ModelConfig
 from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
+from codellama_rt.quantize import QUANTIZATIONS, is_quantized
 
-_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-def weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and values, one after another: norms of ones, matrices of variance 1 / in_features."""
-    dtype = numpy_dtype(config.dtype)
-    for name, shape in expected_shapes(config).items():
-        if len(shape) == 1:
-            yield name, np.ones(shape, dtype)
-            continue
-        rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
-        values = rng.random(shape, np.float32)
-        values -= np.float32(0.5)
-        values *= np.float32((12 / shape[1]) ** 0.5)
-        yield name, values.astype(dtype)
+SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+WEIGHTS = (*FLOAT_DTYPES, *QUANTIZATIONS)
 
 
-def write_directory(folder: Path, config: ModelConfig, seed: int = 0) -> None:
-    """Write config.json, generation_config.json and model.safetensors."""
+def make_weight(name: str, shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:
+    """Ones for a norm; noise of variance 1 / in_features for a matrix."""
+    if len(shape) == 1:
+        return np.ones(shape, numpy_dtype(dtype))
+    rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+    return noise(shape, dtype, rng, (12 / shape[1]) ** 0.5)
+
+
+def write_directory(
+    folder: Path, config: ModelConfig, *, dtype: str = "bfloat16", seed: int = 0
+) -> None:
+    """Write config.json, generation_config.json and model.safetensors, a tensor at a time.
+
+    Args:
+        folder: made if it is not there.
+        config: of the model.
+        dtype: of the weights; int8 and int4 are quantised as they are written, in the format of
+            `codellama_rt.convert`, with the embedding and the norms in bfloat16.
+        seed: of the weights.
+    """
+    quantization = dtype if dtype in QUANTIZATIONS else None
+    config = replace(config, dtype="bfloat16" if quantization else dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(_hf_config(config), indent=1))
+    settings = _hf_config(config)
+    shapes, metadata = expected_shapes(config), {}
+    if quantization:
+        settings["quantization_config"] = config_section(quantization)
+        packed = {name: shape for name, shape in shapes.items() if is_quantized(name)}
+        metadata = file_metadata(packed, quantization)
+    (folder / "config.json").write_text(json.dumps(settings, indent=1))
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)}
     (folder / "generation_config.json").write_text(json.dumps(ends))
-    header, end = {}, 0
-    for name, shape in expected_shapes(config).items():
-        begin, end = end, end + int(np.prod(shape)) * numpy_dtype(config.dtype).itemsize
-        kind = _SAFETENSORS[config.dtype]
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % 64)
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, values in weights(config, seed):
-            values.tofile(file)
+    entries = [_entry(name, shape, config.dtype, quantization, seed)
+               for name, shape in shapes.items()]  # fmt: skip
+    write_safetensors(folder / "model.safetensors", entries, metadata, lambda entry: None)
+
+
+def _entry(
+    name: str, shape: tuple[int, ...], dtype: str, quantization: str | None, seed: int
+) -> Entry:
+    def read() -> np.ndarray:
+        weight = make_weight(name, shape, dtype, seed)
+        if quantization and is_quantized(name):
+            return ops.quantize(weight, quantization).payload
+        return weight.view(np.uint8).reshape(-1)
+
+    if quantization and is_quantized(name):
+        num_bytes = padded_bytes(quantization, shape)
+        return Entry(name, "U8", (num_bytes,), num_bytes, read)
+    num_bytes = int(np.prod(shape)) * numpy_dtype(dtype).itemsize
+    return Entry(name, SAFETENSORS[dtype], shape, num_bytes, read)
 
 
 def _hf_config(config: ModelConfig) -> dict:
@@ -93,7 +118,8 @@ def write_gguf(path: Path, config: ModelConfig, seed: int = 0) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, values in weights(config, seed):
+    for name, shape in expected_shapes(config).items():
+        values = make_weight(name, shape, config.dtype, seed)
         if name.endswith("q_proj.weight"):
             values = _interleave(values, config.n_heads)
         elif name.endswith("k_proj.weight"):
@@ -136,22 +162,24 @@ def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def main() -> None:
+    """Write one checkpoint."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--layers", type=int, help="the full model's by default")
-    parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=WEIGHTS, default="bfloat16",
+                        help="int8 and int4: of a directory alone")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.model to put into the directory")
     parser.add_argument("--out", type=Path, required=True, help="a directory, or a *.gguf file")
     args = parser.parse_args()
     config = SHAPES[args.shape]
-    config = replace(config, n_layers=args.layers or config.n_layers, dtype=args.dtype)
+    config = replace(config, n_layers=args.layers or config.n_layers)
     if args.out.suffix == ".gguf":
-        write_gguf(args.out, config, args.seed)
+        write_gguf(args.out, replace(config, dtype=args.dtype), args.seed)
         return
-    write_directory(args.out, config, args.seed)
+    write_directory(args.out, config, dtype=args.dtype, seed=args.seed)
     if args.tokenizer:
         shutil.copy(args.tokenizer, args.out / "tokenizer.model")
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from os import PathLike
+import contextlib
+from collections.abc import Callable, Iterator
+from statistics import median
 from time import perf_counter
 from unittest.mock import patch
 
 import numpy as np
 
 from codellama_rt import ops
-from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.bench.noise import fill_caches
+from codellama_rt.checkpoint import Checkpoint
 from codellama_rt.engine import Engine
 from codellama_rt.kv_cache import KVCache, bytes_per_token
 from codellama_rt.model import Llama
 from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.scoring import sequence_logits
 from codellama_rt.traffic import weight_bytes
 
 BLOCK_SIZE = 64
@@ -21,63 +25,83 @@ MAX_STEPS = 256  # decode steps of one request, at most
 
 
 class Runner:
-    """Times steps of the engine: scheduling, the model and greedy sampling together."""
+    """Runs steps of the engine: scheduling, the model and greedy sampling together."""
 
-    def __init__(self, path: str | PathLike[str], max_depth: int, kv_dtype: str = "auto") -> None:
-        """Open a checkpoint and a cache of max_depth + MAX_STEPS tokens, full of noise."""
-        checkpoint = open_checkpoint(path)
+    def __init__(self, checkpoint: Checkpoint, max_depth: int, kv_dtype: str = "auto") -> None:
+        """Take a model and a cache of max_depth + MAX_STEPS tokens, full of noise."""
         self.config = checkpoint.config
         self.kv_dtype = self.config.dtype if kv_dtype == "auto" else kv_dtype
+        projection = checkpoint.weights.layers[0].q_proj.dtype
+        self.weights_dtype = projection if isinstance(projection, str) else projection.name
         self.weight_bytes = weight_bytes(checkpoint.weights)
         max_len = max_depth + MAX_STEPS
         cache = KVCache(
             self.config, num_blocks=-(-max_len // BLOCK_SIZE), block_size=BLOCK_SIZE,
             dtype=self.kv_dtype,
         )  # fmt: skip
-        _fill_with_noise(cache)
+        rng = np.random.default_rng(1)
+        for caches in cache.layers:
+            fill_caches(*caches, rng)
         self.model = _SkippableModel(Llama(self.config, checkpoint.weights))
         self.engine = Engine(
             self.model, cache, max_num_seqs=1, max_model_len=max_len, prefix_caching=False
         )
         self._rng = np.random.default_rng(0)
 
+    @contextlib.contextmanager
+    def at_depth(self, depth: int, steps: int) -> Iterator[None]:
+        """A request after `depth` tokens, of which `steps` decode steps may run within.
+
+        Its prompt is what the pages held before.
+        """
+        if steps + 1 > MAX_STEPS:
+            raise ValueError(f"steps must be under {MAX_STEPS}, got {steps}")
+        params = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
+        self.engine.add_request("bench", self._prompt(depth), params)
+        self.model.is_skipping = True
+        while not self.engine.step():
+            pass
+        self.model.is_skipping = False
+        try:
+            yield
+        finally:
+            self.engine.abort("bench")
+
+    def step(self) -> None:
+        """One decode step."""
+        self.engine.step()
+
     def decode(self, depth: int, steps: int) -> list[float]:
         """Seconds of each of `steps` decode steps after a context of `depth` tokens."""
-        self._start(depth, steps)
-        try:
-            return [self._timed_step() for _ in range(steps)]
-        finally:
-            self.engine.abort("bench")
+        with self.at_depth(depth, steps):
+            return [_seconds(self.step) for _ in range(steps)]
 
-    def decode_and_replay(self, depth: int, steps: int) -> tuple[list[float], list[float]]:
-        """Seconds of decode steps, and of the same kernel calls with nothing of Python between.
+    def python_share(self, depth: int, steps: int) -> float:
+        """The share of a decode step that is neither kernels nor their calls from Python.
 
-        The calls of one step are recorded once. Their replay writes what the step wrote.
+        The calls of one step are recorded, then replayed between steps: pairs, without drift.
         """
-        self._start(depth, steps + 1)
         recorder = _Recorder(ops._core)
-        try:
+        with self.at_depth(depth, steps + 1):
             with patch.object(ops, "_core", recorder):
-                self.engine.step()
-            whole, kernels = [], []
-            for _ in range(steps):
-                whole.append(self._timed_step())
-                started = perf_counter()
-                for call, args in recorder.calls:
-                    call(*args)
-                kernels.append(perf_counter() - started)
-            return whole, kernels
-        finally:
-            self.engine.abort("bench")
+                self.step()
+            pairs = [(_seconds(self.step), _seconds(recorder.replay)) for _ in range(steps)]
+        return median(1 - kernels / whole for whole, kernels in pairs)
+
+    def add_prompt(self, num_tokens: int) -> None:
+        """Submit a prompt for `run_prompt`."""
+        params = SamplingParams(max_tokens=1, ignore_eos=True)
+        self.engine.add_request("bench", self._prompt(num_tokens), params)
+
+    def run_prompt(self) -> None:
+        """From a prompt to its first new token."""
+        while self.engine.has_unfinished():
+            self.engine.step()
 
     def prefill(self, num_tokens: int) -> float:
         """Seconds from a prompt of `num_tokens` tokens to its first new token."""
-        params = SamplingParams(max_tokens=1, ignore_eos=True)
-        self.engine.add_request("bench", self._prompt(num_tokens), params)
-        started = perf_counter()
-        while self.engine.has_unfinished():
-            self.engine.step()
-        return perf_counter() - started
+        self.add_prompt(num_tokens)
+        return _seconds(self.run_prompt)
 
     def decode_bytes(self, depth: int) -> int:
         """Bytes that a decode step at `depth` has to read."""
@@ -93,28 +117,10 @@ class Runner:
 
     def logits(self, token_ids: list[int]) -> np.ndarray:
         """Logits after the last of the tokens, (vocab_size) float32."""
-        from codellama_rt.scoring import sequence_logits
-
         return sequence_logits(self.model.model, token_ids, kv_dtype=self.kv_dtype)[-1]
 
     def _prompt(self, num_tokens: int) -> np.ndarray:
         return self._rng.integers(3, self.config.vocab_size, num_tokens)
-
-    def _start(self, depth: int, steps: int) -> None:
-        """Bring a request to its first decode step; its prompt is what the pages held before."""
-        if steps + 1 > MAX_STEPS:
-            raise ValueError(f"steps must be under {MAX_STEPS}, got {steps}")
-        params = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
-        self.engine.add_request("bench", self._prompt(depth), params)
-        self.model.is_skipping = True
-        while not self.engine.step():
-            pass
-        self.model.is_skipping = False
-
-    def _timed_step(self) -> float:
-        started = perf_counter()
-        self.engine.step()
-        return perf_counter() - started
 
 
 class _SkippableModel:
@@ -144,13 +150,13 @@ class _Recorder:
 
         return record
 
+    def replay(self) -> None:
+        """The same calls with nothing of Python between."""
+        for call, args in self.calls:
+            call(*args)
 
-def _fill_with_noise(cache: KVCache) -> None:
-    """A few pages of noise over and over; kernels take as long for them as for real ones."""
-    rng = np.random.default_rng(1)
-    for keys, values in cache.layers:
-        for pages in (keys, values):
-            noise = rng.standard_normal((min(7, len(pages)), *pages.shape[1:]), np.float32)
-            noise = noise.astype(pages.dtype)
-            for begin in range(0, len(pages), len(noise)):
-                pages[begin : begin + len(noise)] = noise[: len(pages) - begin]
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = perf_counter()
+    work()
+    return perf_counter() - started

@@ -1,0 +1,80 @@
+"""pytest-benchmark as the frame of the rows of `codellama_rt.bench`.
+
+    pytest benchmarks/bench_ops.py --op linear --tokens 1 --benchmark-json=ops.json
+
+The options are those of `codellama-rt bench`; lists are separated by commas. Each benchmark's
+`extra_info` is the row: bytes, FLOPs, limit, share, op, dtype, shape, instruction set, threads.
+"""
+
+import sys
+
+import pytest
+
+from codellama_rt import ops
+from codellama_rt.limits import measure_limits
+
+LISTS = {
+    "--op": ("", "operators; all by default"),
+    "--shape": ("7b", "of bench_ops: models; of the others: one model"),
+    "--dtype": ("bfloat16", "of bench_ops: of weights and cache"),
+    "--isa": ("", "of bench_ops: instruction sets; the best by default"),
+    "--tokens": ("1,16,512", "of bench_ops: of a step"),
+    "--keys": ("2048,16384,100000", "of bench_ops: that attention reads"),
+    "--weights": ("bfloat16", "of the others: of the model"),
+    "--kv-dtype": ("bfloat16", "of the others: of the cache"),
+    "--depth": ("1024,4096,16384", "of the others: of decode steps"),
+    "--prefill": ("", "of the others: tokens of prompts"),
+    "--attention": ("", "of bench_peers: depths of attention alone"),
+    "--peer": ("llama.cpp", "of bench_peers: llama.cpp, transformers, ctranslate2"),
+}
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("codellama-rt benchmarks")
+    for name, (default, text) in LISTS.items():
+        group.addoption(name, default=default, help=f"{text} (separated by commas)")
+    group.addoption("--seconds", type=float, default=0.5, help="of bench_ops: spent on each row")
+    group.addoption("--layers", type=int, default=4, help="of the model")
+    group.addoption("--steps", type=int, default=32, help="decode steps a row")
+    group.addoption("--rounds", type=int, default=5, help="prompts a row, turns of a pair")
+    group.addoption("--threads", type=int, help="of each operator")
+    group.addoption("--peer-python", default=sys.executable, help="interpreter that has the peers")
+
+
+def pytest_configure(config):
+    threads = config.getoption("--threads")
+    if threads is not None:
+        ops.set_num_threads(threads)
+
+
+def names(config, option):
+    """The words of a list."""
+    return [name for name in config.getoption(option).split(",") if name]
+
+
+def numbers(config, option):
+    """The numbers of a list."""
+    return [int(name) for name in names(config, option)]
+
+
+@pytest.fixture(scope="session")
+def limits(request):
+    """What the machine gives; the first line of a run."""
+    found = measure_limits()
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print(f"\n{found.describe()}")
+    return found
+
+
+@pytest.fixture
+def watch(benchmark):
+    """A `Stopwatch` that is pytest-benchmark's pedantic mode."""
+
+    def time(work, setup, rounds):
+        if benchmark.disabled:
+            pytest.skip("benchmarks are disabled")
+        benchmark.pedantic(work, setup=setup, rounds=rounds)
+        return benchmark.stats.stats.data
+
+    return time

@@ -1,0 +1,58 @@
+"""Measures what README.md and docs/ show, one command after another, and makes the report.
+
+    python benchmarks/run_all.py --peer-python PYTHON [--out docs] [--quick]
+
+About ten minutes. Without --peer-python the pairs are left out.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+OPS = (
+    "ops --shape 7b --dtype bfloat16,int8,int4 --tokens 1,512 --keys 512,16384 --seconds 0.3",
+    "ops --shape 34b --dtype bfloat16,int8,int4 --op paged_attention --tokens 1 --keys 100000",
+)
+GENERATE = (
+    "generate --layers 4 --weights bfloat16,int8 --depth 1024,4096,16384 --steps 12",
+    "generate --layers 4 --weights int4 --kv-dtype int8,int4 --depth 1024,4096,16384,32768,100000 "
+    "--steps 12",
+)
+PEERS = (
+    "peers --peer llama.cpp --weights bfloat16 --depth 512,4096,16384 --rounds 4 --steps 4",
+    "peers --peer ctranslate2 --weights int8 --prefill 512 --rounds 4",
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--peer-python", metavar="PYTHON", help="interpreter that has the peers")
+    parser.add_argument("--out", type=Path, default=Path("docs"), metavar="FOLDER")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")
+    args = parser.parse_args()
+    commands = [*OPS, *GENERATE]
+    if args.peer_python:
+        commands += [f"{command} --peer-python {args.peer_python}" for command in PEERS]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(Path(folder) / f"{i}.json") for i in range(len(commands))]
+        for command, file in zip(commands, files, strict=True):
+            quick = " --quick" if args.quick else ""
+            print(f"codellama-rt bench {command}{quick}", flush=True)
+            words = shlex.split(f"{command}{quick} --json {file}")
+            run([sys.executable, "-m", "codellama_rt.cli", "bench", *words])
+        report = Path(__file__).with_name("report.py")
+        run([sys.executable, str(report), *files, "--out", str(args.out)])
+
+
+def run(words):
+    if subprocess.run(words).returncode:
+        sys.exit(f"run_all.py: {shlex.join(words)} failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Timings, the rows they become, and the files those are written to."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from codellama_rt import __version__
+
+Row = dict[str, Any]
+# Seconds of each of `rounds` runs of `work`; `setup` runs before each and is not timed.
+Stopwatch = Callable[[Callable[[], object], Callable[[], object], int], list[float]]
+
+
+class Timing:
+    """Seconds of repeated runs of the same work."""
+
+    def __init__(self, seconds: Sequence[float]) -> None:
+        """Take the seconds of each run."""
+        self.seconds = list(seconds)
+        tenths = quantiles(seconds, n=10, method="inclusive") if len(self.seconds) > 1 else None
+        self.low, self.high = (tenths[0], tenths[-1]) if tenths else 2 * self.seconds
+
+    @property
+    def best(self) -> float:
+        """What the machine can do: others only ever make a run longer."""
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        """What one gets."""
+        return median(self.seconds)
+
+    def text(self) -> str:
+        """Median (10th to 90th percentile), best."""
+        scale, unit = (1e6, "us") if self.median < 1e-3 else (1e3, "ms")
+        low, middle, high, best = (
+            f"{scale * x:.4g}" for x in (self.low, self.median, self.high, self.best)
+        )
+        return f"{middle} ({low}-{high}), best {best} {unit}"
+
+    def record(self) -> dict[str, float]:
+        """For a row."""
+        return {
+            "median_us": 1e6 * self.median, "p10_us": 1e6 * self.low, "p90_us": 1e6 * self.high,
+            "best_us": 1e6 * self.best, "runs": len(self.seconds),
+        }  # fmt: skip
+
+
+def stopwatch(work: Callable[[], object], setup: Callable[[], object], rounds: int) -> list[float]:
+    """The plain `Stopwatch`; the files of `benchmarks/` use pytest-benchmark's instead."""
+    seconds = []
+    for _ in range(rounds):
+        setup()
+        started = perf_counter()
+        work()
+        seconds.append(perf_counter() - started)
+    return seconds
+
+
+def save(path: Path, what: str, rows: Sequence[Row]) -> None:
+    """Write rows as JSON, with what they were measured on and by."""
+    record = {
+        "bench": what, "command": _command(sys.argv[1:]), "version": __version__,
+        "machine": platform.machine(), "python": platform.python_version(),
+        "numpy": np.__version__, "rows": list(rows),
+    }  # fmt: skip
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _command(words: Sequence[str]) -> str:
+    """What was typed, without the names of files and interpreters, which are the machine's own."""
+    text = re.sub(r" --json[ =]\S+", "", shlex.join(["codellama-rt", *words]))
+    return re.sub(r"--peer-python[ =]\S+", "--peer-python PYTHON", text)

@@ -1,0 +1,24 @@
+"""The loop of every peer: orders on stdin, answers on stdout, a line of JSON each."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+
+def serve(peer: object) -> None:
+    """Run {"do": method, ...arguments} after another; what raises is answered as an error.
+
+    Whatever a library prints goes to stderr, so that it cannot stand between the answers.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            answer = getattr(peer, order.pop("do"))(**order)
+        except Exception as error:  # any fault of the peer is for the other side to tell
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()

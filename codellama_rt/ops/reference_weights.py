@@ -1,0 +1,193 @@
+"""Quantised weights in NumPy: what `quantize` writes, and what the bytes of each format stand for.
+
+Layouts are described in `quantized`; GGUF's blocks follow ggml's quantisation formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codellama_rt.ops.quantized import WEIGHT_GROUP, WEIGHT_TILE, Quantized
+
+Array = NDArray
+
+
+def quantize(weight: Array, dtype: str) -> Quantized:
+    """`weight` (out_features, in_features) in int8 or int4: the bytes that kernels write."""
+    rows, k = weight.shape
+    padded = np.zeros((-(-rows // WEIGHT_TILE) * WEIGHT_TILE, -(-k // WEIGHT_GROUP), WEIGHT_GROUP),
+                      np.float32)  # fmt: skip
+    padded.reshape(len(padded), -1)[:rows, :k] = weight
+    with np.errstate(all="ignore"):
+        values, *scales = (_to_int8 if dtype == "int8" else _to_int4)(padded)
+    tiles, groups = len(padded) // WEIGHT_TILE, padded.shape[1]
+    # (tile, row, group, quad, element) -> (tile, group, quad, row, element)
+    values = values.reshape(tiles, WEIGHT_TILE, groups, 8, 4).transpose(0, 2, 3, 1, 4)
+    if dtype == "int4":
+        values = values[:, :, :4] | values[:, :, 4:] << 4
+    parts = [values.reshape(tiles, groups, -1)]
+    for scale in scales[:1] if dtype == "int8" else scales[:2]:
+        by_group = scale.reshape(tiles, WEIGHT_TILE, groups).transpose(0, 2, 1)
+        parts.append(np.ascontiguousarray(by_group).view(np.uint8))
+    payload = np.concatenate(parts, axis=-1).reshape(tiles, -1)
+    if dtype == "int4":
+        units = [
+            np.ascontiguousarray(unit.reshape(tiles, -1)).view(np.uint8) for unit in scales[2:]
+        ]
+        payload = np.concatenate([*units, payload], axis=-1)
+    return Quantized(payload.reshape(-1), dtype, (rows, k))
+
+
+def _inverse(scale: Array) -> Array:
+    """1 / scale; 0 where that would overflow, and of NaN."""
+    usable = np.abs(scale) >= np.float32(2**-120)
+    return np.where(usable, np.float32(1) / np.where(usable, scale, np.float32(1)), np.float32(0))
+
+
+def _rounded(x: Array, low: int, high: int) -> Array:
+    """To nearest even, in [low, high]; NaN becomes low."""
+    return np.where(np.isnan(x), np.float32(low), np.clip(np.rint(x), low, high))
+
+
+def _to_int8(groups: Array) -> tuple[Array, Array]:
+    """Values plus 128, and the upper halves of their scales: bfloat16."""
+    import ml_dtypes
+
+    largest = np.fmax.reduce(np.abs(groups), axis=-1)
+    unit, best = _inverse(largest), np.full(largest.shape, np.inf, np.float32)
+    scale = np.zeros_like(best)
+    for trial in range(13):
+        tried = (largest / np.float32(124 + trial / 2)).astype(ml_dtypes.bfloat16)
+        tried = tried.astype(np.float32)
+        squares = np.zeros_like(best)
+        for w in np.moveaxis(groups, -1, 0):  # in the kernels' order
+            error = (w - _rounded(w * _inverse(tried), -127, 127) * tried) * unit
+            squares = squares + error * error
+        better = squares < best
+        best, scale = np.where(better, squares, best), np.where(better, tried, scale)
+    scale = np.where(np.isfinite(groups).all(axis=-1), scale, np.float32(np.nan))
+    values = _rounded(groups * _inverse(scale)[..., None], -127, 127).astype(np.int32) + 128
+    return values.astype(np.uint8), scale.astype(ml_dtypes.bfloat16)
+
+
+def _to_int4(groups: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Values, codes of scales and of minima, and a row's units of both."""
+    low, high = groups.min(axis=-1), groups.max(axis=-1)
+    low, high = np.fmin(low, np.float32(0)), np.fmax(high, np.float32(0))
+    step, depth = high / np.float32(15) - low / np.float32(15), -low
+    finite = np.isfinite(groups).all(axis=(1, 2))
+    units = [
+        np.where(finite, part.max(axis=1), np.nan).astype(np.float32) / np.float32(255)
+        for part in (step, depth)
+    ]
+    steps, depths = (
+        _rounded(part * _inverse(unit)[:, None], 0, 255)
+        for part, unit in zip((step, depth), units, strict=True)
+    )
+    factor = _inverse(steps.astype(np.float32) * units[0][:, None])[..., None]
+    minimum = (depths.astype(np.float32) * units[1][:, None])[..., None]
+    values = _rounded((groups + minimum) * factor, 0, 15)
+    codes = (part.astype(np.uint8) for part in (values, steps, depths))
+    return (*codes, units[0], np.float32(0) - units[1])
+
+
+def dequantize(weight: Quantized) -> Array:
+    """The float64 (out_features, in_features) that `weight` stands for."""
+    rows, k = weight.shape
+    payload = np.asarray(weight.payload).reshape(-1)
+    if weight.dtype in _BLOCKS:
+        num_bytes, unpack = _BLOCKS[weight.dtype]
+        return unpack(payload.reshape(-1, num_bytes)).reshape(rows, k)
+    tiles, groups = -(-rows // WEIGHT_TILE), -(-k // WEIGHT_GROUP)
+    payload = payload.reshape(tiles, -1)
+    values, scales, minima = (_from_int8 if weight.dtype == "int8" else _from_int4)(payload, groups)
+    values = values.transpose(0, 3, 1, 2, 4).reshape(tiles, WEIGHT_TILE, groups, WEIGHT_GROUP)
+    scales, minima = (part.transpose(0, 2, 1)[..., None] for part in (scales, minima))
+    return (values * scales + minima).reshape(tiles * WEIGHT_TILE, -1)[:rows, :k]
+
+
+def _from_int8(payload: Array, groups: int) -> tuple[Array, Array, Array]:
+    import ml_dtypes
+
+    payload = payload.reshape(len(payload), groups, -1)
+    values = payload[..., :512].reshape(*payload.shape[:2], 8, WEIGHT_TILE, 4).astype(float) - 128
+    scales = np.ascontiguousarray(payload[..., 512:]).view(ml_dtypes.bfloat16).astype(float)
+    return values, scales, np.zeros_like(scales)
+
+
+def _from_int4(payload: Array, groups: int) -> tuple[Array, Array, Array]:
+    units = np.ascontiguousarray(payload[:, :128]).view(np.float32).reshape(-1, 1, 2, WEIGHT_TILE)
+    payload = payload[:, 128:].reshape(len(payload), groups, -1)
+    nibbles = payload[..., :256].reshape(*payload.shape[:2], 4, WEIGHT_TILE, 4)
+    codes = payload[..., 256:].reshape(*payload.shape[:2], 2, WEIGHT_TILE)
+    scaled = (codes.astype(np.float32) * units).astype(float)
+    values = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).astype(float)
+    return values, scaled[:, :, 0], scaled[:, :, 1]
+
+
+# ---- GGUF's blocks: (num_blocks, bytes) -> (num_blocks, elements) ----------------------------
+
+
+def _half(blocks: Array, offset: int) -> Array:
+    """The float16 at a byte, as a column."""
+    return np.ascontiguousarray(blocks[:, offset : offset + 2]).view(np.float16).astype(np.float64)
+
+
+def _nibbles(packed: Array) -> Array:
+    return np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.float64)
+
+
+def _q4_0(blocks: Array) -> Array:
+    return _half(blocks, 0) * (_nibbles(blocks[:, 2:]) - 8)
+
+
+def _q4_1(blocks: Array) -> Array:
+    return _half(blocks, 0) * _nibbles(blocks[:, 4:]) + _half(blocks, 2)
+
+
+def _q8_0(blocks: Array) -> Array:
+    return _half(blocks, 0) * blocks[:, 2:].view(np.int8)
+
+
+def _q4_k(blocks: Array) -> Array:
+    first, second, third = np.split(blocks[:, 4:16], 3, axis=1)
+    scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=1)
+    minima = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=1)
+    values = _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    values = (_half(blocks, 0) * scales)[..., None] * values
+    return values - (_half(blocks, 2) * minima)[..., None]
+
+
+def _q6_k(blocks: Array) -> Array:
+    low = blocks[:, :128].reshape(-1, 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None] & 15
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    values = (low.reshape(-1, 2, 4, 32) | high << 4).reshape(-1, 16, 16).astype(np.float64) - 32
+    scales = _half(blocks, 208) * blocks[:, 192:208].view(np.int8)
+    return scales[..., None] * values
+
+
+_BLOCKS: dict[str, tuple[int, Callable[[Array], Array]]] = {
+    "q4_0": (18, _q4_0), "q4_1": (20, _q4_1), "q8_0": (34, _q8_0), "q4_k": (144, _q4_k),
+    "q6_k": (210, _q6_k),
+}  # fmt: skip
+
+
+def rounded_to_int8(x: Array) -> Array:
+    """`x` (num_tokens, in_features) as `linear` takes it over a quantised weight: in float64.
+
+    Groups of 32 share a scale, max|x| / 127 in float32. One that holds a NaN or an infinity is NaN.
+    """
+    num_tokens, k = x.shape
+    padded = np.zeros((num_tokens, -(-k // WEIGHT_GROUP), WEIGHT_GROUP), np.float32)
+    padded.reshape(num_tokens, -1)[:, :k] = x
+    with np.errstate(all="ignore"):
+        largest = np.abs(padded).max(axis=-1, keepdims=True)
+        usable = largest >= np.float32(2**-100)
+        factor = np.float32(127) / np.where(usable, largest, np.float32(1))
+        values = np.where(usable, np.rint(padded * factor), 0).astype(np.float64)
+        scale = np.where(usable, largest / np.float32(127), 0).astype(np.float64)
+    rounded = np.where(np.isfinite(padded).all(axis=-1, keepdims=True), values * scale, np.nan)
+    return rounded.reshape(num_tokens, -1)[:, :k]

@@ -1,0 +1,70 @@
+"""Which tensors of a model are quantised, and from what: the projections and the head.
+
+Every step reads those whole. Of the embedding it reads a row a token, and norms are vectors: both
+stay floats. A head that is tied to the embedding becomes a quantised copy of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from codellama_rt import ops
+from codellama_rt.checkpoint.finiteness import first_non_finite
+from codellama_rt.checkpoint.stored_tensor import StoredTensor
+from codellama_rt.errors import CheckpointError
+from codellama_rt.ops.quantized import OWN_WEIGHT_DTYPES, Quantized
+
+QUANTIZATIONS = OWN_WEIGHT_DTYPES
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def check_quantization(quantization: str | None) -> None:
+    """Refuse what is neither None nor one of `QUANTIZATIONS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ValueError(
+            f"quantization must be None or one of {', '.join(QUANTIZATIONS)}, got {quantization!r}"
+        )
+
+
+def is_quantized(name: str) -> bool:
+    """Whether quantising a model quantises the tensor of this name in Hugging Face's layout.
+
+    Example:
+        >>> is_quantized("model.layers.0.mlp.up_proj.weight")
+        True
+    """
+    return name == _HEAD or name.endswith("_proj.weight")
+
+
+def sources(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """What each tensor of the quantised model is made from: a tied head from the embedding."""
+    return {**tensors, _HEAD: tensors.get(_HEAD, tensors[_EMBEDDING])}
+
+
+def quantize_tensor(tensor: StoredTensor, dtype: str) -> Quantized:
+    """Reads one tensor and quantises it; its pages of the file are then let go.
+
+    Args:
+        tensor: (out_features, in_features), floats or one of GGUF's formats.
+        dtype: one of `QUANTIZATIONS`.
+
+    Raises:
+        CheckpointError: a value is not finite; it would take its whole group with it.
+    """
+    weight = tensor.view() if tensor.is_float else tensor.decode(0, tensor.shape[0])
+    bad = first_non_finite(weight)
+    if bad is not None:
+        place = [int(i) for i in np.unravel_index(bad, weight.shape)]
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name!r}: expected finite values to quantise, found "
+            f"{float(weight[tuple(place)])} at {place}"
+        )
+    quantized = ops.quantize(weight, dtype)
+    tensor.release()
+    return quantized

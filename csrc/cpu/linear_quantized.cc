@@ -1,0 +1,291 @@
+// linear over quantised weights: out[t, n] = sum over k of x[t, k] * weight[n, k]
+// Shapes   x (num_tokens, k), weights (n[i], k) in one format, out (num_tokens, sum(n))
+// Traffic  the weights' bytes once for every kMaxTokens tokens
+// Limit    memory read to about 16 tokens, then VPDPBUSD
+// Tiling   activations are quantised once, in panels of kHeight tokens. A task takes blocks of
+//          tiles of 16 rows, and of a block chunks of groups along k: few enough to stay in cache
+//          until all tokens have read them. GGUF's blocks are unpacked into such a chunk, own
+//          formats lie in their order already. kHeight tokens by kWidth vectors of rows are
+//          multiplied at a time; a lane is a row, so nothing is ever summed across lanes
+// Numerics x is quantised per token and group of 32 along k: scale = max|x| / 127 in float32,
+//          value = x * (127 / max) rounded to nearest even. A group's dot product is an exact
+//          integer; then, in ascending order of the groups, for each of its scales,
+//            sum = fma(float(dot), x_scale * weight_scale, sum)
+//          and, in formats that have one, sum = fma(minimum, x_scale * sum(values), sum).
+//          No choice of tile, chunk, task or instruction set touches that (but where there is no
+//          fma it rounds twice). A NaN or an infinity in x makes its token's results NaN
+#include "linear_quantized.h"
+
+#include "weight_formats.h"
+
+namespace codellama_rt {
+namespace CLRT_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kHeight = 6;  // 12 integer and 12 float sums, 2 weights and 1 activation in 32
+constexpr int kWidth = 2;
+#else
+constexpr int kHeight = 2;
+constexpr int kWidth = 2;
+#endif
+constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, not the result
+constexpr int64_t kFewTokens = 3 * kHeight;
+constexpr int64_t kBlockTiles = 4;  // with many tokens: 64 rows
+constexpr int64_t kFewTiles = 2;
+constexpr int64_t kChunkGroups = 48;       // 32 rows of them: 52 KB; 32 and 64 were 2 to 5 % slower
+constexpr int64_t kFewGroups = 16;         // 32 rows of them: 17 KB of L1
+constexpr int64_t kTaskBytes = 128 << 10;  // see linear.cc
+constexpr int64_t kTasks = 32;
+constexpr int64_t kPrefetchBytes = 2048;
+
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- activations: panels (group, token) ----------------------------------------------------
+
+template <typename X>
+void pack_tokens(const LinearParams& p, int64_t t, int64_t height, int bias, bool halves,
+                 TokenGroup* panel) {
+  const int64_t groups = num_groups(p.k);
+  for (int64_t i = 0; i < height; ++i) {
+    const X* x = static_cast<const X*>(p.x) + (t + i) * p.x_stride;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t k = g * kWeightGroup;
+      quantize_group(x + k, smaller(kWeightGroup, p.k - k), bias, halves, panel[g * height + i]);
+    }
+  }
+}
+
+template <typename Layout>
+void pack_panel(const LinearParams& p, int64_t t, int64_t height, TokenGroup* panel) {
+  with_type(p.x_dtype, [&](auto x) {
+    pack_tokens<decltype(x)>(p, t, height, Layout::kBias, Layout::kHalves == 2, panel);
+  });
+}
+
+// Few tokens are packed by the caller: handing out would take longer.
+template <typename Layout>
+void pack_all(const LinearParams& p, TokenGroup* x) {
+  const int64_t groups = num_groups(p.k), panels = ceil_div(p.num_tokens, kHeight);
+  const auto pack = [&](int64_t i) {
+    const int64_t t = i * kHeight;
+    pack_panel<Layout>(p, t, smaller(kHeight, p.num_tokens - t), x + t * groups);
+  };
+  if (p.num_tokens > kFewTokens) return for_each_task(panels, pack);
+  for (int64_t i = 0; i < panels; ++i) pack(i);
+}
+
+// ---- the inner loop ------------------------------------------------------------------------
+
+// One vector of rows: a part of a tile's groups.
+struct RowVector {
+  const uint8_t *head, *groups;
+  int part;
+};
+
+// totals[t][j] += the products of `groups` groups; tokens kTokens apart in x, rows of totals
+// `stride` apart.
+template <typename Layout, int kTokens, int kVectors>
+__attribute__((noinline)) void multiply_groups(const TokenGroup* x, const RowVector* rows,
+                                               int64_t groups, float* totals, int64_t stride) {
+  constexpr int kHalfQuads = kQuads / Layout::kHalves;
+  const uint8_t* group[kVectors];
+  int part[kVectors];
+  Vec sums[kTokens][kVectors];
+  for (int j = 0; j < kVectors; ++j) {
+    group[j] = rows[j].groups;
+    part[j] = kParts == 1 ? 0 : rows[j].part;
+    for (int t = 0; t < kTokens; ++t) sums[t][j] = load(totals + t * stride + j * kLanes);
+  }
+  for (; groups > 0; --groups, x += kTokens) {
+#pragma GCC unroll 2
+    for (int half = 0; half < Layout::kHalves; ++half) {
+      Ints dots[kTokens][kVectors];
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) dots[t][j] = splat_int(x[t].start[half]);
+      }
+#pragma GCC unroll 8
+      for (int q = half * kHalfQuads; q < (half + 1) * kHalfQuads; ++q) {
+        Bytes w[kVectors];
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) w[j] = Layout::values(group[j], q, part[j]);
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+          const Quad quad = load_quad(x[t].values + 4 * q);
+#pragma GCC unroll 2
+          for (int j = 0; j < kVectors; ++j) dots[t][j] = dot(w[j], quad, dots[t][j]);
+        }
+      }
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec scales = Layout::scales(rows[j].head, group[j], half, part[j]);
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+          sums[t][j] = fma(to_vec(dots[t][j]), splat(x[t].scale) * scales, sums[t][j]);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) {
+      if (Layout::kHasMinimum) {
+        const Vec minima = Layout::minima(rows[j].head, group[j], part[j]);
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+          sums[t][j] = fma(minima, splat(x[t].scaled_sum), sums[t][j]);
+        }
+      }
+      __builtin_prefetch(group[j] + kPrefetchBytes);
+      group[j] += Layout::kBytes;
+    }
+  }
+  for (int j = 0; j < kVectors; ++j) {
+    for (int t = 0; t < kTokens; ++t) store(totals + t * stride + j * kLanes, sums[t][j]);
+  }
+}
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+template <int kMost, typename F>
+inline void with_count(int64_t count, const F& f) {
+  if (count == kMost) {
+    f(Count<kMost>{});
+  } else if constexpr (kMost > 1) {
+    with_count<kMost - 1>(count, f);
+  }
+}
+
+// ---- tiles and where they lie --------------------------------------------------------------
+
+struct PlacedTile : Tile {
+  int64_t column;  // of out
+};
+
+inline PlacedTile find_tile(const LinearParams& p, int64_t tile) {
+  int64_t column = 0, i = 0;
+  for (int64_t tiles; tile >= (tiles = ceil_div(p.n[i], kWeightTile)); tile -= tiles) {
+    column += p.n[i++];
+  }
+  const int64_t row = tile * kWeightTile;
+  return {{static_cast<const uint8_t*>(p.weights[i]), row, smaller(kWeightTile, p.n[i] - row)},
+          column + row};
+}
+
+inline void put_tile(const LinearParams& p, const PlacedTile& tile, const float* totals,
+                     int64_t stride) {
+  with_type(p.out_dtype, [&](auto out_type) {
+    using T = decltype(out_type);
+    for (int64_t t = 0; t < p.num_tokens; ++t) {
+      T* out = static_cast<T*>(p.out) + t * p.out_stride + tile.column;
+      convert(totals + t * stride, out, tile.num_rows);
+    }
+  });
+}
+
+// ---- blocks of tiles -----------------------------------------------------------------------
+
+struct Cut {
+  int64_t tiles, groups;  // of a block, of a chunk
+};
+
+// All tokens by one chunk of a block's tiles: a few vectors of rows stay in L1, the tokens pass.
+template <typename Layout>
+void multiply_chunk(const LinearParams& p, const TokenGroup* x, int64_t g, int64_t count,
+                    const RowVector* rows, int64_t num_vectors, float* totals, int64_t stride) {
+  const int64_t groups = num_groups(p.k);
+  for (int64_t j = 0; j < num_vectors; j += kWidth) {
+    with_count<kWidth>(smaller(kWidth, num_vectors - j), [&](auto vectors) {
+      for (int64_t t = 0; t < p.num_tokens; t += kHeight) {
+        const int64_t height = smaller(kHeight, p.num_tokens - t);
+        const TokenGroup* panel = x + t * groups + g * height;
+        with_count<kHeight>(height, [&](auto tokens) {
+          multiply_groups<Layout, tokens.value, vectors.value>(
+              panel, rows + j, count, totals + t * stride + j * kLanes, stride);
+        });
+      }
+    });
+  }
+}
+
+// Tiles [first, end).
+template <typename Format>
+void multiply_tiles(const LinearParams& p, const Cut& cut, const TokenGroup* x, int64_t first,
+                    int64_t end) {
+  using Layout = typename Format::Layout;
+  const int64_t groups = num_groups(p.k), stride = cut.tiles * kWeightTile;
+  const int64_t totals_bytes = p.num_tokens * stride * sizeof(float);
+  const int64_t chunk_bytes = Format::kInPlace ? 0 : cut.groups * Layout::kBytes;
+  char* memory =
+      static_cast<char*>(scratch(Scratch::kTask, totals_bytes + cut.tiles * chunk_bytes));
+  float* totals = reinterpret_cast<float*>(memory + cut.tiles * chunk_bytes);
+  for (; first < end; first += cut.tiles) {
+    const int64_t count = smaller(cut.tiles, end - first);
+    PlacedTile tiles[kBlockTiles];
+    RowVector rows[kBlockTiles * kParts];
+    for (int64_t i = 0; i < count; ++i) tiles[i] = find_tile(p, first + i);
+    std::memset(totals, 0, totals_bytes);
+    for (int64_t g = 0; g < groups; g += cut.groups) {
+      const int64_t length = smaller(cut.groups, groups - g);
+      for (int64_t i = 0; i < count; ++i) {
+        uint8_t* to = reinterpret_cast<uint8_t*>(memory) + i * chunk_bytes;
+        const uint8_t* at = groups_of<Format>(tiles[i], p.k, g, length, to);
+        const uint8_t* head = head_of<Format>(tiles[i], p.k);
+        for (int part = 0; part < kParts; ++part) rows[i * kParts + part] = {head, at, part};
+      }
+      multiply_chunk<Layout>(p, x, g, length, rows, count * kParts, totals, stride);
+    }
+    for (int64_t i = 0; i < count; ++i) put_tile(p, tiles[i], totals + i * kWeightTile, stride);
+  }
+}
+
+// One tile when one panel of tokens reads it once; else blocks that stay in cache. A chunk is whole
+// blocks of any format.
+template <typename Format>
+Cut cut_for(const LinearParams& p) {
+  if (p.num_tokens > kFewTokens) return {kBlockTiles, kChunkGroups};
+  if (p.num_tokens <= kHeight) return {1, Format::kInPlace ? num_groups(p.k) : kFewGroups};
+  return {kFewTiles, kFewGroups};
+}
+
+template <typename Format>
+void multiply(const LinearParams& p) {
+  using Layout = typename Format::Layout;
+  const int64_t groups = num_groups(p.k);
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < p.num_weights; ++i) tiles += ceil_div(p.n[i], kWeightTile);
+  if (tiles == 0) return;
+  const int64_t x_bytes = p.num_tokens * groups * sizeof(TokenGroup);
+  TokenGroup* x = static_cast<TokenGroup*>(scratch(Scratch::kCaller, x_bytes));
+  pack_all<Layout>(p, x);
+  const Cut cut = cut_for<Format>(p);
+  int64_t task_tiles = kBlockTiles * larger(1, tiles / (kBlockTiles * kTasks));
+  if (p.num_tokens <= kFewTokens) {  // an even number of equal tasks, or one
+    const int64_t pairs = tiles * groups * Layout::kBytes / (2 * kTaskBytes);
+    task_tiles = ceil_div(tiles, cut.tiles * larger(1, 2 * pairs)) * cut.tiles;
+  }
+  for_each_task(ceil_div(tiles, task_tiles), [&](int64_t task) {
+    const int64_t first = task * task_tiles;
+    multiply_tiles<Format>(p, cut, x, first, smaller(tiles, first + task_tiles));
+  });
+}
+
+}  // namespace
+
+void linear_quantized(const LinearParams& params) {
+  const int64_t parts = ceil_div(params.num_tokens, kMaxTokens);
+  if (parts == 0) return;
+  const int64_t tokens = ceil_div(ceil_div(params.num_tokens, parts), kHeight) * kHeight;
+  for (int64_t t = 0; t < params.num_tokens; t += tokens) {
+    LinearParams p = params;
+    p.num_tokens = smaller(tokens, params.num_tokens - t);
+    p.x = static_cast<const char*>(p.x) + t * p.x_stride * item_size(p.x_dtype);
+    p.out = static_cast<char*>(p.out) + t * p.out_stride * item_size(p.out_dtype);
+    with_format(p.weight_dtype, [&](auto format) { multiply<decltype(format)>(p); });
+  }
+}
+
+}  // namespace CLRT_ISA
+}  // namespace codellama_rt
