@@ -59,6 +59,13 @@ HUNGRY = {
     "{% set n.x = n.x ~ n.x %}{% endfor %}",
     "doubling by join": "{% set n = namespace(x='aa') %}{% for i in range(60) %}"
     "{% set n.x = [n.x, n.x]|join %}{% endfor %}",
+    "doubling by a method": "{% set n = namespace(x='aa') %}{% for i in range(60) %}"
+    "{% set n.x = ''.join([n.x, n.x]) %}{% endfor %}",
+    "doubling by sum": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}"
+    "{% set n.x = [n.x, n.x]|sum(start=[]) %}{% endfor %}",
+    "doubling by JSON": "{% set n = namespace(x='aa') %}{% for i in range(60) %}"
+    "{% set n.x = n.x|tojson %}{% endfor %}",
+    "join of a generator": "{{ ('b' * 10000000).join(range(99999)|map('string')) }}",
     "nested lists": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}"
     "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
     "nested JSON": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}"

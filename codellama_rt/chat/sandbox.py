@@ -21,7 +21,7 @@ MAX_LINES = 1_000_000  # lines of the compiled template that may run: about two 
 _FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int", "items",
     "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse",
-    "round", "safe", "select", "selectattr", "sort", "sum", "title", "trim", "unique", "upper",
+    "round", "safe", "select", "selectattr", "sort", "title", "trim", "unique", "upper",
 )  # fmt: skip
 # Methods that make a long text of a short one by a number, or format with fields of their own.
 _WIDENING = {"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate"}
@@ -147,8 +147,11 @@ def _check_growth(name: str, text: Any, arguments: tuple[Any, ...]) -> None:
         return
     if name == "replace" and len(arguments) >= 2:
         _check_replacement(text, *arguments[:2])
-    elif name == "join" and arguments and hasattr(arguments[0], "__len__"):
-        _check_length(len(arguments[0]) * (1 + len(text)))
+    elif name == "join" and arguments:
+        if not isinstance(arguments[0], (list, tuple, str)):
+            raise ChatTemplateError("chat template: join takes a list")
+        parts = [len(part) for part in arguments[0] if isinstance(part, str)]
+        _check_length(sum(parts) + len(parts) * len(text))
 
 
 def _check_replacement(text: str, old: Any, new: Any) -> None:
@@ -172,7 +175,9 @@ def _text(value: Any) -> str:
             open_values += item.values()
         elif isinstance(item, (list, tuple, set)):
             open_values += item
-    return str(value)
+    text = str(value)
+    _check_length(len(text))
+    return text
 
 
 def _printed(value: Any) -> Any:
