@@ -30,10 +30,11 @@ def llm(folder):
 
 @pytest.fixture
 def chat(capsys, monkeypatch, folder):
-    """Run `codellama-rt chat` in this process: (exit code, stdout, stderr)."""
+    """Run `codellama-rt chat` in this process: (exit code, stdout, stderr); None: a terminal."""
 
     def run(stdin, *args):
-        stream = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+        stream = io.TextIOWrapper(io.BytesIO((stdin or "").encode()))
+        monkeypatch.setattr(stream, "isatty", lambda: stdin is None)
         monkeypatch.setattr(sys, "stdin", stream)
         with pytest.raises(SystemExit) as ended:
             cli.app(["chat", str(folder), *OPTIONS, *map(str, args)], prog_name="codellama-rt")
@@ -220,3 +221,23 @@ def test_ctrl_c_ends_a_session_without_a_terminal(chat, monkeypatch):
 
     monkeypatch.setattr(ChatSession, "answer", interrupted)
     assert chat("add")[0] == 130
+
+
+def test_a_terminal_is_asked_line_by_line(chat, llm, monkeypatch):
+    asked = []
+    lines = iter(["add", '"""', "two", "lines", '"""', "/show"])
+
+    def ask(prompt=""):
+        asked.append(prompt)
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    first, second = answers(llm, "add", "two\nlines")
+    code, out, err = chat(None)
+    assert (code, out) == (0, f"{first}\n{second}\n")
+    assert "Ctrl-D ends" in err
+    assert "[user] two\nlines" in err
+    assert len(asked) == 7
