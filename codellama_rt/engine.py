@@ -196,7 +196,7 @@ class Engine:
         """A prompt as a sequence whose last token's logits are wanted."""
         salt = self._cache_salt(prompt_len := len(token_ids))
         if adapter is not None:  # its keys and values are not those of the model alone
-            check_adapter(adapter, self.model.config)
+            check_adapter(adapter, self.model)
             number = self._adapter_numbers.setdefault(adapter, len(self._adapter_numbers) + 1)
             salt += number << 32
         return Sequence(token_ids, prompt_len, order, prompt_len - 1, salt, adapter)

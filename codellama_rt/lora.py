@@ -125,17 +125,23 @@ def load_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraAdapt
     return LoraAdapter(path, layers, widths)
 
 
-def check_adapter(adapter: object, config: ModelConfig) -> None:
+def check_adapter(adapter: object, model: Any) -> None:
     """Refuses what is no adapter for a model.
 
     Raises:
         TypeError: no LoraAdapter.
-        ValueError: one for a model of another shape.
+        ValueError: one for a model of another shape, or a device that applies none.
     """
     if not isinstance(adapter, LoraAdapter):
         raise TypeError(
             f"adapter must be a LoraAdapter from load_adapter, got {type(adapter).__name__}"
         )
+    if not getattr(model, "applies_adapters", False):
+        raise ValueError(
+            "adapters of single requests are applied on the CPU; on another device merge one with "
+            "LLM(adapter=...)"
+        )
+    config = model.config
     if len(adapter.layers) != config.n_layers or adapter.widths != projection_widths(config):
         raise ValueError(f"{adapter.path}: this adapter was loaded for a model of another shape")
 

@@ -23,6 +23,8 @@ Array = np.ndarray
 class Llama:
     """The decoder; it holds weights and scratch memory, and no state of any sequence."""
 
+    applies_adapters = True  # of single requests: `Batch.adapted`
+
     def __init__(self, config: ModelConfig, weights: LlamaWeights) -> None:
         """Take the weights as they lie; nothing is copied."""
         self.config = config

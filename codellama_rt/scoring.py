@@ -11,7 +11,7 @@ import numpy as np
 
 from codellama_rt.batch import build_batch
 from codellama_rt.devices import make_kv_cache
-from codellama_rt.lora import LoraAdapter
+from codellama_rt.lora import LoraAdapter, check_adapter
 from codellama_rt.model import Llama
 from codellama_rt.request import checked_prompt
 from codellama_rt.sequence import Chunk, Sequence, int32_list
@@ -72,6 +72,8 @@ def logits_by_chunk(
             f"got {first_position}"
         )
     num_blocks = -(-len(ids) // block_size)
+    if adapter is not None:
+        check_adapter(adapter, model)
     sequence = Sequence(ids, len(ids), (0, 0, 0), first_logit=0, adapter=adapter)
     sequence.block_ids = int32_list(range(num_blocks))
     scaling = model.config.rope_scaling

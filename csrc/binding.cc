@@ -241,10 +241,12 @@ PYBIND11_MODULE(CLRT_MODULE, m) {
     run([&] { launch::add_rms_norm(a, b, c, eps, d, e); });
   });
   m.def("linear", linear);
+#ifndef CLRT_CUDA  // that device's formats: codellama_rt.cuda.quantize
   m.def("quantize", [](H weight, H payload) {
     const auto a = view(weight), b = view(payload);
     run([&] { launch::quantize(a, b); });
   });
+#endif
   m.def("apply_rotary_pos_emb", [](H query, H key, H cos, H sin, H positions, bool interleaved) {
     const auto a = view(query), b = view(key), c = view(cos), d = view(sin), e = view(positions);
     run([&] { launch::apply_rotary_pos_emb(a, b, c, d, e, interleaved); });
