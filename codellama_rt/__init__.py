@@ -19,6 +19,10 @@ _HOME = {
     "Output": "request",
     "CodeLlamaTokenizer": "tokenizer.code_llama_tokenizer",
     "LlamaForCausalLM": "causal_lm",
+    "GenerationConfig": "generation",
+    "TextStreamer": "tokenizer.text_streamer",
+    "TextIteratorStreamer": "tokenizer.text_streamer",
+    "VARIANTS": "variants",
     "CheckpointError": "errors",
     "ops": "ops",
 }

@@ -23,6 +23,7 @@ class Batch:
         slot_mapping: (num_tokens,), where each token's key and value go.
         logit_rows: (num_logits,) indices into num_tokens.
         rope_lengths: (num_tokens,) lengths that set a dynamic RoPE's base; None for other models.
+        adapted: pairs of an adapter and the indices of its tokens, (count,) int64.
     """
 
     token_ids: np.ndarray
@@ -33,6 +34,7 @@ class Batch:
     slot_mapping: np.ndarray
     logit_rows: np.ndarray
     rope_lengths: np.ndarray | None = None
+    adapted: tuple[tuple[object, np.ndarray], ...] = ()
 
 
 def build_batch(chunks: Collection[Chunk], block_size: int, *, rope_lengths: bool = False) -> Batch:
@@ -72,6 +74,7 @@ def build_batch(chunks: Collection[Chunk], block_size: int, *, rope_lengths: boo
         slot_mapping=block_tables[rows, block_index] * np.int32(block_size) + offset,
         logit_rows=_logit_rows(chunks),
         rope_lengths=_rope_lengths(chunks, rows, positions) if rope_lengths else None,
+        adapted=_adapted(chunks, rows),
     )
 
 
@@ -106,3 +109,12 @@ def _rope_lengths(chunks: Collection[Chunk], rows: np.ndarray, positions: np.nda
     """Transformers' rule: a prompt's tokens see its whole length, later ones the length so far."""
     prompt_lens = np.array([chunk.sequence.prompt_len for chunk in chunks], np.int32)
     return np.maximum(prompt_lens[rows], positions + np.int32(1))
+
+
+def _adapted(chunks: Collection[Chunk], rows: np.ndarray) -> tuple[tuple[object, np.ndarray], ...]:
+    """The tokens of each adapter, those of all its chunks together."""
+    users: dict[object, list[int]] = {}
+    for i, chunk in enumerate(chunks):
+        if chunk.sequence.adapter is not None:
+            users.setdefault(chunk.sequence.adapter, []).append(i)
+    return tuple((adapter, np.flatnonzero(np.isin(rows, its))) for adapter, its in users.items())

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from codellama_rt.branches import Branches
+from codellama_rt.checkpoint.hf_writer import write_directory
+from codellama_rt.generation import CausalLMOutput, GenerateOutput, GenerationConfig
+from codellama_rt.generation.beam_search import beam_search
+from codellama_rt.generation.logits_processors import LogitsProcessor, make_processors
+from codellama_rt.generation.sample import sample
+from codellama_rt.generation.search import Found, Search, StoppingCriterion, padded_rows
+from codellama_rt.generation.tensors import as_mask, as_rows, dtype_name, label_loss, to_tensor
 from codellama_rt.llm import LLM
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.lora import LoraAdapter
+from codellama_rt.memory import parse_bytes
+from codellama_rt.request import check_token_id
+from codellama_rt.tokenizer.save_tokenizer import save_tokenizer
 
-_HF_TOP_K = 50  # what Transformers samples from when neither call nor checkpoint says otherwise
+_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "paged_attention")
 
 
 class LlamaForCausalLM:
@@ -30,128 +43,211 @@ class LlamaForCausalLM:
         """Wrap an LLM; `from_pretrained` makes one."""
         self.llm = llm
         self.config = llm.config
-        self.generation_config = llm.generation_config
+        self.generation_config = GenerationConfig.from_dict(llm.generation_config)
+        self._adapters: dict[str, LoraAdapter] = {}
+        self._adapter: LoraAdapter | None = None
 
     @classmethod
     def from_pretrained(
-        cls, model: str | os.PathLike[str], *, dtype: Any = "auto", **llm_options: Any
-    ) -> LlamaForCausalLM:
+        cls, model: str | os.PathLike[str], *, dtype: Any = None, mindspore_dtype: Any = None,
+        ms_dtype: Any = None, torch_dtype: Any = None, attn_implementation: str | None = None,
+        **llm_options: Any,
+    ) -> LlamaForCausalLM:  # fmt: skip
         """Open a checkpoint.
 
         Args:
             model: directory, GGUF file, built-in name or hub id.
-            dtype: "auto", "float32", "float16", "bfloat16", or MindSpore's own (`ms.bfloat16`).
+            dtype: "auto", "float32", "float16", "bfloat16", or MindSpore's own (`ms.bfloat16`);
+                mindspore_dtype, ms_dtype and torch_dtype are other names for it.
+            attn_implementation: one of Transformers' names; there is one implementation, paged, and
+                the tokens are the same whatever it is called.
             **llm_options: as `LLM` takes them.
 
         Raises:
-            CheckpointError, ValueError, TypeError, RuntimeError: as `LLM`.
+            CheckpointError, ValueError, TypeError, RuntimeError: as `LLM`; or two dtypes.
         """
-        return cls(LLM(model, dtype=str(dtype).lower(), **llm_options))
+        if attn_implementation not in (None, *_IMPLEMENTATIONS):
+            raise ValueError(
+                f"attn_implementation must be one of {', '.join(_IMPLEMENTATIONS)}, got "
+                f"{attn_implementation!r}"
+            )
+        given = [d for d in (dtype, mindspore_dtype, ms_dtype, torch_dtype) if d is not None]
+        if len(given) > 1:
+            raise TypeError(f"dtype is given {len(given)} times, by its several names")
+        return cls(LLM(model, dtype=dtype_name(given[0] if given else "auto"), **llm_options))
+
+    def __call__(
+        self, input_ids: Any, *, attention_mask: Any = None, labels: Any = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput:  # fmt: skip
+        """Logits after every token, and how well the labels were foretold.
+
+        Args:
+            input_ids: (batch, length) Tensor of int32 or int64.
+            attention_mask: (batch, length), 0 where a row is padded, on either side.
+            labels: (batch, length) token ids to foretell, -100 where none counts; each is compared
+                with the logits before it.
+            logits_to_keep: return those of so many last positions only; 0: of all.
+
+        Returns:
+            `logits`, (batch, length or logits_to_keep, vocab_size) float32, zeros at padding, and
+            `loss`, with labels.
+
+        Raises:
+            TypeError, ValueError: a tensor of another type or shape; an id out of the vocabulary.
+        """
+        rows = as_rows(input_ids)
+        mask = as_mask(attention_mask, rows)
+        logits = np.zeros((*rows.shape, self.config.vocab_size), np.float32)
+        for row, kept, out in zip(rows, mask, logits, strict=True):
+            out[kept] = self.llm.logits(row[kept].tolist(), adapter=self._adapter)
+        loss = None if labels is None else label_loss(logits, labels)
+        if logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
+        return CausalLMOutput(
+            loss=None if loss is None else to_tensor(loss), logits=to_tensor(logits)
+        )
+
+    forward = construct = __call__  # Transformers' and MindSpore's names
 
     def generate(
-        self, input_ids: Any, *, attention_mask: Any = None, max_new_tokens: int | None = None,
-        min_new_tokens: int = 0, do_sample: bool | None = None, temperature: float | None = None,
-        top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-        repetition_penalty: float | None = None, eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None, seed: int | None = None,
+        self, input_ids: Any, generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[LogitsProcessor] = (),
+        stopping_criteria: Sequence[StoppingCriterion] = (), *, attention_mask: Any = None,
+        streamer: Any = None, seed: int | None = None, **fields: Any,
     ) -> Any:  # fmt: skip
-        """Continue every row; explicit arguments win over generation_config.json.
+        """Continue every row; explicit arguments win over the configuration.
 
         Args:
             input_ids: (batch, length) Tensor of int32 or int64; rows are padded on the left.
+            generation_config: the checkpoint's if None.
+            logits_processor: called with (input_ids, scores), NumPy (rows, length) int64 and
+                (rows, vocab_size) float64, after our own; returns scores.
+            stopping_criteria: called with (input_ids, scores) after each token; True, or an array
+                of bool a row, ends rows. Scores are what output_scores collects, or None.
             attention_mask: (batch, length), 0 where a row is padded; None: nowhere.
-            max_new_tokens: upper bound; the checkpoint's, or 128.
-            min_new_tokens: no end before so many.
-            do_sample: sample instead of taking the likeliest token.
-            temperature: of the sampling, 1.0 by default.
-            top_k: 50 by default when sampling, 0: all.
-            top_p: 1.0 by default.
-            min_p: 0.0 by default.
-            repetition_penalty: 1.0 by default.
-            eos_token_id: what ends a row; the checkpoint's by default, and <EOT> in a row that asks
-                for infilling.
-            pad_token_id: fills rows that ended early; the checkpoint's, or the end token.
+            streamer: gets the prompt by `put`, then each token, then `end()`; one row, no beams.
             seed: makes sampling repeatable; row i of a batch draws from seed + i.
+            **fields: of `GenerationConfig`: max_new_tokens, do_sample, num_beams, ...
 
         Returns:
-            Tensor (batch, length + new tokens) in input_ids' dtype: prompts and continuations.
+            Tensor (rows, length + new tokens) in input_ids' dtype, prompts and continuations; a
+            GenerateOutput if return_dict_in_generate. An end token is the checkpoint's by default,
+            and <EOT>, too, in a row that asks for infilling.
 
         Raises:
-            TypeError: input_ids is no Tensor of integers.
+            TypeError: input_ids is no Tensor of integers, or an argument is not known.
             ValueError: a shape, mask or parameter out of range.
         """
-        import mindspore
+        rows = as_rows(input_ids)
+        config = (generation_config or self.generation_config).replaced(**fields)
+        is_given = generation_config is not None or fields.get("eos_token_id") is not None
+        ends = config.eos_token_id if is_given else None
+        search = self._search(config, rows, attention_mask, ends)
+        all_ends = frozenset().union(*search.ends)
+        processors = make_processors(config, rows.shape[1], all_ends)
+        search.processors = [*processors, *logits_processor]
+        search.criteria = stopping_criteria
+        search.seed = secrets.randbits(63) if seed is None else seed
+        num_rows = len(rows) * config.num_beams * config.num_return_sequences
+        if streamer is not None and num_rows > 1:
+            raise ValueError("a streamer shows one row: no batch, beams or num_return_sequences")
+        search.streamer = streamer
+        with Branches(self.llm.engine) as branches:
+            found = (sample if config.num_beams == 1 else beam_search)(search, branches)
+        return self._result(search, found, rows.dtype)
 
-        rows = _as_rows(input_ids)
-        prompts = _without_padding(rows, attention_mask)
-        sampling = self._sampling(do_sample, temperature, top_k, top_p, min_p)
-        if repetition_penalty is None:
-            repetition_penalty = self.generation_config.get("repetition_penalty", 1.0)
-        if max_new_tokens is None:
-            max_new_tokens = self.generation_config.get("max_new_tokens", 128)
-        params = [
-            SamplingParams(
-                max_tokens=max_new_tokens, min_tokens=min_new_tokens,
-                repetition_penalty=repetition_penalty, seed=None if seed is None else seed + i,
-                stop_token_ids=self._ends(prompt, eos_token_id),
-                ignore_eos=eos_token_id is not None, **sampling,
+    def load_adapter(self, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Load a LoRA adapter in PEFT's format, and apply it from now on.
+
+        Raises:
+            CheckpointError: it is damaged, or for another model.
+        """
+        self._adapters[adapter_name] = self.llm.load_adapter(path)
+        self.set_adapter(adapter_name)
+
+    def set_adapter(self, adapter_name: str | None) -> None:
+        """Apply another loaded adapter from now on, or none.
+
+        Raises:
+            ValueError: no adapter of this name is loaded.
+        """
+        if adapter_name is not None and adapter_name not in self._adapters:
+            raise ValueError(
+                f"no adapter {adapter_name!r} is loaded; there are {sorted(self._adapters)}"
             )
-            for i, prompt in enumerate(prompts)
-        ]  # fmt: skip
-        new = [completion.token_ids for completion in self.llm.generate(prompts, params)]
-        padded = np.full((len(rows), max(map(len, new))), self._pad(pad_token_id), rows.dtype)
-        for row, ids in zip(padded, new, strict=True):
-            row[: len(ids)] = ids
-        return mindspore.Tensor(np.concatenate([rows, padded], axis=1))
+        self._adapter = None if adapter_name is None else self._adapters[adapter_name]
 
-    def _sampling(
-        self, do_sample: bool | None, temperature: float | None, top_k: int | None,
-        top_p: float | None, min_p: float | None,
-    ) -> dict[str, float]:  # fmt: skip
-        config = self.generation_config
-        if not (config.get("do_sample", False) if do_sample is None else do_sample):
-            return {"temperature": 0.0}
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        usual = {"temperature": 1.0, "top_k": _HF_TOP_K, "top_p": 1.0, "min_p": 0.0}
-        for name, value in given.items():
-            if value is None:
-                value = config.get(name)
-            usual[name] = usual[name] if value is None else value
-        return usual
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Write what `from_pretrained`, also of Transformers, reads: safetensors, configuration
+        and tokenizer.
 
-    def _ends(self, prompt: list[int], eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
-        if eos_token_id is not None:
-            return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+        Args:
+            save_directory: made if it is not there; files in it are replaced.
+            max_shard_size: bytes a file of weights may have, an int or a str like "2GB".
+
+        Raises:
+            ValueError: the weights are quantised, or their RoPE scaling has no name in config.json.
+            OSError: a file cannot be written.
+        """
+        write_directory(
+            Path(save_directory), self.config, self.llm.model.weights,
+            max_shard_bytes=parse_bytes(max_shard_size),
+        )  # fmt: skip
+        self.generation_config.save_pretrained(save_directory)
+        if self.llm.tokenizer is not None:
+            save_tokenizer(self.llm.tokenizer, Path(save_directory), self.llm.chat_template)
+
+    def _search(
+        self, config: GenerationConfig, rows: np.ndarray, attention_mask: Any,
+        ends: tuple[int, ...] | None,
+    ) -> Search:  # fmt: skip
+        """The search for continuations of rows that end with `ends`; None: the checkpoint's."""
+        mask = as_mask(attention_mask, rows)
+        if not mask[:, -1].all():
+            raise ValueError(
+                "rows to continue are padded on the left; set the tokenizer's padding_side to "
+                "'left'"
+            )
         tokenizer = self.llm.tokenizer
+        if config.stop_strings and tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer, and this checkpoint brings none")
+        prompts = [row[kept].tolist() for row, kept in zip(rows, mask, strict=True)]
+        pad_id = config.pad_token_id
+        if pad_id is None:
+            pad_id = next(iter(ends or self.llm.engine.eos_token_ids), 0)
+        for token_id in ends or ():
+            check_token_id(token_id, self.config.vocab_size, "eos_token_id")
+        check_token_id(pad_id, self.config.vocab_size, "pad_token_id")
+        return Search(
+            config, prompts, rows.astype(np.int64),
+            [frozenset(self._usual_ends(prompt) if ends is None else ends) for prompt in prompts],
+            pad_id, config.new_tokens(rows.shape[1]), self.llm.max_model_len, tokenizer=tokenizer,
+            adapter=self._adapter,
+        )  # fmt: skip
+
+    def _usual_ends(self, prompt: list[int]) -> tuple[int, ...]:
+        """The checkpoint's end tokens, and <EOT> for a prompt that asks for infilling."""
+        ends, tokenizer = self.llm.engine.eos_token_ids, self.llm.tokenizer
         if tokenizer is not None and tokenizer.can_infill and tokenizer.middle_id in prompt:
-            return (tokenizer.eot_id,)
-        return ()
+            return (*ends, tokenizer.eot_id)
+        return ends
 
-    def _pad(self, pad_token_id: int | None) -> int:
-        if pad_token_id is None:
-            pad_token_id = self.generation_config.get("pad_token_id")
-        if pad_token_id is None:
-            pad_token_id = next(iter(self.llm.engine.eos_token_ids), 0)
-        return pad_token_id
-
-
-def _as_rows(input_ids: Any) -> np.ndarray:
-    rows = input_ids.asnumpy() if hasattr(input_ids, "asnumpy") else np.asarray(input_ids)
-    if rows.dtype.kind not in "iu":
-        raise TypeError(f"input_ids must be a Tensor of int32 or int64, got {rows.dtype}")
-    if rows.ndim != 2 or 0 in rows.shape:
-        raise ValueError(f"input_ids must be (batch, length), got {rows.shape}")
-    return rows
-
-
-def _without_padding(rows: np.ndarray, attention_mask: Any) -> list[list[int]]:
-    if attention_mask is None:
-        return rows.tolist()
-    mask = attention_mask.asnumpy() if hasattr(attention_mask, "asnumpy") else attention_mask
-    mask = np.asarray(mask) != 0
-    if mask.shape != rows.shape or (mask[:, :-1] & ~mask[:, 1:]).any() or not mask[:, -1].all():
-        raise ValueError(
-            f"attention_mask must be {rows.shape} and zero only on the left of each row; "
-            "set the tokenizer's padding_side to 'left'"
+    @staticmethod
+    def _result(search: Search, found: Found, dtype: np.dtype) -> Any:
+        """What `generate` returns."""
+        new = padded_rows(found.rows, search.pad_id)
+        sequences = to_tensor(np.hstack([search.padded[found.parents], new]).astype(dtype))
+        if not search.config.return_dict_in_generate:
+            return sequences
+        beams = None if found.beams is None else padded_rows(found.beams, -1).astype(np.int32)
+        best = found.sequences_scores
+        return GenerateOutput(
+            sequences=sequences,
+            scores=tuple(map(to_tensor, found.scores)) or None,
+            logits=tuple(map(to_tensor, found.logits)) or None,
+            sequences_scores=None if best is None else to_tensor(np.float32(best)),
+            beam_indices=None if beams is None else to_tensor(beams),
         )
-    return [row[keep].tolist() for row, keep in zip(rows, mask, strict=True)]

@@ -1,4 +1,4 @@
-"""The command line: `codellama-rt generate | infill | convert | doctor | bench`.
+"""The command line: `codellama-rt generate | infill | chat | eval | convert | doctor | bench`.
 
 Text goes to stdout, everything else to stderr. What cannot be done ends in one line and exit code
 2; Ctrl-C in exit code 130.
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from codellama_rt import cli_eval
 from codellama_rt.cli_bench import bench_app
+from codellama_rt.cli_chat import chat
 from codellama_rt.cli_errors import reported_errors, tell
 from codellama_rt.cli_options import ModelOptions, OutputOptions, SamplingOptions, with_options
 from codellama_rt.sampling_params import SamplingParams
@@ -89,6 +91,10 @@ def infill(
             _replace_file(file, before + report.completions[0].text + after)
 
 
+app.command()(with_options(chat))
+app.add_typer(cli_eval.app, name="eval")
+
+
 @app.command()
 def convert(
     model: Annotated[str, typer.Argument(help="Directory in Hugging Face's layout, or hub id.")],
@@ -137,8 +143,8 @@ def _run(
     with cli_run.open_model(model) as llm:
         load_s = perf_counter() - started
         params = sampling.resolve(llm.default_params())
-        tokenizer = cli_run.require_tokenizer(llm, model.model)
-        token_ids, params = prompt.encode(tokenizer, params)
+        cli_run.require_tokenizer(llm, model.model)
+        token_ids, params = prompt.encode(llm.prompt_encoder, params)
         report = cli_run.follow(llm, token_ids, params, _discard if output.json else write)
         report.load_s = load_s
         if output.json:

@@ -28,11 +28,15 @@ def reported_errors(debug: bool) -> Iterator[None]:
     except _EXPECTED as error:
         if debug:
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        tell(f"codellama-rt: {reason}")
+        tell(f"codellama-rt: {reason(error)}")
         raise typer.Exit(2) from None
 
 
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def tell(text: str) -> None:
-    """A line on stderr."""
+    """Write a line to stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 
 from codellama_rt.cli_options import ModelOptions
@@ -14,8 +14,9 @@ from codellama_rt.kv_cache import bytes_per_token
 from codellama_rt.limits import read_bandwidth
 from codellama_rt.llm import LLM
 from codellama_rt.progress import ProgressBar
+from codellama_rt.prompt_encoder import PromptEncoder
 from codellama_rt.sampling_params import SamplingParams
-from codellama_rt.tokenizer import Tokenizer, split_fill
+from codellama_rt.tokenizer import Tokenizer
 from codellama_rt.traffic import weight_bytes
 
 _REQUEST = "command-line"
@@ -31,21 +32,16 @@ class Prompt:
     suffix_first: bool = False
 
     def encode(
-        self, tokenizer: Tokenizer, params: SamplingParams
+        self, encoder: PromptEncoder, params: SamplingParams
     ) -> tuple[list[int], SamplingParams]:
         """Token ids, and parameters that end a filling at its end.
 
         Raises:
             ValueError: two gaps, or a model that cannot fill in.
         """
-        parts = (self.prefix, self.suffix) if self.text is None else split_fill(self.text)
-        if parts is None:
-            return tokenizer.encode(self.text), params
-        token_ids = tokenizer.encode_infill(*parts, suffix_first=self.suffix_first)
-        if not params.ignore_eos:
-            ends = (*params.stop_token_ids, tokenizer.eot_id)
-            params = replace(params, stop_token_ids=ends)
-        return token_ids, params
+        if self.text is not None:
+            return encoder.completion(self.text, params)
+        return encoder.infilling(self.prefix, self.suffix, params, suffix_first=self.suffix_first)
 
 
 @dataclass

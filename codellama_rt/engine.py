@@ -14,6 +14,7 @@ import numpy as np
 
 from codellama_rt.batch import build_batch
 from codellama_rt.block_manager import BlockManager
+from codellama_rt.lora import LoraAdapter, check_adapter
 from codellama_rt.request import Output, Request, Sample, check_params, checked_prompt
 from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.scheduler import Schedule, Scheduler
@@ -43,17 +44,10 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: object,
-        kv_cache: object,
-        tokenizer: object | None = None,
-        *,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 512,
-        max_model_len: int,
-        prefix_caching: bool = True,
-        generation_config: Mapping | None = None,
-    ) -> None:
+        self, model: object, kv_cache: object, tokenizer: object | None = None, *,
+        max_num_seqs: int = 64, max_num_batched_tokens: int = 512, max_model_len: int,
+        prefix_caching: bool = True, generation_config: Mapping | None = None,
+    ) -> None:  # fmt: skip
         """Starts with nothing queued and an empty prefix cache.
 
         Args:
@@ -68,9 +62,7 @@ class Engine:
         """
         if max_model_len < 2:
             raise ValueError(f"max_model_len must be >= 2 (one in, one out), got {max_model_len}")
-        self.model = model
-        self.kv_cache = kv_cache
-        self.tokenizer = tokenizer
+        self.model, self.kv_cache, self.tokenizer = model, kv_cache, tokenizer
         self.max_model_len = max_model_len
         self.eos_token_ids = _eos_token_ids(model.config, generation_config or {})
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
@@ -79,18 +71,16 @@ class Engine:
         self._has_dynamic_rope = scaling is not None and scaling.kind == "dynamic"
         self._requests: dict[str, Request] = {}  # unfinished
         self._samples: dict[Sequence, Sample] = {}  # unfinished and forked
+        self._adapter_numbers: dict[LoraAdapter, int] = {}  # never reused: pages outlive requests
         self._num_arrived = 0
         self._totals = _Totals()
         self._closed = False
 
     def add_request(
-        self,
-        request_id: str,
-        prompt_token_ids: Collection[int],
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-    ) -> None:
+        self, request_id: str, prompt_token_ids: Collection[int],
+        params: SamplingParams | None = None, *, priority: int = 0,
+        adapter: LoraAdapter | None = None,
+    ) -> None:  # fmt: skip
         """Queues a request; `step` gives its outputs.
 
         Args:
@@ -98,6 +88,7 @@ class Engine:
             prompt_token_ids: token ids; at least one.
             params: how to sample; None: greedy.
             priority: smaller goes first; then first come, first served.
+            adapter: applied to the tokens of this request alone.
 
         Raises:
             ValueError: an id in use, a token outside the vocabulary, a prompt that can never fit.
@@ -109,8 +100,9 @@ class Engine:
         vocab_size = self.model.config.vocab_size
         check_params(params, vocab_size, self.tokenizer is not None)
         token_ids = checked_prompt(prompt_token_ids, vocab_size)
-        self._check_length(len(token_ids))
-        request = self._make_request(request_id, token_ids, params, priority)
+        self.check_length(len(token_ids))
+        sequence = self.make_sequence(token_ids, (priority, self._num_arrived, 0), adapter)
+        request = self._make_request(request_id, sequence, params)
         sample = request.samples[0]
         self.scheduler.add(sample.sequence)
         self._num_arrived += 1
@@ -130,6 +122,20 @@ class Engine:
         schedule = self.scheduler.schedule()
         if not schedule.chunks:
             raise RuntimeError("the scheduler found nothing to do for unfinished requests")
+        self._totals.schedule_seconds += perf_counter() - started
+        logits = self.compute(schedule)
+        computed = perf_counter()
+        outputs = self._take_logits(schedule, logits)
+        self._totals.sample_seconds += perf_counter() - computed
+        return outputs
+
+    def compute(self, schedule: Schedule) -> np.ndarray:
+        """Run the model on a schedule, one of `scheduler` or of another over the same blocks.
+
+        Returns:
+            (num_logits, vocab_size) float32, the rows of the chunks one after another.
+        """
+        started = perf_counter()
         if schedule.block_copies:
             self.kv_cache.copy_blocks(np.array(schedule.block_copies, np.int32))
         batch = build_batch(
@@ -137,15 +143,12 @@ class Engine:
         )
         scheduled = perf_counter()
         logits = self.model.forward(batch, self.kv_cache)
-        computed = perf_counter()
-        outputs = self._take_logits(schedule, logits)
         totals = self._totals
         totals.steps += 1
         totals.computed_tokens += len(batch.token_ids)
         totals.schedule_seconds += scheduled - started
-        totals.model_seconds += computed - scheduled
-        totals.sample_seconds += perf_counter() - computed
-        return outputs
+        totals.model_seconds += perf_counter() - scheduled
+        return logits
 
     def abort(self, request_id: str) -> list[Output]:
         """Ends a request now and frees its blocks; an unknown or finished one is ignored.
@@ -187,6 +190,26 @@ class Engine:
             **{name: getattr(totals, name) for name in _Totals.__slots__},
         }
 
+    def make_sequence(
+        self, token_ids: array, order: tuple[int, int, int], adapter: LoraAdapter | None = None
+    ) -> Sequence:
+        """A prompt as a sequence whose last token's logits are wanted."""
+        salt = self._cache_salt(prompt_len := len(token_ids))
+        if adapter is not None:  # its keys and values are not those of the model alone
+            check_adapter(adapter, self.model.config)
+            number = self._adapter_numbers.setdefault(adapter, len(self._adapter_numbers) + 1)
+            salt += number << 32
+        return Sequence(token_ids, prompt_len, order, prompt_len - 1, salt, adapter)
+
+    def check_length(self, prompt_len: int) -> None:
+        """Raises ValueError if a prompt leaves no room for a token."""
+        if prompt_len > self.max_model_len - 1:
+            raise ValueError(
+                f"prompt of {prompt_len} tokens does not fit max_model_len={self.max_model_len} "
+                f"with a token to generate: at most {self.max_model_len - 1}; "
+                "shorten the prompt or raise max_model_len"
+            )
+
     def close(self) -> None:
         """Aborts what is unfinished; the engine takes no further requests."""
         for request_id in list(self._requests):
@@ -203,35 +226,15 @@ class Engine:
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise TypeError(f"priority must be an int, got {type(priority).__name__}")
 
-    def _check_length(self, prompt_len: int) -> None:
-        if prompt_len > self.max_model_len - 1:
-            raise ValueError(
-                f"prompt of {prompt_len} tokens does not fit max_model_len={self.max_model_len} "
-                f"with a token to generate: at most {self.max_model_len - 1}; "
-                "shorten the prompt or raise max_model_len"
-            )
-
-    def _make_request(
-        self, request_id: str, token_ids: array, params: SamplingParams, priority: int
-    ) -> Request:
-        prompt_len = len(token_ids)
-        sequence = Sequence(
-            token_ids,
-            prompt_len,
-            order=(priority, self._num_arrived, 0),
-            first_logit=prompt_len - 1 if params.prompt_logprobs is None else 0,
-            cache_salt=self._cache_salt(prompt_len),
-        )
+    def _make_request(self, request_id: str, sequence: Sequence, params: SamplingParams) -> Request:
+        if params.prompt_logprobs is not None:
+            sequence.first_logit = 0
         return Request(
-            request_id,
-            params,
-            sequence,
+            request_id, params, sequence, max_len=self._max_len(sequence.prompt_len, params),
             seed=secrets.randbits(64) if params.seed is None else params.seed,
-            max_len=self._max_len(prompt_len, params),
-            eos_token_ids=self.eos_token_ids,
-            vocab_size=self.model.config.vocab_size,
+            eos_token_ids=self.eos_token_ids, vocab_size=self.model.config.vocab_size,
             tokenizer=self.tokenizer,
-        )
+        )  # fmt: skip
 
     def _max_len(self, prompt_len: int, params: SamplingParams) -> int:
         # The last token is never computed, so it needs no room in the cache.

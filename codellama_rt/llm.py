@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from codellama_rt import ops
+from codellama_rt.chat import read_chat_template
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.completion import Completion, Job
 from codellama_rt.engine import Engine
+from codellama_rt.jobs import Jobs
 from codellama_rt.kv_cache import KVCache, plan_num_blocks
 from codellama_rt.llm_arguments import (
     Prompt,
     as_prompts,
+    default_params,
     require_counts,
     require_device,
     require_dtype,
 )
+from codellama_rt.lora import LoraAdapter, load_adapter, merged
 from codellama_rt.model import Llama
+from codellama_rt.prompt_encoder import PromptEncoder
 from codellama_rt.quantize import check_quantization
-from codellama_rt.request import Output, check_params
+from codellama_rt.request import check_params
 from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.scoring import sequence_logits
-from codellama_rt.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, split_fill
+from codellama_rt.tokenizer import has_tokenizer, load_tokenizer
+from codellama_rt.variants import find_variant, require_length
 
 
 class LLM:
@@ -43,7 +46,8 @@ class LLM:
         quantization: str | None = None, kv_dtype: str = "auto", max_model_len: int | None = None,
         kv_memory: int | str | None = None, block_size: int = 64, max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512, num_threads: int | None = None,
-        prefix_caching: bool = True, check: str | None = None,
+        prefix_caching: bool = True, adapter: str | os.PathLike[str] | None = None,
+        check: str | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:  # fmt: skip
         """Open a checkpoint; its weights are mapped, not copied, unless others are asked for.
@@ -66,6 +70,8 @@ class LLM:
             max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
             num_threads: threads an op, for the whole process; the CPUs of the process by default.
             prefix_caching: whether equal prefixes are computed once.
+            adapter: directory of a LoRA adapter that is merged into the weights; `load_adapter`
+                applies one to single requests.
             check: "finite" refuses weights with NaN or infinity (reads every byte).
             progress: called with (bytes done, bytes in all, what) while weights are converted or
                 quantised.
@@ -89,18 +95,27 @@ class LLM:
             model, dtype=dtype, quantization=quantization, check=check, progress=progress
         )
         self.config = checkpoint.config
+        self.variant = find_variant(model)
+        require_length(self.variant, max_model_len)
+        if self.variant is not None:
+            self.variant.warn_of_differences(self.config)
         self.generation_config = checkpoint.generation_config
         self.stored_bytes = checkpoint.stored_bytes
-        self.tokenizer = None
+        self.tokenizer, self.chat_template = None, None
         if has_tokenizer(checkpoint.tokenizer_path):
             self.tokenizer = load_tokenizer(checkpoint.tokenizer_path, self.config.vocab_size)
+            self.chat_template = read_chat_template(checkpoint.tokenizer_path)
+        self.prompt_encoder = PromptEncoder(self.tokenizer, self.chat_template, self.variant)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         kv_dtype = self.config.dtype if kv_dtype == "auto" else kv_dtype
         num_blocks = plan_num_blocks(
             self.config, kv_dtype, block_size, longest=max_model_len, max_num_seqs=max_num_seqs,
             kv_memory=kv_memory, weight_bytes=checkpoint.mapped_bytes,
         )  # fmt: skip
-        self.model = Llama(self.config, checkpoint.weights)
+        weights = checkpoint.weights
+        if adapter is not None:
+            weights = merged(weights, load_adapter(adapter, self.config))
+        self.model = Llama(self.config, weights)
         self.kv_cache = KVCache(
             self.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
         )
@@ -109,12 +124,12 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens, max_model_len=self.max_model_len,
             prefix_caching=prefix_caching, generation_config=self.generation_config,
         )  # fmt: skip
-        self._inbox: dict[str, deque[Output]] = {}
-        self._names = (f"llm-{i}" for i in itertools.count())
+        self._jobs = Jobs(self.engine)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        adapter: LoraAdapter | None = None,
     ) -> list[Completion]:  # fmt: skip
         """Complete prompts, all together; a str with <FILL_ME> is filled in.
 
@@ -122,6 +137,7 @@ class LLM:
             prompts: a str, token ids, or a list of either. Special tokens written out in a str
                 stay text.
             params: for all, or one a prompt; None: `default_params()`.
+            adapter: applied to these prompts; from `load_adapter`.
 
         Returns:
             params.n completions a prompt, in the order of the prompts.
@@ -137,17 +153,17 @@ class LLM:
         jobs: list[Job] = []
         try:
             for prompt, its_params in zip(prompts, params, strict=True):
-                jobs.append(self._submit(prompt, its_params))
-            while any(job.unfinished for job in jobs):
-                self._pump()
-                for job in jobs:
-                    job.take(self._inbox[job.name])
+                jobs.append(self._submit(prompt, its_params, adapter))
+            self._jobs.finish(jobs)
         finally:
             for job in jobs:
-                self._dismiss(job)
+                self._jobs.dismiss(job)
         return [completion for job in jobs for completion in job.completions]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *,
+        adapter: LoraAdapter | None = None,
+    ) -> Iterator[str]:  # fmt: skip
         """Complete one prompt and yield its text as it comes; closing the iterator aborts it.
 
         Raises:
@@ -156,13 +172,11 @@ class LLM:
         params = self._checked(params)
         if params.n != 1:
             raise ValueError(f"a stream has one sample, got params.n={params.n}")
-        pieces = self._stream(self._submit(prompt, params))
-        next(pieces)  # begun: now it ends the request however it is dropped
-        return pieces
+        return self._jobs.stream(self._submit(prompt, params, adapter))
 
     def infill(
         self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
-        suffix_first: bool = False,
+        suffix_first: bool = False, adapter: LoraAdapter | None = None,
     ) -> Completion:  # fmt: skip
         """Fill the gap between `prefix` and `suffix`; the text is the filling alone.
 
@@ -171,6 +185,7 @@ class LLM:
             suffix: text after it.
             params: as in `generate`; params.n must be 1.
             suffix_first: the SPM order of the prompt instead of PSM.
+            adapter: as in `generate`.
 
         Raises:
             ValueError: the model has no infilling tokens (only 7B and 13B, base and Instruct, do),
@@ -182,16 +197,60 @@ class LLM:
                 f"infill gives one sample, got params.n={params.n}; "
                 "for more give generate a prompt with <FILL_ME>"
             )
-        tokenizer = self._require_tokenizer()
-        prompt = tokenizer.encode_infill(prefix, suffix, suffix_first=suffix_first)
-        return self.generate([prompt], self._ending_at_eot(params))[0]
+        request = self.prompt_encoder.infilling(prefix, suffix, params, suffix_first=suffix_first)
+        return self.generate([request[0]], request[1], adapter=adapter)[0]
 
-    def logits(self, token_ids: Sequence[int], first_position: int = 0) -> np.ndarray:
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None, *,
+        chat_template: str | None = None, adapter: LoraAdapter | None = None,
+    ) -> Completion:  # fmt: skip
+        """Answer a conversation; the text is the assistant's next message.
+
+        Args:
+            messages: {"role": "system" | "user" | "assistant", "content": str} in order.
+            params: as in `generate`; params.n must be 1.
+            chat_template: "code-llama", "code-llama-70b" or Jinja; the checkpoint's own if None.
+            adapter: as in `generate`.
+
+        Raises:
+            ValueError, TypeError: as `chat_prompt`; also params.n is not 1.
+        """
+        prompt, params = self.chat_prompt(messages, params, chat_template=chat_template)
+        if params.n != 1:
+            raise ValueError(f"chat gives one answer, got params.n={params.n}")
+        return self.generate([prompt], params, adapter=adapter)[0]
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None, *,
+        chat_template: str | None = None,
+    ) -> tuple[list[int], SamplingParams]:  # fmt: skip
+        """The prompt of a conversation, and parameters that end at the end of an answer: together
+        what `generate` and `stream` take.
+
+        Raises:
+            ValueError, TypeError: a message, the order of the roles, or a template that cannot be;
+                or the checkpoint has no chat format.
+        """
+        return self.prompt_encoder.conversation(messages, self._checked(params), chat_template)
+
+    def load_adapter(self, path: str | os.PathLike[str]) -> LoraAdapter:
+        """A LoRA adapter in PEFT's format, to be given to `generate` and the others.
+
+        Raises:
+            CheckpointError: it is damaged, or for another model.
+        """
+        return load_adapter(path, self.config)
+
+    def logits(
+        self, token_ids: Sequence[int], first_position: int = 0, *,
+        adapter: LoraAdapter | None = None,
+    ) -> np.ndarray:  # fmt: skip
         """Logits after every token of one sequence, computed in chunks in pages of its own.
 
         Args:
             token_ids: the sequence, at least one token.
             first_position: position of the first token for RoPE.
+            adapter: as in `generate`.
 
         Returns:
             (len(token_ids), vocab_size) float32.
@@ -201,22 +260,12 @@ class LLM:
         """
         return sequence_logits(
             self.model, token_ids, first_position=first_position, kv_dtype=self.kv_cache.dtype,
-            chunk_size=self.engine.scheduler.max_num_batched_tokens,
+            chunk_size=self.engine.scheduler.max_num_batched_tokens, adapter=adapter,
         )  # fmt: skip
 
     def default_params(self) -> SamplingParams:
         """Greedy, or what the checkpoint's generation_config.json says."""
-        config = self.generation_config
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        given = {name: config[name] for name in names if config.get(name) is not None}
-        if config.get("do_sample"):
-            given.setdefault("temperature", 1.0)
-        else:
-            for name in ("temperature", "top_p", "top_k", "min_p"):
-                given.pop(name, None)
-        if config.get("max_new_tokens"):
-            given["max_tokens"] = config["max_new_tokens"]
-        return SamplingParams(**given)
+        return default_params(self.generation_config)
 
     def close(self) -> None:
         """Abort what runs and give the KV cache's memory back."""
@@ -231,54 +280,13 @@ class LLM:
         """Close."""
         self.close()
 
-    def _submit(self, prompt: Prompt, params: SamplingParams | None) -> Job:
-        params = self._checked(params)
-        if isinstance(prompt, str):
-            parts = split_fill(prompt)
-            if parts is None:
-                prompt = self._require_tokenizer().encode(prompt)
-            else:
-                prompt = self._require_tokenizer().encode_infill(*parts)
-                params = self._ending_at_eot(params)
-        name = next(self._names)
-        self.engine.add_request(name, prompt, params)
-        self._inbox[name] = deque()
-        return Job(name, [int(token_id) for token_id in prompt], params.n)
+    def _submit(
+        self, prompt: Prompt, params: SamplingParams | None, adapter: LoraAdapter | None
+    ) -> Job:
+        prompt, params = self.prompt_encoder.completion(prompt, self._checked(params))
+        return self._jobs.submit(prompt, params, adapter=adapter)
 
     def _checked(self, params: SamplingParams | None) -> SamplingParams:
         params = self.default_params() if params is None else params
         check_params(params, self.config.vocab_size, self.tokenizer is not None)
         return params
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint brings no tokenizer; give prompts as token ids")
-        return self.tokenizer
-
-    def _ending_at_eot(self, params: SamplingParams) -> SamplingParams:
-        if params.ignore_eos:
-            return params
-        return replace(params, stop_token_ids=(*params.stop_token_ids, self.tokenizer.eot_id))
-
-    def _pump(self) -> None:
-        """One step of the engine; its outputs go to whoever asked for them."""
-        for output in self.engine.step():
-            if output.request_id in self._inbox:
-                self._inbox[output.request_id].append(output)
-
-    def _stream(self, job: Job) -> Iterator[str]:
-        try:
-            yield ""
-            while job.unfinished:
-                self._pump()
-                inbox = self._inbox[job.name]
-                text = "".join(output.text for output in inbox)
-                job.take(inbox)
-                if text:
-                    yield text
-        finally:
-            self._dismiss(job)
-
-    def _dismiss(self, job: Job) -> None:
-        self.engine.abort(job.name)
-        self._inbox.pop(job.name, None)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
 from codellama_rt import ops
 from codellama_rt.kv_cache import KV_DTYPES
+from codellama_rt.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
 
@@ -51,3 +53,17 @@ def require_counts(**counts: int | None) -> None:
             raise TypeError(f"{name} must be an int, got {type(count).__name__}")
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def default_params(config: Mapping[str, Any]) -> SamplingParams:
+    """Greedy, or what a checkpoint's generation_config.json says."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    if config.get("do_sample"):
+        given.setdefault("temperature", 1.0)
+    else:
+        for name in ("temperature", "top_p", "top_k", "min_p"):
+            given.pop(name, None)
+    if config.get("max_new_tokens"):
+        given["max_tokens"] = config["max_new_tokens"]
+    return SamplingParams(**given)

@@ -53,11 +53,15 @@ class Llama:
         for i, layer in enumerate(weights.layers):
             qkv_proj, gate_up_proj = self._fused[i]
             _project(x, qkv_proj, a.qkv)
+            _adapt(batch, i, ("q_proj", "k_proj", "v_proj"), x, a.qkv)
             self._attention(layer, rope, batch, kv_cache.layers[i], a)
+            _adapt(batch, i, ("o_proj",), a.attended_rows, a.sublayer)
             ops.add_rms_norm(a.sublayer, residual, layer.mlp_norm, eps, out=(x, residual))
             _project(x, gate_up_proj, a.gate_up)
+            _adapt(batch, i, ("gate_proj", "up_proj"), x, a.gate_up)
             ops.silu_and_mul(a.gate_up, out=a.hidden)
             ops.linear(a.hidden, layer.down_proj, out=a.sublayer)
+            _adapt(batch, i, ("down_proj",), a.hidden, a.sublayer)
             if i < len(following):
                 ops.add_rms_norm(a.sublayer, residual, following[i], eps, out=(x, residual))
         return self._logits(a.sublayer, residual, batch.logit_rows)
@@ -107,6 +111,12 @@ def _project(x: Array, runs: list[tuple[tuple[Weight, ...], slice]], out: Array)
     """Multiply x by all weights of the runs, into (num_tokens, sum of their rows)."""
     for weights, columns in runs:
         ops.linear(x, weights, out=out[:, columns])
+
+
+def _adapt(batch: Batch, i: int, projections: tuple[str, ...], x: Array, out: Array) -> None:
+    """Add to layer i's projections what the adapters of some requests change in them."""
+    for adapter, rows in batch.adapted:
+        adapter.add(i, projections, x, rows, out)
 
 
 class Activations:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Collection
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 
 from codellama_rt.batch import build_batch
 from codellama_rt.kv_cache import KVCache
+from codellama_rt.lora import LoraAdapter
 from codellama_rt.model import Llama
 from codellama_rt.request import checked_prompt
 from codellama_rt.sequence import Chunk, Sequence, int32_list
@@ -17,10 +20,32 @@ MAX_POSITION = 2**20  # RoPE's tables hold every position below: 1 GB at head_di
 
 
 def sequence_logits(
+    model: Llama, token_ids: Collection[int], *, first_position: int = 0, **options: Any
+) -> np.ndarray:
+    """Logits after every token, computed in chunks in a KV cache that lives as long as the call.
+
+    Args:
+        model: anything with `forward(batch, kv_cache)`.
+        token_ids: the sequence, at least one token.
+        first_position: position of its first token for RoPE; attention starts there as well.
+        **options: as `logits_by_chunk` takes them.
+
+    Returns:
+        (len(token_ids), vocab_size) float32.
+
+    Raises:
+        TypeError, ValueError: as `logits_by_chunk`.
+    """
+    chunks = logits_by_chunk(model, token_ids, first_position=first_position, **options)
+    return np.concatenate(list(chunks))
+
+
+def logits_by_chunk(
     model: Llama, token_ids: Collection[int], *, first_position: int = 0,
     kv_dtype: str = "float32", block_size: int = 64, chunk_size: int = 512,
-) -> np.ndarray:  # fmt: skip
-    """Logits after every token, computed in chunks in a KV cache that lives as long as the call.
+    adapter: LoraAdapter | None = None,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """The same a chunk at a time, for sequences whose logits would not fit the memory.
 
     Args:
         model: anything with `forward(batch, kv_cache)`.
@@ -29,9 +54,10 @@ def sequence_logits(
         kv_dtype: of the cache.
         block_size: tokens a page.
         chunk_size: tokens a step; no bit of the result depends on it.
+        adapter: applied to all tokens.
 
-    Returns:
-        (len(token_ids), vocab_size) float32.
+    Yields:
+        (tokens of the chunk, vocab_size) float32.
 
     Raises:
         TypeError: no integers.
@@ -46,12 +72,11 @@ def sequence_logits(
             f"got {first_position}"
         )
     num_blocks = -(-len(ids) // block_size)
-    sequence = Sequence(ids, len(ids), order=(0, 0, 0), first_logit=0)
+    sequence = Sequence(ids, len(ids), (0, 0, 0), first_logit=0, adapter=adapter)
     sequence.block_ids = int32_list(range(num_blocks))
     scaling = model.config.rope_scaling
     is_dynamic = scaling is not None and scaling.kind == "dynamic"
     kv_cache = KVCache(model.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
-    rows = []
     for begin in range(0, len(ids), chunk_size):
         end = min(begin + chunk_size, len(ids))
         batch = build_batch(
@@ -60,5 +85,4 @@ def sequence_logits(
         batch.positions += np.int32(first_position)
         if batch.rope_lengths is not None:
             batch.rope_lengths += np.int32(first_position)
-        rows.append(model.forward(batch, kv_cache))
-    return np.concatenate(rows)
+        yield model.forward(batch, kv_cache)

@@ -22,6 +22,7 @@ class Sequence:
         order: (priority, arrival, sample index); the smallest goes first and is preempted last.
         first_logit: the position of the first token whose following-token logits are wanted.
         cache_salt: sequences share cached prefixes only within one salt (>= 0).
+        adapter: a LoraAdapter applied to all its tokens, or None.
     """
 
     token_ids: array
@@ -29,6 +30,7 @@ class Sequence:
     order: tuple[int, int, int]
     first_logit: int
     cache_salt: int = 0
+    adapter: object | None = None
     # Place in the KV cache; BlockManager's business, empty while the sequence waits.
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_ids: array = field(default_factory=int32_list)
@@ -54,6 +56,7 @@ class Sequence:
             order=(*self.order[:2], index),
             first_logit=self.first_logit,
             cache_salt=self.cache_salt,
+            adapter=self.adapter,
         )
 
     @property

@@ -71,7 +71,8 @@ def test_random_chunks_equal_the_loops(seed):
     assert batch.positions.tolist() == positions
     assert batch.slot_mapping.tolist() == slots
     assert batch.logit_rows.tolist() == wanted
-    for name in type(batch).__slots__:
+    assert batch.adapted == ()
+    for name in set(type(batch).__slots__) - {"adapted"}:
         array = getattr(batch, name)
         assert array is None or (array.dtype == np.int32 and array.flags.c_contiguous)
 
@@ -83,3 +84,13 @@ def test_the_batch_keeps_its_values_when_sequences_grow():
     sequence.block_ids.append(4)
     assert batch.token_ids.tolist() == [1, 2]
     assert batch.block_tables.tolist() == [[3]]
+
+
+def test_the_tokens_of_each_adapter_stand_together():
+    sequences = [placed([1, 2, 3], [i]) for i in range(4)]
+    first, second = object(), object()
+    for sequence, adapter in zip(sequences, (first, None, second, first), strict=True):
+        sequence.adapter = adapter
+    batch = build_batch([Chunk(sequence, 0, 3, 1) for sequence in sequences], block_size=4)
+    found = {adapter: rows.tolist() for adapter, rows in batch.adapted}
+    assert found == {first: [0, 1, 2, 9, 10, 11], second: [6, 7, 8]}

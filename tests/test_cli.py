@@ -337,7 +337,8 @@ def test_progress_is_shown_on_a_terminal_alone(run, model, monkeypatch):
 def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert all(f"  {command} " in out for command in ("generate", "infill", "convert", "doctor"))
+    commands = ("generate", "infill", "chat", "convert", "doctor")
+    assert all(f"  {command} " in out for command in commands)
 
 
 def test_the_command_line_starts_light():

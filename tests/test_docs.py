@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from checkpoint_files import MINI_CONFIG, write_mini
 from sentencepiece import sentencepiece_model_pb2 as pb
 from tokenizer_files import model_file, sentencepiece_model
@@ -20,7 +21,7 @@ from codellama_rt.config import ModelConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
-NAMED_MODELS = ("CodeLlama-7b-hf", "smollm2-135m-instruct")
+NAMED_MODELS = ("CodeLlama-7b-hf", "CodeLlama-7b-Instruct-hf", "smollm2-135m-instruct")
 CONVERTED = "CodeLlama-7b-int4"
 
 
@@ -29,7 +30,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-USE, TRANSFORMERS, API = blocks("python")
+USE, CHAT, TRANSFORMERS, API = blocks("python")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,8 @@ def test_the_examples_run(folder, capsys):
     filled = capsys.readouterr().out
     assert filled.startswith('def remove_non_ascii(s: str) -> str:\n    """ ')
     assert filled.endswith("\n    return result\n\n")
+    exec(on(folder, CHAT), names)
+    assert capsys.readouterr().out.strip()
     exec(on(folder, TRANSFORMERS), names)
     assert "<FILL_ME>" not in capsys.readouterr().out
 
@@ -80,7 +83,7 @@ def test_the_api_page_names_what_there_is():
 def command_lines():
     """What the README types after `codellama-rt`, without its comments."""
     text = "\n".join(blocks("sh"))
-    lines = re.findall(r"codellama-rt (generate|infill|convert|doctor)(.*)", text)
+    lines = re.findall(r"codellama-rt (generate|infill|chat|convert|doctor)(.*)", text)
     return [[command, *shlex.split(rest, comments=True)] for command, rest in lines]
 
 
@@ -93,6 +96,47 @@ def test_the_command_lines_run(words, folder, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         cli.app([on(folder, word) for word in words])
     assert ended.value.code == 0
+
+
+def evaluations():
+    """What the README types after `codellama-rt eval`, in blocks and in its table."""
+    lines = re.findall(r"\b(?:codellama-rt )?eval (\w+ [^`\n]*--[^`\n]*)", README)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("words", evaluations(), ids=" ".join)
+def test_the_evaluations_are_commands(words):
+    """They take long, so they are only parsed."""
+    task, *args = words
+    command = typer.main.get_command(cli.app).commands["eval"].commands[task]
+    command.make_context(task, args)
+
+
+def test_the_table_of_models_is_that_of_the_variants():
+    rows = re.findall(r"^\| (\d+B[^|]*) \| ([\d,]+) \| (1e\d) \| ([\d,]+) \| ([\d,]+) \| (.*?)\|$",
+                      README, re.MULTILINE)  # fmt: skip
+    found = {}
+    for names, *numbers, abilities in rows:
+        kind = names.split()[-1] if names.split()[-1].isalpha() else ""
+        vocab_size, theta, trained, longest = (float(n.replace(",", "")) for n in numbers)
+        can = tuple(word.strip() == "yes" for word in abilities.split("|"))
+        for size in re.findall(r"(\d+)B", names):
+            name = f"CodeLlama-{size}b" + (f"-{kind}" if kind else "")
+            found[name] = (vocab_size, theta, trained, longest, *can)
+    assert found == {
+        name: (v.config.vocab_size, v.config.rope_theta, v.config.max_position_embeddings,
+               v.longest, v.can_infill, v.can_chat)
+        for name, v in clrt.VARIANTS.items()
+    }  # fmt: skip
+
+
+def test_the_commands_of_chat_are_in_the_readme():
+    from codellama_rt.chat_session import ChatSession
+
+    session = ChatSession(None, clrt.SamplingParams())
+    assert set(re.findall(r"^(/\w+)", session.command("/help"), re.MULTILINE)) == set(
+        re.findall(r"`(/\w+)", README[README.index("| command | |") :].split("\n\n")[0])
+    )
 
 
 def test_the_first_two_lines_of_shell_install():

@@ -24,7 +24,8 @@ STEPS = [
 COMPUTATION = [["engine"], ["model", "graph_model"], ["kv_cache", "batch"], ["ops"]]
 LEAVES = ["_core", "config", "dtypes", "errors", "memory", "rope", "sampling_params", "sampler"]
 LEAF_PACKAGES = {  # and what they use
-    "ops": (), "checkpoint": ("ops", "quantize"), "tokenizer": ("checkpoint", "ops", "quantize"),
+    "ops": (), "checkpoint": ("ops", "quantize"), "chat": ("checkpoint", "ops", "quantize"),
+    "tokenizer": ("checkpoint", "chat", "ops", "quantize"),
 }  # fmt: skip
 WITHOUT_TENSORS = ["scheduler", "block_manager", "sequence"]
 HEAVY = [
@@ -122,7 +123,8 @@ def test_scheduling_knows_no_tensors(name):
 
 def test_importing_the_package_imports_nothing_heavy():
     code = (
-        "import sys, codellama_rt, codellama_rt.api, codellama_rt.llm, codellama_rt.tokenizer;"
+        "import sys, codellama_rt, codellama_rt.api, codellama_rt.llm, codellama_rt.tokenizer, "
+        "codellama_rt.chat;"
         f"print(sorted(set({HEAVY}) & set(sys.modules)))"
     )
     result = subprocess.run(

@@ -12,7 +12,8 @@ from codellama_rt.sampler import TokenSampler, draw, probabilities, uniform
 from codellama_rt.sampling_params import SamplingParams
 
 GREEDY = SamplingParams()
-NOT_OURS = {"typical_p", "no_repeat_ngram_size", "epsilon_cutoff"}  # processors we do not have
+# Processors of Transformers that SamplingParams lacks; test_generation has them.
+NOT_OURS = {"typical_p", "no_repeat_ngram_size", "epsilon_cutoff"}
 
 
 def logits_of(size=50, seed=0, scale=3.0):

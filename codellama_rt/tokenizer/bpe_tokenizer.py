@@ -1,5 +1,6 @@
 """GPT-2-style byte-level BPE of GGUF files and tokenizer.json, through the `tokenizers` package."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -56,7 +57,8 @@ class BpeTokenizer(Tokenizer):
         adds_bos: bool,
     ) -> None:
         self._backend = backend
-        literal = {*special_ids, *literal_ids}
+        special_ids = frozenset(special_ids)
+        literal = special_ids.union(literal_ids)
         super().__init__(
             pieces,
             [p.encode() if i in literal else _bytes_of(p) for i, p in enumerate(pieces)],
@@ -65,6 +67,29 @@ class BpeTokenizer(Tokenizer):
             eos_id=eos_id,
             adds_bos=adds_bos,
         )
+
+        self._literal_ids = literal
+
+    def as_json(self) -> dict[str, Any]:
+        """The contents of a tokenizer.json."""
+        contents = json.loads(self._backend.to_str())
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        contents["added_tokens"] = [
+            {"id": i, "content": self.pieces[i], **flags, "special": i in self.special_ids}
+            for i in sorted(self._literal_ids)
+        ]
+        contents["decoder"] = {
+            "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
+        }  # fmt: skip
+        if self.adds_bos:
+            bos = {"SpecialToken": {"id": self.pieces[self.bos_id], "type_id": 0}}
+            text = [{"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")]
+            named = {"id": bos["SpecialToken"]["id"], "ids": [self.bos_id]}
+            contents["post_processor"] = {
+                "type": "TemplateProcessing", "single": [bos, text[0]], "pair": [bos, *text],
+                "special_tokens": {named["id"]: named | {"tokens": [named["id"]]}},
+            }  # fmt: skip
+        return contents
 
     def _encode_text(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids

@@ -7,6 +7,7 @@ text are parsed.
 from collections.abc import Sequence
 from typing import Any
 
+from codellama_rt.chat import JinjaFormat, checked_messages, find_format
 from codellama_rt.tokenizer import split_fill
 from codellama_rt.tokenizer.batch_encoding import (
     BatchEncoding,
@@ -118,6 +119,40 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         first = len(self.build_inputs_with_special_tokens(token_ids_0))
         both = len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
         return [0] * first + [1] * (both - first)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        *,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        return_tensors: str | None = None,
+    ) -> Any:
+        """Turns a conversation into a prompt.
+
+        With Code Llama's own format, or a template that renders the same, the ids are those of
+        Meta's code, which Transformers misses; Meta's prompts always end where the model begins.
+        Names of control tokens in the messages stay text.
+
+        Args:
+            conversation: a list of {"role": ..., "content": ...}.
+            tokenize: return ids, not the rendered text.
+            add_generation_prompt: end a template of another kind where the assistant begins.
+            chat_template: Jinja, "code-llama" or "code-llama-70b"; the tokenizer's own if None.
+            return_tensors: as calling the tokenizer takes it.
+
+        Raises:
+            TypeError, ValueError: a message or the order of the roles is wrong.
+            ChatTemplateError: the template is faulty, forbidden, or refuses the conversation.
+        """
+        messages = checked_messages(conversation)
+        style = find_format(chat_template or self.chat_template, self.runtime)
+        is_template = isinstance(style, JinjaFormat)
+        prompt = {"add_generation_prompt": add_generation_prompt} if is_template else {}
+        if not tokenize:
+            return style.render(self.runtime, messages, **prompt)
+        return as_tensor([style.encode(self.runtime, messages, **prompt)], return_tensors, True)
 
     # Ids to text
 

@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from codellama_rt.chat import read_chat_template
 from codellama_rt.checkpoint.strict_json import read_object
 from codellama_rt.errors import CheckpointError
 from codellama_rt.tokenizer import FILL_TOKEN, load_tokenizer
@@ -55,6 +56,7 @@ class CodeLlamaVocabulary:
     clean_up_tokenization_spaces: bool = False  # no space before English punctuation
     padding_side: str = "right"
     truncation_side: str = "right"
+    chat_template: str | None = None  # Jinja; None: Code Llama's own format
     runtime: SentencePieceTokenizer = field(init=False)
     prefix_id: int | None = field(init=False)
     middle_id: int | None = field(init=False)
@@ -94,6 +96,7 @@ class CodeLlamaVocabulary:
         config_file = (path if path.is_dir() else path.parent) / _CONFIG_FILE
         config = read_object(config_file) if config_file.is_file() else {}
         known = {name: token_text(config[name]) for name in cls._option_names() if name in config}
+        known["chat_template"] = read_chat_template(path)
         return cls(path, **(known | options))
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str = "") -> tuple[str]:

@@ -111,6 +111,35 @@ class SentencePieceTokenizer(Tokenizer):
         check_text(text)
         return self._continuation.encode(text)
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Turns what somebody wrote into ids; unlike `encode`, " <EOT>" does not become <EOT>."""
+        check_text(text)
+        return self._without_special(self._processor.encode(text))
+
+    def encode_rendered(self, parts: Iterable[int | str]) -> list[int]:
+        """Turns a rendered chat template into ids as the slow Transformers tokenizer does."""
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            text = part.replace(SPACE, " ")
+            lead = SPACE if i == 0 and self._has_lead else ""
+            ids += self._without_special(self._continuation.encode(lead + text))
+        return ids
+
+    def _without_special(self, ids: list[int]) -> list[int]:
+        """Spells infilling tokens that merges have made: ▁<EOT> as ▁< and EOT>."""
+        plain: list[int] = []
+        for token_id in ids:
+            if token_id in self.special_ids:
+                name = self.pieces[token_id]
+                for half in (name[:2], name[2:]):
+                    plain += self._continuation.encode(half)
+            else:
+                plain.append(token_id)
+        return plain
+
     def decode_infill(self, ids: Iterable[int]) -> str:
         """Turns the ids of a filling into text as Meta does; a leading space stays.
 
@@ -131,7 +160,7 @@ class SentencePieceTokenizer(Tokenizer):
         if text and self._has_lead:
             text = SPACE + text.replace(SPACE, " ")
         ids: list[int] = []
-        for part in self._split_special(text):
+        for part in self.split_special(text):
             ids += [part] if isinstance(part, int) else self._continuation.encode(part)
         if len(ids) > 1 and self.pieces[ids[0]] == SPACE and ids[1] in self.special_ids:
             del ids[0]

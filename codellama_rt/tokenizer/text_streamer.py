@@ -1,10 +1,11 @@
-"""`TextStreamer` with the protocol and the chunks of the one in Transformers.
+"""`TextStreamer` and `TextIteratorStreamer` with the protocol and chunks of those in Transformers.
 
-It shows text word by word, and decodes each line anew: like its model it loses the first space of a
-line. Where every character counts use `Tokenizer.detokenizer`.
+They show text word by word, and decode each line anew: like their models they lose the first space
+of a line. Where every character counts use `Tokenizer.detokenizer`.
 """
 
 import re
+from queue import Queue
 from typing import Any
 
 from codellama_rt.tokenizer.tokenizer_base import as_id_list
@@ -72,3 +73,47 @@ class TextStreamer:
         if is_whole:
             self._line_ids, self._shown = [], 0
         self.on_finalized_text(chunk, stream_end=at_end)
+
+
+class TextIteratorStreamer(TextStreamer):
+    """Gives a generated text piece by piece to another thread than the one that generates.
+
+    Args:
+        tokenizer, skip_prompt, decode_options: as for `TextStreamer`.
+        timeout: seconds to wait for a piece; None: as long as it takes.
+
+    Example:
+        >>> streamer = TextIteratorStreamer(tok, skip_prompt=True)  # doctest: +SKIP
+        >>> Thread(target=model.generate, args=(ids,), kwargs={"streamer": streamer}).start()
+        ... # doctest: +SKIP
+        >>> for piece in streamer:  # doctest: +SKIP
+        ...     print(piece, end="")
+    """
+
+    def __init__(
+        self, tokenizer: Any, skip_prompt: bool = False, timeout: float | None = None,
+        **decode_options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(tokenizer, skip_prompt, **decode_options)
+        self.timeout = timeout
+        self._pieces: Queue[str | None] = Queue()  # None ends it
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hands a piece to the reader."""
+        self._pieces.put(text)
+        if stream_end:
+            self._pieces.put(None)
+
+    def __iter__(self) -> "TextIteratorStreamer":
+        return self
+
+    def __next__(self) -> str:
+        """Returns the next piece; waits for it.
+
+        Raises:
+            queue.Empty: none came within `timeout` seconds.
+        """
+        piece = self._pieces.get(timeout=self.timeout)
+        if piece is None:
+            raise StopIteration
+        return piece

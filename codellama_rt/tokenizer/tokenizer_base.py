@@ -123,11 +123,32 @@ class Tokenizer:
 
     def _encode_special(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in self._split_special(text):
+        for part in self.split_special(text):
             ids += [part] if isinstance(part, int) else self._encode_text(part)
         return ids
 
-    def _split_special(self, text: str) -> list[int | str]:
+    @property
+    def special_names(self) -> list[str]:
+        """The names of the control tokens, as `split_special` finds them in a text."""
+        return [piece for piece in map(self.piece, self.special_ids) if piece]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Turns what somebody wrote into ids of which none is a control token, nor a begin token.
+
+        Raises:
+            TypeError, ValueError: as `encode`.
+        """
+        check_text(text)
+        return self._encode_text(text)
+
+    def encode_rendered(self, parts: Iterable[int | str]) -> list[int]:
+        """Turns a rendered chat template, as `split_special` cuts it, into ids."""
+        ids: list[int] = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self.encode_plain(part)
+        return ids
+
+    def split_special(self, text: str) -> list[int | str]:
         """Cuts text at the names of special tokens, the longest first; each name becomes its id."""
         parts = self._special_name.split(text)
         # A pattern with one group puts the matches at the odd places.

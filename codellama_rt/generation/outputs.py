@@ -1,0 +1,47 @@
+"""What `LlamaForCausalLM` returns besides plain token ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class _Output(dict):
+    """A dictionary whose entries are attributes, too; an entry that was not asked for is None."""
+
+    _fields: tuple[str, ...] = ()
+
+    def __init__(self, **entries: Any) -> None:
+        super().__init__({name: value for name, value in entries.items() if value is not None})
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._fields:
+            raise AttributeError(f"{type(self).__name__} has {', '.join(self._fields)}, no {name}")
+        return self.get(name)
+
+    def __getitem__(self, key: str | int) -> Any:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+class GenerateOutput(_Output):
+    """The result of `generate(return_dict_in_generate=True)`.
+
+    Attributes:
+        sequences: (rows, length) token ids, prompts included.
+        scores: one (rows, vocab_size) float32 a step, after all processors.
+        logits: one (rows, vocab_size) float32 a step, as the model gave them.
+        sequences_scores: (rows,) float32 of a beam search: length-normalised log-probabilities.
+        beam_indices: (rows, steps) int32 of a beam search: which beam each token came of; -1 after.
+    """
+
+    _fields = ("sequences", "scores", "logits", "sequences_scores", "beam_indices")
+
+
+class CausalLMOutput(_Output):
+    """The result of calling the model.
+
+    Attributes:
+        loss: mean negative log-probability of the labels, if they were given.
+        logits: (batch, positions, vocab_size) float32.
+    """
+
+    _fields = ("loss", "logits")
