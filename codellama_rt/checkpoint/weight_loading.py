@@ -167,7 +167,7 @@ def load_arrays(
             weights[name] = quantize_tensor(tensor, quantization)
             counter.add(tensor.num_bytes, f"quantising to {quantization}")
         else:
-            weights[name] = _convert(tensor, target, counter)
+            weights[name] = convert_tensor(tensor, target, counter)
             tensor.release()
     return weights
 
@@ -195,7 +195,7 @@ def _as_they_lie(
     return {name for name, tensor in tensors.items() if lies_right(name, tensor)}
 
 
-def _convert(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> np.ndarray:
+def convert_tensor(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> np.ndarray:
     """Converts a chunk of rows at a time, so that a quantised tensor is never whole in float32."""
     converted = np.empty(tensor.shape, dtype)
     n_rows = tensor.shape[0]
