@@ -1,4 +1,5 @@
-"""The command line: `codellama-rt generate | infill | chat | eval | convert | doctor | bench`.
+"""The command line: `codellama-rt generate | infill | chat | eval | convert | estimate | doctor |
+bench`.
 
 Text goes to stdout, everything else to stderr. What cannot be done ends in one line and exit code
 2; Ctrl-C in exit code 130.
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from codellama_rt import cli_eval
+from codellama_rt import cli_eval, cli_models
 from codellama_rt.cli_bench import bench_app
 from codellama_rt.cli_chat import chat
 from codellama_rt.cli_errors import reported_errors, tell
@@ -95,22 +96,7 @@ app.command()(with_options(chat))
 app.add_typer(cli_eval.app, name="eval")
 
 
-@app.command()
-def convert(
-    model: Annotated[str, typer.Argument(help="Directory in Hugging Face's layout, or hub id.")],
-    out: Annotated[Path, typer.Option(help="The directory to write; nothing may be there.")],
-    quantization: Annotated[str, typer.Option(help="Of the weights: int8, int4.")],
-    debug: Annotated[bool, typer.Option("--debug", help="Errors with their traceback.")] = False,
-) -> None:
-    """Write a checkpoint with quantised weights, which opens at once and is used as it lies."""
-    with reported_errors(debug):
-        from codellama_rt.convert import convert as write_converted
-        from codellama_rt.progress import ProgressBar
-
-        with ProgressBar(f"converting {model}") as bar:
-            written = write_converted(model, out, quantization=quantization, progress=bar.update)
-        size = sum(file.stat().st_size for file in written.iterdir())
-        tell(f"{written}: {size / 1e9:.2f} GB")
+app.command()(cli_models.convert)
 
 
 @app.command()

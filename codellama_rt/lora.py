@@ -18,6 +18,7 @@ import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.checkpoint import LlamaWeights
+from codellama_rt.checkpoint.row_order import pairs_first
 from codellama_rt.checkpoint.safetensors_file import read_safetensors
 from codellama_rt.checkpoint.stored_tensor import StoredTensor
 from codellama_rt.checkpoint.strict_json import read_object
@@ -120,7 +121,7 @@ def load_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraAdapt
             )
         up *= np.float32(_scale(fields, module, down.shape[0]))
         if name in ("q_proj", "k_proj") and config.rope_interleaved:
-            up = _pairs_first(up, config.head_dim)
+            up = pairs_first(up, config.head_dim)
         layers[layer][name] = LowRank(down, np.ascontiguousarray(up))
     return LoraAdapter(path, layers, widths)
 
@@ -240,9 +241,3 @@ def _items(fields: ConfigFields, patterns: Any) -> Iterator[tuple[str, float]]:
         if not re.fullmatch(r"[\w.]+", pattern) or type(value) not in (int, float):
             raise fields.fault("alpha_pattern", "names of modules and numbers")
         yield pattern, value
-
-
-def _pairs_first(rows: Array, head_dim: int) -> Array:
-    """The inverse of `halves_first`."""
-    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)

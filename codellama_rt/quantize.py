@@ -6,7 +6,7 @@ stay floats. A head that is tied to the embedding becomes a quantised copy of it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -47,12 +47,15 @@ def sources(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     return {**tensors, _HEAD: tensors.get(_HEAD, tensors[_EMBEDDING])}
 
 
-def quantize_tensor(tensor: StoredTensor, dtype: str) -> Quantized:
+def quantize_tensor(
+    tensor: StoredTensor, dtype: str, reorder: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Quantized:
     """Reads one tensor and quantises it; its pages of the file are then let go.
 
     Args:
         tensor: (out_features, in_features), floats or one of GGUF's formats.
         dtype: one of `QUANTIZATIONS`.
+        reorder: puts its rows into another order first.
 
     Raises:
         CheckpointError: a value is not finite; it would take its whole group with it.
@@ -65,6 +68,6 @@ def quantize_tensor(tensor: StoredTensor, dtype: str) -> Quantized:
             f"{tensor.file}: tensor {tensor.name!r}: expected finite values to quantise, found "
             f"{float(weight[tuple(place)])} at {place}"
         )
-    quantized = ops.quantize(weight, dtype)
+    quantized = ops.quantize(weight if reorder is None else reorder(weight), dtype)
     tensor.release()
     return quantized

@@ -24,7 +24,8 @@ from codellama_rt.bench.noise import noise
 from codellama_rt.bench.shapes import SHAPES
 from codellama_rt.checkpoint.gguf_model import gguf_name
 from codellama_rt.checkpoint.packed_weights import config_section, file_metadata, padded_bytes
-from codellama_rt.checkpoint.safetensors_writer import Entry, write_safetensors
+from codellama_rt.checkpoint.safetensors_writer import write_safetensors
+from codellama_rt.checkpoint.tensor_file import Entry
 from codellama_rt.checkpoint.weight_loading import expected_shapes
 from codellama_rt.config import ModelConfig
 from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype

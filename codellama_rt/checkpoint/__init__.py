@@ -1,4 +1,4 @@
-"""Opens a checkpoint: a Hugging Face directory, a GGUF file, or a name that stands for one.
+"""Opens a checkpoint: a directory of Hugging Face's or Meta's, a GGUF file, or a name for one.
 
 Weights stay where they lie: each is a view of a read-only mapping of its file, so opening a model
 costs the reading of headers, and its pages are shared with every process that maps them. Only what
@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from codellama_rt.checkpoint.finiteness import check_finite
-from codellama_rt.checkpoint.gguf_model import read_gguf_model
-from codellama_rt.checkpoint.hf_directory import read_directory
+from codellama_rt.checkpoint.formats import read_model
 from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.checkpoint.stored_tensor import Progress, StoredModel, StoredTensor, Weight
 from codellama_rt.checkpoint.weight_loading import choose_dtype, load_arrays, match_tensors
@@ -78,10 +77,12 @@ def open_checkpoint(
     """Opens a model's weights and configuration, and checks that they fit together.
 
     Args:
-        model: a directory in Hugging Face's layout, a GGUF file, a built-in name, or a hub id.
+        model: a directory in Hugging Face's or Meta's layout, a GGUF file, a built-in name, or a
+            hub id.
         dtype: "auto" keeps the stored dtype and copies nothing, GGUF's Q4_0, Q4_1, Q8_0, Q4_K and
-            Q6_K included (its other quantised types become bfloat16; norms keep their own);
-            "float32", "float16", "bfloat16" convert what differs.
+            Q6_K included (its other quantised types become bfloat16; norms keep their own; what
+            Meta's files hold in shards is put together); "float32", "float16", "bfloat16" convert
+            what differs.
         quantization: "int8" or "int4" quantises the projections and the head, a tensor at a time.
             None keeps what is stored; so it opens what `convert` quantised.
         check: "finite" reads every weight and refuses NaN and infinities; None reads none.
@@ -104,7 +105,7 @@ def open_checkpoint(
     _check_choices(dtype, check)
     check_quantization(quantization)
     path = resolve_model(model)
-    stored = read_directory(path) if path.is_dir() else read_gguf_model(path)
+    stored = read_model(path)
     _check_stored_quantization(stored, quantization)
     tensors = match_tensors(stored)
     arrays = load_arrays(tensors, dtype, quantization, progress)
@@ -112,9 +113,9 @@ def open_checkpoint(
         check_finite(tensors, arrays, progress)
     weights = _assemble(arrays, stored.config.n_layers)
     config = dataclasses.replace(stored.config, dtype=_float_dtype(tensors, weights, dtype))
-    stored_bytes = sum(tensor.payload.nbytes for tensor in tensors.values())
+    stored_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     mapped_bytes = sum(
-        tensor.payload.nbytes
+        tensor.num_bytes
         for name, tensor in tensors.items()
         if np.may_share_memory(_bytes_of(arrays[name]), tensor.payload)
     )

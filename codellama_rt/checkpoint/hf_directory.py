@@ -69,8 +69,6 @@ def _what_is_there(path: Path) -> str:
             f"{found}; pickled weights are never loaded: save them again with transformers' "
             "save_pretrained(..., safe_serialization=True)"
         )
-    if any(name.startswith("consolidated.") and name.endswith(".pth") for name in names):
-        return f"{found}; this is Meta's layout: convert it to Hugging Face's first"
     if any(name.endswith(".gguf") for name in names):
         return f"{found}; give the .gguf file itself"
     if any(name.endswith(".safetensors") for name in names):

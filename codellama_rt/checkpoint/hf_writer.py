@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from codellama_rt.checkpoint.safetensors_writer import Entry, write_safetensors
+from codellama_rt.checkpoint.row_order import halves_first, rotates
+from codellama_rt.checkpoint.safetensors_writer import write_safetensors
+from codellama_rt.checkpoint.tensor_file import Entry
 from codellama_rt.config import ModelConfig, RopeScaling
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ _NAMES = {  # of LayerWeights' fields
     "mlp_norm": "post_attention_layernorm", "gate_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
 }  # fmt: skip
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SCALING_KEYS = {  # beside rope_type and factor, as transformers names them
     "linear": (), "dynamic": (),
@@ -52,8 +54,8 @@ def write_directory(
     stage = path / ".saving"  # the weights may be mapped from the very files that are replaced
     stage.mkdir(parents=True)
     try:
-        _write_weights(stage, _shards(entries, max_shard_bytes))
-        for old in [path / "config.json", *path.glob("*.safetensors"), path / _INDEX]:
+        _write_weights(stage, split_shards(entries, max_shard_bytes))
+        for old in [path / "config.json", *path.glob("*.safetensors"), path / INDEX]:
             old.unlink(missing_ok=True)
         for file in stage.iterdir():
             file.replace(path / file.name)
@@ -63,15 +65,30 @@ def write_directory(
 
 
 def _write_weights(path: Path, shards: list[list[Entry]]) -> None:
-    files = {}
-    for i, shard in enumerate(shards, start=1):
-        single = len(shards) == 1
-        name = "model.safetensors" if single else f"model-{i:05}-of-{len(shards):05}.safetensors"
+    for i, shard in enumerate(shards):
+        name = shard_name(i, len(shards))
         write_safetensors(path / name, shard, {"format": "pt"}, lambda entry: None)
-        files |= {entry.name: name for entry in shard}
     if len(shards) > 1:
-        total = sum(entry.num_bytes for shard in shards for entry in shard)
-        _write_json(path / _INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+        _write_json(path / INDEX, index_of(shards))
+
+
+def shard_name(i: int, count: int) -> str:
+    """The name of file i of `count`.
+
+    Example:
+        >>> shard_name(0, 2)
+        'model-00001-of-00002.safetensors'
+    """
+    return "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
+
+
+def index_of(shards: list[list[Entry]]) -> dict[str, Any]:
+    """The index of several files: which tensor lies in which."""
+    total = sum(entry.num_bytes for shard in shards for entry in shard)
+    files = {
+        entry.name: shard_name(i, len(shards)) for i, shard in enumerate(shards) for entry in shard
+    }
+    return {"metadata": {"total_size": total}, "weight_map": files}
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -127,22 +144,15 @@ def _entry(name: str, array: np.ndarray, config: ModelConfig) -> Entry:
         )
 
     def read() -> np.ndarray:
-        rotates = name.endswith(("q_proj.weight", "k_proj.weight"))
-        whole = (
-            halves_first(array, config.head_dim) if rotates and config.rope_interleaved else array
-        )
+        is_other = rotates(name) and config.rope_interleaved
+        whole = halves_first(array, config.head_dim) if is_other else array
         return np.ascontiguousarray(whole).reshape(-1).view(np.uint8)
 
     return Entry(name, _DTYPES[array.dtype.name], array.shape, array.nbytes, read)
 
 
-def halves_first(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows whose pairs (2i, 2i + 1) rotate together, so ordered that (i, i + head_dim / 2) do."""
-    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _shards(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
+def split_shards(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
+    """Entries in their order, as files of at most `max_bytes` unless one tensor is larger."""
     shards: list[list[Entry]] = [[]]
     for entry in entries:
         if shards[-1] and sum(e.num_bytes for e in shards[-1]) + entry.num_bytes > max_bytes:

@@ -1,26 +1,47 @@
-"""Writes safetensors files a tensor at a time: what they hold is never in memory at once."""
+"""Writes safetensors files: a header in JSON, then the tensors' bytes without gaps."""
 
+import itertools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
+from codellama_rt.checkpoint.tensor_file import Entry, write_tensor_file
 
 _ALIGNMENT = 64  # of the first tensor's bytes in the file
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to write."""
+class SafetensorsLayout:
+    """The tensors of a file, in the order of their bytes, and its metadata."""
 
-    name: str
-    dtype: str  # in safetensors' words
-    shape: tuple[int, ...]
-    num_bytes: int
-    read: Callable[[], np.ndarray]  # its bytes, uint8; called when its turn has come
+    def __init__(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
+        """Lays them out."""
+        self.entries = entries
+        ends = list(itertools.accumulate((entry.num_bytes for entry in entries), initial=0))
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        for entry, offsets in zip(entries, itertools.pairwise(ends), strict=True):
+            header[entry.name] = {
+                "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets,
+            }  # fmt: skip
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
+        self._head = len(raw).to_bytes(8, "little") + raw
+        self._ends = ends
+
+    def offset(self, i: int) -> int:
+        """Where entry i begins."""
+        return len(self._head) + self._ends[i]
+
+    def head(self) -> bytes:
+        """The header."""
+        return self._head
+
+    def before(self, i: int, checksum: int) -> bytes:
+        """Nothing."""
+        return b""
+
+    def tail(self, checksums: Sequence[int]) -> bytes:
+        """Nothing."""
+        return b""
 
 
 def write_safetensors(
@@ -38,31 +59,5 @@ def write_safetensors(
     Raises:
         OSError: the file cannot be written.
     """
-    with open(path, "xb") as file:
-        _write_header(file, entries, metadata)
-        for entry in entries:
-            content = entry.read()
-            assert content.nbytes <= entry.num_bytes, entry.name
-            file.write(content.data)
-            file.write(bytes(entry.num_bytes - content.nbytes))
-            written(entry)
-        sync(file)
-
-
-def sync(file: BinaryIO) -> None:
-    """Sees to it that what was written survives the machine's fall."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _write_header(file: BinaryIO, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for entry in entries:
-        offsets = [end, end := end + entry.num_bytes]
-        header[entry.name] = {
-            "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets,
-        }  # fmt: skip
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
-    file.write(len(raw).to_bytes(8, "little") + raw)
+    layout = SafetensorsLayout(entries, metadata)
+    write_tensor_file(path, layout, lambda entry, checksum: written(entry))

@@ -76,6 +76,16 @@ class StoredTensor:
         return None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the bytes lie in one piece, to be used in place."""
+        return True
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the files."""
+        return self.payload.nbytes
+
+    @property
     def size(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)

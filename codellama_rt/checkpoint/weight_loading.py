@@ -158,16 +158,16 @@ def load_arrays(
     target = choose_dtype(tensors) if dtype == "auto" else numpy_dtype(dtype)
     todo = dict(tensors) if quantization is None else sources(tensors)
     kept = _as_they_lie(todo, target, dtype == "auto", quantization)
-    counter = Counter(sum(t.payload.nbytes for n, t in todo.items() if n not in kept), progress)
+    counter = Counter(sum(t.num_bytes for n, t in todo.items() if n not in kept), progress)
     weights: dict[str, Weight] = {}
     for name, tensor in todo.items():
         if name in kept:
             weights[name] = tensor.view()
         elif quantization is not None and is_quantized(name):
             weights[name] = quantize_tensor(tensor, quantization)
-            counter.add(tensor.payload.nbytes, f"quantising to {quantization}")
+            counter.add(tensor.num_bytes, f"quantising to {quantization}")
         else:
-            weights[name] = _convert(tensor, target, counter)
+            weights[name] = convert_tensor(tensor, target, counter)
             tensor.release()
     return weights
 
@@ -183,6 +183,8 @@ def _as_they_lie(
     def lies_right(name: str, tensor: StoredTensor) -> bool:
         if tensor.weight_dtype in QUANTIZATIONS:
             return True
+        if not tensor.is_whole:
+            return False
         if quantization is not None and is_quantized(name):
             return False
         if not tensor.is_float:
@@ -193,12 +195,12 @@ def _as_they_lie(
     return {name for name, tensor in tensors.items() if lies_right(name, tensor)}
 
 
-def _convert(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> np.ndarray:
+def convert_tensor(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> np.ndarray:
     """Converts a chunk of rows at a time, so that a quantised tensor is never whole in float32."""
     converted = np.empty(tensor.shape, dtype)
     n_rows = tensor.shape[0]
     step = max(1, _CHUNK_BYTES // (tensor.size // n_rows * 4))
-    done = 0
+    done, what = 0, f"converting to {dtype.name}" if tensor.is_whole else "joining shards"
     for begin in range(0, n_rows, step):
         end = min(begin + step, n_rows)
         source = tensor.decode(begin, end)
@@ -207,8 +209,8 @@ def _convert(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> np.ndar
         bad = first_non_finite(converted[begin:end])
         if bad is not None:
             _check_overflow(tensor, source, converted[begin:end], begin)
-        counter.add(tensor.payload.nbytes * end // n_rows - done, f"converting to {dtype.name}")
-        done = tensor.payload.nbytes * end // n_rows
+        counter.add(tensor.num_bytes * end // n_rows - done, what)
+        done = tensor.num_bytes * end // n_rows
     converted.flags.writeable = False
     return converted
 

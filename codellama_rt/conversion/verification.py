@@ -1,0 +1,70 @@
+"""Whether what was written is what was meant: every tensor bit for bit, then the logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.checkpoint.pth_file import read_pth
+from codellama_rt.checkpoint.safetensors_file import read_safetensors
+from codellama_rt.checkpoint.stored_tensor import Counter, Progress
+from codellama_rt.conversion.plan import Options, Plan
+from codellama_rt.errors import CheckpointError
+from codellama_rt.model import Llama
+from codellama_rt.scoring import sequence_logits
+
+NUM_TOKENS = 24
+# Rows of q and k in another order are summed in another order, and inputs of products are rounded
+# to bfloat16 after it: that moves a logit by less than this share of the logits' spread. Rows in a
+# wrong order move it by about one.
+TOLERANCE = 0.05
+
+
+def verify_tensors(plan: Plan, folder: Path, progress: Progress | None) -> None:
+    """Reads back every tensor and compares it with its source, made anew.
+
+    Raises:
+        CheckpointError: one differs.
+    """
+    counter = Counter(plan.num_bytes, progress)
+    for file, layout in plan.files.items():
+        read = read_pth if file.endswith(".pth") else read_safetensors
+        found = read(folder / file)
+        for entry in layout.entries:
+            tensor = found.get(entry.name)
+            expected = entry.content()
+            if tensor is None or not np.array_equal(tensor.payload, expected):
+                raise CheckpointError(
+                    f"{file}: tensor {entry.name!r}: expected the bytes that were written, found "
+                    "others; the disk or its memory is at fault"
+                )
+            del expected
+            tensor.release()
+            plan.made_from[entry.name].release()
+            counter.add(entry.num_bytes, "comparing tensors")
+
+
+def verify_logits(source: Path, folder: Path, options: Options) -> None:
+    """Computes with both models, one after the other, and compares.
+
+    Raises:
+        CheckpointError: the logits differ by more than rounding does.
+    """
+    expected = _logits(source, options.dtype, options.quantization)
+    found = _logits(folder, "auto", None)
+    difference, spread = np.abs(found - expected).max(), expected.std()
+    if not difference <= TOLERANCE * spread:
+        raise CheckpointError(
+            f"{folder.name}: expected the logits of {source}, found some that differ by "
+            f"{difference:.3g}, where all spread by {spread:.3g}"
+        )
+
+
+def _logits(path: Path, dtype: str, quantization: str | None) -> np.ndarray:
+    checkpoint = open_checkpoint(path, dtype=dtype, quantization=quantization)
+    vocab_size = checkpoint.config.vocab_size
+    rng = np.random.default_rng(0)
+    token_ids = rng.integers(vocab_size, size=NUM_TOKENS).tolist()
+    return sequence_logits(Llama(checkpoint.config, checkpoint.weights), token_ids)
