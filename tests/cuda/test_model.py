@@ -50,9 +50,7 @@ def test_bfloat16_logits(name):
     model, _ = make_model(name)
     for i, case in enumerate(golden.cases[:1]):
         positions, expected = golden.logits(i)
-        logits = sequence_logits(
-            model, case["prompt"], kv_dtype="bfloat16", make_cache=DeviceKVCache
-        )
+        logits = sequence_logits(model, case["prompt"], kv_dtype="bfloat16")
         error = np.abs(logits[positions] - expected).max()
         assert error <= 1.5 * lost_by_bfloat16(name, case["prompt"], positions, expected)
 
@@ -111,9 +109,9 @@ def test_quantised_weights_and_caches(rng, quantization, kv_dtype):
     name = NAMES[1]
     (prompt,) = prompts_of(name, rng, [40])
     plain, _ = make_model(name)
-    expected = sequence_logits(plain, prompt, kv_dtype="bfloat16", make_cache=DeviceKVCache)
+    expected = sequence_logits(plain, prompt, kv_dtype="bfloat16")
     model, _ = make_model(name, quantization=quantization, kv_dtype=kv_dtype)
-    logits = sequence_logits(model, prompt, kv_dtype=kv_dtype, make_cache=DeviceKVCache)
+    logits = sequence_logits(model, prompt, kv_dtype=kv_dtype)
     limit = {"int4": 0.5}.get(quantization, 0.2)  # of the logits' spread
     assert np.abs(logits - expected).mean() <= limit * expected.std()
     options = {"kv_dtype": kv_dtype, "make_cache": DeviceKVCache, "chunk_size": 11}
