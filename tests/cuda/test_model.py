@@ -82,7 +82,7 @@ def test_logits_do_not_depend_on_the_chunk(rng):
     name = NAMES[1]
     (prompt,) = prompts_of(name, rng, [50])
     model, _ = make_model(name)
-    options = {"kv_dtype": "bfloat16", "make_cache": DeviceKVCache}
+    options = {"kv_dtype": "bfloat16"}
     whole = sequence_logits(model, prompt, **options)
     for chunk_size in (1, 7, 33):
         assert_equal_bits(sequence_logits(model, prompt, chunk_size=chunk_size, **options), whole)
@@ -114,7 +114,7 @@ def test_quantised_weights_and_caches(rng, quantization, kv_dtype):
     logits = sequence_logits(model, prompt, kv_dtype=kv_dtype)
     limit = {"int4": 0.5}.get(quantization, 0.2)  # of the logits' spread
     assert np.abs(logits - expected).mean() <= limit * expected.std()
-    options = {"kv_dtype": kv_dtype, "make_cache": DeviceKVCache, "chunk_size": 11}
+    options = {"kv_dtype": kv_dtype, "chunk_size": 11}
     assert_equal_bits(sequence_logits(model, prompt, **options), logits)
 
 
