@@ -120,7 +120,11 @@ void serve_one() {
   Call call;
   call.s.resize(scalars);
   std::istringstream values = read_line();
-  for (double& value : call.s) values >> value;
+  std::string word;  // >> takes neither nan nor inf
+  for (double& value : call.s) {
+    values >> word;
+    value = std::strtod(word.c_str(), nullptr);
+  }
   for (size_t i = 0; i < tensors; ++i) call.t.push_back(read_tensor(&buffers));
   try {
     ops().at(name)(call);
