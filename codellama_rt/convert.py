@@ -8,6 +8,7 @@ checkpoint opens is written last. A run that ended early is taken up by the next
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -157,15 +158,16 @@ def _write_tensors(
     for file, layout in plan.files.items():
         done = journal.done(file, layout)
 
-        def written(entry: Entry, checksum: int, file: str = file) -> None:
+        def written(entry: Entry) -> None:
             plan.made_from[entry.name].release()
-            journal.add(file, checksum)
             is_packed = options.quantization is not None and is_quantized(entry.name)
             what = f"quantising to {options.quantization}" if is_packed else "copying"
             counter.add(entry.num_bytes, what)
 
-        counter.add(sum(entry.num_bytes for entry in layout.entries[: len(done)]), "resuming")
-        write_tensor_file(journal.output / file, layout, written, done)
+        if done:
+            counter.add(sum(entry.num_bytes for entry in layout.entries[: len(done)]), "resuming")
+        synced = functools.partial(journal.add, file)
+        write_tensor_file(journal.output / file, layout, written, synced, done)
 
 
 def _write_companions(stored: StoredModel, folder: Path, options: Options) -> None:
