@@ -8,6 +8,7 @@ checkpoint opens is written last. A run that ended early is taken up by the next
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -26,6 +27,7 @@ from codellama_rt.conversion.plan import (
     Options,
     Plan,
     make_plan,
+    with_dtype,
     write_texts,
 )
 from codellama_rt.dtypes import FLOAT_DTYPES
@@ -56,8 +58,8 @@ def convert(
         out: the directory to make; nothing may be there.
         to: "huggingface" (safetensors) or "meta" (consolidated.00.pth and params.json).
         quantization: "int8" or "int4", of the projections and the head; in Hugging Face's layout.
-        dtype: of all floats: "float32", "float16", "bfloat16"; "auto" keeps each tensor's own and
-            decodes GGUF's blocks to bfloat16.
+        dtype: of all floats: "float32", "float16", "bfloat16"; "auto" keeps each tensor's own,
+            or is bfloat16 where some are in GGUF's blocks.
         shards: files of Meta's layout.
         verify: compare what was written, bit for bit, and the logits, before it takes its name.
         progress: called with bytes done, bytes in all, and what is being done.
@@ -82,6 +84,7 @@ def convert(
         raise FileExistsError(f"{out} is there already; give --out another name, or remove it")
     stored = read_model(path)
     _check_source(stored, options)
+    options = with_dtype(stored, options)
     plan = make_plan(stored, options)
     with Journal(out, _identity(path, options)) as journal:
         try:
@@ -157,15 +160,16 @@ def _write_tensors(
     for file, layout in plan.files.items():
         done = journal.done(file, layout)
 
-        def written(entry: Entry, checksum: int, file: str = file) -> None:
+        def written(entry: Entry) -> None:
             plan.made_from[entry.name].release()
-            journal.add(file, checksum)
             is_packed = options.quantization is not None and is_quantized(entry.name)
             what = f"quantising to {options.quantization}" if is_packed else "copying"
             counter.add(entry.num_bytes, what)
 
-        counter.add(sum(entry.num_bytes for entry in layout.entries[: len(done)]), "resuming")
-        write_tensor_file(journal.output / file, layout, written, done)
+        if done:
+            counter.add(sum(entry.num_bytes for entry in layout.entries[: len(done)]), "resuming")
+        synced = functools.partial(journal.add, file)
+        write_tensor_file(journal.output / file, layout, written, synced, done)
 
 
 def _write_companions(stored: StoredModel, folder: Path, options: Options) -> None:

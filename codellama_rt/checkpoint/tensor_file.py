@@ -13,6 +13,8 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
+SYNC_BYTES = 2**26  # what a fall of the machine may cost; more often would wait for the disk
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -56,38 +58,49 @@ class Layout(Protocol):
 
 
 def write_tensor_file(
-    path: Path, layout: Layout, written: Callable[[Entry, int], None],
-    checksums: Sequence[int] = (),
+    path: Path, layout: Layout, written: Callable[[Entry], None],
+    synced: Callable[[Sequence[int]], None], checksums: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """Writes a file, or what is missing of one; it is complete, and on the disk, on return.
 
     Args:
         path: the file.
         layout: its tensors and format.
-        written: called with each tensor and its CRC-32 when both are on the disk.
+        written: called after each tensor.
+        synced: called with the CRC-32 of further tensors when they are on the disk.
         checksums: of the tensors that are in the file already, the first ones.
 
     Raises:
         OSError: the file cannot be written.
     """
-    checksums = list(checksums)
+    checksums, begin = list(checksums), layout.offset(len(checksums))
+    kept, kept_bytes = len(checksums), begin
     with open(path, "r+b" if checksums else "wb") as file:
         if checksums:
-            file.truncate(layout.offset(len(checksums)))
-            file.seek(layout.offset(len(checksums)))
+            file.truncate(begin)
+            file.seek(begin)
         else:
             file.write(layout.head())
-        for i, entry in enumerate(layout.entries[len(checksums) :], len(checksums)):
-            content = entry.content()
-            checksums.append(zlib.crc32(content.data))
-            file.write(layout.before(i, checksums[-1]))
-            file.write(content.data)
-            del content
-            sync(file)
-            written(entry, checksums[-1])
+        for i, entry in enumerate(layout.entries[kept:], kept):
+            checksums.append(_write_entry(file, layout, i))
+            written(entry)
+            if file.tell() - kept_bytes >= SYNC_BYTES:
+                sync(file)
+                synced(checksums[kept:])
+                kept, kept_bytes = len(checksums), file.tell()
         assert file.tell() == layout.offset(len(layout.entries)), path
         file.write(layout.tail(checksums))
         sync(file)
+    synced(checksums[kept:])
+
+
+def _write_entry(file: BinaryIO, layout: Layout, i: int) -> int:
+    """Writes one tensor; returns its CRC-32."""
+    content = layout.entries[i].content()
+    checksum = zlib.crc32(content.data)
+    file.write(layout.before(i, checksum))
+    file.write(content.data)
+    return checksum
 
 
 def sync(file: BinaryIO) -> None:

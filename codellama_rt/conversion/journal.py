@@ -1,4 +1,4 @@
-"""How far a conversion got: a line a tensor, so that an interrupted one goes on where it was.
+"""How far a conversion got: a line for some tensors, so that an interrupted one goes on where it was.
 
 The work lies in a hidden directory beside the output, `.<name>.partial`: the journal, and a
 directory that becomes the output by one rename when it is whole. The first line says what is being
@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,7 +55,7 @@ class Journal:
         try:
             for line in lines[1:]:
                 entry = json.loads(line)
-                self._checksums.setdefault(entry["file"], []).append(entry["crc32"])
+                self._checksums.setdefault(entry["file"], []).extend(entry["crc32"])
         except (ValueError, KeyError, TypeError):  # a damaged disk
             self._checksums = {}
             return False
@@ -77,9 +78,9 @@ class Journal:
         has_all = path.is_file() and path.stat().st_size >= layout.offset(len(checksums))
         return checksums if has_all else []
 
-    def add(self, file: str, checksum: int) -> None:
-        """One more tensor is on the disk."""
-        self._append(json.dumps({"file": file, "crc32": checksum}))
+    def add(self, file: str, checksums: Sequence[int]) -> None:
+        """So many more tensors of a file are on the disk."""
+        self._append(json.dumps({"file": file, "crc32": list(checksums)}))
 
     def discard(self) -> None:
         """Take all of it away: the output is made, or cannot be."""

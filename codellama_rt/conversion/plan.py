@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ class Options:
     Attributes:
         to: one of `TARGETS`.
         quantization: "int8", "int4" or None.
-        dtype: of all floats; "auto" keeps each tensor's own, and decodes GGUF's blocks to bfloat16.
+        dtype: of all floats; "auto" keeps each tensor's own, or is bfloat16 where some are in
+            GGUF's blocks.
         shards: files of a checkpoint in Meta's layout.
     """
 
@@ -71,6 +72,16 @@ class Plan:
     def num_bytes(self) -> int:
         """Bytes of all tensors to write."""
         return sum(e.num_bytes for layout in self.files.values() for e in layout.entries)
+
+
+def with_dtype(stored: StoredModel, options: Options) -> Options:
+    """The options with a dtype where "auto" cannot keep what is stored.
+
+    Raises:
+        CheckpointError: as `make_plan`.
+    """
+    is_kept = all(tensor.is_float for tensor in match_tensors(stored).values())
+    return options if options.dtype != "auto" or is_kept else replace(options, dtype="bfloat16")
 
 
 def make_plan(stored: StoredModel, options: Options) -> Plan:
@@ -120,9 +131,7 @@ def _order(stored: StoredModel, name: str, to: str) -> Reorder | None:
 
 
 def _float_dtype(tensor: StoredTensor, options: Options) -> np.dtype:
-    if options.dtype != "auto":
-        return numpy_dtype(options.dtype)
-    return ENCODINGS[tensor.encoding] if tensor.is_float else numpy_dtype("bfloat16")
+    return ENCODINGS[tensor.encoding] if options.dtype == "auto" else numpy_dtype(options.dtype)
 
 
 def _floats(
