@@ -206,7 +206,7 @@ BAD_FOLDERS = {
     "no weights": (keep_only("config.json"), "expected model.safetensors or .*index.json, found"),
     "pickles": (instead("pytorch_model.bin", b""), "pickled weights are never loaded: save them"),
     "pickle shards": (instead("pytorch_model-00001-of-00002.bin", b""), "safe_serialization"),
-    "Meta's layout": (instead("consolidated.00.pth", b""), "Meta's layout"),
+    "Meta's layout": (instead("consolidated.00.pth", b""), "found config.json, consolidated"),
     "shards alone": (instead("model-00001-of-00002.safetensors", b""), "shards need their"),
     "GGUF beside": (instead("model.gguf", b""), "give the .gguf file itself"),
     "config not JSON": (overwritten("config.json", b"{"), "config.json: expected JSON"),

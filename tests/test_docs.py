@@ -158,8 +158,9 @@ def test_the_op_tables_are_those_of_the_schema(generator):
 
 
 def test_the_op_tables_hold_every_op(generator):
-    for make in generator["DOCUMENTS"].values():
-        assert re.findall(r"^\| `(\w+)", make(), re.MULTILINE) == list(clrt.ops.schema.OPS)
+    for name in ("README.md", "csrc/README.md"):  # a device's own has those of its kernels
+        table = generator["DOCUMENTS"][name]()
+        assert re.findall(r"^\| `(\w+)", table, re.MULTILINE) == list(clrt.ops.schema.OPS)
 
 
 def test_a_document_without_markers_is_refused(generator):

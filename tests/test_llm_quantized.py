@@ -9,7 +9,7 @@ from tiny_llm import KV_MEMORY, make_folder
 from tolerances import assert_equal_bits
 
 import codellama_rt as clrt
-from codellama_rt import llm as llm_module
+from codellama_rt import devices
 from codellama_rt.cli_run import describe, follow
 from codellama_rt.convert import convert
 from codellama_rt.kv_cache import bytes_per_token
@@ -130,13 +130,13 @@ def test_progress_counts_every_byte_that_is_quantised(folder):
 def test_the_plan_leaves_out_what_is_already_resident(folder, monkeypatch):
     """Mapped weights are yet to come into memory; those made at load are there."""
     seen = []
-    plan = llm_module.plan_num_blocks
+    plan = devices.plan_num_blocks
 
     def remember(*args, weight_bytes, **options):
         seen.append(weight_bytes)
         return plan(*args, weight_bytes=weight_bytes, **options)
 
-    monkeypatch.setattr(llm_module, "plan_num_blocks", remember)
+    monkeypatch.setattr(devices, "plan_num_blocks", remember)
     for quantization in (None, "int4"):
         LLM(folder, quantization=quantization, kv_memory=KV_MEMORY).close()
     whole, rest = seen
