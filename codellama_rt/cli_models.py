@@ -1,4 +1,4 @@
-"""`codellama-rt convert` and `codellama-rt estimate`: what one does with models before using them."""
+"""`codellama-rt convert` and `codellama-rt estimate`: what comes before a model is used."""
 
 from __future__ import annotations
 

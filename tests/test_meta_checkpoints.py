@@ -11,8 +11,8 @@ from quantized_models import mapping_under
 
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.checkpoint.meta_directory import hidden_dim_of, params_of
-from codellama_rt.checkpoint.row_order import halves_first, rotates
 from codellama_rt.checkpoint.pth_file import read_pth
+from codellama_rt.checkpoint.row_order import halves_first, rotates
 from codellama_rt.config import ModelConfig
 from codellama_rt.convert import convert
 from codellama_rt.errors import CheckpointError
@@ -150,7 +150,7 @@ def test_shards_that_do_not_fit_together(two_shards, tmp_path):
     with pytest.raises(CheckpointError, match="expected shape"):
         open_checkpoint(folder)
     first.rename(second)
-    with pytest.raises(CheckpointError, match="without a gap, found consolidated.01.pth"):
+    with pytest.raises(CheckpointError, match=r"without a gap, found consolidated\.01\.pth"):
         open_checkpoint(folder)
     shutil.copy(two_shards / second.name, first)
     other = write_mini(tmp_path / "other", mini_tensors())
