@@ -4,7 +4,7 @@
 // Traffic  4 * T * dim bytes (8 with a residual), and weight once a core: 16 kB (33 kB) a token of
 //          dim 4096
 // Limit    memory: 4 FLOP an element, 1 FLOP/byte
-// Tiling   one task = one token, whole in the unified buffer (dim up to 10,900): it is read once
+// Tiling   one task = one token, whole in the unified buffer (dim up to 10,864): it is read once
 // Numerics x + residual is rounded to its type before it is normalised, as everywhere else; squares
 //          are summed in float32
 #pragma once
