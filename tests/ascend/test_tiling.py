@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tilings import UB_BYTES, UNIT_OVERHEAD, Plans
 
-EXAMPLES = settings(derandomize=True, 
+EXAMPLES = settings(
     max_examples=2000, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
