@@ -3,22 +3,25 @@
     python benchmarks/bench_attention.py [--model 7b] [--keys 100000] [--rounds 20]
     python benchmarks/bench_attention.py --queries 16 --keys 32768
 
-A round runs every case once with the read probe between; shares are of the probe's best pass.
+In a round every case runs once, with the read probe before and after it for about as long. A share
+is of the mean of the two, so that a case and its limit saw the same machine; the median round
+counts.
 """
 
 import argparse
+from statistics import median
 from time import perf_counter
 
 import numpy as np
 
+from codellama_rt import _core
 from codellama_rt.bench.measure import Timing
+from codellama_rt.bench.noise import noise
 from codellama_rt.bench.op_arrays import bind, make_arrays
 from codellama_rt.bench.op_cases import Case, Selection
 from codellama_rt.bench.op_check import check
 from codellama_rt.bench.shapes import SHAPES
-from codellama_rt.limits import read_bandwidth
-
-PROBE_SECONDS = 0.02
+from codellama_rt.limits import PROBE_BYTES
 
 
 def select(model: str, dtypes: list[str], queries: list[int], keys: int) -> list[Case]:
@@ -26,22 +29,41 @@ def select(model: str, dtypes: list[str], queries: list[int], keys: int) -> list
     return list(chosen.cases())
 
 
-def measure(cases: list[Case], rounds: int) -> tuple[list[Timing], float]:
-    calls = []
+class Probe:
+    """Reads memory that no cache holds for a given time; what the threads read together."""
+
+    def __init__(self):
+        self.memory = noise((PROBE_BYTES // 4,), "float32", np.random.default_rng(0))
+
+    def __call__(self, seconds: float) -> float:
+        started, passes = perf_counter(), 0
+        while not passes or perf_counter() - started < seconds:
+            _core.read_memory(self.memory)
+            passes += 1
+        return passes * self.memory.nbytes / (perf_counter() - started)
+
+
+def measure(cases: list[Case], rounds: int) -> tuple[list[Timing], list[list[float]], list[float]]:
+    """Seconds and shares of the limit of each case, and what the probe read."""
+    calls, probe, read = [], Probe(), []
     for case in cases:
         arrays = make_arrays(case, np.random.default_rng(0))
         if case.sizes["num_keys"] <= 4096:  # the float64 oracle of more takes gigabytes
             check(case, arrays)
         calls.append(bind(case.op, arrays))
         calls[-1]()
-    seconds, read = [[] for _ in calls], 0.0
+    seconds, shares = [[] for _ in calls], [[] for _ in calls]
     for _ in range(rounds):
-        for call, times in zip(calls, seconds, strict=True):
-            read = max(read, read_bandwidth(PROBE_SECONDS))
+        for i, call in enumerate(calls):
+            length = seconds[i][-1] if seconds[i] else 0.02
+            before = probe(length)
             started = perf_counter()
             call()
-            times.append(perf_counter() - started)
-    return [Timing(times) for times in seconds], read
+            seconds[i].append(perf_counter() - started)
+            limit = (before + probe(length)) / 2
+            shares[i].append(cases[i].num_bytes / seconds[i][-1] / limit)
+            read.append(limit)
+    return [Timing(times) for times in seconds], shares, read
 
 
 def main():
@@ -56,15 +78,16 @@ def main():
     args = parser.parse_args()
     dtypes = args.dtypes.split(",")
     cases = select(args.model, dtypes, sorted({1, args.queries}), args.keys)
-    timings, read = measure(cases, args.rounds)
-    print(f"{args.model}, {args.keys} keys; read {read / 1e9:.1f} GB/s")
-    for case, timing in zip(cases, timings, strict=True):
+    timings, shares, read = measure(cases, args.rounds)
+    low, high = min(read) / 1e9, max(read) / 1e9
+    print(f"{args.model}, {args.keys} keys; read {low:.1f} to {high:.1f} GB/s")
+    for case, timing, share in zip(cases, timings, shares, strict=True):
         first = timings[0]
         print(
             f"{case.dtype:9} {case.sizes['num_tokens']:3} queries  {timing.text():44}"
-            f"{case.num_bytes / timing.best / read:5.0%} of the probe at best, "
-            f"{case.num_bytes / timing.median / read:4.0%} median; time over the first row's "
-            f"{timing.best / first.best:.2f} best, {timing.median / first.median:.2f} median"
+            f"{median(share):5.0%} of the read bandwidth (best round {max(share):.0%}); times the "
+            f"first row's: {timing.best / first.best:.2f} best, "
+            f"{timing.median / first.median:.2f} median"
         )
 
 

@@ -1,6 +1,6 @@
 """What this machine gives: the roof of every other figure.
 
-    python benchmarks/limits.py [--threads N] [--isa NAME] [--seconds S] [--json FILE]
+python benchmarks/limits.py [--threads N] [--isa NAME] [--seconds S] [--json FILE]
 """
 
 import argparse
