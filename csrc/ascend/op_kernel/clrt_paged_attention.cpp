@@ -28,7 +28,8 @@ struct AttentionRow {
 };
 
 struct AttentionTensors {
-  GM_ADDR query, key_cache, value_cache, block_tables, seq_lens, cu_seqlens_q, out, lse, partials;
+  __gm__ uint8_t *query, *key_cache, *value_cache, *block_tables, *seq_lens, *cu_seqlens_q, *out,
+      *lse, *partials;
 };
 
 template <typename T>
