@@ -21,7 +21,7 @@ echo "== checked after $SECONDS s"
 if command -v compute-sanitizer > /dev/null; then
   for check in memcheck racecheck; do
     timeout 60 compute-sanitizer --tool "$check" --error-exitcode 1 \
-      "$python" -m pytest -q tests/cuda/test_attention.py -p no:cacheprovider \
+      "$python" -m pytest -q tests/cuda/test_cuda_attention.py -p no:cacheprovider \
       -k "gpu and (page_sizes or chunk)" || failed=1
   done
 fi
