@@ -203,4 +203,3 @@ def _verify(
 
     verify_tensors(plan, folder, progress)
     verify_logits(source, folder, options)
-

@@ -9,9 +9,12 @@ import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.chat import read_chat_template
-from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.checkpoint import load_checkpoint
+from codellama_rt.checkpoint.formats import read_model
+from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.completion import Completion, Job
 from codellama_rt.engine import Engine
+from codellama_rt.estimate import estimate, float_dtype, require_memory
 from codellama_rt.jobs import Jobs
 from codellama_rt.kv_cache import KVCache, plan_num_blocks
 from codellama_rt.llm_arguments import (
@@ -23,6 +26,7 @@ from codellama_rt.llm_arguments import (
     require_dtype,
 )
 from codellama_rt.lora import LoraAdapter, load_adapter, merged
+from codellama_rt.memory import available_bytes
 from codellama_rt.model import Llama
 from codellama_rt.prompt_encoder import PromptEncoder
 from codellama_rt.quantize import check_quantization
@@ -91,8 +95,19 @@ class LLM:
         )  # fmt: skip
         if num_threads is not None:
             ops.set_num_threads(num_threads)
-        checkpoint = open_checkpoint(
-            model, dtype=dtype, quantization=quantization, check=check, progress=progress
+        stored = read_model(resolve_model(model))
+        needed = estimate(
+            stored, context=1, dtype=dtype, quantization=quantization, kv_dtype=kv_dtype,
+            block_size=block_size, max_num_batched_tokens=max_num_batched_tokens,
+        )  # fmt: skip
+        require_memory(needed, available_bytes())
+        kv_dtype = float_dtype(stored, dtype) if kv_dtype == "auto" else kv_dtype
+        num_blocks = plan_num_blocks(
+            stored.config, kv_dtype, block_size, longest=max_model_len, max_num_seqs=max_num_seqs,
+            kv_memory=kv_memory, weight_bytes=needed.weights,
+        )  # fmt: skip
+        checkpoint = load_checkpoint(
+            stored, dtype=dtype, quantization=quantization, check=check, progress=progress
         )
         self.config = checkpoint.config
         self.variant = find_variant(model)
@@ -107,11 +122,6 @@ class LLM:
             self.chat_template = read_chat_template(checkpoint.tokenizer_path)
         self.prompt_encoder = PromptEncoder(self.tokenizer, self.chat_template, self.variant)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
-        kv_dtype = self.config.dtype if kv_dtype == "auto" else kv_dtype
-        num_blocks = plan_num_blocks(
-            self.config, kv_dtype, block_size, longest=max_model_len, max_num_seqs=max_num_seqs,
-            kv_memory=kv_memory, weight_bytes=checkpoint.mapped_bytes,
-        )  # fmt: skip
         weights = checkpoint.weights
         if adapter is not None:
             weights = merged(weights, load_adapter(adapter, self.config))

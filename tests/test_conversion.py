@@ -275,7 +275,9 @@ def test_killed_anywhere_it_goes_on_and_nothing_half_written_opens(tmp_path, sma
     for trial in range(TRIALS):
         folder = tmp_path / f"{trial}"
         out = folder / "out"
-        assert killed_after(rng.randrange(1, total), lambda out=out: convert(source, out, **options))
+        assert killed_after(
+            rng.randrange(1, total), lambda out=out: convert(source, out, **options)
+        )
         for found in (out, folder / ".out.partial" / "out"):
             if found.exists() and {"config.json", "params.json"} & set(os.listdir(found)):
                 assert files(found) == whole or not opens(found)

@@ -11,8 +11,8 @@ from quantized_models import mapping_under
 
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.checkpoint.meta_directory import hidden_dim_of, params_of
-from codellama_rt.checkpoint.row_order import halves_first, rotates
 from codellama_rt.checkpoint.pth_file import read_pth
+from codellama_rt.checkpoint.row_order import halves_first, rotates
 from codellama_rt.config import ModelConfig
 from codellama_rt.convert import convert
 from codellama_rt.errors import CheckpointError

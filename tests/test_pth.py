@@ -1,5 +1,6 @@
 """.pth files: what they hold is a view of the file, and nothing in them is ever run."""
 
+import contextlib
 import io
 import pickle
 import struct
@@ -22,7 +23,6 @@ from codellama_rt.errors import CheckpointError
 VALUES = np.arange(4, dtype=np.float32)
 ORDERED = name_of("collections", "OrderedDict")
 SHADOWED = "touch canary"
-
 
 
 CALLS = {
@@ -263,10 +263,9 @@ def test_random_bytes_in_a_pickle_are_read_or_refused(tmp_path):
         raw = bytearray(GOOD)
         for at in rng.integers(len(raw), size=3):
             raw[at] = rng.integers(256)
-        try:
-            tensor_pickle.read_tensor_pickle(bytes(raw))
-        except tensor_pickle.RefusedPickleError as error:
-            assert str(error)
+        with contextlib.suppress(tensor_pickle.RefusedPickleError):
+            found = tensor_pickle.read_tensor_pickle(bytes(raw))
+            assert all(type(said) is tensor_pickle.TensorDescription for said in found.values())
 
 
 def test_a_tensor_is_a_view_of_the_file(tmp_path):
@@ -286,7 +285,17 @@ def test_a_part_of_a_storage(tmp_path):
 
 def test_a_state_dict_with_its_notes(tmp_path):
     """As torch.save(model.state_dict()) writes it: an OrderedDict with versions in _metadata."""
-    notes = b"}" + text("_metadata") + ORDERED + b")R" + text("") + b"}" + text("version") + b"K\x01s" + b"ssb"
+    notes = (
+        b"}"
+        + text("_metadata")
+        + ORDERED
+        + b")R"
+        + text("")
+        + b"}"
+        + text("version")
+        + b"K\x01s"
+        + b"ssb"
+    )
     raw = b"\x80\x02" + ORDERED + b")R" + text("w") + tensor() + b"s" + notes + b"."
     (tmp_path / "a.pth").write_bytes(pth(raw, VALUES.tobytes()))
     assert read_pth(tmp_path / "a.pth").keys() == {"w"}
@@ -295,7 +304,13 @@ def test_a_state_dict_with_its_notes(tmp_path):
 def written(path, arrays):
     encodings = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     entries = [
-        Entry(name, encodings[a.dtype.name], a.shape, a.nbytes, lambda a=a: a.reshape(-1).view(np.uint8))
+        Entry(
+            name,
+            encodings[a.dtype.name],
+            a.shape,
+            a.nbytes,
+            lambda a=a: a.reshape(-1).view(np.uint8),
+        )
         for name, a in arrays.items()
     ]
     write_tensor_file(path, PthLayout(entries, path.stem), lambda e: None, lambda c: None)

@@ -96,7 +96,9 @@ def _end(count: int, size: int, begin: int) -> bytes:
     """The end of the archive; its 64-bit form, which every reader takes, only where it must be."""
     wide = b""
     if begin >= _LARGE or count >= 0xFFFF:
-        record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, begin)
+        record = struct.pack(
+            "<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, begin
+        )
         locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, begin + size, 1)
         wide = record + locator
     count16 = min(count, 0xFFFF)
@@ -115,9 +117,7 @@ def _tensor(i: int, entry: Entry) -> bytes:
     size = entry.num_bytes // _ITEM_BYTES[entry.dtype]
     strides = [1, *itertools.accumulate(entry.shape[:0:-1], lambda a, b: a * b)][::-1]
     kind = f"ctorch\n{_STORAGES[entry.dtype]}\n".encode()
-    storage = (
-        b"(" + _text("storage") + kind + _text(str(i)) + _text("cpu") + _integer(size) + b"tQ"
-    )
+    storage = b"(" + _text("storage") + kind + _text(str(i)) + _text("cpu") + _integer(size) + b"tQ"
     shape, strides = (b"(" + b"".join(map(_integer, n)) + b"t" for n in (entry.shape, strides))
     hooks = b"ccollections\nOrderedDict\n)R"
     rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"

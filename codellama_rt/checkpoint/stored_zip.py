@@ -121,7 +121,9 @@ def _widen(path: Path, name: str, extra: bytes, numbers: list[int]) -> list[int]
     while wide and at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
         if kind == 1 and 8 * len(wide) <= length <= len(extra) - at - 4:
-            for i, number in zip(wide, struct.unpack_from(f"<{len(wide)}Q", extra, at + 4), strict=True):
+            for i, number in zip(
+                wide, struct.unpack_from(f"<{len(wide)}Q", extra, at + 4), strict=True
+            ):
                 numbers[i] = number
             return numbers
         at += 4 + length

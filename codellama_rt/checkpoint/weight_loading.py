@@ -157,7 +157,7 @@ def load_arrays(
     """
     target = choose_dtype(tensors) if dtype == "auto" else numpy_dtype(dtype)
     todo = dict(tensors) if quantization is None else sources(tensors)
-    kept = _as_they_lie(todo, target, dtype == "auto", quantization)
+    kept = used_as_stored(todo, target, dtype == "auto", quantization)
     counter = Counter(sum(t.num_bytes for n, t in todo.items() if n not in kept), progress)
     weights: dict[str, Weight] = {}
     for name, tensor in todo.items():
@@ -172,7 +172,7 @@ def load_arrays(
     return weights
 
 
-def _as_they_lie(
+def used_as_stored(
     tensors: Mapping[str, StoredTensor], target: np.dtype, is_auto: bool, quantization: str | None
 ) -> set[str]:
     """Names of the tensors that are used without conversion."""

@@ -134,9 +134,7 @@ def _float_dtype(tensor: StoredTensor, options: Options) -> np.dtype:
     return ENCODINGS[tensor.encoding] if options.dtype == "auto" else numpy_dtype(options.dtype)
 
 
-def _floats(
-    stored: StoredModel, name: str, tensor: StoredTensor, options: Options
-) -> np.ndarray:
+def _floats(stored: StoredModel, name: str, tensor: StoredTensor, options: Options) -> np.ndarray:
     """The tensor in the target's dtype and order of rows."""
     dtype, reorder = _float_dtype(tensor, options), _order(stored, name, options.to)
     if tensor.is_float and ENCODINGS[tensor.encoding] == dtype:
