@@ -1,4 +1,4 @@
-"""`codellama-rt convert` and `codellama-rt estimate`: what one does with models before using them."""
+"""`codellama-rt convert` and `codellama-rt estimate`: what is done with models before their use."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from codellama_rt.checkpoint.weight_loading import (
     expected_shapes,
     match_tensors,
     used_as_stored,
+    used_in_place,
 )
 from codellama_rt.config import ModelConfig
 from codellama_rt.dtypes import numpy_dtype
@@ -189,11 +190,13 @@ def _weights(
     """Bytes of all weights, at most while loading, read by every step, and made when loading."""
     target = choose_dtype(tensors) if dtype == "auto" else numpy_dtype(dtype)
     kept = used_as_stored(tensors, target, dtype == "auto", quantization)
+    mapped = used_in_place(tensors, kept)
     total = loading = made = 0
     sizes = {}
     for name, tensor in tensors.items():
         if name in kept:
             total, sizes[name] = total + tensor.num_bytes, tensor.num_bytes
+            made += 0 if name in mapped else tensor.num_bytes
             continue
         if quantization is not None and is_quantized(name):
             size = weight_num_bytes(quantization, tensor.shape)

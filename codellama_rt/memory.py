@@ -42,7 +42,7 @@ def available_bytes() -> int:
 
 
 def resident_bytes(peak: bool = False) -> int:
-    """Memory of this process that is resident, mapped files included; now, or the most there was."""
+    """Resident memory of this process, mapped files included: now, or the most there was."""
     name = "VmHWM" if peak else "VmRSS"
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 

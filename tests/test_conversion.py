@@ -175,7 +175,7 @@ def test_what_metas_layout_cannot_say(tmp_path):
 def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match="GB are to be written, and the disk has 0.00 GB"):
+    with pytest.raises(OSError, match=r"GB are to be written, and the disk has 0.00 GB"):
         convert(TINY / "gqa_theta1e6_bf16", tmp_path / "out", to="meta")
     assert not (tmp_path / "out").exists()
 
@@ -219,7 +219,7 @@ def test_a_source_in_shards_is_let_go(tmp_path):
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    """Every tensor is a point to go on from; the disk is not waited for, which kills do not need."""
+    """Every tensor is a point to go on from; the disk is not waited for: no kill needs it."""
     monkeypatch.setattr(tensor_file, "SYNC_BYTES", 1)
     monkeypatch.setattr(tensor_file.os, "fsync", lambda descriptor: None)
 

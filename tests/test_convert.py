@@ -133,7 +133,7 @@ def test_an_interrupted_run_leaves_nothing_that_opens(tmp_path, when):
     with pytest.raises(Stopped):
         convert(source, tmp_path / "out", quantization="int4", progress=progress)
     assert {entry.name for entry in tmp_path.iterdir()} == {"in", ".out.partial"}
-    with pytest.raises(CheckpointError, match="expected config.json"):
+    with pytest.raises(CheckpointError, match=r"expected config.json"):
         open_checkpoint(tmp_path / ".out.partial" / "out")
     convert(source, tmp_path / "out", quantization="int4")
     assert {entry.name for entry in tmp_path.iterdir()} == {"in", "out"}

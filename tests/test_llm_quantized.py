@@ -5,6 +5,7 @@ import pytest
 from builders import running_on
 from checkpoint_files import write_mini
 from goldens import make_engine, run, tiny_golden
+from quantized_models import floats, projections
 from tiny_llm import KV_MEMORY, make_folder
 from tolerances import assert_equal_bits
 

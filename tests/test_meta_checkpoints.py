@@ -150,7 +150,7 @@ def test_shards_that_do_not_fit_together(two_shards, tmp_path):
     with pytest.raises(CheckpointError, match="expected shape"):
         open_checkpoint(folder)
     first.rename(second)
-    with pytest.raises(CheckpointError, match="without a gap, found consolidated.01.pth"):
+    with pytest.raises(CheckpointError, match=r"without a gap, found consolidated.01.pth"):
         open_checkpoint(folder)
     shutil.copy(two_shards / second.name, first)
     other = write_mini(tmp_path / "other", mini_tensors())

@@ -1,4 +1,4 @@
-"""How far a conversion got: a line for some tensors, so that an interrupted one goes on where it was.
+"""How far a conversion got, so that an interrupted one goes on where it was.
 
 The work lies in a hidden directory beside the output, `.<name>.partial`: the journal, and a
 directory that becomes the output by one rename when it is whole. The first line says what is being
