@@ -97,6 +97,7 @@ app.add_typer(cli_eval.app, name="eval")
 
 
 app.command()(cli_models.convert)
+app.command()(cli_models.estimate)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -48,3 +49,51 @@ def convert(
         size = sum(file.stat().st_size for file in written.iterdir())
         verified = "; tensors and logits are those of the source" if verify else ""
         tell(f"{written}: {size / 1e9:.2f} GB{verified}")
+
+
+def estimate(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint, a config.json, or a name such as CodeLlama-34b.")
+    ],
+    context: Annotated[
+        int | None, typer.Option(help="Tokens a sequence; what the model was trained at.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto, float32, float16, bfloat16.")
+    ] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="Of the weights: int8, int4.")] = None,
+    kv_dtype: Annotated[
+        str, typer.Option(help="Of the KV cache: auto, float32, float16, bfloat16, int8, int4.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, in bytes.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Tell what a model takes of memory, what of it fits here, and how fast it can be at most.
+
+    Nothing but headers is read, and for a published name or a config.json no file is needed.
+    """
+    with reported_errors(debug):
+        from codellama_rt import estimate_report
+        from codellama_rt.estimate import find_model
+        from codellama_rt.limits import read_bandwidth
+        from codellama_rt.llm_arguments import require_counts, require_device, require_dtype
+        from codellama_rt.memory import available_bytes
+        from codellama_rt.quantize import check_quantization
+
+        require_device(device)
+        require_dtype(kv_dtype)
+        check_quantization(quantization)
+        require_counts(context=context, batch=batch)
+        stored = find_model(model)
+        length = context or stored.config.max_position_embeddings
+        available, bandwidth = available_bytes(), read_bandwidth()
+        ways = estimate_report.compare(
+            stored, context=length, num_seqs=batch, dtype=dtype, quantization=quantization,
+            kv_dtype=kv_dtype, available=available, bandwidth=bandwidth,
+        )  # fmt: skip
+        if as_json:
+            print(json.dumps(estimate_report.as_json(ways, available, bandwidth), indent=1))
+        else:
+            print(estimate_report.render(ways, length, batch, available, bandwidth))

@@ -5,9 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 from codellama_rt.checkpoint import LlamaWeights
+from codellama_rt.checkpoint.stored_tensor import StoredModel
 from codellama_rt.config import ModelConfig
+from codellama_rt.estimate import estimate, require_memory
 from codellama_rt.kv_cache import KVCache, plan_num_blocks
+from codellama_rt.memory import available_bytes
 from codellama_rt.model import Llama
+
+
+def require_room(
+    stored: StoredModel, dtype: str, quantization: str | None, max_num_batched_tokens: int,
+    **pages: Any,
+) -> None:  # fmt: skip
+    """Refuses, from its headers alone, a model that the host's memory cannot hold.
+
+    Args:
+        stored: from `read_model`.
+        dtype: as in `LLM`.
+        quantization: as in `LLM`.
+        max_num_batched_tokens: as in `LLM`.
+        pages: kv_dtype, block_size, longest, max_num_seqs and kv_memory, as `place` takes them.
+
+    Raises:
+        RuntimeError: the weights do not fit, or not `longest` tokens beside them.
+    """
+    needed = estimate(
+        stored, context=1, dtype=dtype, quantization=quantization, kv_dtype=pages["kv_dtype"],
+        block_size=pages["block_size"], max_num_batched_tokens=max_num_batched_tokens,
+    )  # fmt: skip
+    require_memory(needed, available_bytes())
+    plan_num_blocks(stored.config, weight_bytes=needed.weights, **pages)
 
 
 def place(
@@ -44,8 +71,8 @@ def place(
             max_num_seqs=max_num_seqs, kv_memory=kv_memory, quantization=quantization,
         )  # fmt: skip
     num_blocks = plan_num_blocks(
-        config, kv_dtype, block_size, longest=longest, max_num_seqs=max_num_seqs,
-        kv_memory=kv_memory, weight_bytes=weight_bytes,
+        config, kv_dtype=kv_dtype, block_size=block_size, longest=longest,
+        max_num_seqs=max_num_seqs, kv_memory=kv_memory, weight_bytes=weight_bytes,
     )  # fmt: skip
     model = make_model(device, config, weights, attention)
     cache = make_kv_cache(model, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)

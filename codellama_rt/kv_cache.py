@@ -113,14 +113,14 @@ def bytes_per_token(config: ModelConfig, dtype: str) -> int:
 
 
 def plan_num_blocks(
-    config: ModelConfig, dtype: str, block_size: int, *, longest: int | None, max_num_seqs: int,
+    config: ModelConfig, *, kv_dtype: str, block_size: int, longest: int | None, max_num_seqs: int,
     kv_memory: int | str | None, weight_bytes: int,
 ) -> int:  # fmt: skip
     """How many pages to map: what max_num_seqs sequences can use, as far as memory goes.
 
     Args:
         config: of the model.
-        dtype: of the cache.
+        kv_dtype: of the cache.
         block_size: tokens a page.
         longest: tokens of one sequence that must fit; None: none in particular.
         max_num_seqs: sequences at a time.
@@ -131,12 +131,12 @@ def plan_num_blocks(
     Raises:
         RuntimeError: `longest` tokens do not fit; the message says what would.
     """
-    page_bytes = bytes_per_token(config, dtype) * block_size
+    page_bytes = bytes_per_token(config, kv_dtype) * block_size
     free = available_bytes() - weight_bytes if kv_memory is None else parse_bytes(kv_memory)
     most = free if kv_memory is not None else int(REQUIRED_SHARE * free)
     required = -(-(longest or 1) // block_size)
     if required * page_bytes > most:
-        raise RuntimeError(_too_little(config, dtype, block_size, longest or block_size, most))
+        raise RuntimeError(_too_little(config, kv_dtype, block_size, longest or block_size, most))
     if kv_memory is not None:
         return free // page_bytes
     usual = -(-(longest or config.max_position_embeddings) // block_size) * max_num_seqs

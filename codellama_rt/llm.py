@@ -9,10 +9,13 @@ import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.chat import read_chat_template
-from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.checkpoint import load_checkpoint
+from codellama_rt.checkpoint.formats import read_model
+from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.completion import Completion, Job
-from codellama_rt.devices import place
+from codellama_rt.devices import place, require_room
 from codellama_rt.engine import Engine
+from codellama_rt.estimate import float_dtype
 from codellama_rt.jobs import Jobs
 from codellama_rt.llm_arguments import (
     Prompt,
@@ -93,9 +96,18 @@ class LLM:
         )  # fmt: skip
         if num_threads is not None:
             ops.set_num_threads(num_threads)
-        checkpoint = open_checkpoint(
-            model, dtype=dtype, check=check, progress=progress,
-            quantization=None if device == "cuda" else quantization,  # there in formats of its own
+        stored = read_model(resolve_model(model))
+        kv_dtype = float_dtype(stored, dtype) if kv_dtype == "auto" else kv_dtype
+        pages = {
+            "kv_dtype": kv_dtype, "block_size": block_size, "longest": max_model_len,
+            "max_num_seqs": max_num_seqs, "kv_memory": kv_memory,
+        }  # fmt: skip
+        on_host = device != "cuda"  # a GPU has memory and quantised formats of its own
+        if on_host:
+            require_room(stored, dtype, quantization, max_num_batched_tokens, **pages)
+        checkpoint = load_checkpoint(
+            stored, dtype=dtype, quantization=quantization if on_host else None, check=check,
+            progress=progress,
         )  # fmt: skip
         self.config = checkpoint.config
         self.variant = find_variant(model)
@@ -110,14 +122,12 @@ class LLM:
             self.chat_template = read_chat_template(checkpoint.tokenizer_path)
         self.prompt_encoder = PromptEncoder(self.tokenizer, self.chat_template, self.variant)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
-        kv_dtype = self.config.dtype if kv_dtype == "auto" else kv_dtype
         weights = checkpoint.weights
         if adapter is not None:
             weights = merged(weights, load_adapter(adapter, self.config))
         self.model, self.kv_cache = place(
-            device, self.config, weights, kv_dtype=kv_dtype, block_size=block_size,
-            longest=max_model_len, max_num_seqs=max_num_seqs, kv_memory=kv_memory,
-            weight_bytes=checkpoint.mapped_bytes, quantization=quantization, attention=attention,
+            device, self.config, weights, **pages, weight_bytes=checkpoint.mapped_bytes,
+            quantization=quantization, attention=attention,
         )  # fmt: skip
         self.engine = Engine(
             self.model, self.kv_cache, self.tokenizer, max_num_seqs=max_num_seqs,

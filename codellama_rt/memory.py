@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+HUGE_PAGE_BYTES = 2**21  # that the KV cache is committed by
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
@@ -38,6 +39,12 @@ def available_bytes() -> int:
     system = _meminfo("MemAvailable")
     group = _control_group()
     return system if group is None else min(system, group)
+
+
+def resident_bytes(peak: bool = False) -> int:
+    """Resident memory of this process, mapped files included: now, or the most there was."""
+    name = "VmHWM" if peak else "VmRSS"
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def _meminfo(name: str) -> int:

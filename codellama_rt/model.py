@@ -124,15 +124,20 @@ def _adapt(batch: Batch, i: int, projections: tuple[str, ...], x: Array, out: Ar
 class Activations:
     """Float32 scratch for one step, cut from one block of memory that only ever grows."""
 
-    def __init__(self, config: ModelConfig, num_tokens: int, memory: Array | None = None) -> None:
-        """Lay out the arrays of a step of `num_tokens` tokens, in `memory` if it is enough."""
+    @staticmethod
+    def widths(config: ModelConfig) -> dict[str, int]:
+        """Floats a token, by name of the array."""
         q_dim = config.n_heads * config.head_dim
         kv_dim = config.n_kv_heads * config.head_dim
-        widths = {
+        return {
             "residual": config.dim, "x": config.dim, "sublayer": config.dim,
             "qkv": q_dim + 2 * kv_dim, "query": q_dim, "attended_rows": q_dim,
             "lse": config.n_heads, "gate_up": 2 * config.hidden_dim, "hidden": config.hidden_dim,
         }  # fmt: skip
+
+    def __init__(self, config: ModelConfig, num_tokens: int, memory: Array | None = None) -> None:
+        """Lay out the arrays of a step of `num_tokens` tokens, in `memory` if it is enough."""
+        widths = self.widths(config)
         needed = num_tokens * sum(widths.values())
         if memory is None or memory.size < needed:
             memory = np.empty(needed, np.float32)

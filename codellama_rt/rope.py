@@ -106,6 +106,19 @@ def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return frequencies / scaling.factor * (1.0 - kept) + frequencies * kept
 
 
+def table_bytes(config: ModelConfig, length: int) -> int:
+    """Bytes that the tables take once a sequence has had `length` tokens.
+
+    Example:
+        >>> config = ModelConfig(n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, dim=4,
+        ...                      hidden_dim=4, vocab_size=4)
+        >>> table_bytes(config, 1)
+        65536
+    """
+    rows = -(-length // _FILL_ROWS) * _FILL_ROWS
+    return 2 * rows * (config.head_dim // 2) * np.dtype(np.float32).itemsize
+
+
 class RotaryEmbedding:
     """The rotation of each position, from one table that grows with the longest sequence.
 

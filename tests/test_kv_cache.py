@@ -24,7 +24,7 @@ PAGE_BYTES = 2 * 3 * 2 * 16 * 8 * 2  # keys and values, layers, heads, tokens, e
 
 def plan(**changes):
     arguments = {"longest": None, "max_num_seqs": 2, "kv_memory": None, "weight_bytes": 0} | changes
-    return plan_num_blocks(CONFIG, "float16", 16, **arguments)
+    return plan_num_blocks(CONFIG, kv_dtype="float16", block_size=16, **arguments)
 
 
 @pytest.fixture
@@ -194,8 +194,8 @@ def test_plan_says_what_would_fit(free_memory):
     def refusal(num_bytes):
         with pytest.raises(RuntimeError) as caught:
             plan_num_blocks(
-                WIDE, "float16", 16, longest=100 * 16, max_num_seqs=1, kv_memory=num_bytes,
-                weight_bytes=0,
+                WIDE, kv_dtype="float16", block_size=16, longest=100 * 16, max_num_seqs=1,
+                kv_memory=num_bytes, weight_bytes=0,
             )  # fmt: skip
         return str(caught.value)
 

@@ -5,6 +5,7 @@ import pytest
 from builders import running_on
 from checkpoint_files import write_mini
 from goldens import make_engine, run, tiny_golden
+from quantized_models import floats, projections
 from tiny_llm import KV_MEMORY, make_folder
 from tolerances import assert_equal_bits
 
@@ -127,8 +128,8 @@ def test_progress_counts_every_byte_that_is_quantised(folder):
     assert set(what) == {"quantising to int4"}
 
 
-def test_the_plan_leaves_out_what_is_already_resident(folder, monkeypatch):
-    """Mapped weights are yet to come into memory; those made at load are there."""
+def test_the_plan_leaves_out_what_the_weights_will_take(folder, monkeypatch):
+    """It is made before any of them is in memory, mapped or made."""
     seen = []
     plan = devices.plan_num_blocks
 
@@ -140,11 +141,10 @@ def test_the_plan_leaves_out_what_is_already_resident(folder, monkeypatch):
     for quantization in (None, "int4"):
         LLM(folder, quantization=quantization, kv_memory=KV_MEMORY).close()
     whole, rest = seen
-    with LLM(folder, kv_memory=KV_MEMORY) as llm:
+    with LLM(folder, quantization="int4", kv_memory=KV_MEMORY) as llm:
         weights = llm.model.weights
         assert whole == llm.stored_bytes
-        norms = (2 * llm.config.n_layers + 1) * llm.config.dim * 2
-        assert rest == weights.embedding.nbytes + norms
+        assert rest == sum(a.nbytes for a in [*projections(weights), *floats(weights)])
 
 
 def test_stats_count_quantised_bytes(folder):

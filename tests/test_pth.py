@@ -1,5 +1,6 @@
 """.pth files: what they hold is a view of the file, and nothing in them is ever run."""
 
+import contextlib
 import io
 import pickle
 import struct
@@ -269,10 +270,9 @@ def test_random_bytes_in_a_pickle_are_read_or_refused(tmp_path):
         raw = bytearray(GOOD)
         for at in rng.integers(len(raw), size=3):
             raw[at] = rng.integers(256)
-        try:
-            tensor_pickle.read_tensor_pickle(bytes(raw))
-        except tensor_pickle.RefusedPickleError as error:
-            assert str(error)  # noqa: PT017 - most mutations are no error
+        with contextlib.suppress(tensor_pickle.RefusedPickleError):
+            found = tensor_pickle.read_tensor_pickle(bytes(raw))
+            assert all(type(said) is tensor_pickle.TensorDescription for said in found.values())
 
 
 def test_a_tensor_is_a_view_of_the_file(tmp_path):

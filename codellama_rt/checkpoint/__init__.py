@@ -102,11 +102,32 @@ def open_checkpoint(
         >>> open_checkpoint("smollm2-135m-instruct").config.n_layers  # doctest: +SKIP
         30
     """
-    _check_choices(dtype, check)
+    stored = read_model(resolve_model(model))
+    return load_checkpoint(
+        stored, dtype=dtype, quantization=quantization, check=check, progress=progress
+    )
+
+
+def load_checkpoint(
+    stored: StoredModel, *, dtype: str = "auto", quantization: str | None = None,
+    check: str | None = None, progress: Progress | None = None,
+) -> Checkpoint:  # fmt: skip
+    """Loads the weights of a model whose headers are read.
+
+    Args:
+        stored: from `read_model`.
+        dtype: as in `open_checkpoint`.
+        quantization: as in `open_checkpoint`.
+        check: as in `open_checkpoint`.
+        progress: as in `open_checkpoint`.
+
+    Raises:
+        CheckpointError, ValueError: as `open_checkpoint`.
+    """
+    check_choices(dtype, check)
     check_quantization(quantization)
-    path = resolve_model(model)
-    stored = read_model(path)
-    _check_stored_quantization(stored, quantization)
+    path = stored.path
+    check_stored_quantization(stored, quantization)
     tensors = match_tensors(stored)
     arrays = load_arrays(tensors, dtype, quantization, progress)
     if check == "finite":
@@ -135,7 +156,12 @@ def _bytes_of(weight: Weight) -> np.ndarray:
     return weight.payload if isinstance(weight, Quantized) else weight
 
 
-def _check_stored_quantization(stored: StoredModel, quantization: str | None) -> None:
+def check_stored_quantization(stored: StoredModel, quantization: str | None) -> None:
+    """Refuses to quantise what is quantised otherwise.
+
+    Raises:
+        CheckpointError: it is.
+    """
     if stored.quantization is not None and quantization not in (None, stored.quantization):
         raise CheckpointError(
             f"{stored.path}: expected weights to quantise to {quantization}, found them in "
@@ -143,7 +169,12 @@ def _check_stored_quantization(stored: StoredModel, quantization: str | None) ->
         )
 
 
-def _check_choices(dtype: str, check: str | None) -> None:
+def check_choices(dtype: str, check: str | None = None) -> None:
+    """Refuses what is no dtype of floats, or no check.
+
+    Raises:
+        ValueError: it is none.
+    """
     if dtype not in ("auto", *FLOAT_DTYPES):
         raise ValueError(
             f"open_checkpoint: dtype must be one of auto, {', '.join(FLOAT_DTYPES)}, got {dtype!r}"

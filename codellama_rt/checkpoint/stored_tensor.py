@@ -111,16 +111,24 @@ class StoredTensor:
 
         What is read once, to be converted, would otherwise count as resident to the end.
         """
-        mapping = self.payload
-        while isinstance(mapping, np.ndarray):
-            mapping = mapping.base
-        mapping = mapping.obj if isinstance(mapping, memoryview) else mapping
+        mapping = self._mapping()
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         first = self.payload.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
         begin = first // mmap.PAGESIZE * mmap.PAGESIZE
         if self.payload.nbytes:
             mapping.madvise(mmap.MADV_DONTNEED, begin, first + self.payload.nbytes - begin)
+
+    def release_file(self) -> None:
+        """Takes the pages of its whole file out of this process, as `release` does."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping().madvise(mmap.MADV_DONTNEED)
+
+    def _mapping(self) -> mmap.mmap:
+        mapping = self.payload
+        while isinstance(mapping, np.ndarray):
+            mapping = mapping.base
+        return mapping.obj if isinstance(mapping, memoryview) else mapping
 
 
 @dataclass(frozen=True)

@@ -157,22 +157,29 @@ def load_arrays(
     """
     target = choose_dtype(tensors) if dtype == "auto" else numpy_dtype(dtype)
     todo = dict(tensors) if quantization is None else sources(tensors)
-    kept = _as_they_lie(todo, target, dtype == "auto", quantization)
+    kept = used_as_stored(todo, target, dtype == "auto", quantization)
     counter = Counter(sum(t.num_bytes for n, t in todo.items() if n not in kept), progress)
     weights: dict[str, Weight] = {}
+    mapped = used_in_place(todo, kept)
     for name, tensor in todo.items():
-        if name in kept:
+        if name in mapped:
             weights[name] = tensor.view()
+        elif name in kept:
+            weights[name] = tensor.view().copy()
+            weights[name].flags.writeable = False
         elif quantization is not None and is_quantized(name):
             weights[name] = quantize_tensor(tensor, quantization)
             counter.add(tensor.num_bytes, f"quantising to {quantization}")
         else:
             weights[name] = convert_tensor(tensor, target, counter)
             tensor.release()
+    if len(mapped) < len(todo):
+        for tensor in {tensor.file: tensor for tensor in todo.values()}.values():
+            tensor.release_file()
     return weights
 
 
-def _as_they_lie(
+def used_as_stored(
     tensors: Mapping[str, StoredTensor], target: np.dtype, is_auto: bool, quantization: str | None
 ) -> set[str]:
     """Names of the tensors that are used without conversion."""
@@ -193,6 +200,17 @@ def _as_they_lie(
         return keeps_its_own or ENCODINGS[tensor.encoding] == target
 
     return {name for name, tensor in tensors.items() if lies_right(name, tensor)}
+
+
+def used_in_place(tensors: Mapping[str, StoredTensor], kept: set[str]) -> set[str]:
+    """Those of the tensors used as stored that stay in the file's mapping.
+
+    Where others of a file are made anew, its vectors are copied: a page that is touched brings its
+    neighbours, up to 2 MB of them, into the process, and the norms lie all over the file.
+    """
+    if len(kept) == len(tensors):
+        return kept
+    return {name for name in kept if len(tensors[name].shape) > 1}
 
 
 def convert_tensor(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> np.ndarray:
