@@ -24,6 +24,8 @@
 #include <type_traits>
 
 #include "attention_plan.h"
+#include "attention_scores.h"
+#include "attention_values.h"
 #include "page.h"
 
 namespace codellama_rt {
@@ -119,9 +121,8 @@ template <bool kDirect, typename V>
 void add_values(const Block& block, const Seen& seen, const V* const* groups, int64_t row_stride,
                 Fetch& fetch, const float* weights, float* states) {
   const int64_t vecs = block.a.padded_dim() / kLanes, state_floats = block.a.state_floats();
+  const int64_t most = value_panel(block.num_rows);
   for (int64_t vec = 0; vec < vecs;) {
-    const int64_t most =
-        block.num_rows == 1 ? 2 * kPanel : kPanel;  // a lone row has free registers
     const int64_t width = vec + most <= vecs ? most : vec + kPanel <= vecs ? kPanel : kPacked<V>;
     const auto add = [&](int64_t row, auto rows, int num_keys) {
       constexpr int n = decltype(rows)::value;
@@ -135,7 +136,10 @@ void add_values(const Block& block, const Seen& seen, const V* const* groups, in
       if constexpr (n == 1) {
         if (width > kPanel) return panel(std::integral_constant<int, 2 * kPanel>());
       }
-      panel(std::integral_constant<int, kPanel>());
+      if constexpr (n <= 4) {
+        if (width > 2) return panel(std::integral_constant<int, kPanel>());
+      }
+      panel(std::integral_constant<int, 2>());
     };
     // Rows that see the tile alike go together; on the diagonal each goes through its own part.
     for_rows<kValueRows>(0, block.num_rows, [&](int64_t row, auto rows) {
@@ -159,7 +163,7 @@ void attend_tile_directly(const Block& block, int64_t key, const Tile<T>& tile, 
                           float* states) {
   const Attention& a = block.a;
   const Seen seen(block, key);
-  const int64_t panels = ceil_div(a.head_dim, (block.num_rows == 1 ? 2 : 1) * kPanel * kLanes);
+  const int64_t panels = ceil_div(a.head_dim, value_panel(block.num_rows) * kLanes);
   Fetch fetch(next, a.head_dim, (block.num_rows + panels) * kTile * kValueShares);
   for (int64_t row = 0; row < block.num_rows; ++row) {
     score_row(tile, fetch, query + row * a.head_dim, seen(row), a.head_dim,
@@ -176,7 +180,7 @@ void attend_tile(const Block& block, int64_t key, const Tile<T>& tile, const Til
                  float* states) {
   const Attention& a = block.a;
   const int64_t dim = a.padded_dim(), chunks = Words<T>::num_chunks(a.head_dim);
-  const int64_t panels = ceil_div(dim, kPanel * kLanes), rows = block.num_rows;
+  const int64_t rows = block.num_rows, panels = ceil_div(dim, value_panel(rows) * kLanes);
   const Seen seen(block, key);
   Fetch fetch(next, a.head_dim,
               kTile / kLanes * kTransposeShares +

@@ -72,6 +72,13 @@ inline void Words<bf16>::store_query(float* words, int64_t element, Vec x) {
 }
 #endif
 
+template <typename T>
+constexpr bool kPairWords = false;
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool kPairWords<bf16> = true;
+#endif
+
 // Pairs of neighbours.
 template <>
 struct Words<int8_t> {

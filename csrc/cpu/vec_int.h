@@ -242,7 +242,14 @@ inline Vec load_first(const int8_t* p, int n) {
   return load(lanes);
 }
 
-// The kLanes elements of even and of odd number among 2 * kLanes, less kValueMiddle.
+// The kLanes elements of even and of odd number among 2 * kLanes; those of an int4 cache less
+// kValueMiddle.
+#if defined(__AVX512F__)
+inline void load_values(const bf16* p, Vec& even, Vec& odd) {
+  even.v = _mm512_loadu_ps(p);
+  split_pairs<bf16>(even, odd);
+}
+#endif
 constexpr float kValueMiddle = 8.0f;
 inline void load_values(const Nibbles* p, Vec& even, Vec& odd) {
   const Vec both = load_int32(&p->bits);
