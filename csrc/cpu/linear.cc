@@ -25,11 +25,8 @@ namespace {
 // were 4 % slower, 96 and 128 no faster.
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, not the result
-// Tasks of 128 to 192 KB of weights: a task costs 0.1 us to hand out, and a region of less than
-// 256 KB took no less time on two threads than on one.
-constexpr int64_t kTaskBytes = 128 << 10;
-constexpr int64_t kTaskRows = 12;  // a multiple of this: whole tiles, of four rows or of three
-constexpr int64_t kTasks = 32;     // with many tokens: tails of at most 1/32 of a core
+constexpr int64_t kTaskRows = 12;    // a multiple of this: whole tiles, of four rows or of three
+constexpr int64_t kTasks = 32;       // with many tokens: tails of at most 1/32 of a core
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kPrefetchSteps = 4;  // of a tile between two spells of prefetching
 
@@ -271,9 +268,8 @@ void multiply(const LinearParams& p) {
   Element* x = static_cast<Element*>(scratch(Scratch::kCaller, x_bytes));
   if (p.num_tokens <= kStreamTokens) {
     pack_panel<Dot>(p, cut, 0, p.num_tokens, x);
-    // An even number of equal tasks, or one.
-    const int64_t pairs = num_rows * p.k * sizeof(Weight) / (2 * kTaskBytes);
-    const int64_t task_rows = ceil_div(num_rows, kTaskRows * larger(1, 2 * pairs)) * kTaskRows;
+    const int64_t tasks = num_stream_tasks(num_rows * p.k * sizeof(Weight));
+    const int64_t task_rows = ceil_div(num_rows, kTaskRows * tasks) * kTaskRows;
     with_height<kStreamTokens>(p.num_tokens, [&](auto h) {
       for_each_task(ceil_div(num_rows, task_rows), [&](int64_t task) {
         const int64_t n = task * task_rows;

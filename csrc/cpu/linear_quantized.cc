@@ -35,11 +35,10 @@ constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, no
 constexpr int64_t kFewTokens = 3 * kHeight;
 constexpr int64_t kBlockTiles = 4;  // with many tokens: 64 rows
 constexpr int64_t kFewTiles = 2;
-constexpr int64_t kChunkGroups = 48;       // 32 rows of them: 52 KB; 32 and 64 were 2 to 5 % slower
-constexpr int64_t kFewGroups = 16;         // 32 rows of them: 17 KB of L1
-constexpr int64_t kTaskBytes = 128 << 10;  // see linear.cc
+constexpr int64_t kChunkGroups = 48;  // 32 rows of them: 52 KB; 32 and 64 were 2 to 5 % slower
+constexpr int64_t kFewGroups = 16;    // 32 rows of them: 17 KB of L1
 constexpr int64_t kTasks = 32;
-constexpr int64_t kPrefetchBytes = 2048;  // every line of it: one a group gave int4 86 %, not 100
+constexpr int64_t kPrefetchBytes = 4096;  // every line of it: one a group gave int4 86 %, not 100
 constexpr int64_t kCacheLine = 64;
 
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -288,9 +287,9 @@ void multiply(const LinearParams& p) {
   pack_all<Layout>(p, x);
   const Cut cut = cut_for<Format>(p);
   int64_t task_tiles = kBlockTiles * larger(1, tiles / (kBlockTiles * kTasks));
-  if (p.num_tokens <= kFewTokens) {  // an even number of equal tasks, or one
-    const int64_t pairs = tiles * groups * Layout::kBytes / (2 * kTaskBytes);
-    task_tiles = ceil_div(tiles, cut.tiles * larger(1, 2 * pairs)) * cut.tiles;
+  if (p.num_tokens <= kFewTokens) {
+    const int64_t tasks = num_stream_tasks(tiles * groups * Layout::kBytes);
+    task_tiles = ceil_div(tiles, cut.tiles * tasks) * cut.tiles;
   }
   for_each_task(ceil_div(tiles, task_tiles), [&](int64_t task) {
     const int64_t first = task * task_tiles;
