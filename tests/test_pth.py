@@ -153,6 +153,7 @@ ARCHIVES = {
     "a control character": pth(GOOD, **{"a/\x1b[2J": b"x"}),
     "no pickle": archive({"a/data/0": bytes(16)}),
     "two pickles": pth(GOOD, **{"b/data.pkl": CALLS["os.system"]}),
+    "a member twice": pth(GOOD, **{"a/data/1": b"x"}).replace(b"a/data/1", b"a/data/0"),
     "an archive inside": archive({"a/b/data.pkl": GOOD, "a/data.zip": pth(GOOD)}),
     "a pickle without folder": archive({"data.pkl": GOOD, "data/0": bytes(16)}),
     "big-endian": pth(GOOD, **{"a/byteorder": b"big"}),
