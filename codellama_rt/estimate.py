@@ -40,8 +40,8 @@ from codellama_rt.variants import find_variant
 INTERPRETER_BYTES = 43_200_000
 # A tokenizer, of whatever kind: measured at 25.2 MB with 32,016 pieces and 34.7 MB with 49,152.
 _TOKENIZER_BYTES, _PIECE_BYTES = 7_400_000, 554
-# The gguf package, which decodes blocks, and its work on one tensor: the floats and a copy of them.
-_DECODER_BYTES, _DECODED_ELEMENT_BYTES = 11_000_000, 8
+# The gguf package, which decodes blocks, and its work on some rows.
+_DECODER_BYTES = 11_000_000
 # What the kernels keep for each token beside the activations: the input of the widest product in
 # bfloat16; and what stays of the first step's small things.
 _PACKED_ITEM_BYTES, _STEP_BYTES = 2, 4_500_000
@@ -200,12 +200,10 @@ def _weights(
             continue
         if quantization is not None and is_quantized(name):
             size = weight_num_bytes(quantization, tensor.shape)
-            read = tensor.num_bytes if tensor.is_float else _DECODED_ELEMENT_BYTES * tensor.size
-            transient = size + read
         else:
             size = tensor.size * target.itemsize
-            transient = size + tensor.num_bytes
-        loading, total, made = max(loading, made + transient), total + size, made + size
+        loading = max(loading, made + size + tensor.num_bytes)
+        total, made = total + size, made + size
         sizes[name] = size
     is_tied = "lm_head.weight" not in tensors
     return total, loading, total - (0 if is_tied else sizes["model.embed_tokens.weight"]), made
