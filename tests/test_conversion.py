@@ -7,18 +7,14 @@ import pytest
 from checkpoint_files import (
     MINI_CONFIG,
     TINY,
-    gguf_bytes,
-    gguf_metadata,
-    gguf_tensors,
     mini_gguf_bytes,
     write_mini,
 )
 from conversion_contents import contents
-from quantized_models import large_model, resident_bytes
+from quantized_models import large_model, q8_model, resident_bytes
 
 from codellama_rt.checkpoint import open_checkpoint, tensor_file
 from codellama_rt.checkpoint.pth_file import read_pth
-from codellama_rt.checkpoint.safetensors_file import read_safetensors
 from codellama_rt.checkpoint.weight_loading import expected_shapes
 from codellama_rt.config import ModelConfig
 from codellama_rt.conversion import plan as plan_module
@@ -81,27 +77,8 @@ def test_quantising_metas_files_is_quantising_hugging_faces(tmp_path, name):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def mini_q8(tmp_path):
-    """A GGUF file with most projections in Q8_0."""
-    gguf = pytest.importorskip("gguf")
-    golden = open_checkpoint(TINY / "mha_theta1e4_fp32")
-    arrays = {
-        name: t.view() for name, t in read_safetensors(golden.path / "model.safetensors").items()
-    }
-
-    def encode(name, array):
-        if array.ndim == 1 or array.shape[1] % 32:
-            return "F32", array.tobytes()
-        return "Q8_0", gguf.quantize(array, gguf.GGMLQuantizationType.Q8_0).tobytes()
-
-    path = tmp_path / "a.gguf"
-    stored = gguf_tensors(arrays, golden.config, encode)
-    path.write_bytes(gguf_bytes(gguf_metadata(golden.config), stored))
-    return path
-
-
 def test_gguf_becomes_hugging_faces(tmp_path):
-    path = mini_q8(tmp_path)
+    path = q8_model(tmp_path / "a.gguf", "mha_theta1e4_fp32")
     convert(path, tmp_path / "hf", dtype="float32", verify=True)
     decoded, written = open_checkpoint(path, dtype="float32"), open_checkpoint(tmp_path / "hf")
     assert not written.config.rope_interleaved
