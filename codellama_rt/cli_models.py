@@ -78,14 +78,10 @@ def estimate(
         from codellama_rt import estimate_report
         from codellama_rt.estimate import find_model
         from codellama_rt.limits import read_bandwidth
-        from codellama_rt.llm_arguments import require_counts, require_device, require_dtype
+        from codellama_rt.llm_arguments import require_options
         from codellama_rt.memory import available_bytes
-        from codellama_rt.quantize import check_quantization
 
-        require_device(device)
-        require_dtype(kv_dtype)
-        check_quantization(quantization)
-        require_counts(context=context, batch=batch)
+        require_options(device, kv_dtype, quantization, context=context, batch=batch)
         stored = find_model(model)
         length = context or stored.config.max_position_embeddings
         available, bandwidth = available_bytes(), read_bandwidth()
