@@ -26,7 +26,7 @@ from codellama_rt.checkpoint.weight_loading import (
 )
 from codellama_rt.config import ModelConfig
 from codellama_rt.dtypes import numpy_dtype
-from codellama_rt.kv_cache import bytes_per_token
+from codellama_rt.kv_cache import REQUIRED_SHARE, bytes_per_token
 from codellama_rt.memory import HUGE_PAGE_BYTES
 from codellama_rt.model import Activations
 from codellama_rt.ops.quantized import weight_num_bytes
@@ -83,6 +83,11 @@ class Estimate:
     def added(self) -> int:
         """The same without the interpreter, which runs already."""
         return self.peak - self.interpreter
+
+    def fits(self, available: int) -> bool:
+        """Whether so many bytes are enough, as `LLM` decides it: some stay free beside a cache."""
+        room = REQUIRED_SHARE * (available - self.weights)
+        return self.added <= available and self.kv <= room
 
     def tokens_per_s(self, bandwidth: float, kv_bytes: int, num_seqs: int) -> float:
         """The most tokens a second that reading allows.
