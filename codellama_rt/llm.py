@@ -101,6 +101,8 @@ class LLM:
             progress=progress,
         )  # fmt: skip
         self._describe(checkpoint)
+        if self.variant is not None:
+            self.variant.warn_of_differences(self.config)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         weights = checkpoint.weights
         if adapter is not None:
@@ -273,8 +275,6 @@ class LLM:
     def _describe(self, checkpoint: Checkpoint) -> None:
         """Keep what a checkpoint brings beside its weights."""
         self.config = checkpoint.config
-        if self.variant is not None:
-            self.variant.warn_of_differences(self.config)
         self.generation_config = checkpoint.generation_config
         self.stored_bytes = checkpoint.stored_bytes
         self.tokenizer, self.chat_template = None, None
