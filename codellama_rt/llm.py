@@ -180,7 +180,7 @@ class LLM:
             adapter: as in `generate`.
 
         Raises:
-            ValueError: the model has no infilling tokens (only 7B and 13B, base and Instruct, do),
+            ValueError: the model has no infilling tokens (34B and Python models have none),
                 or params.n is not 1.
         """
         params = self._checked(params)

@@ -64,12 +64,18 @@ def calls_of(action):
     return count
 
 
-@pytest.mark.parametrize("to", ["huggingface", "meta"])
-def test_killed_anywhere_it_goes_on_and_nothing_half_written_opens(tmp_path, small_steps, to):
-    name, options = ("meta", {}) if to == "huggingface" else ("in", {"to": "meta", "shards": 2})
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("meta", {}), ("in", {"to": "meta", "shards": 2}), ("meta", {"quantization": "int4"})],
+    ids=["huggingface", "meta", "int4"],
+)
+def test_killed_anywhere_it_goes_on_and_nothing_half_written_opens(
+    tmp_path, small_steps, name, options
+):
     source = shutil.copytree(TINY / "gqa_theta1e6_bf16", tmp_path / "in")
     convert(source, tmp_path / "meta", to="meta", shards=2)
     source = tmp_path / name
+    convert(source, tmp_path / "warm", **options)  # imports, of which the runs below have none
     total = calls_of(lambda: convert(source, tmp_path / "whole", **options))
     whole, rng = files(tmp_path / "whole"), random.Random(0)
     resumed = 0
@@ -125,6 +131,7 @@ def test_a_changed_source_is_converted_anew(tmp_path, small_steps):
 @pytest.mark.parametrize("tail", [b'{"file": "consoli', b'{"file": 3}\n', b"\xff\n"])
 def test_a_damaged_journal(tmp_path, small_steps, tail):
     source, out = TINY / "gqa_theta1e6_bf16", tmp_path / "out"
+    convert(source, tmp_path / "warm", to="meta")
     total = calls_of(lambda: convert(source, tmp_path / "whole", to="meta"))
     assert killed_after(total * 2 // 3, lambda: convert(source, out, to="meta"))
     with open(tmp_path / ".out.partial" / "journal", "ab") as file:
