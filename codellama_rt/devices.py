@@ -13,34 +13,40 @@ from codellama_rt.memory import available_bytes
 from codellama_rt.model import Llama
 
 
-def require_room(
-    stored: StoredModel, dtype: str, quantization: str | None, max_num_batched_tokens: int,
-    **pages: Any,
-) -> None:  # fmt: skip
-    """Refuses, from its headers alone, a model that the host's memory cannot hold.
+def plan_pages(
+    device: str, stored: StoredModel, dtype: str, quantization: str | None,
+    max_num_batched_tokens: int, **pages: Any,
+) -> int | None:  # fmt: skip
+    """How many pages the host's memory allows, from a model's headers alone.
 
     Args:
+        device: where; "cuda" has a memory of its own, which is asked when the weights are in it.
         stored: from `read_model`.
         dtype: as in `LLM`.
         quantization: as in `LLM`.
         max_num_batched_tokens: as in `LLM`.
         pages: kv_dtype, block_size, longest, max_num_seqs and kv_memory, as `place` takes them.
 
+    Returns:
+        Their number; None for "cuda".
+
     Raises:
         RuntimeError: the weights do not fit, or not `longest` tokens beside them.
     """
+    if device == "cuda":
+        return None
     needed = estimate(
         stored, context=1, dtype=dtype, quantization=quantization, kv_dtype=pages["kv_dtype"],
         block_size=pages["block_size"], max_num_batched_tokens=max_num_batched_tokens,
     )  # fmt: skip
     require_memory(needed, available_bytes())
-    plan_num_blocks(stored.config, weight_bytes=needed.weights, **pages)
+    return plan_num_blocks(stored.config, weight_bytes=needed.weights, **pages)
 
 
 def place(
-    device: str, config: ModelConfig, weights: LlamaWeights, *, kv_dtype: str, block_size: int,
-    longest: int | None, max_num_seqs: int, kv_memory: int | str | None, weight_bytes: int,
-    quantization: str | None, attention: str,
+    device: str, config: ModelConfig, weights: LlamaWeights, *, num_blocks: int | None,
+    kv_dtype: str, block_size: int, longest: int | None, max_num_seqs: int,
+    kv_memory: int | str | None, quantization: str | None, attention: str,
 ) -> tuple[Any, Any]:  # fmt: skip
     """The decoder on "cpu", "cuda" or "ascend" and its pages, with the engine's interface.
 
@@ -48,12 +54,12 @@ def place(
         device: where.
         config: of the model.
         weights: on the host.
+        num_blocks: pages, from `plan_pages`.
         kv_dtype: of the cache.
         block_size: tokens a page.
         longest: tokens of one sequence that must fit; None: none in particular.
         max_num_seqs: sequences at a time.
         kv_memory: bytes or a str like "8GB" for the pages; None: what the memory allows.
-        weight_bytes: memory of the host that the weights will take.
         quantization: of the weights as they go to "cuda"; elsewhere they come quantised.
         attention: "custom", or on Ascend "vendor".
 
@@ -70,10 +76,6 @@ def place(
             config, weights, kv_dtype=kv_dtype, block_size=block_size, longest=longest,
             max_num_seqs=max_num_seqs, kv_memory=kv_memory, quantization=quantization,
         )  # fmt: skip
-    num_blocks = plan_num_blocks(
-        config, kv_dtype=kv_dtype, block_size=block_size, longest=longest,
-        max_num_seqs=max_num_seqs, kv_memory=kv_memory, weight_bytes=weight_bytes,
-    )  # fmt: skip
     model = make_model(device, config, weights, attention)
     cache = make_kv_cache(model, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
     return model, cache

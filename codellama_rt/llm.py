@@ -13,7 +13,7 @@ from codellama_rt.checkpoint import Checkpoint, load_checkpoint
 from codellama_rt.checkpoint.formats import read_model
 from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.completion import Completion, Job
-from codellama_rt.devices import place, require_room
+from codellama_rt.devices import place, plan_pages
 from codellama_rt.engine import Engine
 from codellama_rt.estimate import float_dtype
 from codellama_rt.jobs import Jobs
@@ -93,12 +93,12 @@ class LLM:
             "kv_dtype": kv_dtype, "block_size": block_size, "longest": max_model_len,
             "max_num_seqs": max_num_seqs, "kv_memory": kv_memory,
         }  # fmt: skip
-        on_host = device != "cuda"  # a GPU has memory and quantised formats of its own
-        if on_host:
-            require_room(stored, dtype, quantization, max_num_batched_tokens, **pages)
+        num_blocks = plan_pages(
+            device, stored, dtype, quantization, max_num_batched_tokens, **pages
+        )
         checkpoint = load_checkpoint(
-            stored, dtype=dtype, quantization=quantization if on_host else None, check=check,
-            progress=progress,
+            stored, dtype=dtype, check=check, progress=progress,
+            quantization=None if device == "cuda" else quantization,  # there in formats of its own
         )  # fmt: skip
         self._describe(checkpoint)
         if self.variant is not None:
@@ -108,7 +108,7 @@ class LLM:
         if adapter is not None:
             weights = merged(weights, load_adapter(adapter, self.config))
         self.model, self.kv_cache = place(
-            device, self.config, weights, **pages, weight_bytes=checkpoint.mapped_bytes,
+            device, self.config, weights, num_blocks=num_blocks, **pages,
             quantization=quantization, attention=attention,
         )  # fmt: skip
         self.engine = Engine(

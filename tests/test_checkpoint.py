@@ -178,7 +178,7 @@ def test_under_auto_the_projections_decide(tmp_path):
     assert checkpoint.weights.embedding.dtype == ml_dtypes.bfloat16
     assert checkpoint.weights.lm_head.dtype == ml_dtypes.bfloat16
     assert checkpoint.weights.norm.dtype == np.float32
-    assert mapping_under(checkpoint.weights.norm) is None  # vectors would keep the whole file
+    assert mapping_under(checkpoint.weights.norm) is None  # vectors are copied beside what is made
     assert mapping_under(checkpoint.weights.layers[0].q_proj) is not None
 
 

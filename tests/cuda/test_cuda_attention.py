@@ -208,7 +208,7 @@ import importlib.util, numpy as np
 spec = importlib.util.spec_from_file_location("_cuda_emulated", {emulated_module.__file__!r})
 module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
 sys.modules["codellama_rt._cuda"] = module
-import test_attention as t
+import test_cuda_attention as t
 from codellama_rt.cuda import tensor
 memory = tensor.Memory(8 << 20); module.set_workspace(memory.pointer, 8 << 20)
 results = []

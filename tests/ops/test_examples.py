@@ -40,6 +40,8 @@ def test_every_op_has_an_example_that_runs(name):
 @pytest.mark.parametrize("name", sorted(set(codellama_rt.__all__) - {"__version__", "ops"}))
 def test_every_public_name_has_an_example(name):
     value = getattr(codellama_rt, name)
+    if isinstance(value, dict):
+        pytest.skip("data")
     if inspect.isclass(value) and (
         issubclass(value, Exception) or name in ("Completion", "Output")
     ):
