@@ -22,6 +22,7 @@ from codellama_rt.llm import LLM
 from codellama_rt.lora import LoraAdapter
 from codellama_rt.memory import parse_bytes
 from codellama_rt.request import check_token_id
+from codellama_rt.tokenizer import Tokenizer
 from codellama_rt.tokenizer.save_tokenizer import save_tokenizer
 
 _IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "paged_attention")
@@ -44,6 +45,7 @@ class LlamaForCausalLM:
         self.llm = llm
         self.config = llm.config
         self.generation_config = GenerationConfig.from_dict(llm.generation_config)
+        self._stored_ends = self.generation_config.eos_token_id
         self._adapters: dict[str, LoraAdapter] = {}
         self._adapter: LoraAdapter | None = None
 
@@ -112,9 +114,10 @@ class LlamaForCausalLM:
 
     def generate(
         self, input_ids: Any, generation_config: GenerationConfig | None = None,
-        logits_processor: Sequence[LogitsProcessor] = (),
-        stopping_criteria: Sequence[StoppingCriterion] = (), *, attention_mask: Any = None,
-        streamer: Any = None, seed: int | None = None, **fields: Any,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        stopping_criteria: Sequence[StoppingCriterion] | None = None, *,
+        attention_mask: Any = None, streamer: Any = None, tokenizer: Any = None,
+        seed: int | None = None, **fields: Any,
     ) -> Any:  # fmt: skip
         """Continue every row; explicit arguments win over the configuration.
 
@@ -125,8 +128,10 @@ class LlamaForCausalLM:
                 (rows, vocab_size) float64, after our own; returns scores.
             stopping_criteria: called with (input_ids, scores) after each token; True, or an array
                 of bool a row, ends rows. Scores are what output_scores collects, or None.
-            attention_mask: (batch, length), 0 where a row is padded; None: nowhere.
+            attention_mask: (batch, length), 0 where a row is padded; None: where pad_token_id
+                stands, if that is no end token.
             streamer: gets the prompt by `put`, then each token, then `end()`; one row, no beams.
+            tokenizer: decodes rows to look for stop_strings; the checkpoint's own if None.
             seed: makes sampling repeatable; row i of a batch draws from seed + i.
             **fields: of `GenerationConfig`: max_new_tokens, do_sample, num_beams, ...
 
@@ -142,12 +147,14 @@ class LlamaForCausalLM:
         rows = as_rows(input_ids)
         config = (generation_config or self.generation_config).replaced(**fields)
         is_given = generation_config is not None or fields.get("eos_token_id") is not None
-        ends = config.eos_token_id if is_given else None
-        search = self._search(config, rows, attention_mask, ends)
+        is_given |= self.generation_config.eos_token_id != self._stored_ends
+        search = self._search(
+            config, rows, attention_mask, config.eos_token_id if is_given else None, tokenizer
+        )
         all_ends = frozenset().union(*search.ends)
         processors = make_processors(config, rows.shape[1], all_ends)
-        search.processors = [*processors, *logits_processor]
-        search.criteria = stopping_criteria
+        search.processors = [*processors, *(logits_processor or ())]
+        search.criteria = stopping_criteria or ()
         search.seed = secrets.randbits(63) if seed is None else seed
         num_rows = len(rows) * config.num_beams * config.num_return_sequences
         if streamer is not None and num_rows > 1:
@@ -156,6 +163,10 @@ class LlamaForCausalLM:
         with Branches(self.llm.engine) as branches:
             found = (sample if config.num_beams == 1 else beam_search)(search, branches)
         return self._result(search, found, rows.dtype)
+
+    def eval(self) -> LlamaForCausalLM:
+        """The model itself: it is never in training, and has no dropout."""
+        return self
 
     def load_adapter(self, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
         """Load a LoRA adapter in PEFT's format, and apply it from now on.
@@ -202,18 +213,18 @@ class LlamaForCausalLM:
 
     def _search(
         self, config: GenerationConfig, rows: np.ndarray, attention_mask: Any,
-        ends: tuple[int, ...] | None,
+        ends: tuple[int, ...] | None, tokenizer: Any,
     ) -> Search:  # fmt: skip
         """The search for continuations of rows that end with `ends`; None: the checkpoint's."""
+        all_ends = self.llm.engine.eos_token_ids if ends is None else ends
+        if attention_mask is None and config.pad_token_id not in (None, *all_ends):
+            attention_mask = rows != config.pad_token_id
         mask = as_mask(attention_mask, rows)
         if not mask[:, -1].all():
             raise ValueError(
                 "rows to continue are padded on the left; set the tokenizer's padding_side to "
                 "'left'"
             )
-        tokenizer = self.llm.tokenizer
-        if config.stop_strings and tokenizer is None:
-            raise ValueError("stop_strings need a tokenizer, and this checkpoint brings none")
         prompts = [row[kept].tolist() for row, kept in zip(rows, mask, strict=True)]
         pad_id = config.pad_token_id
         if pad_id is None:
@@ -224,9 +235,22 @@ class LlamaForCausalLM:
         return Search(
             config, prompts, rows.astype(np.int64),
             [frozenset(self._usual_ends(prompt) if ends is None else ends) for prompt in prompts],
-            pad_id, config.new_tokens(rows.shape[1]), self.llm.max_model_len, tokenizer=tokenizer,
+            pad_id, config.new_tokens(rows.shape[1]), self.llm.max_model_len,
+            tokenizer=self._reader(tokenizer) if config.stop_strings else None,
             adapter=self._adapter,
         )  # fmt: skip
+
+    def _reader(self, tokenizer: Any) -> Tokenizer:
+        """What decodes rows: the caller's tokenizer, or the checkpoint's own."""
+        if tokenizer is None and self.llm.tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer, and this checkpoint brings none")
+        found = self.llm.tokenizer if tokenizer is None else getattr(tokenizer, "runtime", None)
+        if not isinstance(found, Tokenizer):
+            raise TypeError(
+                f"tokenizer must be a CodeLlamaTokenizer, got {type(tokenizer).__name__}"
+            )
+        found.pad_vocabulary(self.config.vocab_size)
+        return found
 
     def _usual_ends(self, prompt: list[int]) -> tuple[int, ...]:
         """The checkpoint's end tokens, and <EOT> for a prompt that asks for infilling."""

@@ -64,7 +64,7 @@ def chat(
 def _converse(session: ChatSession) -> None:
     """Take messages and commands until there are no more."""
     if sys.stdin.isatty():
-        tell("Type a message, or /help. Ctrl-D ends, Ctrl-C stops an answer.")
+        tell("Type a message, or /help. Ctrl-D ends, Ctrl-C stops an answer or drops a message.")
     for text in _messages():
         try:
             if text.startswith("/") and not text.startswith("//"):
@@ -81,14 +81,29 @@ def _converse(session: ChatSession) -> None:
 
 
 def _messages() -> Iterator[str]:
-    """Lines of stdin, those between two fences as one."""
-    while (line := _line(_QUESTION)) is not None:
-        if line.strip() == _FENCE:
-            block = []
-            while (line := _line(_MORE)) is not None and line.strip() != _FENCE:
-                block.append(line)
-            line = "\n".join(block)
-        yield line
+    """Messages and commands of stdin; Ctrl-C in a terminal drops the one that is being typed."""
+    while True:
+        try:
+            text = _message()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            tell("")
+            continue
+        if text is None:
+            return
+        yield text
+
+
+def _message() -> str | None:
+    """The next line, lines between two fences as one; None at the end of the input."""
+    line = _line(_QUESTION)
+    if line is None or line.strip() != _FENCE:
+        return line
+    block = []
+    while (line := _line(_MORE)) is not None and line.strip() != _FENCE:
+        block.append(line)
+    return "\n".join(block)
 
 
 def _line(prompt: str) -> str | None:

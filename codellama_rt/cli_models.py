@@ -59,7 +59,7 @@ def estimate(
         int | None, typer.Option(help="Tokens a sequence; what the model was trained at.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, ascend; for a GPU see --memory.")] = "cpu",
     dtype: Annotated[
         str, typer.Option(help="Of the weights: auto, float32, float16, bfloat16.")
     ] = "auto",
@@ -67,33 +67,44 @@ def estimate(
     kv_dtype: Annotated[
         str, typer.Option(help="Of the KV cache: auto, float32, float16, bfloat16, int8, int4.")
     ] = "auto",
+    memory: Annotated[
+        str | None, typer.Option(help="To fit into, such as 80GB; by default what is free here.")
+    ] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(help="Read in a second, such as 3350GB; by default measured here.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, in bytes.")] = False,
     debug: _Debug = False,
 ) -> None:
     """Tell what a model takes of memory, what of it fits here, and how fast it can be at most.
 
-    Nothing but headers is read, and for a published name or a config.json no file is needed.
+    Nothing but headers is read, and for a published name or a config.json no file is needed. With
+    --memory and --bandwidth the figures are those of another machine.
     """
     with reported_errors(debug):
         from codellama_rt import estimate_report
         from codellama_rt.estimate import find_model
         from codellama_rt.limits import read_bandwidth
-        from codellama_rt.llm_arguments import require_counts, require_device, require_dtype
-        from codellama_rt.memory import available_bytes
-        from codellama_rt.quantize import check_quantization
+        from codellama_rt.llm_arguments import require_options
+        from codellama_rt.memory import available_bytes, parse_bytes
+        from codellama_rt.variants import find_variant, require_length
 
-        require_device(device)
-        require_dtype(kv_dtype)
-        check_quantization(quantization)
-        require_counts(context=context, batch=batch)
+        if device == "cuda":
+            raise ValueError(
+                "estimate counts what runs on the host take; for a GPU give its --memory and "
+                "--bandwidth: weights and caches in floats take the same bytes there"
+            )
+        require_options(device, kv_dtype, quantization, context=context, batch=batch)
+        require_length(find_variant(model), context)
         stored = find_model(model)
         length = context or stored.config.max_position_embeddings
-        available, bandwidth = available_bytes(), read_bandwidth()
+        available = available_bytes() if memory is None else parse_bytes(memory)
+        speed = read_bandwidth() if bandwidth is None else parse_bytes(bandwidth)
         ways = estimate_report.compare(
             stored, context=length, num_seqs=batch, dtype=dtype, quantization=quantization,
-            kv_dtype=kv_dtype, available=available, bandwidth=bandwidth,
+            kv_dtype=kv_dtype, available=available, bandwidth=speed,
         )  # fmt: skip
         if as_json:
-            print(json.dumps(estimate_report.as_json(ways, available, bandwidth), indent=1))
+            print(json.dumps(estimate_report.as_json(ways, available, speed), indent=1))
         else:
-            print(estimate_report.render(ways, length, batch, available, bandwidth))
+            print(estimate_report.render(ways, length, batch, available, speed))

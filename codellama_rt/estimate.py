@@ -26,7 +26,7 @@ from codellama_rt.checkpoint.weight_loading import (
 )
 from codellama_rt.config import ModelConfig
 from codellama_rt.dtypes import numpy_dtype
-from codellama_rt.kv_cache import bytes_per_token
+from codellama_rt.kv_cache import REQUIRED_SHARE, bytes_per_token
 from codellama_rt.memory import HUGE_PAGE_BYTES
 from codellama_rt.model import Activations
 from codellama_rt.ops.quantized import weight_num_bytes
@@ -40,8 +40,8 @@ from codellama_rt.variants import find_variant
 INTERPRETER_BYTES = 43_200_000
 # A tokenizer, of whatever kind: measured at 25.2 MB with 32,016 pieces and 34.7 MB with 49,152.
 _TOKENIZER_BYTES, _PIECE_BYTES = 7_400_000, 554
-# The gguf package, which decodes blocks, and its work on one tensor: the floats and a copy of them.
-_DECODER_BYTES, _DECODED_ELEMENT_BYTES = 11_000_000, 8
+# The gguf package, which decodes blocks, and its work on some rows.
+_DECODER_BYTES = 11_000_000
 # What the kernels keep for each token beside the activations: the input of the widest product in
 # bfloat16; and what stays of the first step's small things.
 _PACKED_ITEM_BYTES, _STEP_BYTES = 2, 4_500_000
@@ -83,6 +83,11 @@ class Estimate:
     def added(self) -> int:
         """The same without the interpreter, which runs already."""
         return self.peak - self.interpreter
+
+    def fits(self, available: int) -> bool:
+        """Whether so many bytes are enough, as `LLM` decides it: some stay free beside a cache."""
+        room = REQUIRED_SHARE * (available - self.weights)
+        return self.added <= available and self.kv <= room
 
     def tokens_per_s(self, bandwidth: float, kv_bytes: int, num_seqs: int) -> float:
         """The most tokens a second that reading allows.
@@ -200,12 +205,10 @@ def _weights(
             continue
         if quantization is not None and is_quantized(name):
             size = weight_num_bytes(quantization, tensor.shape)
-            read = tensor.num_bytes if tensor.is_float else _DECODED_ELEMENT_BYTES * tensor.size
-            transient = size + read
         else:
             size = tensor.size * target.itemsize
-            transient = size + tensor.num_bytes
-        loading, total, made = max(loading, made + transient), total + size, made + size
+        loading = max(loading, made + size + tensor.num_bytes)
+        total, made = total + size, made + size
         sizes[name] = size
     is_tied = "lm_head.weight" not in tensors
     return total, loading, total - (0 if is_tied else sizes["model.embed_tokens.weight"]), made

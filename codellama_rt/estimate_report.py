@@ -24,7 +24,7 @@ class Way:
         weights: dtype or quantisation.
         kv_dtype: of the cache.
         figures: in bytes.
-        fits: whether the available memory is enough.
+        fits: whether the available memory is enough for `LLM` to open it.
         tokens_per_s: at most, by context: what the measured bandwidth allows.
     """
 
@@ -81,7 +81,7 @@ def _way(
         for length in SPEED_CONTEXTS
     }
     name = quantization or stored.quantization or (dtype if dtype != "auto" else "as stored")
-    return Way(name, kv_dtype, figures, figures.added <= available, speeds)
+    return Way(name, kv_dtype, figures, figures.fits(available), speeds)
 
 
 def as_json(ways: list[Way], available: int, bandwidth: float) -> dict[str, Any]:

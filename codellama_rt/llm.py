@@ -9,7 +9,7 @@ import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.chat import read_chat_template
-from codellama_rt.checkpoint import load_checkpoint
+from codellama_rt.checkpoint import Checkpoint, load_checkpoint
 from codellama_rt.checkpoint.formats import read_model
 from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.completion import Completion, Job
@@ -17,17 +17,9 @@ from codellama_rt.devices import place, plan_pages
 from codellama_rt.engine import Engine
 from codellama_rt.estimate import float_dtype
 from codellama_rt.jobs import Jobs
-from codellama_rt.llm_arguments import (
-    Prompt,
-    as_prompts,
-    default_params,
-    require_counts,
-    require_device,
-    require_dtype,
-)
+from codellama_rt.llm_arguments import Prompt, as_prompts, default_params, require_options
 from codellama_rt.lora import LoraAdapter, load_adapter, merged
 from codellama_rt.prompt_encoder import PromptEncoder
-from codellama_rt.quantize import check_quantization
 from codellama_rt.request import check_params
 from codellama_rt.sampling_params import SamplingParams
 from codellama_rt.scoring import sequence_logits
@@ -86,17 +78,16 @@ class LLM:
             RuntimeError: no such device here, or not the memory for max_model_len tokens (the
                 message says which kv_dtype or length would fit).
         """
-        require_device(device)
-        if device != "cuda":  # its cache has dtypes of its own, and place() refuses others
-            require_dtype(kv_dtype)
-        check_quantization(quantization)
-        require_counts(
-            max_model_len=max_model_len, block_size=block_size, max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens, num_threads=num_threads,
+        require_options(
+            device, kv_dtype, quantization, max_model_len=max_model_len, block_size=block_size,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            num_threads=num_threads,
         )  # fmt: skip
         if num_threads is not None:
             ops.set_num_threads(num_threads)
         stored = read_model(resolve_model(model))
+        self.variant = find_variant(model)
+        require_length(self.variant, max_model_len)
         kv_dtype = float_dtype(stored, dtype) if kv_dtype == "auto" else kv_dtype
         pages = {
             "kv_dtype": kv_dtype, "block_size": block_size, "longest": max_model_len,
@@ -109,18 +100,9 @@ class LLM:
             stored, dtype=dtype, check=check, progress=progress,
             quantization=None if device == "cuda" else quantization,  # there in formats of its own
         )  # fmt: skip
-        self.config = checkpoint.config
-        self.variant = find_variant(model)
-        require_length(self.variant, max_model_len)
+        self._describe(checkpoint)
         if self.variant is not None:
             self.variant.warn_of_differences(self.config)
-        self.generation_config = checkpoint.generation_config
-        self.stored_bytes = checkpoint.stored_bytes
-        self.tokenizer, self.chat_template = None, None
-        if has_tokenizer(checkpoint.tokenizer_path):
-            self.tokenizer = load_tokenizer(checkpoint.tokenizer_path, self.config.vocab_size)
-            self.chat_template = read_chat_template(checkpoint.tokenizer_path)
-        self.prompt_encoder = PromptEncoder(self.tokenizer, self.chat_template, self.variant)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         weights = checkpoint.weights
         if adapter is not None:
@@ -198,7 +180,7 @@ class LLM:
             adapter: as in `generate`.
 
         Raises:
-            ValueError: the model has no infilling tokens (only 7B and 13B, base and Instruct, do),
+            ValueError: the model has no infilling tokens (34B and Python models have none),
                 or params.n is not 1.
         """
         params = self._checked(params)
@@ -289,6 +271,17 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         """Close."""
         self.close()
+
+    def _describe(self, checkpoint: Checkpoint) -> None:
+        """Keep what a checkpoint brings beside its weights."""
+        self.config = checkpoint.config
+        self.generation_config = checkpoint.generation_config
+        self.stored_bytes = checkpoint.stored_bytes
+        self.tokenizer, self.chat_template = None, None
+        if has_tokenizer(checkpoint.tokenizer_path):
+            self.tokenizer = load_tokenizer(checkpoint.tokenizer_path, self.config.vocab_size)
+            self.chat_template = read_chat_template(checkpoint.tokenizer_path)
+        self.prompt_encoder = PromptEncoder(self.tokenizer, self.chat_template, self.variant)
 
     def _submit(
         self, prompt: Prompt, params: SamplingParams | None, adapter: LoraAdapter | None

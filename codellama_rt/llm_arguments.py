@@ -8,6 +8,7 @@ from typing import Any
 
 from codellama_rt import ops
 from codellama_rt.kv_cache import KV_DTYPES
+from codellama_rt.quantize import check_quantization
 from codellama_rt.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -29,6 +30,22 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     if items and not isinstance(items[0], str) and not hasattr(items[0], "__len__"):
         return [items], True
     return items, False
+
+
+def require_options(
+    device: str, kv_dtype: str, quantization: str | None, **counts: int | None
+) -> None:
+    """Refuse options that no model could be opened with.
+
+    Raises:
+        ValueError, TypeError: a dtype that is none, or a count that is no positive int.
+        RuntimeError: no such device here.
+    """
+    require_device(device)
+    if device != "cuda":  # its cache has dtypes of its own, and place() refuses others
+        require_dtype(kv_dtype)
+    check_quantization(quantization)
+    require_counts(**counts)
 
 
 def require_device(device: str) -> None:

@@ -14,9 +14,15 @@ from codellama_rt import ops
 from codellama_rt.checkpoint.finiteness import first_non_finite
 from codellama_rt.checkpoint.stored_tensor import StoredTensor
 from codellama_rt.errors import CheckpointError
-from codellama_rt.ops.quantized import OWN_WEIGHT_DTYPES, Quantized
+from codellama_rt.ops.quantized import (
+    OWN_WEIGHT_DTYPES,
+    WEIGHT_TILE,
+    Quantized,
+    weight_num_bytes,
+)
 
 QUANTIZATIONS = OWN_WEIGHT_DTYPES
+_BAND_BYTES = 2**22  # of rows in float32
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -52,6 +58,9 @@ def quantize_tensor(
 ) -> Quantized:
     """Reads one tensor and quantises it; its pages of the file are then let go.
 
+    A band of rows at a time, so that what lies in blocks is never whole in float32; tiles do not
+    depend on one another.
+
     Args:
         tensor: (out_features, in_features), floats or one of GGUF's formats.
         dtype: one of `QUANTIZATIONS`.
@@ -60,14 +69,25 @@ def quantize_tensor(
     Raises:
         CheckpointError: a value is not finite; it would take its whole group with it.
     """
-    weight = tensor.view() if tensor.is_float else tensor.decode(0, tensor.shape[0])
-    bad = first_non_finite(weight)
+    n_rows, row_size = tensor.shape
+    payload, done = np.empty(weight_num_bytes(dtype, tensor.shape), np.uint8), 0
+    tiles = max(1, _BAND_BYTES // (4 * row_size * WEIGHT_TILE))
+    step = n_rows if reorder is not None else tiles * WEIGHT_TILE
+    for begin in range(0, n_rows, step):
+        rows = np.require(tensor.decode(begin, min(begin + step, n_rows)), requirements="CA")
+        _check_finite(tensor, rows, begin)
+        band = ops.quantize(rows if reorder is None else reorder(rows), dtype).payload
+        payload[done : done + band.nbytes] = band
+        done += band.nbytes
+    tensor.release()
+    return Quantized(payload, dtype, tensor.shape)
+
+
+def _check_finite(tensor: StoredTensor, rows: np.ndarray, begin: int) -> None:
+    bad = first_non_finite(rows)
     if bad is not None:
-        place = [int(i) for i in np.unravel_index(bad, weight.shape)]
+        row, column = (int(i) for i in np.unravel_index(bad, rows.shape))
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name!r}: expected finite values to quantise, found "
-            f"{float(weight[tuple(place)])} at {place}"
+            f"{float(rows[row, column])} at {[begin + row, column]}"
         )
-    quantized = ops.quantize(weight if reorder is None else reorder(weight), dtype)
-    tensor.release()
-    return quantized

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from checkpoint_files import MINI_CONFIG, gguf_bytes, gguf_metadata, write_mini
+from checkpoint_files import (
+    MINI_CONFIG,
+    TINY,
+    gguf_bytes,
+    gguf_metadata,
+    gguf_tensors,
+    write_mini,
+)
 
-from codellama_rt.checkpoint import LlamaWeights
+from codellama_rt.checkpoint import LlamaWeights, open_checkpoint
 from codellama_rt.checkpoint.gguf_model import gguf_name
+from codellama_rt.checkpoint.safetensors_file import read_safetensors
 from codellama_rt.checkpoint.stored_tensor import Weight
 from codellama_rt.checkpoint.weight_loading import expected_shapes
 from codellama_rt.config import ModelConfig
@@ -102,4 +110,28 @@ def block_model(
         if not (tied and ours == "output.weight"):
             tensors[ours] = (kind, shape, raw)
     path.write_bytes(gguf_bytes(gguf_metadata(BLOCK_CONFIG), tensors))
+    return path
+
+
+def q8_model(path: Path, name: str, metadata: Mapping[str, object] | None = None) -> Path:
+    """A tiny checkpoint as a GGUF file, with most of its matrices in Q8_0.
+
+    Args:
+        path: the file.
+        name: of the checkpoint.
+        metadata: besides the model's, or instead of it.
+    """
+    import gguf
+
+    config = open_checkpoint(TINY / name).config
+    stored = read_safetensors(TINY / name / "model.safetensors")
+    arrays = {name: tensor.view().astype(np.float32) for name, tensor in stored.items()}
+
+    def encode(name, array):
+        if array.ndim == 1 or array.shape[1] % 32:
+            return "F32", array.tobytes()
+        return "Q8_0", gguf.quantize(array, gguf.GGMLQuantizationType.Q8_0).tobytes()
+
+    values = gguf_metadata(config) | dict(metadata or {})
+    path.write_bytes(gguf_bytes(values, gguf_tensors(arrays, config, encode)))
     return path

@@ -233,6 +233,9 @@ def test_ids_as_arrays(tmp_path):
     dialog = [{"role": "user", "content": "q"}]
     ids = tokenizer.apply_chat_template(dialog)
     assert tokenizer.apply_chat_template(dialog, return_tensors="np").tolist() == [ids]
+    encoding = tokenizer.apply_chat_template(dialog, return_tensors="np", return_dict=True)
+    assert encoding.input_ids.tolist() == [ids]
+    assert encoding.attention_mask.tolist() == [[1] * len(ids)]
 
 
 @pytest.mark.parametrize(

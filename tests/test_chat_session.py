@@ -241,3 +241,18 @@ def test_a_terminal_is_asked_line_by_line(chat, llm, monkeypatch):
     assert "Ctrl-D ends" in err
     assert "[user] two\nlines" in err
     assert len(asked) == 7
+
+
+def test_ctrl_c_drops_what_is_being_typed(chat, llm, monkeypatch):
+    typed = iter(["add", '"""', "half of", KeyboardInterrupt, "print"])
+
+    def ask(prompt=""):
+        word = next(typed, EOFError)
+        if isinstance(word, str):
+            return word
+        raise word
+
+    monkeypatch.setattr("builtins.input", ask)
+    first, second = answers(llm, "add", "print")
+    code, out, _ = chat(None)
+    assert (code, out) == (0, f"{first}\n{second}\n")

@@ -51,7 +51,7 @@ def mutate(content, changes):
     return bytes(mutated)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(mutations(HEADER_END), st.integers(0, 64))
 @example([], 0)
 @example([(0, 255), (7, 255)], 0)
@@ -59,13 +59,13 @@ def test_mutated_safetensors(changes, cut):
     open_mutated("model.safetensors", mutate(GOOD, changes)[: len(GOOD) - cut])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(mutations(len(CONFIG)))
 def test_mutated_config(changes):
     open_mutated("config.json", mutate(CONFIG, changes))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -78,7 +78,7 @@ def test_any_value_in_the_config(value, key):
     open_mutated("config.json", json.dumps(MINI_CONFIG | {key: value}).encode())
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(mutations(GGUF_HEADER_END), st.integers(0, 64))
 def test_mutated_gguf(changes, cut):
     open_mutated("model.gguf", mutate(GGUF, changes)[: len(GGUF) - cut])

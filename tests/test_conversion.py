@@ -1,28 +1,20 @@
 """Conversion between layouts: bit for bit, there and back, and through any interruption."""
 
-import os
-import random
 import shutil
-import signal
-import sys
-from functools import partial
 
 import numpy as np
 import pytest
 from checkpoint_files import (
     MINI_CONFIG,
     TINY,
-    gguf_bytes,
-    gguf_metadata,
-    gguf_tensors,
     mini_gguf_bytes,
     write_mini,
 )
-from quantized_models import large_model, resident_bytes
+from conversion_contents import contents
+from quantized_models import large_model, q8_model, resident_bytes
 
 from codellama_rt.checkpoint import open_checkpoint, tensor_file
 from codellama_rt.checkpoint.pth_file import read_pth
-from codellama_rt.checkpoint.safetensors_file import read_safetensors
 from codellama_rt.checkpoint.weight_loading import expected_shapes
 from codellama_rt.config import ModelConfig
 from codellama_rt.conversion import plan as plan_module
@@ -32,21 +24,7 @@ from codellama_rt.errors import CheckpointError
 from codellama_rt.model import Llama
 from codellama_rt.scoring import sequence_logits
 
-TRIALS = 50
 NAMES = {"meta_1shard_bf16": 1, "meta_2shard_gqa_bf16": 2}
-
-
-def contents(folder):
-    """All tensors of a directory in Hugging Face's layout: name to dtype, shape and bytes."""
-    return {
-        name: (tensor.encoding, tensor.shape, tensor.payload.tobytes())
-        for file in folder.glob("*.safetensors")
-        for name, tensor in read_safetensors(file).items()
-    }
-
-
-def files(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,27 +77,8 @@ def test_quantising_metas_files_is_quantising_hugging_faces(tmp_path, name):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def mini_q8(tmp_path):
-    """A GGUF file with most projections in Q8_0."""
-    gguf = pytest.importorskip("gguf")
-    golden = open_checkpoint(TINY / "mha_theta1e4_fp32")
-    arrays = {
-        name: t.view() for name, t in read_safetensors(golden.path / "model.safetensors").items()
-    }
-
-    def encode(name, array):
-        if array.ndim == 1 or array.shape[1] % 32:
-            return "F32", array.tobytes()
-        return "Q8_0", gguf.quantize(array, gguf.GGMLQuantizationType.Q8_0).tobytes()
-
-    path = tmp_path / "a.gguf"
-    stored = gguf_tensors(arrays, golden.config, encode)
-    path.write_bytes(gguf_bytes(gguf_metadata(golden.config), stored))
-    return path
-
-
 def test_gguf_becomes_hugging_faces(tmp_path):
-    path = mini_q8(tmp_path)
+    path = q8_model(tmp_path / "a.gguf", "mha_theta1e4_fp32")
     convert(path, tmp_path / "hf", dtype="float32", verify=True)
     decoded, written = open_checkpoint(path, dtype="float32"), open_checkpoint(tmp_path / "hf")
     assert not written.config.rope_interleaved
@@ -216,118 +175,3 @@ def test_a_source_in_shards_is_let_go(tmp_path):
             progress=lambda *_: seen.append(resident_bytes(file)))  # fmt: skip
     assert len(seen) >= 12
     assert max(seen) <= 3 * 2**20
-
-
-@pytest.fixture
-def small_steps(monkeypatch):
-    """Every tensor is a point to go on from; kills need no wait for the disk."""
-    monkeypatch.setattr(tensor_file, "SYNC_BYTES", 1)
-    monkeypatch.setattr(tensor_file.os, "fsync", lambda descriptor: None)
-
-
-def killed_after(calls, action):
-    """Runs an action in a process that is killed, as by kill -9, at its n-th call of a function;
-    returns whether it was."""
-    child = os.fork()
-    if child == 0:
-        left = calls
-
-        def count(frame, event, argument):
-            nonlocal left
-            left -= event in ("call", "c_call")
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.setprofile(count)
-        try:
-            action()
-        finally:
-            sys.setprofile(None)
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-
-
-def calls_of(action):
-    """How many functions an action calls."""
-    count = 0
-
-    def profile(frame, event, argument):
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(profile)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
-@pytest.mark.parametrize("to", ["huggingface", "meta"])
-def test_killed_anywhere_it_goes_on_and_nothing_half_written_opens(tmp_path, small_steps, to):
-    name, options = ("meta", {}) if to == "huggingface" else ("in", {"to": "meta", "shards": 2})
-    source = shutil.copytree(TINY / "gqa_theta1e6_bf16", tmp_path / "in")
-    convert(source, tmp_path / "meta", to="meta", shards=2)
-    source = tmp_path / name
-    total = calls_of(lambda: convert(source, tmp_path / "whole", **options))
-    whole, rng = files(tmp_path / "whole"), random.Random(0)
-    resumed = 0
-    for trial in range(TRIALS):
-        folder = tmp_path / f"{trial}"
-        out = folder / "out"
-        run = partial(convert, source, out, **options)
-        assert killed_after(rng.randrange(1, total), run)
-        for found in (out, folder / ".out.partial" / "out"):
-            if found.exists() and {"config.json", "params.json"} & set(os.listdir(found)):
-                assert files(found) == whole or not opens(found)
-            elif found.exists():
-                assert not opens(found)
-        if not out.exists():
-            said = []
-            convert(source, out, **options, progress=lambda *call, said=said: said.append(call[2]))
-            resumed += said.count("resuming") > 0
-            assert [entry.name for entry in folder.iterdir()] == ["out"]
-        assert files(out) == whole
-    assert resumed >= TRIALS // 10
-
-
-def opens(folder):
-    try:
-        open_checkpoint(folder)
-    except CheckpointError:
-        return False
-    return True
-
-
-def test_a_changed_source_is_converted_anew(tmp_path, small_steps):
-    source = shutil.copytree(TINY / "gqa_theta1e6_bf16", tmp_path / "in")
-
-    class Stopped(BaseException):
-        pass
-
-    def stop(done, total, what):
-        if done > total / 2:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        convert(source, tmp_path / "out", to="meta", progress=stop)
-    raw = bytearray((source / "model.safetensors").read_bytes())
-    raw[-1] ^= 1
-    (source / "model.safetensors").write_bytes(raw)
-    said = []
-    convert(source, tmp_path / "out", to="meta", progress=lambda *call: said.append(call[2]))
-    assert set(said) == {"copying"}
-    convert(tmp_path / "out", tmp_path / "hf")
-    assert contents(tmp_path / "hf") == contents(source)
-
-
-@pytest.mark.parametrize("tail", [b'{"file": "consoli', b'{"file": 3}\n', b"\xff\n"])
-def test_a_damaged_journal(tmp_path, small_steps, tail):
-    source, out = TINY / "gqa_theta1e6_bf16", tmp_path / "out"
-    total = calls_of(lambda: convert(source, tmp_path / "whole", to="meta"))
-    assert killed_after(total * 2 // 3, lambda: convert(source, out, to="meta"))
-    with open(tmp_path / ".out.partial" / "journal", "ab") as file:
-        file.write(tail)
-    convert(source, out, to="meta")
-    assert files(out) == files(tmp_path / "whole")

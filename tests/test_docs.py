@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import typer
 from checkpoint_files import MINI_CONFIG, write_mini
+from quantized_models import q8_model
 from sentencepiece import sentencepiece_model_pb2 as pb
+from tiny_llm import make_folder
 from tokenizer_files import model_file, sentencepiece_model
 
 import codellama_rt as clrt
 from codellama_rt import cli
 from codellama_rt.checkpoint.weight_loading import expected_shapes
 from codellama_rt.config import ModelConfig
+from codellama_rt.convert import convert
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -83,7 +86,7 @@ def test_the_api_page_names_what_there_is():
 def command_lines():
     """What the README types after `codellama-rt`, without its comments."""
     text = "\n".join(blocks("sh"))
-    lines = re.findall(r"codellama-rt (generate|infill|chat|convert|doctor)(.*)", text)
+    lines = re.findall(r"codellama-rt (generate|infill|chat|convert|estimate|doctor)(.*)", text)
     return [[command, *shlex.split(rest, comments=True)] for command, rest in lines]
 
 
@@ -91,7 +94,11 @@ def command_lines():
 def test_the_command_lines_run(words, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hole.py").write_text("a = <FILL_ME>\n")
-    if words[0] != "convert":
+    if words[0] == "convert":
+        folder = str(make_folder(tmp_path / "source"))
+        convert(folder, tmp_path / "meta" / "CodeLlama-7b", to="meta")
+        q8_model(tmp_path / "codellama-7b.Q8_0.gguf", "mha_theta1e4_fp32")
+    else:
         (tmp_path / CONVERTED).symlink_to(folder)
     with pytest.raises(SystemExit) as ended:
         cli.app([on(folder, word) for word in words])

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from checkpoint_files import TINY, mini_tensors, write_mini
 from goldens import load_golden
+from hostile_pth import HOSTILE
+from pth_files import pth
 from quantized_models import mapping_under
 
 from codellama_rt.checkpoint import open_checkpoint
@@ -181,3 +183,13 @@ def test_no_params_and_no_weights(two_shards, tmp_path):
     shutil.copy(two_shards / "params.json", tmp_path / "n")
     with pytest.raises(CheckpointError, match=r"expected consolidated.00.pth, .* found none"):
         open_checkpoint(tmp_path / "n")
+
+
+@pytest.mark.parametrize("payload", ["os.system", "stack_global", "an axis of 2**60"])
+def test_a_hostile_file_is_refused_by_all_that_read_directories(two_shards, tmp_path, payload):
+    folder = shutil.copytree(two_shards, tmp_path / "m")
+    (folder / "consolidated.01.pth").write_bytes(pth(HOSTILE[payload]))
+    for use in (LLM, open_checkpoint, lambda path: convert(path, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth"):
+            use(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import codellama_rt as clrt
+from codellama_rt.convert import convert
 
 pytestmark = pytest.mark.real_model
 MODEL = "smollm2-135m-instruct"
@@ -67,3 +68,9 @@ def test_perplexity_when_quantised(goldens, bfloat16_perplexity, case):
     weights = {} if "quantization" in options or not options else {"dtype": "bfloat16"}
     found = perplexity(goldens["ppl"]["public_4096"]["ids"], **weights, **options)
     assert found <= bfloat16_perplexity * (1 + bound), found / bfloat16_perplexity - 1
+
+
+@pytest.mark.parametrize("options", [{"quantization": "int4"}, {"dtype": "bfloat16"}], ids=str)
+def test_conversions_are_verified(tmp_path, options):
+    """A real model's activations make more of a rounding than those of random weights."""
+    convert(MODEL, tmp_path / "out", verify=True, **options)

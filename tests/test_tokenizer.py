@@ -172,7 +172,7 @@ def test_infilling_on_a_model_that_cannot(tmp_path, bpe):
     for tokenizer in (load_tokenizer(model_file(tmp_path, infilling=False)), bpe):
         assert not tokenizer.can_infill
         assert tokenizer.eot_id is None
-        with pytest.raises(ValueError, match=r"cannot infill: .* Code Llama 7B and 13B"):
+        with pytest.raises(ValueError, match=r"cannot infill: .* Code Llama 7B, 13B and 70B"):
             tokenizer.encode_infill("a", "b")
 
 

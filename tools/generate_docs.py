@@ -2,6 +2,8 @@
 
     python tools/generate_docs.py            # writes
     python tools/generate_docs.py --check    # fails if a table is not what the schema says
+
+Only what stands between the markers is replaced.
 """
 
 from __future__ import annotations

@@ -142,10 +142,11 @@ def _content_begin(path: Path, mapped: np.ndarray, name: str, start: int) -> int
 
 
 def _check_apart(path: Path, entries: list[tuple[int, int, int, str]]) -> None:
-    names = [name for *_, name in entries]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _fault(path, "every member once", f"{twice!r} twice")
+    seen: set[str] = set()
+    for *_, name in entries:
+        if name in seen:
+            raise _fault(path, "every member once", f"{name!r} twice")
+        seen.add(name)
     end, previous = 0, ""
     for start, stop, _, name in sorted(entries):
         if start < end:

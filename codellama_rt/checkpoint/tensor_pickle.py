@@ -2,8 +2,8 @@
 
 Python's own unpickler is not involved. A pickle is a program for a small stack machine; of its
 opcodes those are known here that torch.save emits for a dictionary of tensors, and of the names it
-may speak of only `_GLOBALS`, each of which stands for a value of ours: nothing is looked up,
-imported or called. Every other opcode, name or argument is refused.
+may speak of only those of `tensor_description`, each of which stands for a value of ours: nothing
+is looked up, imported or called. Every other opcode, name or argument is refused.
 
 A step costs at least a byte of the pickle, and adds one item at most, so that memory and time are
 bounded by its length. What is shared is shared here, too, and is never walked: nested tuples that
@@ -14,53 +14,24 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from codellama_rt.checkpoint.tensor_description import (
+    NAMES,
+    ORDERED_DICT,
+    REBUILD_TENSOR,
+    Name,
+    RefusedPickleError,
+    Storage,
+    TensorDescription,
+    describe,
+    is_count,
+    is_text,
+    kind_of,
+)
+
 MAX_PICKLE_BYTES = 2**24  # the 723 tensors of a shard of 70B take under 200 kB
-
-
-class RefusedPickleError(ValueError):
-    """The pickle is not that of a dictionary of tensors; the message says what was found."""
-
-
-@dataclass(frozen=True)
-class TensorDescription:
-    """What a pickle says of a tensor; none of it has been held against the storage."""
-
-    encoding: str  # in safetensors' words
-    storage: str  # the key of its bytes
-    storage_size: int  # elements
-    offset: int  # elements
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Storage:
-    encoding: str
-    key: str
-    size: int
-
-
-class _Name:
-    """One of the names a pickle may speak of."""
-
-    def __init__(self, name: str, encoding: str | None = None) -> None:
-        self.name, self.encoding = name, encoding
-
-
 _MARK = object()
-_ORDERED_DICT = _Name("collections.OrderedDict")
-_REBUILD_TENSOR = _Name("torch._utils._rebuild_tensor_v2")
-_GLOBALS = {
-    name.name: name
-    for name in (
-        _ORDERED_DICT, _REBUILD_TENSOR, _Name("torch.FloatStorage", "F32"),
-        _Name("torch.HalfStorage", "F16"), _Name("torch.BFloat16Storage", "BF16"),
-    )
-}  # fmt: skip
-_MAX_AXES = 8
 
 
 def read_tensor_pickle(raw: bytes) -> dict[str, TensorDescription]:
@@ -87,18 +58,11 @@ def read_tensor_pickle(raw: bytes) -> dict[str, TensorDescription]:
     except (IndexError, KeyError, struct.error):
         raise RefusedPickleError("a pickle that is truncated or damaged") from None
     if not isinstance(result, dict):
-        raise RefusedPickleError(f"{_kind(result)} at the top level of the pickle")
+        raise RefusedPickleError(f"{kind_of(result)} at the top level of the pickle")
     for name, value in result.items():
         if not isinstance(value, TensorDescription):
-            raise RefusedPickleError(f"{_kind(value)} under the name {name!r:.100}")
+            raise RefusedPickleError(f"{kind_of(value)} under the name {name!r:.100}")
     return result
-
-
-def _kind(value: Any) -> str:
-    """What to call a value; never its content, which may be endless."""
-    if isinstance(value, _Name):
-        return f"the name {value.name}"
-    return f"a value of kind {type(value).__name__.strip('_')}"
 
 
 class _Machine:
@@ -185,38 +149,38 @@ class _Machine:
     def push_stack_global(self) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         if type(name) is not str or type(module) is not str:
-            raise RefusedPickleError(f"{_kind(name)} as a name")
+            raise RefusedPickleError(f"{kind_of(name)} as a name")
         self._push_name(module, name)
 
     def _push_name(self, module: str, name: str) -> None:
         dotted = f"{module}.{name}"
-        if dotted not in _GLOBALS:
+        if dotted not in NAMES:
             raise RefusedPickleError(
                 f"the name {dotted!r:.200}, which no tensors of floats need; nothing was run"
             )
-        self.push(_GLOBALS[dotted])
+        self.push(NAMES[dotted])
 
     def push_persistent(self) -> None:
         said = self._stack.pop()
         if type(said) is not tuple or len(said) != 5 or said[0] != "storage":
             raise RefusedPickleError("a persistent id that is no storage's")
         _, kind, key, location, size = said
-        if not isinstance(kind, _Name) or kind.encoding is None:
-            raise RefusedPickleError(f"a storage of {_kind(kind)}")
-        if not _is_text(key) or not key.isascii() or not key.isdigit() or len(key) > 10:
+        if not isinstance(kind, Name) or kind.encoding is None:
+            raise RefusedPickleError(f"a storage of {kind_of(kind)}")
+        if not is_text(key) or not key.isascii() or not key.isdigit() or len(key) > 10:
             raise RefusedPickleError("a storage under a key that is no number")
-        if not _is_text(location) or not _is_count(size):
+        if not is_text(location) or not is_count(size):
             raise RefusedPickleError("a storage without place or size")
-        self.push(_Storage(kind.encoding, key, size))
+        self.push(Storage(kind.encoding, key, size))
 
     def reduce(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
-        if type(arguments) is not tuple or not isinstance(function, _Name):
-            raise RefusedPickleError(f"a call of {_kind(function)}")
-        if function is _ORDERED_DICT and not arguments:
+        if type(arguments) is not tuple or not isinstance(function, Name):
+            raise RefusedPickleError(f"a call of {kind_of(function)}")
+        if function is ORDERED_DICT and not arguments:
             self.push({})
-        elif function is _REBUILD_TENSOR:
-            self.push(_describe(arguments))
+        elif function is REBUILD_TENSOR:
+            self.push(describe(arguments))
         else:
             raise RefusedPickleError(f"a call of {function.name} with {len(arguments)} arguments")
 
@@ -224,15 +188,15 @@ class _Machine:
         """A module's state_dict bears notes of its parts' versions, of which nothing depends."""
         state, target = self._stack.pop(), self._stack[-1]
         if type(state) is not dict or type(target) is not dict or set(state) - {"_metadata"}:
-            raise RefusedPickleError(f"a state given to {_kind(target)}")
+            raise RefusedPickleError(f"a state given to {kind_of(target)}")
 
     def set_items(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if type(target) is not dict or len(items) % 2:
-            raise RefusedPickleError(f"items given to {_kind(target)}")
+            raise RefusedPickleError(f"items given to {kind_of(target)}")
         for name, value in zip(items[::2], items[1::2], strict=True):
-            if not _is_text(name):
-                raise RefusedPickleError(f"{_kind(name)} as a name of a tensor")
+            if not is_text(name):
+                raise RefusedPickleError(f"{kind_of(name)} as a name of a tensor")
             if name in target:
                 raise RefusedPickleError(f"the name {name!r:.100} twice")
             target[name] = value
@@ -240,28 +204,6 @@ class _Machine:
     def set_item(self) -> None:
         value, name = self._stack.pop(), self._stack.pop()
         self.set_items([name, value])
-
-
-def _is_text(value: Any) -> bool:
-    return type(value) is str
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**48
-
-
-def _describe(arguments: tuple[Any, ...]) -> TensorDescription:
-    """The arguments of torch._utils._rebuild_tensor_v2."""
-    if len(arguments) != 6 or not isinstance(arguments[0], _Storage):
-        raise RefusedPickleError("a tensor without a storage")
-    storage, offset, shape, strides, *_ = arguments
-    for counts in (shape, strides):
-        is_short = type(counts) is tuple and len(counts) <= _MAX_AXES
-        if not is_short or not all(map(_is_count, counts)):
-            raise RefusedPickleError("a tensor whose shape or strides are no counts")
-    if not _is_count(offset) or len(shape) != len(strides):
-        raise RefusedPickleError("a tensor whose offset or strides do not fit its shape")
-    return TensorDescription(storage.encoding, storage.key, storage.size, offset, shape, strides)
 
 
 _ACTIONS: dict[bytes, Callable[[_Machine], None]] = {

@@ -16,10 +16,11 @@ from codellama_rt.model import Llama
 from codellama_rt.scoring import sequence_logits
 
 NUM_TOKENS = 24
-# Rows of q and k in another order are summed in another order, and inputs of products are rounded
-# to bfloat16 after it: that moves a logit by less than this share of the logits' spread. Rows in a
-# wrong order move it by about one.
-TOLERANCE = 0.05
+# Rows of q and k in another order are summed in another order, and what is multiplied is rounded
+# after it. Over the 30 layers of SmolLM2-135M that moves logits by 3 % of their spread in bfloat16
+# and 6 % in int4 (root mean square; single ones by 13 % and 33 %), by nothing in float32; rows in a
+# wrong order move them by 68 %.
+TOLERANCE = 0.2
 
 
 def verify_tensors(plan: Plan, folder: Path, progress: Progress | None) -> None:
@@ -54,11 +55,11 @@ def verify_logits(source: Path, folder: Path, options: Options) -> None:
     """
     expected = _logits(source, options.dtype, options.quantization)
     found = _logits(folder, "auto", None)
-    difference, spread = np.abs(found - expected).max(), expected.std()
+    difference, spread = np.sqrt(np.square(found - expected).mean()), expected.std()
     if not difference <= TOLERANCE * spread:
         raise CheckpointError(
-            f"{folder.name}: expected the logits of {source}, found some that differ by "
-            f"{difference:.3g}, where all spread by {spread:.3g}"
+            f"{folder.name}: expected the logits of {source}, found others: they differ by "
+            f"{difference:.3g} (root mean square) and spread by {spread:.3g}"
         )
 
 

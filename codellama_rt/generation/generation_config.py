@@ -22,9 +22,11 @@ _COUNTS = {  # field: the least it may be
 _MASSES = ("typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class GenerationConfig:
     """How to generate, with Transformers' names, meanings and defaults.
+
+    Fields may be set later, too; `generate` checks them again.
 
     Args:
         max_new_tokens, max_length: tokens after the prompt, or with it; 128 new ones if neither.
@@ -85,8 +87,8 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         """Validates, and makes tuples of lists."""
         for name in ("eos_token_id", "suppress_tokens", "stop_strings"):
-            self._set(name, _tuple_of(name, getattr(self, name)))
-        self._set("bad_words_ids", _token_runs(self.bad_words_ids))
+            setattr(self, name, _tuple_of(name, getattr(self, name)))
+        self.bad_words_ids = _token_runs(self.bad_words_ids)
         for name, least in _COUNTS.items():
             _check_count(name, getattr(self, name), least)
         for name in _MASSES:
@@ -170,9 +172,6 @@ class GenerationConfig:
                 "raise it, or give max_new_tokens"
             )
         return self.max_length - prompt_len
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # frozen for callers; normalised once, here
 
 
 def _tuple_of(name: str, value: Any) -> tuple | None:

@@ -128,6 +128,7 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         add_generation_prompt: bool = False,
         chat_template: str | None = None,
         return_tensors: str | None = None,
+        return_dict: bool = False,
     ) -> Any:
         """Turns a conversation into a prompt.
 
@@ -141,6 +142,7 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
             add_generation_prompt: end a template of another kind where the assistant begins.
             chat_template: Jinja, "code-llama" or "code-llama-70b"; the tokenizer's own if None.
             return_tensors: as calling the tokenizer takes it.
+            return_dict: return `input_ids` and `attention_mask`, as calling the tokenizer does.
 
         Raises:
             TypeError, ValueError: a message or the order of the roles is wrong.
@@ -152,7 +154,12 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         prompt = {"add_generation_prompt": add_generation_prompt} if is_template else {}
         if not tokenize:
             return style.render(self.runtime, messages, **prompt)
-        return as_tensor([style.encode(self.runtime, messages, **prompt)], return_tensors, True)
+        ids = style.encode(self.runtime, messages, **prompt)
+        rows = as_tensor([ids], return_tensors, True)
+        if not return_dict:
+            return rows
+        mask = as_tensor([[1] * len(ids)], return_tensors, True)
+        return BatchEncoding(input_ids=rows, attention_mask=mask)
 
     # Ids to text
 

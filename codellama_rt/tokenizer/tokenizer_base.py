@@ -238,7 +238,7 @@ def cannot_infill(n_pieces: int) -> ValueError:
     """Returns the error for infilling with a vocabulary that has no tokens for it."""
     return ValueError(
         f"this model cannot infill: its {n_pieces} pieces include no infilling tokens; Code Llama "
-        "7B and 13B, base and Instruct (32016 pieces), can"
+        "7B, 13B and 70B, base and Instruct (32016 pieces), can"
     )
 
 

@@ -48,6 +48,20 @@ def test_rows_that_end_early_are_padded(model):
     assert found[1, 5:].tolist() == long[:cut] + [9] * (10 - cut)
 
 
+def test_padding_is_seen_by_its_token(model):
+    """Without a mask, as in Transformers: unless the pad token may end a row."""
+    rows, options = [[9, 9, *PROMPT[:3]], PROMPT], {"max_new_tokens": 6, "pad_token_id": 9}
+    masked = model.generate(
+        tensor(rows), attention_mask=tensor([[0, 0, 1, 1, 1], [1] * 5]), **options
+    ).asnumpy()
+    assert np.array_equal(model.generate(tensor(rows), **options).asnumpy(), masked)
+    unmasked = new_tokens(model, rows[0], eos_token_id=[9], **options)
+    assert unmasked == new_tokens(model, rows[0], max_new_tokens=6, eos_token_id=9)
+    assert unmasked != masked[0, 5:].tolist()
+    with pytest.raises(ValueError, match="padded on the left"):
+        model.generate(tensor([[*PROMPT, 9]]), **options)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_ids_keep_their_type(model, dtype):
     assert model.generate(tensor([PROMPT], dtype), max_new_tokens=2).asnumpy().dtype == dtype
@@ -97,6 +111,31 @@ def test_stop_strings(model):
     assert len(beams) <= 12
 
 
+def test_stop_strings_are_looked_for_by_the_given_tokenizer(model, tmp_path, monkeypatch):
+    text = model.llm.generate([PROMPT], clrt.SamplingParams(max_tokens=12))[0].text
+    options = {"max_new_tokens": 12, "stop_strings": text[3:5]}
+    expected = new_tokens(model, PROMPT, **options)
+    tokenizer = clrt.CodeLlamaTokenizer.from_pretrained(make_folder(tmp_path / "model"))
+    monkeypatch.setattr(model.llm, "tokenizer", None)
+    assert new_tokens(model, PROMPT, tokenizer=tokenizer, **options) == expected
+    with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
+        new_tokens(model, PROMPT, **options)
+    with pytest.raises(TypeError, match="must be a CodeLlamaTokenizer, got object"):
+        new_tokens(model, PROMPT, tokenizer=object(), **options)
+
+
+def test_the_configuration_of_a_model_may_be_changed(model, monkeypatch):
+    config = clrt.GenerationConfig(max_new_tokens=3)
+    monkeypatch.setattr(model, "generation_config", config)
+    whole = new_tokens(model, PROMPT)
+    assert len(whole) == 3
+    config.eos_token_id = whole[1]
+    assert new_tokens(model, PROMPT) == whole[:2]
+    config.num_beams = 0
+    with pytest.raises(ValueError, match="num_beams must be at least 1"):
+        new_tokens(model, PROMPT)
+
+
 def test_criteria_of_the_caller(model):
     seen = []
 
@@ -110,6 +149,8 @@ def test_criteria_of_the_caller(model):
     assert [ids.tolist() for ids, _ in seen] == [
         found.asnumpy()[:, : len(PROMPT) + n].tolist() for n in (1, 2, 3)
     ]
+    assert new_tokens(model, PROMPT, logits_processor=None, stopping_criteria=None,
+                      max_new_tokens=2) == new_tokens(model, PROMPT, max_new_tokens=2)  # fmt: skip
     one = [lambda input_ids, scores: np.array([True, False])]
     found = model.generate(
         rows, stopping_criteria=one, max_new_tokens=4, eos_token_id=[], pad_token_id=7

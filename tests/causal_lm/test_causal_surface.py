@@ -35,6 +35,7 @@ def test_calling_the_model(model):
     assert np.array_equal(last.logits.asnumpy(), output.logits.asnumpy()[:, -2:])
     assert last.loss is None
     assert model.construct(ids).logits.shape == (1, len(PROMPT), 512)
+    assert model.eval() is model
 
 
 def tokenizer_of(model):
