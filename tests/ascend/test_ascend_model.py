@@ -143,7 +143,7 @@ def test_llm(block_size):
 
 
 def test_a_pool_for_vendor_attention_stays_within_its_offsets(monkeypatch):
-    """32 bits reach 524,280 tokens of Code Llama 7B; here a tiny model's tokens, by fewer bits."""
+    """32 bits reach 524,160 tokens of Code Llama 7B; here a tiny model's tokens, by fewer bits."""
     from codellama_rt.llm import LLM
     from codellama_rt.ops import ascend_vendor
 

@@ -49,8 +49,9 @@ std::string parameters(const ops::OpDef& op) {
 CLRT_EXPORT const char* clrt_emu_header(const char* type) {
   static std::string text;
   const std::string name = std::string("aclnn") + type;
-  text = "aclnnStatus " + name + "GetWorkspaceSize(" + parameters(ops::registry().at(type)) +
-         "uint64_t *workspaceSize, aclOpExecutor **executor);\n\naclnnStatus " + name +
-         "(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream);\n";
+  text =
+      "aclnnStatus " + name + "GetWorkspaceSize(" + parameters(ops::registry().at(type)) +
+      "uint64_t *workspaceSize, aclOpExecutor **executor);\n\naclnnStatus " + name +
+      "(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream);\n";
   return text.c_str();
 }

@@ -13,6 +13,7 @@
 #include "declarations.h"
 #include "launch.h"
 #include "queues.h"
+#include "register/op_def_registry.h"
 #include "vector_ops.h"
 
 #define __aicore__
@@ -25,6 +26,8 @@ namespace AscendC {
 inline int64_t GetBlockIdx() { return ascend_emu::core().index; }
 inline int64_t GetBlockNum() { return ascend_emu::core().num_cores; }
 inline void SyncAll() { ascend_emu::Launcher::sync_all(); }
-inline GM_ADDR GetUserWorkspace(GM_ADDR workspace) { return workspace; }
+inline GM_ADDR GetUserWorkspace(GM_ADDR workspace) {
+  return workspace + ascend_emu::kLibraryWorkspace;
+}
 
 }  // namespace AscendC
