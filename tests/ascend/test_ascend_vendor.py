@@ -200,6 +200,9 @@ def test_a_pool_past_int32_is_refused():
     class Large:
         shape, dtype = (2**17, 8, 128, 16), "float16"
 
+        def is_contiguous(self):
+            return True
+
     rows = tensor(np.zeros((1, 8, 16), np.float16))
     with pytest.raises(ValueError, match=r"a cache of 2147483648 elements is more than 2147483647"):
         ascend_vendor.reshape_and_cache(rows, rows, Large(), Large(), tensor(int32([0])))
