@@ -13,6 +13,11 @@ from codellama_rt.memory import available_bytes
 from codellama_rt.model import Llama
 
 
+def default_block_size(device: str) -> int:
+    """Tokens of a KV page; Huawei's attention wants 128, elsewhere smaller ones share more."""
+    return 128 if device == "ascend" else 64
+
+
 def plan_pages(
     device: str, stored: StoredModel, dtype: str, quantization: str | None,
     max_num_batched_tokens: int, **pages: Any,
@@ -64,7 +69,8 @@ def place(
         attention: "custom", or on Ascend "vendor".
 
     Raises:
-        ValueError: weights, dtypes or an attention that the device does not have.
+        ValueError: weights, dtypes or an attention that the device does not have, or a sequence
+            of `longest` tokens that the attention cannot reach.
         RuntimeError: not the memory.
     """
     if attention != "custom" and device != "ascend":
@@ -76,6 +82,8 @@ def place(
             config, weights, kv_dtype=kv_dtype, block_size=block_size, longest=longest,
             max_num_seqs=max_num_seqs, kv_memory=kv_memory, quantization=quantization,
         )  # fmt: skip
+    if attention == "vendor":
+        num_blocks = _within_offsets(config, num_blocks, block_size, longest or block_size)
     model = make_model(device, config, weights, attention)
     cache = make_kv_cache(model, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
     return model, cache
@@ -95,3 +103,16 @@ def make_model(
 def make_kv_cache(model: Any, **sizes: Any) -> Any:
     """Pages where the model's kernels want them; `sizes` as `KVCache` takes them."""
     return getattr(model, "kv_cache_type", KVCache)(model.config, **sizes)
+
+
+def _within_offsets(config: ModelConfig, num_blocks: int, block_size: int, longest: int) -> int:
+    """As many of the pages as the 32-bit offsets of CANN's attention reach."""
+    from codellama_rt.ops.ascend_vendor import MAX_ELEMENTS
+
+    most = MAX_ELEMENTS // (config.n_kv_heads * block_size * config.head_dim)
+    if longest > most * block_size:
+        raise ValueError(
+            f"attention='vendor' reaches {most * block_size} tokens of this model's cache "
+            f"({MAX_ELEMENTS} elements), not max_model_len={longest}; use attention='custom'"
+        )
+    return min(num_blocks, most)

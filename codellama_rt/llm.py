@@ -13,7 +13,7 @@ from codellama_rt.checkpoint import Checkpoint, load_checkpoint
 from codellama_rt.checkpoint.formats import read_model
 from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.completion import Completion, Job
-from codellama_rt.devices import place, plan_pages
+from codellama_rt.devices import default_block_size, place, plan_pages
 from codellama_rt.engine import Engine
 from codellama_rt.estimate import float_dtype
 from codellama_rt.jobs import Jobs
@@ -38,7 +38,7 @@ class LLM:
     def __init__(
         self, model: str | os.PathLike[str], *, device: str = "cpu", dtype: str = "auto",
         quantization: str | None = None, kv_dtype: str = "auto", max_model_len: int | None = None,
-        kv_memory: int | str | None = None, block_size: int = 64, max_num_seqs: int = 64,
+        kv_memory: int | str | None = None, block_size: int | None = None, max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512, num_threads: int | None = None,
         prefix_caching: bool = True, adapter: str | os.PathLike[str] | None = None,
         attention: str = "custom", check: str | None = None,
@@ -60,7 +60,7 @@ class LLM:
             kv_memory: bytes, or a str like "8GB", for the KV cache; by default what max_num_seqs
                 sequences can use, at most 80 % of the memory that the weights leave, or 95 % where
                 one of max_model_len tokens takes as much.
-            block_size: tokens a KV page, a multiple of 16.
+            block_size: tokens a KV page, a multiple of 16; 64 by default, 128 on Ascend.
             max_num_seqs: sequences in one step.
             max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
             num_threads: threads an op, for the whole process; the CPUs of the process by default.
@@ -90,8 +90,8 @@ class LLM:
         require_length(self.variant, max_model_len)
         kv_dtype = float_dtype(stored, dtype) if kv_dtype == "auto" else kv_dtype
         pages = {
-            "kv_dtype": kv_dtype, "block_size": block_size, "longest": max_model_len,
-            "max_num_seqs": max_num_seqs, "kv_memory": kv_memory,
+            "kv_dtype": kv_dtype, "block_size": block_size or default_block_size(device),
+            "longest": max_model_len, "max_num_seqs": max_num_seqs, "kv_memory": kv_memory,
         }  # fmt: skip
         num_blocks = plan_pages(
             device, stored, dtype, quantization, max_num_batched_tokens, **pages

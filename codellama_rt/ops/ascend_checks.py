@@ -20,7 +20,7 @@ def check(name: str, tensors: Mapping[str, Any], **axes: int) -> None:
         axes: sizes that are known already.
 
     Raises:
-        ValueError: a shape.
+        ValueError: a shape, or a view with strides of its own.
         TypeError: a dtype, or no Tensor.
     """
     op, first = OPS[name], {}
@@ -36,6 +36,8 @@ def check(name: str, tensors: Mapping[str, Any], **axes: int) -> None:
         for axis, size in zip(described.axes, tensor.shape, strict=True):
             if axis.isidentifier() and axes.setdefault(axis, size) != size:
                 _fail(name, key, tensor, described, f"; {axis} is {axes[axis]} elsewhere")
+        if not tensor.is_contiguous():  # the kernels know no strides
+            raise ValueError(f"{name}: {key} must be contiguous, it is a view; use .contiguous()")
     _bind_composed(name, tensors, axes)
     for key, tensor in tensors.items():
         for axis, size in zip(op.inputs[key].axes, tensor.shape, strict=True):

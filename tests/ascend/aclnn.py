@@ -29,7 +29,7 @@ class Aclnn:
 
     def call(self, name: str, *arguments) -> None:
         """Both phases; arrays become tensors, lists aclIntArrays, floats doubles."""
-        made = [self._argument(argument) for argument in arguments]
+        made = [self.make(argument) for argument in arguments]
         size, executor = c_uint64(), c_void_p()
         plan = getattr(self.library, f"aclnn{name}GetWorkspaceSize")
         self._check(plan(*made, ctypes.byref(size), ctypes.byref(executor)))
@@ -37,7 +37,7 @@ class Aclnn:
         memory = c_void_p(workspace.ctypes.data if size.value else None)
         self._check(getattr(self.library, f"aclnn{name}")(memory, size, executor, None))
 
-    def _argument(self, argument):
+    def make(self, argument):
         if isinstance(argument, float):
             return c_double(argument)
         if isinstance(argument, list):

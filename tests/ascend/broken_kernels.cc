@@ -122,12 +122,21 @@ std::map<std::string, Body> memory_kernels() {
     k.x.SetGlobalBuffer(k.x.element(0, 1), kCount / 2);
     k.load(0);
   });
+  k["global_offset_past_its_buffer"] = with_queues([](Kernel& k) {
+    k.x.SetGlobalBuffer(k.x.element(0, 1), kCount);
+    k.load(kCount + 8);
+  });
   k["local_past_its_buffer"] =
       with_buffers([](Kernel& k) { Muls(k.a.Get<float>(), k.a.Get<float>(), 2.0f, kCount + 8); });
   k["local_offset_past_its_buffer"] = with_buffers([](Kernel& k) { k.a.Get<float>()[kCount + 8]; });
   k["misaligned_address"] =
       with_buffers([](Kernel& k) { Muls(k.b.Get<float>()[4], k.a.Get<float>()[4], 2.0f, 8); });
   k["misaligned_copy_length"] = with_queues([](Kernel& k) { k.load(k.begin, 12); });
+  k["misaligned_store_length"] =
+      with_buffers([](Kernel& k) { DataCopy(k.out[k.begin], k.a.Get<float>(), 12); });
+  k["copy_of_too_many_blocks"] = with_buffers([](Kernel& k) {
+    DataCopyPad(k.out[k.begin], k.a.Get<float>(), DataCopyExtParams(4096, 4, 0, 0, 0));
+  });
   k["misaligned_buffer_length"] = [](Kernel& k) { k.pipe.InitBuffer(k.in_queue, 2, 20); };
   k["unified_buffer_overflow"] = [](Kernel& k) {
     k.pipe.InitBuffer(k.in_queue, 2, 64 * 1024);
@@ -152,6 +161,10 @@ std::map<std::string, Body> memory_kernels() {
   });
   k["partial_overlap"] =
       with_buffers([](Kernel& k) { Muls(k.a.Get<float>()[8], k.a.Get<float>(), 2.0f, 64); });
+  k["no_elements"] =
+      with_buffers([](Kernel& k) { Muls(k.a.Get<float>(), k.a.Get<float>(), 2.0f, 0); });
+  k["rounding_of_what_is_widened"] = with_buffers(
+      [](Kernel& k) { Cast(k.a.Get<float>(), k.b.Get<half>(), RoundMode::CAST_RINT, kCount); });
   k["mask_too_long"] = with_buffers([](Kernel& k) {
     Mul(k.a.Get<float>(), k.a.Get<float>(), k.b.Get<float>(), uint64_t(65), 1,
         BinaryRepeatParams(1, 1, 1, 8, 8, 8));
@@ -161,6 +174,15 @@ std::map<std::string, Body> memory_kernels() {
   });
   k["copy_cuts_an_element"] = with_buffers([](Kernel& k) {
     DataCopyPad(k.out[k.begin], k.a.Get<float>(), DataCopyExtParams(1, 10, 0, 0, 0));
+  });
+  k["padding_on_the_left"] = with_queues([](Kernel& k) {
+    LocalTensor<float> t = k.in_queue.AllocTensor<float>();
+    DataCopyPad(t, k.x[k.begin], DataCopyExtParams(1, 24, 0, 0, 0),
+                DataCopyPadExtParams<float>(true, 1, 0, 0.0f));
+  });
+  k["place_of_a_maximum"] = with_buffers([](Kernel& k) {
+    WholeReduceMax(k.a.Get<float>(), k.b.Get<float>(), 64, 1, 1, 1, 8,
+                   ReduceOrder::ORDER_VALUE_INDEX);
   });
   k["padding_too_long"] = with_queues([](Kernel& k) {
     LocalTensor<float> t = k.in_queue.AllocTensor<float>();
@@ -196,6 +218,18 @@ std::map<std::string, Body> queue_kernels() {
     LocalTensor<float> t = k.in_queue.AllocTensor<float>();
     k.out_queue.EnQue(t);
   });
+  k["free_of_another_queue"] = with_queues([](Kernel& k) {
+    LocalTensor<float> t = k.in_queue.AllocTensor<float>();
+    k.out_queue.FreeTensor(t);
+  });
+  k["more_queue_buffers_than_events"] = [](Kernel& k) {
+    In other;
+    k.pipe.InitBuffer(k.in_queue, 6, kBytes);
+    k.pipe.InitBuffer(other, 3, kBytes);
+  };
+  k["more_buffers_than_a_pipe_has"] = [](Kernel& k) {
+    for (int i = 0; i < 65; ++i) k.pipe.InitBuffer(k.a, kBytes);
+  };
   k["never_freed"] = with_queues([](Kernel& k) { k.load(k.begin); });
   k["wait_without_set"] = [](Kernel&) { WaitFlag<HardEvent::MTE2_V>(0); };
   k["set_twice"] = [](Kernel&) {
@@ -256,6 +290,7 @@ std::map<std::string, Body> order_kernels() {
       with_buffers([](Kernel& k) { DataCopy(k.work, k.a.Get<float>(), kCount); });
   const auto exchange = [](bool synchronised) {
     return with_buffers([synchronised](Kernel& k) {
+      KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIV_1_0);
       DataCopy(k.work[k.begin], k.a.Get<float>(), kCount);
       if (synchronised) SyncAll();
       PipeBarrier<PIPE_ALL>();
@@ -269,7 +304,38 @@ std::map<std::string, Body> order_kernels() {
     if (GetBlockIdx() == 1) DataCopy(k.work[kCount], k.a.Get<float>(), kCount);
   });
   k["sync_all_on_one_core"] = [](Kernel&) {
+    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIV_1_0);
     if (GetBlockIdx() == 0) SyncAll();
+  };
+  return k;
+}
+
+// ---- what a kernel declares -------------------------------------------------------------------
+
+struct Tiling {
+  float numbers[2];
+};
+struct LongTiling {
+  float numbers[2 * kCount + 1];
+};
+
+std::map<std::string, Body> declaring_kernels() {
+  std::map<std::string, Body> k;
+  const auto address = [](Kernel& k) { return reinterpret_cast<GM_ADDR>(k.x.element(0, 1)); };
+  k["sync_all_of_vector_cores_alone"] = [](Kernel&) {
+    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+    SyncAll();
+  };
+  k["tiling_undeclared"] = [address](Kernel& k) {
+    GET_TILING_DATA_WITH_STRUCT(Tiling, tiling, address(k));
+  };
+  k["tiling_of_another_struct"] = [address](Kernel& k) {
+    REGISTER_TILING_DEFAULT(Tiling);
+    GET_TILING_DATA_WITH_STRUCT(LongTiling, tiling, address(k));
+  };
+  k["tiling_longer_than_the_hosts"] = [address](Kernel& k) {
+    REGISTER_TILING_DEFAULT(LongTiling);
+    GET_TILING_DATA_WITH_STRUCT(LongTiling, tiling, address(k));
   };
   return k;
 }
@@ -279,6 +345,7 @@ const std::map<std::string, Body>& kernels() {
     auto* k = new std::map<std::string, Body>(memory_kernels());
     for (const auto& named : queue_kernels()) k->insert(named);
     for (const auto& named : order_kernels()) k->insert(named);
+    for (const auto& named : declaring_kernels()) k->insert(named);
     return k;
   }();
   return *all;

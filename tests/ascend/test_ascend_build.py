@@ -66,7 +66,7 @@ def test_the_emulator_says_what_it_is():
 
 def test_without_the_device_an_op_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("CODELLAMA_RT_ASCEND_LIBRARIES", str(tmp_path))
-    x = SimpleNamespace(shape=(1, 16), dtype="float16")
+    x = SimpleNamespace(shape=(1, 16), dtype="float16", is_contiguous=lambda: True)
     with pytest.raises(RuntimeError, match="this build has no ascend kernels"):
         ascend.silu_and_mul(x)
 

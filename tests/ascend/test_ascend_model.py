@@ -127,7 +127,7 @@ def test_what_the_device_does_not_take_is_refused():
         AscendKVCache(config, num_blocks=1, block_size=24)
 
 
-@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("block_size", [64, None])
 def test_llm(block_size):
     from codellama_rt.llm import LLM
 
@@ -139,6 +139,25 @@ def test_llm(block_size):
     ) as llm:
         assert llm.generate([prompt], params)[0].token_ids == golden.cases[2]["greedy_no_eos"][:8]
         assert llm.logits(prompt).shape == (len(prompt), 512)
+        assert llm.kv_cache.block_size == (block_size or 128)
+
+
+def test_a_pool_for_vendor_attention_stays_within_its_offsets(monkeypatch):
+    """32 bits reach 524,160 tokens of Code Llama 7B; here a tiny model's tokens, by fewer bits."""
+    from codellama_rt.llm import LLM
+    from codellama_rt.ops import ascend_vendor
+
+    folder = tiny_golden("mqa_fp16_sharded").folder
+    config = checkpoint_of("mqa_fp16_sharded").config
+    page = config.n_kv_heads * 128 * config.head_dim
+    monkeypatch.setattr(ascend_vendor, "MAX_ELEMENTS", 4 * page - 1)
+    options = {"device": "ascend", "kv_memory": "1GB"}
+    with LLM(folder, attention="vendor", max_model_len=384, **options) as llm:
+        assert llm.kv_cache.num_blocks == 3
+    with LLM(folder, max_model_len=400, **options) as llm:  # our kernels' offsets have 64 bits
+        assert llm.kv_cache.num_blocks > 3
+    with pytest.raises(ValueError, match=r"'vendor' reaches 384 tokens .* not max_model_len=385; "):
+        LLM(folder, attention="vendor", max_model_len=385, **options)
 
 
 def test_an_attention_of_another_device_is_refused():

@@ -78,6 +78,12 @@ def test_paged_attention(rng, as_given, dtype):
     assert_lse(lse.asnumpy(), expected_lse)
 
 
+def test_a_view_of_whole_rows_is_read_where_it_lies(rng):
+    x, weight = normal(rng, (9, 64), "float16"), normal(rng, 64, "float16")
+    out = ascend.rms_norm(tensor(x)[3:7], tensor(weight))
+    assert_rounded(array(out, x), reference.rms_norm(x[3:7], weight))
+
+
 def test_ops_run_in_their_order(rng):
     """MindSpore's kernels between ours, many times, nothing read in between."""
     import mindspore
@@ -120,6 +126,8 @@ X, W = np.zeros((2, 64), np.float16), np.zeros(64, np.float16)
          "rms_norm: x must be float16 or bfloat16 on Ascend, got float32; cast"),
         (lambda: ascend.rms_norm(tensor(X), tensor(W.astype(np.float32))), TypeError,
          "rms_norm: weight must be float16 on Ascend, got float32"),
+        (lambda: ascend.silu_and_mul(tensor(X).T), ValueError,
+         r"silu_and_mul: gate_up must be contiguous, it is a view; use .contiguous\(\)"),
         (lambda: ascend.rms_norm([1], tensor(W)), TypeError,
          "rms_norm: x must be a mindspore.Tensor, got list"),
         (lambda: ascend.silu_and_mul(tensor(X[:, :63].copy())), ValueError,

@@ -52,7 +52,7 @@ PagedAttention = _struct(
 
 
 class Plans:
-    """Calls of plan.cc; each gives (tiling, bytes of the unified buffer), or None if refused."""
+    """Calls of plan.cpp; each gives (tiling, bytes of the unified buffer), or None if refused."""
 
     def __init__(self, library) -> None:
         self.library = library

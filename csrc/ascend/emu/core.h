@@ -24,6 +24,9 @@ namespace ascend_emu {
 constexpr int kPipes = 4;
 constexpr int64_t kUbBytes = 192 * 1024;
 constexpr int64_t kBlock = 32;
+constexpr int kEvents = 8;  // numbers of events between two pipes
+constexpr int kMostBuffers = 64;
+constexpr int kPositions = 4;
 
 struct Violation : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -51,6 +54,8 @@ struct Access {
 class Core {
  public:
   int64_t index = 0, num_cores = 1;
+  bool has_sync = false;     // what the kernel declares: SyncAll may be called,
+  int64_t tiling_bytes = 0;  // and how large its tiling struct is
 
   // Before a kernel: empty buffers, clocks at zero.
   void reset(int64_t core, int64_t cores) {
@@ -64,18 +69,30 @@ class Core {
     used_ = 0;
     flags_.clear();
     queues_open_ = 0;
+    num_buffers_ = 0;
+    queue_buffers_ = {};
+    has_sync = false;
+    tiling_bytes = 0;
   }
 
   // ---- the unified buffer ----------------------------------------------------------------
 
   int64_t reserve(int64_t bytes) {
     const int64_t begin = used_;
+    if (++num_buffers_ > kMostBuffers) fail("InitBuffer: more than 64 buffers in a kernel");
     used_ += (bytes + kBlock - 1) / kBlock * kBlock;
     if (used_ > kUbBytes) {
       fail("unified buffer overflow: " + std::to_string(used_) + " of " + std::to_string(kUbBytes) +
            " bytes");
     }
     return begin;
+  }
+  // A buffer of a queue; `position` is where what it holds comes from. Its events have numbers.
+  int64_t reserve_queued(int position, int64_t bytes) {
+    if (++queue_buffers_[position] > kEvents) {
+      fail("InitBuffer: more than 8 buffers of queues at one position, events run out");
+    }
+    return reserve(bytes);
   }
   uint8_t* ub(int64_t offset) { return memory_.data() + offset; }
   void forget(int64_t begin, int64_t bytes) { std::memset(initialised_.data() + begin, 0, bytes); }
@@ -188,7 +205,7 @@ class Core {
     return std::string(pipe_name(from)) + "_" + pipe_name(to) + " " + std::to_string(id);
   }
   static void check_event(int id) {
-    if (id < 0 || id >= 8) fail("event id " + std::to_string(id) + " is not in [0, 8)");
+    if (id < 0 || id >= kEvents) fail("event id " + std::to_string(id) + " is not in [0, 8)");
   }
 
   std::vector<uint8_t> memory_ = std::vector<uint8_t>(kUbBytes);
@@ -198,6 +215,8 @@ class Core {
   std::array<Clock, kPipes> known_{};
   Clock issued_{};
   int64_t used_ = 0, queues_open_ = 0;
+  int num_buffers_ = 0;
+  std::array<int, kPositions> queue_buffers_{};
   int pipe_ = PIPE_S;
   const char* name_ = "";
 };

@@ -168,7 +168,10 @@ int execute(void* workspace, uint64_t size, aclOpExecutor* planned, Run run) {
   }
   auto* bytes = static_cast<uint8_t*>(workspace);
   auto* tiling = static_cast<uint8_t*>(executor->context.tiling_data.GetData());
-  executor->regions.push_back({bytes, int64_t(size), true});
+  const int64_t used = ascend_emu::kLibraryWorkspace;  // which is not the kernel's
+  executor->regions.push_back({bytes + used, int64_t(size) - used, true});
+  executor->regions.push_back(
+      {tiling, int64_t(executor->context.tiling_data.GetDataSize()), false});
   try {
     ascend_emu::Launcher::run(executor->context.block_dim, executor->regions,
                               [&] { run(executor->arguments, bytes, tiling); });

@@ -28,6 +28,7 @@ class Launcher {
   }
 
   static void sync_all() {
+    if (!core().has_sync) fail("SyncAll: the kernel is not declared KERNEL_TYPE_MIX_AIV_1_0");
     Launcher& launcher = *active();
     core().barrier(PIPE_ALL);
     Fiber& fiber = *launcher.fibers_[core().index];

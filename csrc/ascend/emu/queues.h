@@ -75,7 +75,8 @@ class TQueBind {
       ascend_emu::fail("InitBuffer: the length is not a multiple of 32 bytes");
     }
     for (int i = 0; i < num; ++i) {
-      buffers_.push_back({ascend_emu::core().reserve(bytes), bytes, State::kFree, {}});
+      const int64_t begin = ascend_emu::core().reserve_queued(int(source), bytes);
+      buffers_.push_back({begin, bytes, State::kFree, {}});
     }
   }
 

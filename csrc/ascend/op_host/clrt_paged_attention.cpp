@@ -26,9 +26,9 @@ ge::graphStatus tile_paged_attention(gert::TilingContext* context) {
     workspace = size_t(workspace_bytes(tiling));
     return tiling;
   });
+  if (status != ge::GRAPH_SUCCESS) return status;
   context->GetWorkspaceSizes(1)[0] += workspace;
-  context->SetScheduleMode(kAllCoresTogether);
-  return status;
+  return context->SetScheduleMode(kAllCoresTogether);
 }
 
 ge::graphStatus infer_shape(gert::InferShapeContext* context) {

@@ -5,5 +5,7 @@ extern "C" __global__ __aicore__ void clrt_add_rms_norm(GM_ADDR x, GM_ADDR resid
                                                         GM_ADDR out, GM_ADDR residual_out,
                                                         GM_ADDR workspace, GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
-  codellama_rt::ascend::run_rms_norm<true>(x, residual, weight, out, residual_out, tiling);
+  REGISTER_TILING_DEFAULT(codellama_rt::ascend::RmsNormTiling);
+  GET_TILING_DATA_WITH_STRUCT(codellama_rt::ascend::RmsNormTiling, t, tiling);
+  codellama_rt::ascend::run_rms_norm<true>(x, residual, weight, out, residual_out, t);
 }

@@ -1,6 +1,5 @@
 // paged_attention: out[t,h] = softmax(scale * q[t,h] . K) V over pages, causal from the end
-//                  (PagedAttention, arXiv:2309.06180; FlashAttention-2, arXiv:2307.08691;
-//                  Flash-Decoding)
+//                  (flash decoding: arXiv:2309.06180, arXiv:2307.08691)
 // Shapes   query, out (T, H, D), caches (blocks, K, block_size, D), float16 or bfloat16;
 //          block_tables (S, max_blocks) int32; seq_lens (S), cu_seqlens_q (S + 1) int64;
 //          lse (T, H) float32
@@ -71,8 +70,7 @@ class PagedAttention {
         }
         store_result(row);
       } else {
-        const bool inherited = split > 0;
-        const int64_t slot = inherited ? t_->inherited_slot[core] : t_->open_slot[core];
+        const int64_t slot = split > 0 ? t_->inherited_slot[core] : t_->open_slot[core];
         for (int64_t s = split; s < stop; ++s) {
           attend(row, s);
           store_partial(slot + s - split);
@@ -129,15 +127,11 @@ class PagedAttention {
   }
 
   __aicore__ inline AttentionRow find_row(int64_t r, int64_t sequence) {
-    AttentionRow row;
-    row.row = r;
-    row.token = r / t_->n_kv_heads;
-    row.head = r % t_->n_kv_heads;
-    while (row.token >= cu_seqlens_q_.GetValue(sequence + 1)) ++sequence;
-    row.sequence = sequence;
-    row.keys =
-        seq_lens_.GetValue(sequence) - (cu_seqlens_q_.GetValue(sequence + 1) - row.token) + 1;
-    row.num_splits = row.keys > t_->split ? divide_up(row.keys, t_->split) : 1;
+    AttentionRow row = {r, r / t_->n_kv_heads, r % t_->n_kv_heads, sequence, 0, 1};
+    while (row.token >= cu_seqlens_q_.GetValue(row.sequence + 1)) ++row.sequence;
+    const int64_t end = cu_seqlens_q_.GetValue(row.sequence + 1);
+    row.keys = seq_lens_.GetValue(row.sequence) - (end - row.token) + 1;
+    if (row.keys > t_->split) row.num_splits = divide_up(row.keys, t_->split);
     return row;
   }
 
@@ -155,7 +149,6 @@ class PagedAttention {
   }
 
   // ---- one split ---------------------------------------------------------------------------
-
   // acc, max_, sum_ of the keys of split s.
   __aicore__ inline void attend(const AttentionRow& row, int64_t s) {
     Duplicate(max_.Get<float>(), kLowest, blocks_size_);
@@ -270,7 +263,6 @@ class PagedAttention {
   }
 
   // ---- splits together -----------------------------------------------------------------------
-
   // total = total (+) what attend or load_partial left; the first is taken as it is.
   __aicore__ inline void merge(bool first) {
     LocalTensor<float> max = max_.Get<float>(), sum = sum_.Get<float>();
@@ -328,7 +320,7 @@ class PagedAttention {
     vector_barrier();
   }
 
-  // out = acc / sum, lse = max + ln(sum); a row without keys gives 0 and -infinity.
+  // out = acc / sum, lse = max + ln(sum); a row without keys gives its acc, 0, and -infinity.
   __aicore__ inline void store_result(const AttentionRow& row) {
     LocalTensor<float> acc = total_acc_.Get<float>(), sum = total_sum_.Get<float>();
     LocalTensor<T> result = result_.template AllocTensor<T>();
@@ -342,11 +334,10 @@ class PagedAttention {
       Ln(logsum, sum, blocks_size_);
       vector_barrier();
       Add(logsum, logsum, total_max_.Get<float>(), blocks_size_);
-      Cast(result, acc, RoundMode::CAST_RINT, uint32_t(heads_size_));
     } else {
       Duplicate(logsum, kMinusInfinity, blocks_size_);
-      Duplicate(result, T(0.0f), int32_t(heads_size_));
     }
+    Cast(result, acc, RoundMode::CAST_RINT, uint32_t(heads_size_));
     vector_barrier();
     result_.EnQue(result);
     logsum_.EnQue(logsum);
@@ -395,9 +386,9 @@ extern "C" __global__ __aicore__ void clrt_paged_attention(
     GM_ADDR query, GM_ADDR key_cache, GM_ADDR value_cache, GM_ADDR block_tables, GM_ADDR seq_lens,
     GM_ADDR cu_seqlens_q, GM_ADDR out, GM_ADDR lse, GM_ADDR workspace, GM_ADDR tiling) {
   using namespace codellama_rt::ascend;
-  KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
-  PagedAttentionTiling t;
-  copy_tiling(&t, tiling);
+  KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIV_1_0);  // vector cores alone, and their SyncAll
+  REGISTER_TILING_DEFAULT(codellama_rt::ascend::PagedAttentionTiling);
+  GET_TILING_DATA_WITH_STRUCT(codellama_rt::ascend::PagedAttentionTiling, t, tiling);
   const AttentionTensors tensors = {query,        key_cache, value_cache,
                                     block_tables, seq_lens,  cu_seqlens_q,
                                     out,          lse,       GetUserWorkspace(workspace)};

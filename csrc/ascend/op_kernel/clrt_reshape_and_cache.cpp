@@ -70,8 +70,8 @@ extern "C" __global__ __aicore__ void clrt_reshape_and_cache(
     GM_ADDR key_cache_out, GM_ADDR value_cache_out, GM_ADDR workspace, GM_ADDR tiling) {
   using namespace codellama_rt::ascend;
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
-  ReshapeAndCacheTiling t;
-  copy_tiling(&t, tiling);
+  REGISTER_TILING_DEFAULT(codellama_rt::ascend::ReshapeAndCacheTiling);
+  GET_TILING_DATA_WITH_STRUCT(codellama_rt::ascend::ReshapeAndCacheTiling, t, tiling);
   ReshapeAndCache op;
   op.init(key, value, key_cache, value_cache, slot_mapping, t);
   op.process();

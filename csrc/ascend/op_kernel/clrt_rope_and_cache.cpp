@@ -171,8 +171,8 @@ extern "C" __global__ __aicore__ void clrt_rope_and_cache(GM_ADDR qkv, GM_ADDR c
                                                           GM_ADDR workspace, GM_ADDR tiling) {
   using namespace codellama_rt::ascend;
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
-  RopeAndCacheTiling t;
-  copy_tiling(&t, tiling);
+  REGISTER_TILING_DEFAULT(codellama_rt::ascend::RopeAndCacheTiling);
+  GET_TILING_DATA_WITH_STRUCT(codellama_rt::ascend::RopeAndCacheTiling, t, tiling);
   if (t.element_type == kBFloat16) {
     RopeAndCache<bfloat16_t> op;
     op.init(qkv, cos, sin, positions, key_cache, value_cache, slot_mapping, query, t);

@@ -84,8 +84,8 @@ extern "C" __global__ __aicore__ void clrt_silu_and_mul(GM_ADDR gate_up, GM_ADDR
                                                         GM_ADDR workspace, GM_ADDR tiling) {
   using namespace codellama_rt::ascend;
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
-  SiluAndMulTiling t;
-  copy_tiling(&t, tiling);
+  REGISTER_TILING_DEFAULT(codellama_rt::ascend::SiluAndMulTiling);
+  GET_TILING_DATA_WITH_STRUCT(codellama_rt::ascend::SiluAndMulTiling, t, tiling);
   if (t.element_type == kBFloat16) {
     SiluAndMul<bfloat16_t> op;
     op.init(gate_up, out, t);

@@ -1,4 +1,4 @@
-// What the kernels share: their tiling, and vector operations over rows.
+// What the kernels share: arithmetic, and copies and vector operations of rows.
 #pragma once
 
 #include "kernel_operator.h"
@@ -8,13 +8,6 @@ namespace codellama_rt {
 namespace ascend {
 
 using namespace AscendC;
-
-template <typename Tiling>
-__aicore__ inline void copy_tiling(Tiling* tiling, GM_ADDR from) {
-  auto* to = reinterpret_cast<uint32_t*>(tiling);
-  auto* words = reinterpret_cast<__gm__ uint32_t*>(from);
-  for (uint32_t i = 0; i < sizeof(Tiling) / sizeof(uint32_t); ++i) to[i] = words[i];
-}
 
 __aicore__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 __aicore__ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -28,7 +21,7 @@ template <typename T>
 __aicore__ inline void load_row(const LocalTensor<T>& to, const GlobalTensor<T>& from,
                                 int64_t count) {
   DataCopyPad(to, from, DataCopyExtParams(1, uint32_t(count * sizeof(T)), 0, 0, 0),
-              DataCopyPadExtParams<T>(false, 0, 0, T(0.0f)));
+              DataCopyPadExtParams<T>());
 }
 template <typename T>
 __aicore__ inline void store_row(const GlobalTensor<T>& to, const LocalTensor<T>& from,

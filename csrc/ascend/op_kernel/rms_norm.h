@@ -143,9 +143,7 @@ class RmsNorm {
 
 template <bool kHasResidual>
 __aicore__ inline void run_rms_norm(GM_ADDR x, GM_ADDR residual, GM_ADDR weight, GM_ADDR out,
-                                    GM_ADDR residual_out, GM_ADDR tiling) {
-  RmsNormTiling t;
-  copy_tiling(&t, tiling);
+                                    GM_ADDR residual_out, const RmsNormTiling& t) {
   if (t.element_type == kBFloat16) {
     RmsNorm<bfloat16_t, kHasResidual> op;
     op.init(x, residual, weight, out, residual_out, t);

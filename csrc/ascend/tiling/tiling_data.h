@@ -1,6 +1,6 @@
 // What the host tells an Ascend kernel: plain structs that both sides read.
 //
-// Filled by plan.cc, copied by the kernels word by word from global memory. Members are eight
+// Filled by plan.cpp, copied by the kernels word by word from global memory. Members are eight
 // bytes, floats in pairs, so that the layout is the same for every compiler.
 #pragma once
 

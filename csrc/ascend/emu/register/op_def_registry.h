@@ -26,6 +26,11 @@ struct PlatFormInfos {
 };
 }  // namespace fe
 
+namespace ascend_emu {
+// What the libraries under a kernel take of its workspace, before its own part (16 MB on a device).
+constexpr uint32_t kLibraryWorkspace = 4096;
+}  // namespace ascend_emu
+
 namespace gert {
 
 class Shape {

@@ -9,7 +9,7 @@ class PlatformAscendC {
  public:
   explicit PlatformAscendC(fe::PlatFormInfos* infos) : infos_(infos) {}
   uint32_t GetCoreNumAiv() const { return infos_->num_vector_cores; }
-  uint32_t GetLibApiWorkSpaceSize() const { return 0; }
+  uint32_t GetLibApiWorkSpaceSize() const { return ascend_emu::kLibraryWorkspace; }
 
  private:
   fe::PlatFormInfos* infos_;
