@@ -21,8 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cuda_cases import (
     FULL,
     HEAD_DIM,

@@ -43,11 +43,14 @@ class DeviceLlama:
         self._scratch: Scratch | None = None
         self._room = Room()
         self._graphs: dict[tuple[int, int, int], DecodeGraph] = {}
+        self._workspace: Memory | None = None
         self.lend_workspace(WORKSPACE_BYTES)
         _use_cublaslt(self._device, os.environ.get(CUBLASLT_VARIABLE, ""))
 
     def lend_workspace(self, num_bytes: int) -> None:
-        """Give attention room for partial results; without enough it runs unsplit, slowly."""
+        """Have at least so much room for attention's partial results: else it runs unsplit, slowly."""
+        if self._workspace is not None and num_bytes <= self._workspace.num_bytes:
+            return
         self._graphs.clear()  # which know the room there was
         self._workspace = Memory(num_bytes)
         self._enter()
