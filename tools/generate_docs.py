@@ -1,7 +1,7 @@
 """Writes the op tables of README.md, csrc/README.md and csrc/ascend/README.md from the schema.
 
-    python tools/generate_docs.py            # writes
-    python tools/generate_docs.py --check    # fails if a table is not what the schema says
+python tools/generate_docs.py            # writes
+python tools/generate_docs.py --check    # fails if a table is not what the schema says
 """
 
 from __future__ import annotations

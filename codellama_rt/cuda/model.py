@@ -48,7 +48,7 @@ class DeviceLlama:
         _use_cublaslt(self._device, os.environ.get(CUBLASLT_VARIABLE, ""))
 
     def lend_workspace(self, num_bytes: int) -> None:
-        """Have at least so much room for attention's partial results: else it runs unsplit, slowly."""
+        """Have at least so much room for partial results; without it attention is slow."""
         if self._workspace is not None and num_bytes <= self._workspace.num_bytes:
             return
         self._graphs.clear()  # which know the room there was

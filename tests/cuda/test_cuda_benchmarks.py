@@ -25,8 +25,8 @@ def rows_of(section, folder):
 
 EXPECTED = {
     "small": {"read roof", "copy roof", "rope_and_cache 32/32, 1 tokens",
-              "rope_and_cache 32/32, 130", "linear 1 x 128 x 64, bf16", "linear 40 x 128 x 64, int8",
-              "linear 40 x 128 x 64, int4"},
+              "rope_and_cache 32/32, 130", "linear 1 x 128 x 64, bf16",
+              "linear 40 x 128 x 64, int8", "linear 40 x 128 x 64, int4"},
     "decode": {"decode 2/2, batch 1, 100 tokens, bfloat16", "decode 8/1, batch 2, 100 tokens, fp8",
                "decode 8/1, batch 1, 100 tokens, int8"},
     "prefill": {"prefill 2/2, 40 tokens, causal, bfloat16"},
