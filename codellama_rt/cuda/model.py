@@ -7,6 +7,7 @@ bucket. Other steps put the same ops on the stream one by one. Activations have 
 
 from __future__ import annotations
 
+import gc
 import os
 from functools import lru_cache
 from types import ModuleType
@@ -215,12 +216,17 @@ class DecodeGraph:
         return logits[:num_logits].copy()
 
     def _capture(self) -> int:
+        collects = gc.isenabled()
+        gc.disable()  # memory that Python gave back in between would break the capture
         self._device.begin_capture()
         try:
             self._step()
         except Exception:
             self._device.destroy_graph(self._device.end_capture())
             raise
+        finally:
+            if collects:
+                gc.enable()
         return self._device.end_capture()
 
     def _step(self) -> None:
