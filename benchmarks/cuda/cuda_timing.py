@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -126,8 +127,16 @@ def repeat(pointer: int, num_bytes: int, stretch: np.ndarray) -> None:
 
 
 def random_tensor(rng: np.random.Generator, shape: tuple[int, ...]) -> DeviceTensor:
-    """Normal numbers in bfloat16; large tensors repeat a stretch of them."""
-    tensor = empty(shape, "bfloat16")
-    stretch = rng.standard_normal(min(tensor.size, _STRETCH), np.float32).view(np.uint32) >> 16
-    repeat(tensor.device_ptr, tensor.nbytes, stretch.astype(np.uint16))
+    """Normal numbers in bfloat16: one stretch of them over and over, from anywhere in it on."""
+    tensor, stretch = empty(shape, "bfloat16"), _normal_stretch()
+    begin = int(rng.integers(len(stretch)))
+    some = np.concatenate([stretch[begin:], stretch[:begin]])[: tensor.size]
+    repeat(tensor.device_ptr, tensor.nbytes, some)
     return tensor
+
+
+@lru_cache(maxsize=1)
+def _normal_stretch() -> np.ndarray:
+    """Made once: the 224 matrices of a 7B model would take longer than their measurement."""
+    numbers = np.random.default_rng(0).standard_normal(_STRETCH, np.float32)
+    return (numbers.view(np.uint32) >> 16).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""How attention's work is cut, as plain C++ on the host: lengths to 131,072 and many sequences."""
+"""How work is cut among blocks, as plain C++ on the host: attention to 131,072 tokens, linear."""
 
 import ctypes
 import subprocess
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from builders import ends, int32
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SPLIT, NODE, ROWS, FEW = 256, 16, 16, 16
 FIELDS = (
     "seq", "kv_head", "first_row", "end_row", "first_key", "end_key", "partial", "node_partial",
@@ -43,17 +42,27 @@ def make(seq_lens, queries, heads, *, block_size=64, few_queries=FEW, rng=None):
     return case, (bounds, lens, tables)
 
 
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory):
-    library = tmp_path_factory.mktemp("plan") / "plan.so"
-    source = Path(__file__).with_name("attention_plan_probe.cc")
+def compiled(folder, stem):
+    library = folder / f"{stem}.so"
     subprocess.run(
         ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-DCLRT_EMULATE", "-DCLRT_CUDA",
-         str(source), "-o", str(library)], check=True, cwd=REPOSITORY,
+         str(Path(__file__).with_name(f"{stem}.cc")), "-o", str(library)], check=True,
     )  # fmt: skip
-    loaded = ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    loaded = compiled(tmp_path_factory.mktemp("plan"), "attention_plan_probe")
     for name in ("plan_output_row", "plan_key_row"):
         getattr(loaded, name).restype = ctypes.c_int64
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def linear_plan(tmp_path_factory):
+    loaded = compiled(tmp_path_factory.mktemp("plan"), "linear_plan_probe")
+    loaded.plan_count.restype = ctypes.c_int64
     return loaded
 
 
@@ -188,3 +197,23 @@ def test_rows_are_queries_times_heads_of_a_group(plan):
         count = int(bounds[seq + 1] - bounds[seq])
         visible = int(lens[seq]) - count + query + 1
         assert plan.plan_visible_keys(ctypes.byref(case), seq, row) == visible
+
+
+@pytest.mark.parametrize("rows", [16, 128])
+@pytest.mark.parametrize("sizes", [(12_288,), (4096, 1024, 1024), (40, 7, 130), (16, 128, 1)])
+def test_tiles_cover_every_row_of_every_weight_once(linear_plan, sizes, rows):
+    n = np.array(sizes, np.int64)
+    pointer = n.ctypes.data_as(ctypes.c_void_p)
+    seen, out = [], np.zeros(3, np.int64)
+    for index in range(linear_plan.plan_count(pointer, len(n), rows)):
+        linear_plan.plan_tile(
+            pointer, len(n), ctypes.c_int64(index), rows, out.ctypes.data_as(ctypes.c_void_p)
+        )
+        weight, first, column = out.tolist()
+        for row in range(first, min(first + rows, sizes[weight])):
+            seen.append((weight, row, column + row - first))
+    starts = np.concatenate([[0], n.cumsum()])
+    assert seen == [
+        (weight, row, int(starts[weight]) + row)
+        for weight, size in enumerate(sizes) for row in range(size)
+    ]  # fmt: skip
