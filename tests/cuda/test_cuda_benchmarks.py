@@ -1,6 +1,7 @@
 """The CUDA benchmarks at tiny sizes on the emulated device; what they measure is not asserted."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,5 +101,14 @@ def test_without_a_device_it_says_why(tmp_path):
     assert result.stderr.startswith("bench_cuda: ")
 
 
-def test_the_script_is_a_script():
-    subprocess.run(["bash", "-n", str(FOLDER / "run.sh")], check=True)
+def test_the_script_is_a_script_and_sanitizes_every_kind_of_kernel():
+    script = FOLDER / "run.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    (expression,) = re.findall('^few="(.*)"$', script.read_text(), re.MULTILINE)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-k",
+         expression, "tests/cuda"], capture_output=True, text=True, check=True,
+        cwd=FOLDER.parents[1],
+    )  # fmt: skip
+    for name in ("page_sizes", "three_weights", "rope_and_cache", "copy_blocks", "merge"):
+        assert re.search(rf"test_\w*{name}\w*\[.*gpu", result.stdout), name
