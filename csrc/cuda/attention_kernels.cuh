@@ -51,16 +51,18 @@ struct WarpRows {
 
 // The values of a tile of `count` keys, weighted, to rows that need not see all of it. Nobody's sum
 // meets a value that its row does not see: 0 times one that is not finite would be NaN.
-template <typename Tile, int kFragments>
-CLRT_DEVICE void add_visible_values(const unsigned char* tile, const float (&weights)[kGroups][4],
-                                    int count, const int (&visible)[2], float (&o)[kFragments][4]) {
+// keep_finite(tile) puts zeros for those where the tile is the warp's own, or returns false.
+template <typename Tile, int kFragments, typename KeepFinite>
+CLRT_DEVICE void add_visible_values(unsigned char* tile, const float (&weights)[kGroups][4],
+                                    int count, const int (&visible)[2], float (&o)[kFragments][4],
+                                    const KeepFinite& keep_finite) {
   if constexpr (!Tile::kQuantized) {  // whose values are finite
     const int all = count < kTile ? count : kTile;
     const bool sees_some =
         (visible[0] > 0 && visible[0] < all) || (visible[1] > 0 && visible[1] < all);
     if (__any_sync(kAllLanes, sees_some) && !Tile::all_finite(tile)) {
-      Tile::add_finite_values(tile, weights, o);
-      return Tile::add_other_values(tile, weights, visible, o);
+      Tile::add_other_values(tile, weights, visible, o);
+      if (!keep_finite(tile)) return Tile::add_finite_values(tile, weights, o);
     }
   }
   Tile::add_values(tile, weights, o);
@@ -89,7 +91,8 @@ CLRT_DEVICE void attend_tile(const Attention& a, const Segment& s, int key, Ring
   stage = ring.take();
   if (s.end_key - key < kTile) ring.clear_from(stage, s.end_key - key);
   if (sees) {
-    add_visible_values<Tile>(stage, scores, s.end_key - key, visible, state.o);
+    add_visible_values<Tile>(stage, scores, s.end_key - key, visible, state.o,
+                             [&](unsigned char* tile) { return ring.keep_finite(tile); });
   }
   ring.give_back();
   feed.next(a);

@@ -161,7 +161,7 @@ struct FloatTile {
     add_some_values<false>(tile, s, o);
   }
   // The same sums with zeros for values that are not finite; and what those add to rows that see
-  // them. All of it is rare, and small rather than fast.
+  // them. All of it is rare: small rather than fast.
   CLRT_DEVICE static void add_finite_values(const unsigned char* tile, const float (&s)[kGroups][4],
                                             float (&o)[kDim / 8][4]) {
     add_some_values<true>(tile, s, o);
@@ -192,6 +192,13 @@ struct FloatTile {
           }
         }
       }
+    }
+  }
+  CLRT_DEVICE static void keep_finite(unsigned char* tile) {  // by a whole warp
+#pragma unroll 1
+    for (int i = threadIdx.x % kWarp; i < kBytes / 4; i += kWarp) {
+      uint32_t& pair = reinterpret_cast<uint32_t*>(tile)[i];
+      pair = finite_of(pair);
     }
   }
   // Asked by a whole warp.

@@ -147,7 +147,8 @@ CLRT_DEVICE void consume(const Attention& a, const Segment& s, const Stages& sta
       if (all_see || Values::all_finite(tile)) {
         add_values<T>(tile, weights, state.o);
       } else {
-        add_visible_values<Values>(tile, weights, s.end_key - key, visible, state.o);
+        add_visible_values<Values>(tile, weights, s.end_key - key, visible, state.o,
+                                   [](unsigned char*) { return false; });
       }
     }
     stages.give_back(count++);
