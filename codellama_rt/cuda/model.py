@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 from functools import lru_cache
 from types import ModuleType
 
@@ -192,7 +193,8 @@ class DecodeGraph:
         self, model: DeviceLlama, kv_cache: DeviceKVCache, num_seqs: int, width: int
     ) -> None:
         """Allocate what the graph will use; it is captured at the first run."""
-        self._model, self._kv_cache = model, kv_cache
+        self._model = weakref.proxy(model)  # which has the graph: both go with its last user
+        self._kv_cache = kv_cache
         self._device = device.module()
         shape = StepShape(num_seqs, num_seqs, width, num_seqs, model.config.head_dim // 2)
         self._inputs = StepInputs(shape, Room())

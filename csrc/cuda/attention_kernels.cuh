@@ -70,10 +70,10 @@ CLRT_DEVICE void add_visible_values(unsigned char* tile, const float (&weights)[
 
 template <typename Tile, int kDim>
 CLRT_DEVICE float final_value(float o, float l) {
-  return l > 0 ? __fmul_rn(o, 1.0f / l) : 0.0f;
+  return l == 0 ? 0.0f : __fmul_rn(o, 1.0f / l);  // no keys; a sum of NaN stays one
 }
 CLRT_DEVICE float final_lse(float m, float l) {
-  return l > 0 ? __fmaf_rn(m, kLn2, logf(l)) : -INFINITY;
+  return l == 0 ? -INFINITY : __fmaf_rn(m, kLn2, logf(l));
 }
 
 // One tile for the rows of a warp; every thread of the team comes by.

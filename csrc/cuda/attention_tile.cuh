@@ -43,7 +43,7 @@ struct FoldScales {
   }
 };
 CLRT_DEVICE FoldScales fold_scales(float& m, float& l, float m_more, float l_more) {
-  if (m_more == -INFINITY) return {1, 0};
+  if (m_more == -INFINITY && l_more == 0) return {1, 0};  // NaN has no maximum, but a sum
   const float top = fmaxf(m, m_more);
   const FoldScales scales{ptx::exp2(m - top), ptx::exp2(m_more - top)};
   m = top;

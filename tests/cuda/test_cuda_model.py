@@ -1,5 +1,7 @@
 """Whole models on the device: the CPU's tokens and logits, and determinism."""
 
+import gc
+
 import numpy as np
 import pytest
 from builders import int32
@@ -222,6 +224,7 @@ def test_models_in_one_process_have_rooms_of_their_own(rng, cuda):
     assert cuda.workspace() == second._workspace.pointer
     assert generate(second, other_cache, prompts) == expected
     del second
+    gc.collect()
     assert cuda.workspace() == 0
     assert generate(first, cache, prompts) == expected
     assert cuda.workspace() == first._workspace.pointer
