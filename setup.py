@@ -1,6 +1,7 @@
 """Builds the C++ part with CMake; everything else stands in pyproject.toml."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,4 +75,17 @@ def pybind11_dir() -> str:
     return pybind11.get_cmake_dir()
 
 
-setup(ext_modules=[Extension("codellama_rt._core", sources=[])], cmdclass={"build_ext": CMakeBuild})
+def cuda_wheels() -> list[str]:
+    """What pip brings for the build where CODELLAMA_RT_CUDA=ON and no nvcc is on the path."""
+    if os.environ.get("CODELLAMA_RT_CUDA") != "ON" or shutil.which("nvcc"):
+        return []
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extra = re.search(r"^cuda-build = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)[1]
+    return re.findall(r'^\s*"([^"]+)"', extra, re.MULTILINE)
+
+
+setup(
+    ext_modules=[Extension("codellama_rt._core", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=cuda_wheels(),
+)

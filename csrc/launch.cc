@@ -182,8 +182,8 @@ void flash_attention(TensorView query, TensorView key, TensorView value, TensorV
   check.offsets("cu_seqlens_k", cu_seqlens_k, keys.size, "num_keys");
   kernels().flash_attention({query.data, key.data, value.data, ints(cu_seqlens_q),
                              ints(cu_seqlens_k), out.data, floats(lse), query.dtype, key.dtype,
-                             tokens.size, bounds.size - 1, heads.size, kv_heads.size, dim.size,
-                             attention_scale(check, scale, dim.size), causal});
+                             tokens.size, keys.size, bounds.size - 1, heads.size, kv_heads.size,
+                             dim.size, attention_scale(check, scale, dim.size), causal});
 }
 
 void paged_attention(TensorView query, TensorView key_cache, TensorView value_cache,

@@ -111,7 +111,7 @@ struct FlashAttentionParams {
   void* out;                    // (num_tokens, n_heads, head_dim) in query's dtype
   float* lse;                   // (num_tokens, n_heads)
   DType dtype, kv_dtype;
-  int64_t num_tokens, num_seqs, n_heads, n_kv_heads, head_dim;
+  int64_t num_tokens, num_keys, num_seqs, n_heads, n_kv_heads, head_dim;
   float scale;
   bool causal;
 };

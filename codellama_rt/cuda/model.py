@@ -7,6 +7,12 @@ bucket. Other steps put the same ops on the stream one by one. Activations have 
 
 from __future__ import annotations
 
+import gc
+import os
+import weakref
+from functools import lru_cache
+from types import ModuleType
+
 import numpy as np
 
 from codellama_rt.batch import Batch
@@ -18,8 +24,11 @@ from codellama_rt.cuda.tensor import DeviceTensor, Memory, empty
 from codellama_rt.cuda.weights import DeviceLayer, DeviceWeights
 from codellama_rt.rope import RotaryEmbedding
 
-WORKSPACE_BYTES = 64 << 20  # partial results of attention: 900k tokens of 32 heads
+WORKSPACE_BYTES = 64 << 20  # of a model that is told no more; place() knows what a cache needs
+CUBLASLT_VARIABLE = "CODELLAMA_RT_CUBLASLT"
+CUBLASLT_BYTES = 32 << 20  # what NVIDIA recommends for Hopper
 _SMALLEST_WIDTH = 16  # of a bucket's block tables
+_SPLIT_KEYS, _NODE_SPLITS, _TICKET_BYTES = 256, 16, 1 << 20  # of attention_plan.cuh
 
 
 class DeviceLlama:
@@ -33,12 +42,32 @@ class DeviceLlama:
         self.rope = RotaryEmbedding(config)
         self._device = device.module()
         self._stream = self._device.create_stream()
-        self._workspace = Memory(WORKSPACE_BYTES)
         self._scratch: Scratch | None = None
         self._room = Room()
         self._graphs: dict[tuple[int, int, int], DecodeGraph] = {}
+        self._workspace: Memory | None = None
+        self.lend_workspace(WORKSPACE_BYTES)
+        _use_cublaslt(self._device, os.environ.get(CUBLASLT_VARIABLE, ""))
+
+    def lend_workspace(self, num_bytes: int) -> None:
+        """Have at least so much room for partial results; without it attention is slow."""
+        if self._workspace is not None and num_bytes <= self._workspace.num_bytes:
+            return
+        self._graphs.clear()  # which know the room there was
+        self._workspace = Memory(num_bytes)
+        self._enter()
+
+    def _enter(self) -> None:
+        """Turn the device to this model: its stream, its room; another model may have been here."""
         ops.set_stream(self._stream)
-        self._device.set_workspace(self._workspace.pointer, WORKSPACE_BYTES)
+        if self._device.workspace() != self._workspace.pointer:
+            self._device.set_workspace(self._workspace.pointer, self._workspace.num_bytes)
+
+    def __del__(self) -> None:
+        """Take the room back before its memory goes."""
+        workspace = getattr(self, "_workspace", None)
+        if workspace and self._device.workspace() == workspace.pointer:
+            self._device.set_workspace(0, 0)
 
     def forward(self, batch: Batch, kv_cache: DeviceKVCache) -> np.ndarray:
         """Compute one step: write the tokens' keys and values, and return the logits asked for.
@@ -50,7 +79,7 @@ class DeviceLlama:
         Returns:
             (num_logits, vocab_size) float32: the rows `batch.logit_rows`, in that order.
         """
-        ops.set_stream(self._stream)
+        self._enter()
         rope = self.rope.lookup(batch.positions, batch.rope_lengths)
         num_seqs = len(batch.seq_lens)
         if len(batch.token_ids) == num_seqs == len(batch.logit_rows):
@@ -164,7 +193,8 @@ class DecodeGraph:
         self, model: DeviceLlama, kv_cache: DeviceKVCache, num_seqs: int, width: int
     ) -> None:
         """Allocate what the graph will use; it is captured at the first run."""
-        self._model, self._kv_cache = model, kv_cache
+        self._model = weakref.proxy(model)  # which has the graph: both go with its last user
+        self._kv_cache = kv_cache
         self._device = device.module()
         shape = StepShape(num_seqs, num_seqs, width, num_seqs, model.config.head_dim // 2)
         self._inputs = StepInputs(shape, Room())
@@ -188,12 +218,17 @@ class DecodeGraph:
         return logits[:num_logits].copy()
 
     def _capture(self) -> int:
+        collects = gc.isenabled()
+        gc.disable()  # memory that Python gave back in between would break the capture
         self._device.begin_capture()
         try:
             self._step()
         except Exception:
             self._device.destroy_graph(self._device.end_capture())
             raise
+        finally:
+            if collects:
+                gc.enable()
         return self._device.end_capture()
 
     def _step(self) -> None:
@@ -205,6 +240,41 @@ class DecodeGraph:
         """Give the graph back."""
         if getattr(self, "_graph", 0):
             self._device.destroy_graph(self._graph)
+
+
+def workspace_bytes(config: ModelConfig, num_keys: int, num_seqs: int) -> int:
+    """What splitting a step of one token a sequence takes at most (csrc/cuda/attention_plan.cuh).
+
+    Args:
+        config: of the model.
+        num_keys: tokens of all sequences together.
+        num_seqs: sequences.
+    """
+    splits = num_keys // _SPLIT_KEYS + num_seqs
+    nodes = splits // _NODE_SPLITS + num_seqs
+    return _TICKET_BYTES + config.n_heads * (splits + nodes) * (config.head_dim + 4) * 4
+
+
+def _use_cublaslt(module: ModuleType, wanted: str) -> None:
+    """Large products by cuBLASLt where the variable asks for it: "1", or the library's path.
+
+    Raises:
+        RuntimeError: it cannot be loaded.
+    """
+    if wanted in ("", "0"):
+        module.leave_cublaslt()
+        return
+    memory = _cublaslt_memory(module)
+    path = "" if wanted == "1" else wanted
+    reason = module.use_cublaslt(path, memory.pointer, memory.num_bytes)
+    if reason:
+        raise RuntimeError(f"{CUBLASLT_VARIABLE}={wanted}: {reason}")
+
+
+@lru_cache(maxsize=1)
+def _cublaslt_memory(module: ModuleType) -> Memory:
+    """Its workspace, which all models share: they take turns."""
+    return Memory(CUBLASLT_BYTES)
 
 
 def _power_of_two(count: int) -> int:

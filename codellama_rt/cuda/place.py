@@ -5,7 +5,7 @@ from __future__ import annotations
 from codellama_rt.checkpoint import LlamaWeights
 from codellama_rt.config import ModelConfig
 from codellama_rt.cuda.kv_cache import DeviceKVCache, plan_num_blocks, require_kv_dtype
-from codellama_rt.cuda.model import DeviceLlama
+from codellama_rt.cuda.model import DeviceLlama, workspace_bytes
 from codellama_rt.cuda.weights import upload
 
 
@@ -37,4 +37,5 @@ def place(
         kv_memory=kv_memory,
     )  # fmt: skip
     cache = DeviceKVCache(config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
+    model.lend_workspace(workspace_bytes(config, num_blocks * block_size, max_num_seqs))
     return model, cache

@@ -19,15 +19,18 @@ __global__ void rotary_kernel(const __grid_constant__ RotaryParams p) {
   const int64_t num_heads = p.n_heads + p.n_kv_heads;
   const int64_t row = blockIdx.x * int64_t(kThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= p.num_tokens * num_heads) return;
-  const int64_t token = row / num_heads, head = row % num_heads, half = p.head_dim / 2;
+  const int64_t token = row / num_heads, head = row % num_heads;
   T* x = head < p.n_heads
              ? static_cast<T*>(p.query) + (token * p.n_heads + head) * p.head_dim
              : static_cast<T*>(p.key) + (token * p.n_kv_heads + head - p.n_heads) * p.head_dim;
-  const int first = threadIdx.x % kWarp * kEach;
-  const int64_t at = p.positions[token] * half;
-  float out[kEach] = {};
+  const int first = threadIdx.x % kWarp * kEach, half = int(p.head_dim / 2);
+  float out[kEach] = {}, other[kEach] = {};
   if (first < p.head_dim) {
-    rotate_piece(x, p.cos + at, p.sin + at, first, int(half), p.interleaved, out);
+    const Angles<kEach> angles(p.cos, p.sin, p.positions[token] * int64_t(half), first, half,
+                               p.interleaved);
+    load_piece(x + first, out);
+    if (!p.interleaved) load_piece(x + other_half(first, half), other);
+    angles.rotate(out, other);
   }
   __syncwarp();
   if (first < p.head_dim) store_piece(x + first, out);

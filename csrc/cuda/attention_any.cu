@@ -88,9 +88,9 @@ __global__ void attend_any_kernel(const __grid_constant__ AnyParams p) {
 #pragma unroll
   for (int i = 0; i < kMostElements; ++i) {
     const int d = lane + i * kWarp;
-    if (d < dim) static_cast<T*>(a.out)[row * dim + d] = from_float<T>(l > 0 ? o[i] / l : 0.0f);
+    if (d < dim) static_cast<T*>(a.out)[row * dim + d] = from_float<T>(l == 0 ? 0.0f : o[i] / l);
   }
-  if (lane == 0) a.lse[row] = l > 0 ? __fmaf_rn(m, 0.693147180559945f, logf(l)) : -INFINITY;
+  if (lane == 0) a.lse[row] = l == 0 ? -INFINITY : __fmaf_rn(m, 0.693147180559945f, logf(l));
 }
 
 }  // namespace

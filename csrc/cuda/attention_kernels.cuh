@@ -49,12 +49,31 @@ struct WarpRows {
   }
 };
 
+// The values of a tile of `count` keys, weighted, to rows that need not see all of it. Nobody's sum
+// meets a value that its row does not see: 0 times one that is not finite would be NaN.
+// keep_finite(tile) puts zeros for those where the tile is the warp's own, or returns false.
+template <typename Tile, int kFragments, typename KeepFinite>
+CLRT_DEVICE void add_visible_values(unsigned char* tile, const float (&weights)[kGroups][4],
+                                    int count, const int (&visible)[2], float (&o)[kFragments][4],
+                                    const KeepFinite& keep_finite) {
+  if constexpr (!Tile::kQuantized) {  // whose values are finite
+    const int all = count < kTile ? count : kTile;
+    const bool sees_some =
+        (visible[0] > 0 && visible[0] < all) || (visible[1] > 0 && visible[1] < all);
+    if (__any_sync(kAllLanes, sees_some) && !Tile::all_finite(tile)) {
+      Tile::add_other_values(tile, weights, visible, o);
+      if (!keep_finite(tile)) return Tile::add_finite_values(tile, weights, o);
+    }
+  }
+  Tile::add_values(tile, weights, o);
+}
+
 template <typename Tile, int kDim>
 CLRT_DEVICE float final_value(float o, float l) {
-  return l > 0 ? __fmul_rn(o, 1.0f / l) : 0.0f;
+  return l == 0 ? 0.0f : __fmul_rn(o, 1.0f / l);  // no keys; a sum of NaN stays one
 }
 CLRT_DEVICE float final_lse(float m, float l) {
-  return l > 0 ? __fmaf_rn(m, kLn2, logf(l)) : -INFINITY;
+  return l == 0 ? -INFINITY : __fmaf_rn(m, kLn2, logf(l));
 }
 
 // One tile for the rows of a warp; every thread of the team comes by.
@@ -67,13 +86,14 @@ CLRT_DEVICE void attend_tile(const Attention& a, const Segment& s, int key, Ring
   if (sees) Tile::scores(stage, rows.q, scores);
   ring.give_back();
   feed.next(a);
-  if (sees) {
-    const int visible[2] = {rows.seen[0] - key, rows.seen[1] - key};
-    soften<kDim>(scores, visible, a.scale_log2, state);
-  }
+  const int visible[2] = {rows.seen[0] - key, rows.seen[1] - key};
+  if (sees) soften<kDim>(scores, visible, a.scale_log2, state);
   stage = ring.take();
   if (s.end_key - key < kTile) ring.clear_from(stage, s.end_key - key);
-  if (sees) Tile::add_values(stage, scores, state.o);
+  if (sees) {
+    add_visible_values<Tile>(stage, scores, s.end_key - key, visible, state.o,
+                             [&](unsigned char* tile) { return ring.keep_finite(tile); });
+  }
   ring.give_back();
   feed.next(a);
 }
@@ -123,6 +143,7 @@ CLRT_DEVICE bool arrives_last(int* ticket, int count) {
   before = __shfl_sync(kAllLanes, before, 0);
   if (before != count - 1) return false;
   if (threadIdx.x % kWarp == 0) *ticket = 0;
+  __syncwarp();
   __threadfence();
   return true;
 }

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "attention_kernels.cuh"
+#include "tensor_map.h"
 
 namespace codellama_rt {
 namespace cuda {
@@ -53,6 +54,31 @@ void launch_attention(const Attention& a, bool unsplit_is_wgmma) {
   const bool all_split = a.partials && !a.few_too && a.num_tokens <= a.few_queries;
   if (all_split || unsplit_is_wgmma) return;
   bulk ? launch_unsplit<T, Tile, kDim, true>(a) : launch_unsplit<T, Tile, kDim, false>(a);
+}
+
+// What the copy engine is told of keys and values. A box of paged ones lies within its page; of
+// contiguous ones the last box may reach past the last row, and must not read there.
+inline void make_maps(Attention& a, const AttentionShape& shape) {
+  constexpr int64_t kAnyRows = 0x7fffffff;  // pages are within a cache of unknown length
+  const int64_t columns = (a.block_tables ? 1 : a.n_kv_heads) * shape.head_dim;
+  const int64_t rows = a.block_tables ? kAnyRows : a.num_keys > 0 ? a.num_keys : 1;
+  a.box_rows = a.block_tables && a.block_size % kTile != 0 ? kCacheGroup : kTile;
+  a.key_map = make_tensor_map(a.key, shape.cache_dtype, rows, columns, a.box_rows);
+  a.value_map = make_tensor_map(a.value, shape.cache_dtype, rows, columns, a.box_rows);
+}
+
+// Over a cache in the queries' own 16-bit type.
+template <typename T>
+bool attend_float(const Attention& a, const AttentionShape& shape) {
+  if (shape.head_dim != 128 && shape.head_dim != 64) return false;
+  Attention mapped = a;
+  if (device().major == 9) make_maps(mapped, shape);
+  if (shape.head_dim == 64) {
+    launch_attention<T, FloatTile<T, 64>, 64>(mapped, false);
+  } else {
+    launch_attention<T, FloatTile<T, 128>, 128>(mapped, attend_wgmma(mapped, shape));
+  }
+  return true;
 }
 
 }  // namespace cuda

@@ -29,7 +29,8 @@ struct Attention {
   float* partials;                         // rows of partial_floats; null: nothing is split
   int* tickets;
   int64_t max_partial_rows, max_tickets;
-  int64_t max_blocks;
+  int64_t max_blocks;  // paged
+  int64_t num_keys;    // contiguous: rows of the keys' matrix
   int num_seqs, num_tokens, n_heads, n_kv_heads, block_size, box_rows;
   float scale_log2;  // scores are powers of 2: scale * log2(e)
   int few_queries;   // sequences with up to this many queries are split

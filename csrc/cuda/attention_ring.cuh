@@ -72,6 +72,18 @@ class Ring {
     if constexpr (kBulk) ptx::fence_async();  // the engine writes there next
     sync();
   }
+  // Zeros for values that are not finite, where the stage belongs to one warp; else false.
+  CLRT_DEVICE bool keep_finite(unsigned char* stage) {
+    if constexpr (kTeam > 1 || Tile::kQuantized) {
+      return false;
+    } else {
+      sync();  // all lanes have seen what was there
+      Tile::keep_finite(stage);
+      if constexpr (kBulk) ptx::fence_async();
+      sync();
+      return true;
+    }
+  }
   // The team is done with the stage it took.
   CLRT_DEVICE void give_back() {
     sync();

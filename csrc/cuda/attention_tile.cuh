@@ -43,7 +43,7 @@ struct FoldScales {
   }
 };
 CLRT_DEVICE FoldScales fold_scales(float& m, float& l, float m_more, float l_more) {
-  if (m_more == -INFINITY) return {1, 0};
+  if (m_more == -INFINITY && l_more == 0) return {1, 0};  // NaN has no maximum, but a sum
   const float top = fmaxf(m, m_more);
   const FoldScales scales{ptx::exp2(m - top), ptx::exp2(m_more - top)};
   m = top;
@@ -68,23 +68,28 @@ template <int kDim>
 CLRT_DEVICE void soften(float (&s)[kGroups][4], const int (&visible)[2], float scale_log2,
                         RowState<kDim>& state) {
   const int column = threadIdx.x % 4 * 2;
+  float before[2];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
+    if (visible[row] < kTile) {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (8 * i + column + j >= visible[row]) s[i][2 * row + j] = -INFINITY;
+        }
+      }
+    }
     float top = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float& x = s[i][2 * row + j];
-        if (8 * i + column + j >= visible[row]) x = -INFINITY;
-        top = fmaxf(top, x);
-      }
+      top = fmaxf(top, fmaxf(s[i][2 * row], s[i][2 * row + 1]));
     }
     top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
     top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
     const float m = fmaxf(state.m[row], __fmul_rn(top, scale_log2));
     const float shift = m == -INFINITY ? 0 : m;
-    const float before = ptx::exp2(__fadd_rn(state.m[row], -shift));
+    before[row] = ptx::exp2(__fadd_rn(state.m[row], -shift));
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
@@ -96,12 +101,14 @@ CLRT_DEVICE void soften(float (&s)[kGroups][4], const int (&visible)[2], float s
       }
     }
     state.m[row] = m;
-    state.l[row] = __fmaf_rn(state.l[row], before, sum);
+    state.l[row] = __fmaf_rn(state.l[row], before[row], sum);
+  }
+  // After a few tiles no row's maximum rises any more: times 1 changes nothing.
+  if (!__any_sync(kAllLanes, before[0] != 1 || before[1] != 1)) return;
 #pragma unroll
-    for (int i = 0; i < kDim / 8; ++i) {
-      state.o[i][2 * row] = __fmul_rn(state.o[i][2 * row], before);
-      state.o[i][2 * row + 1] = __fmul_rn(state.o[i][2 * row + 1], before);
-    }
+  for (int i = 0; i < kDim / 8; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) state.o[i][j] = __fmul_rn(state.o[i][j], before[j / 2]);
   }
 }
 
@@ -151,6 +158,79 @@ struct FloatTile {
   }
   CLRT_DEVICE static void add_values(const unsigned char* tile, const float (&s)[kGroups][4],
                                      float (&o)[kDim / 8][4]) {
+    add_some_values<false>(tile, s, o);
+  }
+  // The same sums with zeros for values that are not finite; and what those add to rows that see
+  // them. All of it is rare: small rather than fast.
+  CLRT_DEVICE static void add_finite_values(const unsigned char* tile, const float (&s)[kGroups][4],
+                                            float (&o)[kDim / 8][4]) {
+    add_some_values<true>(tile, s, o);
+  }
+  CLRT_DEVICE static void add_other_values(const unsigned char* tile, const float (&s)[kGroups][4],
+                                           const int (&visible)[2], float (&o)[kDim / 8][4]) {
+#pragma unroll 1
+    for (int key = 0; key < kTile; ++key) {
+      float weights[2] = {0, 0};
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {  // no index known only at run time: registers have none
+        for (int j = 0; j < 4; ++j) {
+          if (8 * i + j % 2 == key - key % 8 / 2 * 2) weights[j / 2] = s[i][j];
+        }
+      }
+      for (float& weight : weights) {
+        weight = __shfl_sync(kAllLanes, weight, (threadIdx.x % kWarp & ~3u) + key % 8 / 2);
+        weight = to_float(from_float<T>(weight));
+      }
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i) {
+        for (int j = 0; j < 2; ++j) {
+          const T x = reinterpret_cast<const T*>(tile + offset(key, i))[threadIdx.x % 4 * 2 + j];
+          if (is_finite(x.bits)) continue;
+          for (int row = 0; row < 2; ++row) {
+            float& sum = o[i][2 * row + j];
+            if (key < visible[row]) sum = __fmaf_rn(weights[row], to_float(x), sum);
+          }
+        }
+      }
+    }
+  }
+  CLRT_DEVICE static void keep_finite(unsigned char* tile) {  // by a whole warp
+#pragma unroll 1
+    for (int i = threadIdx.x % kWarp; i < kBytes / 4; i += kWarp) {
+      uint32_t& pair = reinterpret_cast<uint32_t*>(tile)[i];
+      pair = finite_of(pair);
+    }
+  }
+  // Asked by a whole warp.
+  CLRT_DEVICE static bool all_finite(const unsigned char* tile) {
+    bool finite = true;
+#pragma unroll 4
+    for (int i = threadIdx.x % kWarp; i < kBytes / 16; i += kWarp) {
+      const uint4 x = reinterpret_cast<const uint4*>(tile)[i];
+      for (const uint32_t pair : {x.x, x.y, x.z, x.w}) finite = finite && finite_of(pair) == pair;
+    }
+    return __all_sync(kAllLanes, finite);
+  }
+  // Keys from `first` on get zeros for values: 0 times what happens to lie there may be NaN.
+  CLRT_DEVICE static void clear_from(unsigned char* tile, int first, int thread, int num_threads) {
+    constexpr int kPieces = kDim / 8;
+    for (int i = first * kPieces + thread; i < kTile * kPieces; i += num_threads) {
+      *reinterpret_cast<uint4*>(tile + offset(i / kPieces, i % kPieces)) = uint4{};
+    }
+  }
+
+ private:
+  static constexpr uint32_t kExponent = std::is_same_v<T, bf16> ? 0x7f80 : 0x7c00;
+
+  CLRT_DEVICE static bool is_finite(uint32_t bits) { return (bits & kExponent) != kExponent; }
+  // A pair of elements, zeros for what is not finite.
+  CLRT_DEVICE static uint32_t finite_of(uint32_t pair) {
+    return (is_finite(pair) ? pair & 0xffff : 0) | (is_finite(pair >> 16) ? pair & 0xffff0000 : 0);
+  }
+
+  template <bool kFinite>
+  CLRT_DEVICE static void add_some_values(const unsigned char* tile, const float (&s)[kGroups][4],
+                                          float (&o)[kDim / 8][4]) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int keys16 = 0; keys16 < kTile / 16; ++keys16) {
@@ -160,16 +240,12 @@ struct FloatTile {
       for (int i = 0; i < kDim / 8; i += 2) {
         uint32_t v[4];
         ptx::load_matrices_transposed(v, tile + offset(16 * keys16 + lane % 16, i + lane / 16));
+        if constexpr (kFinite) {
+          for (uint32_t& pair : v) pair = finite_of(pair);
+        }
         ptx::mma<T>(o[i], p, v[0], v[1]);
         ptx::mma<T>(o[i + 1], p, v[2], v[3]);
       }
-    }
-  }
-  // Keys from `first` on get zeros for values: 0 times what happens to lie there may be NaN.
-  CLRT_DEVICE static void clear_from(unsigned char* tile, int first, int thread, int num_threads) {
-    constexpr int kPieces = kDim / 8;
-    for (int i = first * kPieces + thread; i < kTile * kPieces; i += num_threads) {
-      *reinterpret_cast<uint4*>(tile + offset(i / kPieces, i % kPieces)) = uint4{};
     }
   }
 };
@@ -251,8 +327,9 @@ struct QuantizedTile {
         words[i][2] = v.z;
         words[i][3] = v.w;
         const float its_scale = scale(tile, its_key);
-        for (int j = i % 2; j < 4; j += 2) {
-          weights[2 * keys16 + i / 2][j] = __fmul_rn(s[2 * keys16 + i / 2][j], its_scale);
+        for (int j = i % 2; j < 4; j += 2) {  // a weight of 0 meets no scale: it may be infinite
+          const float weight = s[2 * keys16 + i / 2][j];
+          weights[2 * keys16 + i / 2][j] = weight == 0 ? 0 : __fmul_rn(weight, its_scale);
         }
       }
       uint32_t p[4];

@@ -75,8 +75,9 @@ CLRT_DEVICE void produce(const Attention& a, const Segment& s, const Stages& sta
 }
 
 template <typename T>
-CLRT_DEVICE void scores(const unsigned char* keys, const uint32_t (&q)[kDim / 16][4],
+CLRT_DEVICE void scores(const unsigned char* keys, uint32_t (&q)[kDim / 16][4],
                         float (&s)[kGroups][4]) {
+  ptx::hold(q);
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
@@ -84,6 +85,8 @@ CLRT_DEVICE void scores(const unsigned char* keys, const uint32_t (&q)[kDim / 16
     ptx::wgmma_64<T>(s, q[step], ptx::descriptor(at, 16, 1024), step > 0);
   }
   ptx::wgmma_finish();
+  ptx::hold(s);
+  ptx::hold(q);
 }
 template <typename T>
 CLRT_DEVICE void add_values(const unsigned char* values, const float (&s)[kGroups][4],
@@ -91,6 +94,8 @@ CLRT_DEVICE void add_values(const unsigned char* values, const float (&s)[kGroup
   uint32_t p[kTile / 16][4];
 #pragma unroll
   for (int step = 0; step < kTile / 16; ++step) pack_weights<T>(s, step, p[step]);
+  ptx::hold(p);
+  ptx::hold(o);
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kTile / 16; ++step) {
@@ -98,18 +103,22 @@ CLRT_DEVICE void add_values(const unsigned char* values, const float (&s)[kGroup
                       true);
   }
   ptx::wgmma_finish();
+  ptx::hold(o);
+  ptx::hold(p);
 }
 
 template <typename T>
 CLRT_DEVICE void consume(const Attention& a, const Segment& s, const Stages& stages,
                          const SharedTotal<kDim, kTotalThreads>& total) {
+  using Values = FloatTile<T, kDim>;
   const int group = threadIdx.x / kGroupThreads, first_row = s.first_row + group * kGroupRows;
   const int warp_row = first_row + threadIdx.x % kGroupThreads / kWarp * kRows;
-  WarpRows<T, FloatTile<T, kDim>, kDim> rows;
+  WarpRows<T, Values, kDim> rows;
   rows.load(a, s, warp_row);
   const int last_row =
       (first_row + kGroupRows < s.end_row ? first_row + kGroupRows : s.end_row) - 1;
   const int most = last_row < first_row ? 0 : visible_keys(a, s.seq, last_row);
+  const int least = last_row < first_row ? 0 : visible_keys(a, s.seq, first_row);
   const auto one_node = [&] { return s.end_key <= kSplit * kNode; };
   if (!one_node()) total.clear();
   RowState<kDim> state, node;
@@ -129,12 +138,19 @@ CLRT_DEVICE void consume(const Attention& a, const Segment& s, const Stages& sta
     if (sees) soften<kDim>(weights, visible, a.scale_log2, state);
     tile = stages.wait_full(count);
     if (s.end_key - key < kTile) {
-      FloatTile<T, kDim>::clear_from(tile, s.end_key - key, threadIdx.x % kGroupThreads,
-                                     kGroupThreads);
+      Values::clear_from(tile, s.end_key - key, threadIdx.x % kGroupThreads, kGroupThreads);
       ptx::fence_async();
       ptx::named_wait(kClear + group, kGroupThreads);
     }
-    if (sees) add_values<T>(tile, weights, state.o);
+    if (sees) {  // all four warps look through the tile, so all of them choose alike
+      const bool all_see = least >= key + kTile || least >= s.end_key;
+      if (all_see || Values::all_finite(tile)) {
+        add_values<T>(tile, weights, state.o);
+      } else {
+        add_visible_values<Values>(tile, weights, s.end_key - key, visible, state.o,
+                                   [](unsigned char*) { return false; });
+      }
+    }
     stages.give_back(count++);
     key += kTile;
     if (key % kSplit != 0 && !last) continue;
@@ -146,7 +162,7 @@ CLRT_DEVICE void consume(const Attention& a, const Segment& s, const Stages& sta
     node.clear();
   }
   if (!one_node()) total.read(node);
-  store_rows<T, FloatTile<T, kDim>, kDim>(a, s, warp_row, node);
+  store_rows<T, Values, kDim>(a, s, warp_row, node);
 }
 
 template <typename T>

@@ -1,7 +1,7 @@
 // cuBLASLt for large products of 16-bit floats, where it is asked for and found at run time.
 //
-// Its sums have another order for every size of the problem, so a row's bits depend on how many
-// rows there are: off by default. Loaded by name; nothing of it is needed to build.
+// Its sums have an order of their own, so a row's bits depend on whether up to 32 tokens or more
+// are multiplied: off by default. Loaded by name; nothing of it is needed to build.
 #pragma once
 
 #include <string>
@@ -15,6 +15,7 @@ namespace cuda {
 // "" and from now on in use; or why not. An empty path: libcublasLt.so.13, .12, .11 as they are
 // found.
 std::string use_cublaslt(const std::string& path, void* workspace, size_t workspace_bytes);
+void leave_cublaslt();
 
 #pragma GCC visibility pop
 

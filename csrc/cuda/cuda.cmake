@@ -5,12 +5,14 @@ if(CODELLAMA_RT_CUDA STREQUAL "OFF")
   return()
 endif()
 
-execute_process(
-  COMMAND ${Python3_EXECUTABLE} -c "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-  OUTPUT_VARIABLE site_packages OUTPUT_STRIP_TRAILING_WHITESPACE)
 find_program(CODELLAMA_RT_NVCC nvcc HINTS ENV CUDA_HOME PATH_SUFFIXES bin)
 if(NOT CODELLAMA_RT_NVCC)
-  find_program(CODELLAMA_RT_NVCC nvcc PATHS ${site_packages}/nvidia/cu13/bin NO_DEFAULT_PATH)
+  # Where Python looks for packages: pip's build environment is not its site-packages.
+  execute_process(
+    COMMAND ${Python3_EXECUTABLE} -c "import sys; print(';'.join(p for p in sys.path if p))"
+    OUTPUT_VARIABLE packages OUTPUT_STRIP_TRAILING_WHITESPACE)
+  list(TRANSFORM packages APPEND /nvidia/cu13/bin)
+  find_program(CODELLAMA_RT_NVCC nvcc PATHS ${packages} NO_DEFAULT_PATH)
 endif()
 if(CODELLAMA_RT_NVCC)
   get_filename_component(cuda_root ${CODELLAMA_RT_NVCC} REALPATH)
@@ -22,7 +24,7 @@ endif()
 if(NOT CODELLAMA_RT_NVCC OR NOT CODELLAMA_RT_CUDART)
   if(CODELLAMA_RT_CUDA STREQUAL "ON")
     message(FATAL_ERROR "CODELLAMA_RT_CUDA=ON, but there is no nvcc with libcudart_static; "
-                        "pip install 'codellama_rt[cuda-build]' brings them")
+                        "the wheels of codellama_rt's extra cuda-build have both")
   endif()
   message(STATUS "No nvcc: no CUDA kernels")
   return()

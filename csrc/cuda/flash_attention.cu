@@ -22,6 +22,7 @@ void flash_attention(const FlashAttentionParams& p) {
   a.cu_seqlens_k = p.cu_seqlens_k;
   a.num_seqs = int(p.num_seqs);
   a.num_tokens = int(p.num_tokens);
+  a.num_keys = p.num_keys;
   a.n_heads = int(p.n_heads);
   a.n_kv_heads = int(p.n_kv_heads);
   a.scale_log2 = p.scale;

@@ -1,15 +1,13 @@
 // linear: out[t, n] = sum_k x[t, k] * weight[n, k]; up to three weights as one
 // Shapes   x (num_tokens, k); weights (n[i], k); out (num_tokens, sum(n))
-// Traffic  weights once for every 32 tokens (a float weight: every 128 from 33 tokens on)
+// Traffic  weights once for up to 32 tokens, once for every 128 from 33 on
 // Limit    memory read up to 32 tokens (32 FLOP/byte in bf16); arithmetic beyond 100 or so
 // Tiling   few tokens: a block of 8 warps takes 16 rows of the weight, each warp an eighth of k,
-// and
-//          keeps 4 chunks (4 KiB) a warp in flight; more: linear_many.cu, or cuBLASLt where it is
-//          in use
+//          and keeps 4 chunks (4 KiB) a warp in flight; more: linear_many.cu, or cuBLASLt where it
+//          is in use
 // Numerics products of 16-bit numbers, sums in fp32: eighths of k, each ascending, added in
-// ascending
-//          order, whatever the number of tokens; quantised weights exactly to bf16, a sum of 32
-//          times its scale; x in the weight's type, over a quantised weight in bf16
+//          ascending order, whatever the number of tokens; quantised weights exactly to bf16, a sum
+//          of 32 times its scale; x in the weight's type, over a quantised weight in bf16
 #include "cublaslt.h"
 #include "linear.cuh"
 #include "ops.h"
@@ -19,19 +17,6 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = kSlices * kWarp, kAhead = 4;
-
-// 8 elements of a token at a chunk's 32 elements number `part`, as two steps take them.
-template <typename T, typename Math>
-CLRT_DEVICE void load_x(const T* x, int64_t at, bool inside, uint32_t (&b)[4]) {
-  const uint4 bits = inside ? *reinterpret_cast<const uint4*>(x + at) : uint4{};
-  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-  for (int i = 0; i < 4; ++i) {
-    b[i] = words[i];
-    if constexpr (!std::is_same_v<T, Math>) {
-      b[i] = pack<Math>(to_float(T{uint16_t(words[i])}), to_float(T{uint16_t(words[i] >> 16)}));
-    }
-  }
-}
 
 // One warp's share of k for 16 rows of the weight and 8 * kTokenTiles tokens.
 template <typename T, typename W, int kTokenTiles>
@@ -59,9 +44,11 @@ CLRT_DEVICE void multiply(const LinearParams& p, const WeightTile& tile, int64_t
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
           const int64_t token = first_token + 8 * j + g, at = chunk * W::kChunk + 32 * part + 8 * t;
+          const T* x = static_cast<const T*>(p.x) + token * p.x_stride + at;
+          const bool inside = token < p.num_tokens && at < p.k;
           uint32_t b[4];
-          load_x<T, typename W::Math>(static_cast<const T*>(p.x) + token * p.x_stride, at,
-                                      token < p.num_tokens && at < p.k, b);
+          to_fragments<T, typename W::Math>(inside ? *reinterpret_cast<const uint4*>(x) : uint4{},
+                                            b);
           float group[4] = {};
           float (&into)[4] = W::kScaled ? group : sums[j];
           ptx::mma<typename W::Math>(into, a[0], b[0], b[1]);
@@ -141,8 +128,8 @@ void check_supported(const LinearParams& p) {
 void linear(const LinearParams& p) {
   check_supported(p);
   if (p.num_tokens == 0) return;
-  if (is_float(p.weight_dtype) && p.num_tokens > kFewTokens) {
-    if (!cublaslt_linear(p)) linear_many(p);
+  if (p.num_tokens > kFewTokens) {
+    if (!is_float(p.weight_dtype) || !cublaslt_linear(p)) linear_many(p);
     return;
   }
   const bool is_bf16 = p.x_dtype == DType::kBFloat16;

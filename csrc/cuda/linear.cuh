@@ -49,7 +49,19 @@ CLRT_DEVICE void store_result(const LinearParams& p, int64_t token, int64_t colu
   }
 }
 
-void linear_many(const LinearParams& p);  // linear_many.cu: float weights, any number of tokens
+// 8 elements of a token, of every 32, as two steps of a product take them.
+template <typename T, typename Math>
+CLRT_DEVICE void to_fragments(const uint4& x, uint32_t (&b)[4]) {
+  const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+  for (int i = 0; i < 4; ++i) {
+    b[i] = words[i];
+    if constexpr (!std::is_same_v<T, Math>) {
+      b[i] = pack<Math>(to_float(T{uint16_t(words[i])}), to_float(T{uint16_t(words[i] >> 16)}));
+    }
+  }
+}
+
+void linear_many(const LinearParams& p);  // linear_many.cu: any number of tokens
 
 }  // namespace cuda
 }  // namespace codellama_rt

@@ -23,29 +23,53 @@ CLRT_DEVICE void store_piece(T* x, const float (&in)[kEach]) {
   *reinterpret_cast<Vector<T, kEach>*>(x) = piece;
 }
 
-// Elements [first, first + kEach) of the rotated head; cos and sin: the position's rows.
-template <typename T, int kEach>
-CLRT_DEVICE void rotate_piece(const T* head, const float* cos, const float* sin, int first,
-                              int half, bool interleaved, float (&out)[kEach]) {
-  float x[kEach];
-  load_piece(head + first, x);
-  if (interleaved) {
-    for (int i = 0; i < kEach; i += 2) {
-      const float c = cos[(first + i) / 2], s = sin[(first + i) / 2];
-      out[i] = __fmaf_rn(x[i], c, -__fmul_rn(x[i + 1], s));
-      out[i + 1] = __fmaf_rn(x[i + 1], c, __fmul_rn(x[i], s));
-    }
-    return;
-  }
-  const bool is_second = first >= half;
-  float other[kEach];
-  load_piece(head + (is_second ? first - half : first + half), other);
-  for (int i = 0; i < kEach; ++i) {
-    const int pair = first + i - (is_second ? half : 0);
-    const float turned = __fmul_rn(other[i], sin[pair]);
-    out[i] = __fmaf_rn(x[i], cos[pair], is_second ? turned : -turned);
-  }
+// Where the elements lie that are turned with those from `first` on; half: of head_dim.
+CLRT_DEVICE int other_half(int first, int half) {
+  return first < half ? first + half : first - half;
 }
+
+// The angles of elements [first, first + kEach) of a head: the same for every head of a token.
+template <int kEach>
+struct Angles {
+  float cos[kEach], sin[kEach];  // interleaved: the first halves of these, an angle a pair
+  bool interleaved;
+
+  // `at`: where the position's row of the tables begins.
+  CLRT_DEVICE Angles(const float* cos_table, const float* sin_table, int64_t at, int first,
+                     int half, bool is_interleaved)
+      : interleaved(is_interleaved) {
+    const int pair = interleaved ? first / 2 : first % half,
+              count = interleaved ? kEach / 2 : kEach;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (i >= count) continue;
+      cos[i] = cos_table[at + pair + i];
+      sin[i] = sin_table[at + pair + i];
+    }
+    is_second = !interleaved && first >= half;
+  }
+
+  // x becomes its rotation; other: the elements at other_half (interleaved: not looked at).
+  CLRT_DEVICE void rotate(float (&x)[kEach], const float (&other)[kEach]) const {
+    if (interleaved) {
+#pragma unroll
+      for (int i = 0; i < kEach; i += 2) {
+        const float even = x[i], odd = x[i + 1], c = cos[i / 2], s = sin[i / 2];
+        x[i] = __fmaf_rn(even, c, -__fmul_rn(odd, s));
+        x[i + 1] = __fmaf_rn(odd, c, __fmul_rn(even, s));
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const float turned = __fmul_rn(other[i], sin[i]);
+      x[i] = __fmaf_rn(x[i], cos[i], is_second ? turned : -turned);
+    }
+  }
+
+ private:
+  bool is_second;  // of the two halves of a head that is not interleaved
+};
 
 inline void require_head_dim(const char* op, int64_t head_dim) {
   const int64_t piece = head_dim <= kWarp * kSmallPiece ? kSmallPiece : kLargePiece;

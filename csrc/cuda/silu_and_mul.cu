@@ -16,8 +16,8 @@ constexpr int kThreads = 256;
 template <typename T, int kCount>
 __global__ void silu_and_mul_kernel(const __grid_constant__ SiluAndMulParams p) {
   using Piece = Vector<T, kCount>;
-  const int64_t blocks = (p.hidden_dim + kThreads * kCount - 1) / (kThreads * kCount);
-  const int64_t token = blockIdx.x / blocks;
+  const unsigned blocks = unsigned((p.hidden_dim + kThreads * kCount - 1) / (kThreads * kCount));
+  const int64_t token = blockIdx.x / blocks;  // 32 bits: a division of 64 takes a hundred more
   const int64_t at = (int64_t(blockIdx.x % blocks) * kThreads + threadIdx.x) * kCount;
   if (at >= p.hidden_dim) return;
   const T* gate = static_cast<const T*>(p.gate_up) + token * 2 * p.hidden_dim + at;

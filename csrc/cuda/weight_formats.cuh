@@ -72,8 +72,10 @@ struct Int8Weight {
 
   CLRT_DEVICE static Piece load(const void* weight, int64_t, int64_t k, int64_t tile,
                                 int64_t chunk) {
-    const auto* memory =
-        static_cast<const unsigned char*>(weight) + (tile * (k / kChunk) + chunk) * kTileBytes;
+    return read(static_cast<const unsigned char*>(weight) +
+                (tile * (k / kChunk) + chunk) * kTileBytes);
+  }
+  CLRT_DEVICE static Piece read(const unsigned char* memory) {  // of one tile, in any memory
     Piece piece;
     for (int i = 0; i < 2; ++i) {
       piece.rows[i] = reinterpret_cast<const uint4*>(memory)[32 * i + threadIdx.x % kWarp];
@@ -112,8 +114,10 @@ struct Int4Weight {
 
   CLRT_DEVICE static Piece load(const void* weight, int64_t, int64_t k, int64_t tile,
                                 int64_t chunk) {
-    const auto* memory =
-        static_cast<const unsigned char*>(weight) + (tile * (k / kChunk) + chunk) * kTileBytes;
+    return read(static_cast<const unsigned char*>(weight) +
+                (tile * (k / kChunk) + chunk) * kTileBytes);
+  }
+  CLRT_DEVICE static Piece read(const unsigned char* memory) {  // of one tile, in any memory
     Piece piece;
     piece.words = reinterpret_cast<const uint4*>(memory)[threadIdx.x % kWarp];
     for (int i = 0; i < 2; ++i) piece.scales[i] = tile_scales(memory + kValueBytes)[8 * i];

@@ -35,6 +35,23 @@ CLRT_DEVICE void wgmma_finish() {
 #endif
 }
 
+// Registers that products read or write while other instructions run: what the program does to them
+// before stays before, and what after, after. The compiler sees no tie to the fence or the wait.
+template <typename T, int kCount>
+CLRT_DEVICE void hold(T (&registers)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (std::is_same_v<T, float>) {
+        asm volatile("" : "+f"(registers[i][j])::"memory");
+      } else {
+        asm volatile("" : "+r"(registers[i][j])::"memory");
+      }
+    }
+  }
+}
+
 template <int kRegisters>
 CLRT_DEVICE void give_registers() {
 #ifdef CLRT_WGMMA

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pybind11
 import pytest
 
 from codellama_rt.cuda import device, tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.append(str(REPOSITORY / "benchmarks" / "cuda"))
 NAME = "codellama_rt._cuda"
 WORKSPACE_BYTES = 8 << 20
 
@@ -24,8 +26,6 @@ def _run(*command):
 @pytest.fixture(scope="session")
 def emulated_module():
     """`_cuda` with the emulator in CUDA's place, compiled when its sources changed."""
-    import pybind11
-
     build = REPOSITORY / "build" / "cuda_emulated"
     _run(
         "cmake", "-S", str(REPOSITORY / "csrc/cuda/emu"), "-B", str(build), "-G", "Ninja",

@@ -2,10 +2,16 @@
 unsplit ones (chunks), and what takes any other shape.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+from attention_cases import long_case, run
 from builders import normal, paged
-from device_arrays import get, poisoned, put
+from device_arrays import get, put
 from tolerances import assert_equal_bits, assert_lse
 
 from codellama_rt.cuda import ops
@@ -25,13 +31,6 @@ BATCHES = {
 # Scores are dot products of rounded numbers, weights are rounded to 16 bits: of values of size 1,
 # some units of 2^-9 (bfloat16) or 2^-12 (float16), less for being averaged.
 ATOL = {"bfloat16": 2**-6, "float16": 2**-9, "float32": 1e-5}
-
-
-def run(case, **attributes):
-    """The op on the device, its outputs poisoned before."""
-    query = case.query
-    out = poisoned(query.shape, query.dtype.name), poisoned(query.shape[:2], "float32")
-    return get(*ops.paged_attention(*put(*case.arguments), out=out, **attributes))
 
 
 def assert_oracle(case, **attributes):
@@ -102,6 +101,17 @@ def test_long_sequences_fold_nodes(rng, heads):
 
 
 @pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("heads", [(1, 1), (4, 1)])
+def test_131072_tokens(rng, heads):
+    """512 splits, 32 nodes."""
+    case = paged(
+        rng, [131_072], [1], heads=heads, head_dim=64, block_size=128, dtype="bfloat16",
+        cache_dtype="bfloat16",
+    )  # fmt: skip
+    assert_oracle(case)
+
+
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "head_dim"), [("bfloat16", 128), ("float16", 64), ("float32", 40)]
@@ -118,13 +128,6 @@ def test_flash_attention(rng, dtype, head_dim, causal):
 
 
 # --- Bits ---------------------------------------------------------------------------------
-
-
-def long_case(rng, queries, seq_len=700, block_size=64):
-    return paged(
-        rng, [seq_len], [queries], heads=(4, 2), head_dim=128, block_size=block_size,
-        dtype="bfloat16", cache_dtype="bfloat16",
-    )  # fmt: skip
 
 
 def one_query(case, query):
@@ -195,32 +198,20 @@ def test_bits_without_or_with_little_workspace(rng, emulated, num_bytes, seq_len
         assert_equal_bits(got, expected)
 
 
-def test_copies_by_cp_async_give_the_same_bits(rng, emulated_module, tmp_path):
+def test_copies_by_cp_async_give_the_same_bits(emulated_module, tmp_path):
     """What runs on Ampere: the other way of filling the same tiles."""
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    code = f"""
-import sys
-sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
-import importlib.util, numpy as np
-spec = importlib.util.spec_from_file_location("_cuda_emulated", {emulated_module.__file__!r})
-module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
-sys.modules["codellama_rt._cuda"] = module
-import test_cuda_attention as t
-from codellama_rt.cuda import tensor
-memory = tensor.Memory(8 << 20); module.set_workspace(memory.pointer, 8 << 20)
-results = []
-for queries in (1, 20):
-    results += t.run(t.long_case(np.random.default_rng(5), queries))
-np.savez({str(tmp_path)!r} + "/" + sys.argv[1], *[r.astype(np.float32) for r in results])
-"""
+    child = Path(__file__).with_name("attention_of_capability.py")
     results = []
     for capability in ("90", "80"):
-        environment = {**__import__("os").environ, "CODELLAMA_RT_EMULATED_CAPABILITY": capability}
-        subprocess.run([sys.executable, "-c", code, capability], env=environment, check=True)
-        results.append(np.load(tmp_path / f"{capability}.npz"))
+        path = tmp_path / f"{capability}.npz"
+        environment = {
+            **os.environ, "CODELLAMA_RT_EMULATED_CAPABILITY": capability,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }  # fmt: skip
+        command = [sys.executable, str(child), emulated_module.__file__, str(path)]
+        subprocess.run(command, env=environment, check=True)
+        results.append(np.load(path))
+    assert len(results[0].files) == 8
     for name in results[0].files:
         assert_equal_bits(results[1][name], results[0][name])
 

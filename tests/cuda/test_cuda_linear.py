@@ -1,5 +1,6 @@
 """linear on the device: float and quantised weights, few tokens and many, against float64."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from builders import normal
@@ -65,8 +66,6 @@ def test_quantized_weights(rng, name, dtype, num_tokens):
 
 
 def normal_bf16(x):
-    import ml_dtypes
-
     return x.astype(ml_dtypes.bfloat16)
 
 

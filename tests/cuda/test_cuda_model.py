@@ -1,5 +1,7 @@
 """Whole models on the device: the CPU's tokens and logits, and determinism."""
 
+import gc
+
 import numpy as np
 import pytest
 from builders import int32
@@ -7,8 +9,10 @@ from goldens import run, tiny_golden
 from tolerances import assert_equal_bits
 
 from codellama_rt import ops
+from codellama_rt.batch import build_batch
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.cuda import model as cuda_model
+from codellama_rt.cuda import tensor
 from codellama_rt.cuda.kv_cache import DeviceKVCache, plan_num_blocks, row_bytes
 from codellama_rt.cuda.place import place
 from codellama_rt.cuda.step import Room, StepInputs, StepShape
@@ -130,8 +134,6 @@ def test_llm_on_cuda(rng, monkeypatch):
 
 def test_copy_blocks_of_every_layer(rng):
     _, cache = make_model(NAMES[1], kv_dtype="int8")
-    from codellama_rt.cuda import tensor
-
     for pages in cache.layers[-1]:
         bytes_of = rng.integers(0, 256, pages.payload.shape, np.uint8)
         tensor.copy(pages.payload, bytes_of)
@@ -143,8 +145,6 @@ def test_copy_blocks_of_every_layer(rng):
 
 
 def test_inputs_of_a_smaller_step_are_padded():
-    from codellama_rt.batch import build_batch
-
     sequence = Sequence(int32_list([5, 6, 7]), 3, (0, 0, 0), first_logit=2)
     sequence.block_ids = int32_list([4])
     batch = build_batch([Chunk(sequence, 2, 3, 1)], 16)
@@ -200,6 +200,34 @@ def test_a_failing_step_leaves_no_graph(rng, monkeypatch):
     assert generate(model, DeviceKVCache(
         model.config, num_blocks=cache.num_blocks, block_size=16, dtype="bfloat16"
     ), prompts) == expected  # fmt: skip
+
+
+def test_the_room_for_partial_results_grows_with_the_cache(cuda):
+    config = tiny_golden(NAMES[1]).model().config
+    rows = config.n_heads * (config.head_dim + 4) * 4
+    assert cuda_model.workspace_bytes(config, 0, 1) == (1 << 20) + rows * 2
+    # 512 splits and a beginning of one, 32 nodes and a beginning of one
+    assert cuda_model.workspace_bytes(config, 131_072, 1) == (1 << 20) + rows * (513 + 33)
+    model, _ = make_model(NAMES[1], kv_memory=1 << 20, max_num_seqs=100)
+    assert cuda.workspace() == model._workspace.pointer
+    assert model._workspace.num_bytes == 4 << 20
+    model, cache = make_model(NAMES[1], kv_memory=1 << 20, max_num_seqs=9000)
+    num_keys = cache.num_blocks * cache.block_size
+    assert model._workspace.num_bytes == cuda_model.workspace_bytes(config, num_keys, 9000)
+
+
+def test_models_in_one_process_have_rooms_of_their_own(rng, cuda):
+    prompts = prompts_of(NAMES[1], rng, [5])
+    first, cache = make_model(NAMES[1])
+    expected = generate(first, cache, prompts)
+    second, other_cache = make_model(NAMES[1])
+    assert cuda.workspace() == second._workspace.pointer
+    assert generate(second, other_cache, prompts) == expected
+    del second
+    gc.collect()
+    assert cuda.workspace() == 0
+    assert generate(first, cache, prompts) == expected
+    assert cuda.workspace() == first._workspace.pointer
 
 
 def test_available_names_the_device():

@@ -7,7 +7,7 @@ from builders import int32, normal, paged, rope_tables
 from device_arrays import get, poisoned, put
 from tolerances import assert_equal_bits, assert_lse
 
-from codellama_rt.cuda import ops
+from codellama_rt.cuda import ops, tensor
 from codellama_rt.ops import Quantized, reference
 
 pytestmark = pytest.mark.usefixtures("cuda")
@@ -106,13 +106,7 @@ def test_unused_slots_may_hold_anything(rng, cache_dtype):
         payload[last, :, 0, 6 * 128 : GROUP * 128] = 0xFF
         payload[last, :, 0, GROUP * 128 + 6 * 4 :] = 0xFF
         payload[last, :, 1:] = 0xFF
-        ops_copy(cache.payload, payload)
+        tensor.copy(cache.payload, payload)
     dirty = get(*ops.paged_attention(put(case.query), *there, *put(*case.arguments[3:])))
     for got, expected in zip(dirty, clean, strict=True):
         assert_equal_bits(got, expected)
-
-
-def ops_copy(to, array):
-    from codellama_rt.cuda import tensor
-
-    tensor.copy(to, array)

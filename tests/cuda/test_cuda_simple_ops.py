@@ -83,6 +83,33 @@ def test_rope_and_cache(rng, dtype, cache_dtype, interleaved, head_dim):
     assert_equal_bits(value_cache, caches[1])
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("head_dim", "heads"), [(64, (3, 2)), (128, (6, 1)), (144, (2, 2))])
+def test_rope_and_cache_of_many_tokens_to_131072(rng, head_dim, heads, interleaved):
+    """Several heads a warp; the last positions of the longest context."""
+    count, longest, (n_heads, n_kv_heads) = 133, 131_072, heads
+    tables = rope_tables(longest, head_dim)
+    positions = np.sort(rng.choice(longest, count, replace=False)).astype(np.int32)
+    positions[-1] = longest - 1
+    pages = (3, n_kv_heads, 64, head_dim)
+    there = [poisoned(pages, "bfloat16") for _ in range(2)]
+    caches = get(*there)
+    qkv = normal(rng, (count, (n_heads + 2 * n_kv_heads) * head_dim), "bfloat16")
+    slots = rng.permutation(3 * 64)[:count].astype(np.int32)
+    slots[5] = -1
+    query = ops.rope_and_cache(
+        *put(qkv, *tables, positions), *there, put(slots), interleaved=interleaved,
+        out=poisoned((count, n_heads, head_dim), "bfloat16"),
+    )  # fmt: skip
+    expected = reference.rope_and_cache(
+        qkv, *tables, positions, *caches, slots, interleaved=interleaved
+    )
+    assert_rounded(get(query), expected)
+    key_cache, value_cache = get(*there)
+    assert_rounded(key_cache, caches[0].astype(np.float64))
+    assert_equal_bits(value_cache, caches[1])
+
+
 @pytest.mark.parametrize(("dtype", "cache_dtype"), ACTIVATION_AND_STORED)
 def test_reshape_and_cache(rng, dtype, cache_dtype):
     caches = [normal(rng, (3, 2, 16, 40), cache_dtype) for _ in range(2)]

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -176,8 +177,10 @@ void launch_graph(void* graph) {
 }
 void destroy_graph(void* graph) { delete static_cast<Graph*>(graph); }
 double elapsed_ms(const std::function<void()>& work) {
+  const auto begin = std::chrono::steady_clock::now();
   work();
-  return 0;
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin)
+      .count();
 }
 
 }  // namespace cuda

@@ -118,6 +118,15 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   using namespace codellama_rt::emu;
   return slot<T>(exchange(warp(), lane(), kWarp, value), lane() ^ mask);
 }
+inline bool __any_sync(unsigned, bool value) {
+  using namespace codellama_rt::emu;
+  const auto* slots = exchange(warp(), lane(), kWarp, value);
+  for (int i = 0; i < kWarp; ++i) {
+    if (slot<bool>(slots, i)) return true;
+  }
+  return false;
+}
+inline bool __all_sync(unsigned lanes, bool value) { return !__any_sync(lanes, !value); }
 inline void __threadfence() {}
 inline int atomicAdd(int* address, int value) {
   const int before = *address;

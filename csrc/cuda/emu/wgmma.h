@@ -16,6 +16,8 @@ inline uint64_t descriptor(const void* memory, int leading, int stride) {
 }
 inline void wgmma_fence() {}
 inline void wgmma_finish() {}
+template <typename T, int kCount>
+void hold(T (&)[kCount][4]) {}
 template <int kRegisters>
 void give_registers() {}
 template <int kRegisters>

@@ -1,0 +1,142 @@
+"""How the CUDA benchmarks measure: graphs replayed in turns, medians of CUDA events, the roofs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from codellama_rt.cuda import device
+from codellama_rt.cuda.tensor import DeviceTensor, Memory, empty, to_device
+
+Work = Callable[[], object]
+WARM_UP = 3
+_STRETCH = 1 << 22  # random elements that large tensors repeat
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one run."""
+
+    us: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        what: the shape; rows of one `what` are compared.
+        who: "ours" or a peer.
+        us, p10, p90: median and deciles, microseconds.
+        rate: in `unit`: "TB/s", "TFLOP/s" or "token/s".
+        share: of the limit named `of`; None: no limit was measured.
+    """
+
+    what: str
+    who: str
+    us: float
+    p10: float
+    p90: float
+    rate: float
+    unit: str
+    share: float | None = None
+    of: str = ""
+
+
+class Graph:
+    """`work`, captured on the current stream once it has run."""
+
+    def __init__(self, work: Work) -> None:
+        """Run once (kernels are loaded then, which a capture must not), then capture."""
+        self._module = device.module()
+        work()
+        self._module.synchronize()
+        self._module.begin_capture()
+        try:
+            work()
+        finally:
+            self._graph = self._module.end_capture()
+
+    def __call__(self) -> None:
+        """Put it on the stream."""
+        self._module.launch_graph(self._graph)
+
+    def __del__(self) -> None:
+        """Give it back."""
+        if getattr(self, "_graph", 0):
+            self._module.destroy_graph(self._graph)
+
+
+def timed(contenders: dict[str, Work], repeats: int, runs: int = 1) -> dict[str, Timing]:
+    """The contenders in turns, so that clocks and heat are the same for all.
+
+    Args:
+        contenders: what each puts on the current stream.
+        repeats: of each.
+        runs: of the operator in one call; the times are of one.
+    """
+    module = device.module()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats + WARM_UP):
+        for name, work in contenders.items():
+            times[name].append(1e3 * module.elapsed_ms(work) / runs)
+    return {name: summary(some[WARM_UP:]) for name, some in times.items()}
+
+
+def summary(times: list[float]) -> Timing:
+    """Median and deciles."""
+    low, high = np.percentile(times, (10, 90))
+    return Timing(statistics.median(times), float(low), float(high))
+
+
+def read_roof(num_bytes: int, repeats: int) -> float:
+    """Bytes a second of a kernel that only reads."""
+    memory, out = Memory(num_bytes), empty((1,), "float32")
+    module = device.module()
+    module.fill_async(memory.pointer, 1, num_bytes)
+    work = Graph(lambda: module.read_sum(memory.pointer, num_bytes, out.device_ptr))
+    return num_bytes / timed({"ours": work}, repeats)["ours"].us * 1e6
+
+
+def copy_roof(num_bytes: int, repeats: int) -> float:
+    """Bytes a second, read and written, of the driver's own copy."""
+    source, target = Memory(num_bytes // 2), Memory(num_bytes // 2)
+    module = device.module()
+    module.fill_async(source.pointer, 1, source.num_bytes)
+    work = Graph(lambda: module.copy_async(target.pointer, source.pointer, source.num_bytes))
+    return 2 * source.num_bytes / timed({"ours": work}, repeats)["ours"].us * 1e6
+
+
+def repeat(pointer: int, num_bytes: int, stretch: np.ndarray) -> None:
+    """Fill device memory with a host array, over and over."""
+    module = device.module()
+    source = to_device(np.ascontiguousarray(stretch).view(np.uint8).reshape(-1))
+    done = min(source.nbytes, num_bytes)
+    module.copy_async(pointer, source.device_ptr, done)
+    while done < num_bytes:  # what is there is copied behind itself
+        step = min(done, num_bytes - done)
+        module.copy_async(pointer + done, pointer, step)
+        done += step
+    module.synchronize()
+
+
+def random_tensor(rng: np.random.Generator, shape: tuple[int, ...]) -> DeviceTensor:
+    """Normal numbers in bfloat16: one stretch of them over and over, from anywhere in it on."""
+    tensor, stretch = empty(shape, "bfloat16"), _normal_stretch()
+    begin = int(rng.integers(len(stretch)))
+    some = np.concatenate([stretch[begin:], stretch[:begin]])[: tensor.size]
+    repeat(tensor.device_ptr, tensor.nbytes, some)
+    return tensor
+
+
+@lru_cache(maxsize=1)
+def _normal_stretch() -> np.ndarray:
+    """Made once: the 224 matrices of a 7B model would take longer than their measurement."""
+    numbers = np.random.default_rng(0).standard_normal(_STRETCH, np.float32)
+    return (numbers.view(np.uint32) >> 16).astype(np.uint16)
