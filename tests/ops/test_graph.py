@@ -12,7 +12,7 @@ from arguments import OP_NAMES, call, make_arguments, results
 from builders import running_on
 from tolerances import assert_equal_bits
 
-from codellama_rt import ops
+from codellama_rt import _core, ops
 from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops.schema import OPS
 
@@ -200,7 +200,7 @@ def test_ops_alone_do_not_import_mindspore():
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
 def test_the_library_needs_no_symbol_of_mindspore_or_python():
-    library = Path(ops._core.__file__).with_name("libcodellama_rt_cpu.so")
+    library = Path(_core.__file__).with_name("libcodellama_rt_cpu.so")
     listing = subprocess.run(
         ["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True
     )

@@ -1,0 +1,146 @@
+"""Pairs with peers: turns, settings, faults; the peers themselves are no dependencies."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from codellama_rt.bench import pairs, peer_rows
+from codellama_rt.bench.pairs import Peer, compare, take_turns
+from codellama_rt.bench.peer_rows import Setting, settings
+from codellama_rt.bench.runner import Runner
+from codellama_rt.checkpoint import open_checkpoint
+
+PEERS = Path(pairs.__file__).with_name("peers")
+
+ECHO = '''
+import sys
+sys.path.insert(0, {peers!r})
+from orders import serve
+
+
+class Echo:
+    """Answers at once, and prints where it should not."""
+
+    def open(self, **unused):
+        print("a line of the library's own")
+        return {{"version": "1"}}
+
+    def decode(self, depth, steps):
+        return {{"seconds": [0.5] * steps}}
+
+    def fail(self):
+        raise KeyError("nothing")
+
+    def die(self):
+        sys.exit("dead")
+
+
+serve(Echo())
+'''
+
+
+@pytest.fixture
+def echo(tmp_path, monkeypatch):
+    """A peer that is none."""
+    folder = tmp_path / "peers"
+    folder.mkdir()
+    (folder / "peer_llamacpp.py").write_text(ECHO.format(peers=str(PEERS)))
+    monkeypatch.setattr(pairs, "__file__", str(tmp_path / "pairs.py"))
+    peer = Peer(sys.executable, "peer_llamacpp")
+    yield peer
+    peer.close()
+
+
+def test_a_peer_answers_and_its_faults_are_told(echo):
+    assert echo.ask("open", model="x") == {"version": "1"}
+    assert echo.ask("decode", depth=3, steps=2) == {"seconds": [0.5, 0.5]}
+    with pytest.raises(RuntimeError, match="peer_llamacpp: KeyError: 'nothing'"):
+        echo.ask("fail")
+    with pytest.raises(RuntimeError, match="ended with 1: dead; --peer-python"):
+        echo.ask("die")
+
+
+def test_pairs_take_turns_and_unsteady_rounds_do_not_count():
+    order = []
+    rounds = take_turns(
+        lambda: order.append("ours") or [1.0, 2.0], lambda: order.append("peer") or [4.0], 2
+    )
+    assert order == ["ours", "peer", "ours", "peer", "peer", "ours"]
+    rounds[0] |= {"drift": 0.0, "read_bandwidth": 10.0}
+    rounds[1] |= {"drift": 0.5, "read_bandwidth": 20.0, "ours": [100.0]}
+    row = compare(rounds, 3)
+    assert (row["ratio"], row["best_ratio"]) == (pytest.approx(4 / 1.5), 4.0)
+    assert row["share"] == pytest.approx(3 / 1.5 / 10)
+    assert (row["steady"], row["rounds"]) == (1, 2)
+
+
+def test_settings_leave_out_what_does_not_exist():
+    kvs = ["bfloat16", "int4"]
+    assert settings(["llama.cpp"], ["int4"], kvs) == [
+        Setting("llama.cpp", "int4", "bfloat16", True),
+        Setting("llama.cpp", "int4", "bfloat16", False),
+        Setting("llama.cpp", "int4", "int4", True),
+    ]
+    both = settings(["transformers", "ctranslate2"], ["float32", "int8"], kvs)
+    assert [(s.peer, s.weights, s.kv) for s in both] == [
+        ("transformers", "float32", "float32"), ("ctranslate2", "int8", "bfloat16"),
+    ]  # fmt: skip
+    assert settings(["llama.cpp"], ["int8"], ["int8"])[0].peer_name == (
+        "llama.cpp q8_0, q8_0 cache, flash"
+    )
+    with pytest.raises(ValueError, match="no pair"):
+        settings(["ctranslate2"], ["bfloat16"], kvs)
+
+
+class Twin:
+    """A peer that is a second runner of ours."""
+
+    def __init__(self, python, script):
+        self.python, self.script, self.runner, self.orders = python, script, None, []
+
+    def ask(self, do, **given):
+        self.orders.append(do)
+        if do == "open":
+            self.runner = Runner(open_checkpoint(given["model"]), 200)
+            return {"version": "twin"}
+        if do == "logits":
+            return {"logits": self.runner.logits(given["token_ids"]).tolist()}
+        if do == "decode":
+            return {"seconds": self.runner.decode(given["depth"], given["steps"])}
+        return {"seconds": self.runner.prefill(given["num_tokens"])} if do == "prefill" else {}
+
+    def close(self):
+        self.runner = None
+
+
+def test_peer_rows(monkeypatch):
+    monkeypatch.setattr(peer_rows, "Peer", Twin)
+    monkeypatch.setattr(peer_rows, "SHALLOW", 64)
+    work = peer_rows.Work(depths=[100], attention=[128], prefills=[20], rounds=2, steps=2)
+    rows = list(
+        peer_rows.peer_rows(
+            settings(["transformers"], ["bfloat16"], ["auto"]), work, python="python",
+            shape="tiny", layers=2,
+        )
+    )  # fmt: skip
+    assert [row["what"] for *_, row in rows] == ["decode", "prefill", "attention"]
+    assert [row["layers"] for *_, row in rows] == [2, 2, 1]
+    assert {row["version"] for *_, row in rows} == {"twin"}
+
+
+def test_two_models_that_differ_are_not_compared(monkeypatch):
+    class Other(Twin):
+        def ask(self, do, **given):
+            answer = super().ask(do, **given)
+            return {"logits": answer["logits"][::-1]} if do == "logits" else answer
+
+    monkeypatch.setattr(peer_rows, "Peer", Other)
+    work = peer_rows.Work(depths=[100], rounds=1, steps=1)
+    with pytest.raises(RuntimeError, match="computes another model than ours"):
+        list(
+            peer_rows.peer_rows(
+                settings(["transformers"], ["bfloat16"], ["auto"]), work, python="python",
+                shape="tiny", layers=1,
+            )
+        )  # fmt: skip
