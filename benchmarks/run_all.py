@@ -2,7 +2,7 @@
 
     python benchmarks/run_all.py --peer-python PYTHON [--out docs] [--quick]
 
-About ten minutes. Without --peer-python the pairs are left out.
+About twenty minutes. Without --peer-python the pairs are left out.
 """
 
 import argparse
@@ -17,13 +17,20 @@ OPS = (
     "ops --shape 34b --dtype bfloat16,int8,int4 --op paged_attention --tokens 1 --keys 100000",
 )
 GENERATE = (
-    "generate --layers 4 --weights bfloat16,int8 --depth 1024,4096,16384 --steps 12",
+    "generate --layers 4 --weights bfloat16,int8 --depth 1024,4096,16384 --prefill 512 --steps 12",
     "generate --layers 4 --weights int4 --kv-dtype int8,int4 --depth 1024,4096,16384,32768,100000 "
     "--steps 12",
+    "generate --layers 4 --weights bfloat16 --kv-dtype bfloat16,int8 --depth 512 --prefill 4096 "
+    "--steps 4 --repeats 2",
+    "generate --weights int4 --kv-dtype int4 --depth 100000 --steps 4",
 )
 PEERS = (
-    "peers --peer llama.cpp --weights bfloat16 --depth 512,4096,16384 --rounds 4 --steps 4",
-    "peers --peer ctranslate2 --weights int8 --prefill 512 --rounds 4",
+    "peers --weights bfloat16 --kv-dtype float16 --depth 512,16384 --rounds 5 --steps 5",
+    "peers --weights int8,int4 --kv-dtype float16 --depth 512 --prefill '' --rounds 6 --steps 6",
+    "peers --kv-dtype float16 --attention 100000 --depth '' --prefill '' --rounds 3 --steps 2",
+    "peers --shape 34b --kv-dtype float16 --attention 100000 --depth '' --prefill '' --rounds 3 "
+    "--steps 2",
+    "peers --peer ctranslate2 --weights int8 --depth '' --prefill 512,4096 --rounds 3",
 )
 
 
