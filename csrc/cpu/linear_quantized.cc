@@ -194,13 +194,16 @@ inline PlacedTile find_tile(const LinearParams& p, int64_t tile) {
           column + row};
 }
 
-inline void put_tile(const LinearParams& p, const PlacedTile& tile, const float* totals,
-                     int64_t stride) {
+// A token's tiles together: rows of `out` lie pages apart.
+inline void put_tiles(const LinearParams& p, const PlacedTile* tiles, int64_t count,
+                      const float* totals, int64_t stride) {
   with_type(p.out_dtype, [&](auto out_type) {
     using T = decltype(out_type);
     for (int64_t t = 0; t < p.num_tokens; ++t) {
-      T* out = static_cast<T*>(p.out) + t * p.out_stride + tile.column;
-      convert(totals + t * stride, out, tile.num_rows);
+      T* out = static_cast<T*>(p.out) + t * p.out_stride;
+      for (int64_t i = 0; i < count; ++i) {
+        convert(totals + t * stride + i * kWeightTile, out + tiles[i].column, tiles[i].num_rows);
+      }
     }
   });
 }
@@ -262,7 +265,7 @@ void multiply_tiles(const LinearParams& p, const Cut& cut, const TokenGroup* x, 
       }
       multiply_chunk<Layout>(p, x, g, length, ahead, rows, count * kParts, totals, stride);
     }
-    for (int64_t i = 0; i < count; ++i) put_tile(p, tiles[i], totals + i * kWeightTile, stride);
+    put_tiles(p, tiles, count, totals, stride);
   }
 }
 
