@@ -72,8 +72,6 @@ struct DotOf<bf16> {
 };
 #endif
 
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // How k is cut: a function of k and the dot alone. A step is one vector.
 template <typename Dot>
 struct Cut {

@@ -41,8 +41,6 @@ constexpr int64_t kTasks = 32;
 constexpr int64_t kPrefetchBytes = 4096;  // every line of it: one a group gave int4 86 %, not 100
 constexpr int64_t kCacheLine = 64;
 
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // ---- activations: panels (group, token) ----------------------------------------------------
 
 template <typename X>

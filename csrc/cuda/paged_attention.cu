@@ -6,12 +6,11 @@
 //          rows of a longer chunk; partial results: 0.4 % more for one row, 3 % for eight
 // Limit    memory read up to 16 rows (16 FLOP/byte of the 200 that matrix instructions have);
 //          arithmetic in prefill
-// Tiling   attention_plan.cuh; up to 16 queries: attend_split; more: attention_wgmma.cu on Hopper
-// at
-//          head_dim 128 over a float cache, attend_unsplit elsewhere
-// Numerics scores and sums in fp32; the query and the weights are rounded to the cache's 16-bit
-// type
-//          (an int8 or fp8 cache: to bf16; its scales multiply scores and weights, never elements);
+// Tiling   attention_plan.cuh; up to 16 queries: attend_split; more: attention_wgmma.cu on
+//          Hopper at head_dim 128 over a float cache, attend_unsplit elsewhere
+// Numerics scores and sums in fp32; the query and the weights are rounded to the cache's
+//          16-bit type (an int8 or fp8 cache: to bf16; its scales multiply scores and weights,
+//          never elements);
 //          unused slots of a page may hold anything; a query without keys gives 0, lse = -inf
 #include "attention.h"
 #include "ops.h"
