@@ -35,6 +35,13 @@ namespace {
 constexpr int64_t kDirectRows = 4;        // up to this many, keys are multiplied as they lie
 constexpr int64_t kDirectValueRows = 16;  // up to this many, values too: converted at each use
 
+template <typename T>
+QueryLayout query_layout(const Attention& a, int64_t num_rows) {
+  const bool direct = num_rows <= kDirectRows && a.head_dim == a.padded_dim();
+  const int spread = direct ? kLanes : num_rows <= kQueryGroups * kLanes / 4 ? 4 : 1;
+  return {Words<T>::num_chunks(a.head_dim), spread};
+}
+
 // What a task works in, on its thread. Query and states are of all its heads, the rest of one.
 struct Workspace {
   float *query, *split, *total, *keys, *values, *scores;
@@ -42,8 +49,9 @@ struct Workspace {
 
   Workspace(const Attention& a, int64_t num_heads, int64_t num_rows) {
     const int64_t dim = a.padded_dim(), states = num_heads * num_rows * a.state_floats();
-    const int64_t sizes[] = {
-        num_heads * num_rows * dim, states, states, kTile * dim, kTile * dim, num_rows * kTile};
+    const int64_t queries = ceil_div(num_rows, kLanes) * kLanes * dim;  // groups of rows are whole
+    const int64_t sizes[] = {num_heads * queries, states,      states,
+                             kLanes * dim,        kTile * dim, num_rows * kTile};
     float** const parts[] = {&query, &split, &total, &keys, &values, &scores};
     int64_t floats = 0;
     for (int64_t size : sizes) floats += size;
@@ -131,7 +139,7 @@ void add_values(const Block& block, const Seen& seen, const V* const* groups, in
             weights + row * kTile, groups, row_stride, fetch, num_keys, vec * kLanes,
             states + row * state_floats, state_floats);
       };
-      if (!kDirect) fetch.step(kTile * kValueShares);
+      if (!kDirect) fetch.step(kTile);
       if (width == kPacked<V>) return panel(std::integral_constant<int, kPacked<V>>());
       if constexpr (n == 1) {
         if (width > kPanel) return panel(std::integral_constant<int, 2 * kPanel>());
@@ -156,43 +164,54 @@ void add_values(const Block& block, const Seen& seen, const V* const* groups, in
   }
 }
 
-// A few rows: keys and values are used as they lie.
-template <typename T>
-void attend_tile_directly(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
-                          const float* query, const QueryScale* scales, const Workspace& work,
-                          float* states) {
-  const Attention& a = block.a;
-  const Seen seen(block, key);
-  const int64_t panels = ceil_div(a.head_dim, value_panel(block.num_rows) * kLanes);
-  Fetch fetch(next, a.head_dim, (block.num_rows + panels) * kTile * kValueShares);
-  for (int64_t row = 0; row < block.num_rows; ++row) {
-    score_row(tile, fetch, query + row * a.head_dim, seen(row), a.head_dim,
-              work.scores + row * kTile);
+template <int kSpread, typename T>
+void score_groups_of_rows(const Block& block, const Tile<T>& tile, const Seen& seen, Fetch& fetch,
+                          const float* query, const Workspace& work) {
+  const QueryLayout layout{Words<T>::num_chunks(block.a.head_dim), kSpread};
+  const int64_t rows = block.num_rows, group_rows = layout.rows();
+  for (int first = 0; first < tile.num_keys; first += kLanes) {
+    with_spread_keys<kSpread>(
+        tile, first, block.a.head_dim, work.keys, [&](const auto* keys, auto chunks) {
+          for_rows<kQueryGroups>(0, ceil_div(rows, group_rows), [&](int64_t group, auto groups) {
+            const int64_t row = group * group_rows;
+            const int64_t left = smaller(rows - row, groups * group_rows);
+            if (seen(row + left - 1) <= first) return;
+            score_rows<T, decltype(chunks)::value, kSpread, decltype(groups)::value>(
+                query + group * layout.group_floats(), keys, layout.chunks, left, fetch,
+                work.scores + row * kTile + first);
+          });
+        });
   }
-  soften_rows(block, tile, seen, fetch, scales, work.scores, states);
-  add_values<true>(block, seen, tile.values, tile.row_stride, fetch, work.scores, states);
 }
 
-// Many rows share one transpose of the keys and one conversion of the values.
+// What follows the tile's keys in memory, its values, is asked for meanwhile.
+template <typename T>
+void score_tile(const Block& block, const Tile<T>& tile, const Seen& seen,
+                const QueryLayout& layout, const float* query, const Workspace& work) {
+  const int64_t dim = block.a.head_dim, rows = block.num_rows;
+  Fetch fetch = fetch_values(tile, dim, ceil_div(rows, layout.rows()) * layout.rows() * kTile);
+  if (layout.spread == 1) return score_groups_of_rows<1>(block, tile, seen, fetch, query, work);
+  if (layout.spread == 4 && kLanes != 4) {
+    return score_groups_of_rows<4>(block, tile, seen, fetch, query, work);
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    score_row(tile, fetch, query + row * layout.group_floats(), seen(row), dim,
+              work.scores + row * kTile);
+  }
+}
+
+// A few rows use values as they lie; many share one conversion.
 template <typename T>
 void attend_tile(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
-                 const float* query, const QueryScale* scales, const Workspace& work,
-                 float* states) {
+                 const QueryLayout& layout, const float* query, const QueryScale* scales,
+                 const Workspace& work, float* states) {
   const Attention& a = block.a;
-  const int64_t dim = a.padded_dim(), chunks = Words<T>::num_chunks(a.head_dim);
-  const int64_t rows = block.num_rows, panels = ceil_div(dim, value_panel(rows) * kLanes);
+  const int64_t dim = a.padded_dim(), rows = block.num_rows;
   const Seen seen(block, key);
-  Fetch fetch(next, a.head_dim,
-              kTile / kLanes * kTransposeShares +
-                  ceil_div(rows, kScoreRows<T>) * kTile / kPanel * kScoreShares<T> +
-                  rows * kSoftenShares +
-                  ceil_div(rows, kValueRows) * panels * kTile * kValueShares);
-  transpose_keys(tile, fetch, a.head_dim, work.keys);
-  for_rows<kScoreRows<T>>(0, rows, [&](int64_t row, auto step) {
-    constexpr int n = decltype(step)::value;
-    score_rows<T, n>(query + row * dim, dim, work.keys, chunks, seen(row + n - 1), fetch,
-                     work.scores + row * kTile);
-  });
+  score_tile(block, tile, seen, layout, query, work);
+  const int64_t panels = ceil_div(dim, value_panel(rows) * kLanes);
+  Fetch fetch = fetch_keys(next, a.head_dim,
+                           rows * kSoftenShares + ceil_div(rows, kValueRows) * panels * kTile);
   soften_rows(block, tile, seen, fetch, scales, work.scores, states);
   if (rows <= kDirectValueRows && a.head_dim == dim) {
     add_values<true>(block, seen, tile.values, tile.row_stride, fetch, work.scores, states);
@@ -210,11 +229,11 @@ void attend_split(const Attention& a, const Task& task, int64_t split, const Wor
                   float* states) {
   const Block first{a, task, task.first_head};
   const int64_t stride = first.num_rows * a.state_floats();
-  const int64_t query_stride = first.num_rows * a.padded_dim();
+  const QueryLayout layout = query_layout<T>(a, first.num_rows);
+  const int64_t query_stride = ceil_div(first.num_rows, layout.rows()) * layout.group_floats();
   const int64_t num_heads = task.end_head - task.first_head;
   for (int64_t row = 0; row < num_heads * first.num_rows; ++row) clear(first.state(states, row));
   const int64_t end = smaller((split + 1) * kSplit, first.most_keys());
-  const bool direct = first.num_rows <= kDirectRows && a.head_dim == a.padded_dim();
   Tile<T> tile = tile_at<T>(first, split * kSplit);
   for (int64_t key = split * kSplit; key < end; key += kTile) {
     for (int64_t h = 0; h < num_heads; ++h) {
@@ -224,11 +243,7 @@ void attend_split(const Attention& a, const Task& task, int64_t split, const Wor
       const Tile<T> next = tile_at<T>(next_block, last ? key + kTile : key);
       const float* query = work.query + h * query_stride;
       const QueryScale* scales = work.scales + h * first.num_rows;
-      if (direct) {
-        attend_tile_directly(block, key, tile, next, query, scales, work, states + h * stride);
-      } else {
-        attend_tile(block, key, tile, next, query, scales, work, states + h * stride);
-      }
+      attend_tile(block, key, tile, next, layout, query, scales, work, states + h * stride);
       tile = next;
     }
   }
@@ -294,16 +309,19 @@ void run_task(const Attention& a, const Task& task) {
   const auto for_heads = [&](const auto& body) {
     for (int64_t h = 0; h < num_heads; ++h) body(h, Block{a, task, task.first_head + h});
   };
+  const QueryLayout layout = query_layout<T>(a, rows);
+  const int64_t query_floats = ceil_div(rows, layout.rows()) * layout.group_floats();
+  std::memset(work.query, 0, num_heads * query_floats * sizeof(float));
   for_heads([&](int64_t h, const Block& block) {
     for (int64_t row = 0; row < rows; ++row) {
       const Q* query = static_cast<const Q*>(a.query) + block.output_row(row) * a.head_dim;
-      float* words = work.query + (h * rows + row) * a.padded_dim();
+      QueryScale& scale = work.scales[h * rows + row];
       if constexpr (kQuantized<T>) {
-        work.scales[h * rows + row] =
-            pack_quantized_query<T>(query, a.head_dim, words, work.values);
+        scale = pack_quantized_query<T>(query, a.head_dim, work.keys, work.values);
       } else {
-        work.scales[h * rows + row] = pack_query<T>(query, a.head_dim, words);
+        scale = pack_query<T>(query, a.head_dim, work.keys);
       }
+      layout.lay(row, work.keys, work.query + h * query_floats);
       clear(block.state(work.total + h * states, row));
     }
   });

@@ -1,5 +1,7 @@
-// The scores of attention: a tile's keys as they lie, or transposed, times queries.
+// The scores of attention: a tile's keys times queries.
 #pragma once
+
+#include <type_traits>
 
 #include "attention_tile.h"
 
@@ -7,126 +9,44 @@ namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
-// The rows of the kLanes keys from `first` on; past the last key, the last one's again.
+// Past the last key, the last one's again; a quantised group's rows are there to be read.
 template <typename T>
-inline void key_rows(const Tile<T>& tile, int first, typename Words<T>::Row (&rows)[kLanes]) {
-  const int last = tile.num_keys - 1 - first;
-  for (int i = 0; i < kLanes; ++i) {
-    rows[i] = Words<T>::key_row(tile.keys[first / kGroup], first % kGroup + (i < last ? i : last),
-                                tile.row_stride);
+inline typename Words<T>::Row key_row(const Tile<T>& tile, int key) {
+  if (!kQuantized<T> && key >= tile.num_keys) key = tile.num_keys - 1;
+  return Words<T>::key_row(tile.keys[key / kGroup], key % kGroup, tile.row_stride);
+}
+
+// ---- one row against keys as they lie --------------------------------------------------------
+
+template <typename T, typename Dot>
+inline void score_keys(Fetch& fetch, int num_keys, float* scores, const Dot& dot) {
+  for (int first = 0; first < num_keys; first += kLanes) {
+    Vec lanes[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      fetch.step(kLanes / 4);
+      Vec keys[kLanes / 4];
+      for (int q = 0; q < kLanes / 4; ++q) keys[q] = dot(first + 4 * q + i);
+      lanes[i] = sum_quads(keys, Words<T>::add);
+    }
+    store(scores + first, sum_lanes(lanes[0], lanes[1], lanes[2], lanes[3], Words<T>::add));
   }
 }
 
-#if defined(__AVX512F__)
-// Transposes the chunks that are whole; returns how many.
-template <typename T>
-inline int64_t transpose_whole(const T* const (&keys)[kLanes], int64_t head_dim, float* words) {
-  const int64_t chunks = Words<T>::num_chunks(head_dim), count = Words<T>::count(head_dim);
-  constexpr bool kSplit = sizeof(T) == 2 && !kPairWords<T>;  // a column holds two words
-  constexpr int64_t kStep = kSplit ? 2 : 1;
-  const void* rows[kLanes];
-  for (int i = 0; i < kLanes; ++i) rows[i] = keys[i];
-  int64_t c = 0;
-  for (; (c + kStep) * kLanes <= count; c += kStep) {
-    Vec columns[kLanes];
-    load_columns(rows, c / kStep * 4 * kLanes, columns);
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t word = c * kLanes + kStep * i;
-      float* to = words + (word % kLanes * chunks + word / kLanes) * kTile;
-      if constexpr (kSplit) {
-        Vec odd;
-        split_pairs<T>(columns[i], odd);
-        store(to + chunks * kTile, odd);
-      }
-      store(to, columns[i]);
-    }
-  }
-  return c;
-}
-#endif
-
-// words[(j * chunks + c) * kTile + i] = word c * kLanes + j of key i: the words of chain j
-// together.
-template <typename T>
-void transpose_keys(const Tile<T>& tile, Fetch& fetch, int64_t head_dim, float* words) {
-  const int64_t chunks = Words<T>::num_chunks(head_dim);
-  for (int first = 0; first < tile.num_keys; first += kLanes) {
-    typename Words<T>::Row rows[kLanes];
-    key_rows(tile, first, rows);
-    fetch.step(kTransposeShares);
-    int64_t c = 0;
-#if defined(__AVX512F__)
-    if constexpr (!kQuantized<T>) {
-      c = transpose_whole<T>(rows, head_dim, words + first);
-    }
-#endif
-    for (; c < chunks; ++c) {
-      Vec lanes[kLanes];
-      for (int i = 0; i < kLanes; ++i) lanes[i] = Words<T>::load_chunk(rows[i], c, head_dim);
-      transpose(lanes);
-      for (int j = 0; j < kLanes; ++j) store(words + (j * chunks + c) * kTile + first, lanes[j]);
-    }
-  }
-}
-
-// ---- scores = query . keys ----------------------------------------------------------------
-
-// One row against keys as they lie. kChunks: num_chunks where known, for the query to stay in
-// registers, or 0.
+// kChunks: num_chunks where known, for the query to stay in registers, or 0.
 template <typename T, int kChunks>
 void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
                int64_t head_dim, float* scores) {
   const int64_t chunks = kChunks ? kChunks : Words<T>::num_chunks(head_dim);
-  for (int first = 0; first < num_keys; first += kLanes) {
-    typename Words<T>::Row rows[kLanes];
-    key_rows(tile, first, rows);
-    Vec chains[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      fetch.step(kValueShares);
-      chains[i] = splat(0.0f);
-      for (int64_t c = 0; c < chunks; ++c) {
-        const Vec key = kChunks ? Words<T>::load_whole_chunk(rows[i], c)
-                                : Words<T>::load_chunk(rows[i], c, head_dim);
-        chains[i] = Words<T>::multiply_add(load(query + c * kLanes), key, chains[i]);
-      }
-    }
-    transpose(chains);
-    Vec total = splat(0.0f);
-    for (const Vec& chain : chains) total = total + chain;
-    store(scores + first, total);
-  }
-}
-
-// The same of quantised keys. Their sums are exact, so lanes are added in pairs, in half the
-// shuffles of a transpose; a group's rows past the last key are there to be read.
-template <typename Dot>
-inline void score_groups(Fetch& fetch, int num_keys, float* scores, const Dot& dot) {
-  for (int first = 0; first < num_keys; first += kLanes) {
-    Vec quads[kLanes / 4];
-#pragma GCC unroll 4
-    for (int q = 0; q < kLanes / 4; ++q) {
-      fetch.step(4 * kValueShares);
-      const int key = first + 4 * q;
-      quads[q] = sum_lanes(dot(key), dot(key + 1), dot(key + 2), dot(key + 3));
-    }
-    store(scores + first, join_lanes(quads));
-  }
-}
-
-template <typename T, int kChunks>
-void score_exact_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
-                     int64_t head_dim, float* scores) {
-  const int64_t chunks = kChunks ? kChunks : Words<T>::num_chunks(head_dim);
-  score_groups(fetch, num_keys, scores, [&](int key) {
-    const auto row = Words<T>::key_row(tile.keys[key / kGroup], key % kGroup, tile.row_stride);
-    Vec sum = splat(0.0f);
+  score_keys<T>(fetch, num_keys, scores, [&](int key) {
+    const auto row = key_row(tile, key);
+    Vec chains = splat(0.0f);
     for (int64_t c = 0; c < chunks; ++c) {
       const Vec words =
           kChunks ? Words<T>::load_whole_chunk(row, c) : Words<T>::load_chunk(row, c, head_dim);
-      sum = Words<T>::multiply_add(load(query + c * kLanes), words, sum);
+      chains = Words<T>::multiply_add(load(query + c * kLanes), words, chains);
     }
-    return sum;
+    return chains;
   });
 }
 
@@ -149,7 +69,7 @@ inline void score_row_bytes(const Tile<Nibbles>& tile, Fetch& fetch, const float
     low[i] = _mm512_inserti64x4(_mm512_castsi256_si512(parts[1][0]), parts[1][1], 1);
   }
   const __m512i fours = _mm512_set1_epi8(15), bit = _mm512_set1_epi8(16);
-  score_groups(fetch, num_keys, scores, [&](int key) {
+  score_keys<Nibbles>(fetch, num_keys, scores, [&](int key) {
     const uint8_t* group = &tile.keys[key / kGroup]->bits;
     const __m512i row = _mm512_loadu_si512(group + key % kGroup * 64);
     uint64_t even_bits, odd_bits;
@@ -178,11 +98,7 @@ void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_ke
   const int64_t chunks = Words<T>::has_whole_chunks(head_dim) ? Words<T>::num_chunks(head_dim) : 0;
   const auto score = [&](auto known) {
     constexpr int n = decltype(known)::value;
-    if constexpr (kQuantized<T>) {
-      score_exact_row<T, n>(tile, fetch, query, num_keys, head_dim, scores);
-    } else {
-      score_row<T, n>(tile, fetch, query, num_keys, head_dim, scores);
-    }
+    score_row<T, n>(tile, fetch, query, num_keys, head_dim, scores);
   };
   switch (chunks) {
     case 2:
@@ -196,53 +112,145 @@ void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_ke
   }
 }
 
-// kRows rows against kVecs vectors of transposed keys.
-template <typename T, int kRows, int kVecs>
-inline void score_panel(const float* query, int64_t query_stride, const float* words,
-                        int64_t chunks, Fetch& fetch, float* scores) {
-  Vec totals[kRows][kVecs];
-  for (auto& row : totals) {
-    for (Vec& total : row) total = splat(0.0f);
+// ---- many rows ---------------------------------------------------------------------------------
+
+constexpr int kQueryGroups = 3;  // that share a load of a key's words
+
+// How queries lie: kLanes / spread rows a group, of each `spread` words in a vector's lanes. For
+// one row against keys as they lie, spread is kLanes; many rows take 4 or 1.
+struct QueryLayout {
+  int64_t chunks;
+  int spread;
+
+  int rows() const { return kLanes / spread; }  // of a group
+  int64_t group_floats() const { return rows() * chunks * kLanes; }
+  // The first word of a group's vector number `chain` of each chunk. Two neighbours are added
+  // first, then two sums of two, and so on: the tree of sum_quads, then of sum_lanes.
+  static constexpr int chain_word(int spread, int chain) {
+    const int lane = chain / (kLanes / 4);
+    return spread == 1 ? chain % (kLanes / 4) * 4 + lane % 2 * 2 + lane / 2 : spread * chain;
   }
-  for (int j = 0; j < kLanes; ++j) {
-    fetch.step(kScoreShares<T>);
-    Vec chains[kRows][kVecs];
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) {  // exact sums are one chain
-        chains[r][v] = kQuantized<T> ? totals[r][v] : splat(0.0f);
+  void lay(int64_t row, const float* words, float* groups) const {
+    float* to = groups + row / rows() * group_floats() + row % rows() * spread;
+    for (int chain = 0; chain < kLanes / spread; ++chain) {
+      for (int64_t c = 0; c < chunks; ++c, to += kLanes) {
+        std::memcpy(to, words + c * kLanes + chain_word(spread, chain), spread * sizeof(float));
       }
     }
-    for (int64_t c = 0; c < chunks; ++c, words += kTile) {
-      Vec keys[kVecs];
-      for (int v = 0; v < kVecs; ++v) keys[v] = hold(load(words + v * kLanes));
-      for (int r = 0; r < kRows; ++r) {
-        const Vec q = splat(query[r * query_stride + c * kLanes + j]);
-        for (int v = 0; v < kVecs; ++v) {
-          chains[r][v] = Words<T>::multiply_add(q, keys[v], chains[r][v]);
+  }
+};
+
+// kLanes keys against kGroups groups of rows: totals[g][k] are of key k.
+template <typename T, int kChunks, int kSpread, int kGroups, typename Key>
+inline void score_groups(const float* queries, const Key* keys, int64_t num_chunks, Fetch& fetch,
+                         Vec (&totals)[kGroups][kLanes]) {
+  constexpr int kKeys = (kLanes == 16 ? 4 : 2) * (kGroups == 1 ? 2 : 1);
+  constexpr int kPerWord = std::is_same_v<Key, int8_t> ? 2 : 1;
+  constexpr int kChains = kLanes / kSpread;
+  const int64_t chunks = kChunks ? kChunks : num_chunks, stride = chunks * kLanes * kPerWord;
+  const int64_t group_floats = kChains * chunks * kLanes;
+  for (int first = 0; first < kLanes; first += kKeys, keys += kKeys * stride) {
+    Vec chains[kGroups][kKeys], sums[5][kGroups][kKeys];
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) {
+      fetch.step(kGroups * kKeys);
+      if (i == 0 || !kQuantized<T>) {  // exact sums are one chain
+        for (auto& group : chains) {
+          for (Vec& chain : group) chain = splat(0.0f);
         }
       }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) {
-        totals[r][v] = kQuantized<T> ? chains[r][v] : totals[r][v] + chains[r][v];
+      const Key* words = keys + QueryLayout::chain_word(kSpread, i) * kPerWord;
+      for (int64_t c = 0; c < chunks; ++c) {
+        Vec query[kGroups];
+        for (int g = 0; g < kGroups; ++g) {
+          query[g] = hold(load(queries + g * group_floats + (i * chunks + c) * kLanes));
+        }
+        for (int k = 0; k < kKeys; ++k) {
+          const Vec key = hold(spread<kSpread>(words + k * stride + c * kLanes * kPerWord));
+          for (int g = 0; g < kGroups; ++g) {
+            chains[g][k] = Words<T>::multiply_add(query[g], key, chains[g][k]);
+          }
+        }
+      }
+      if (kQuantized<T>) continue;
+      int level = 0;
+      for (int n = i; n % 2; n /= 2, ++level) {
+        for (int g = 0; g < kGroups; ++g) {
+          for (int k = 0; k < kKeys; ++k) chains[g][k] = sums[level][g][k] + chains[g][k];
+        }
+      }
+      for (int g = 0; g < kGroups; ++g) {
+        for (int k = 0; k < kKeys; ++k) sums[level][g][k] = chains[g][k];
       }
     }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVecs; ++v) store(scores + r * kTile + v * kLanes, totals[r][v]);
+    for (int g = 0; g < kGroups; ++g) {
+      for (int k = 0; k < kKeys; ++k) totals[g][first + k] = chains[g][k];
+    }
   }
 }
 
-template <typename T, int kRows>
-void score_rows(const float* query, int64_t query_stride, const float* words, int64_t chunks,
-                int num_keys, Fetch& fetch, float* scores) {
-  int key = 0;
-  for (; key + (kPanel - 1) * kLanes < num_keys; key += kPanel * kLanes) {
-    score_panel<T, kRows, kPanel>(query, query_stride, words + key, chunks, fetch, scores + key);
+// The scores of a group's first num_rows rows.
+template <typename T, int kSpread>
+inline void store_scores(Vec (&totals)[kLanes], int64_t num_rows, float* scores) {
+  if constexpr (kSpread == 1) {
+    transpose(totals);
+    for (int64_t row = 0; row < num_rows; ++row) store(scores + row * kTile, totals[row]);
+    return;
   }
-  for (; key < num_keys; key += kLanes) {
-    score_panel<T, kRows, 1>(query, query_stride, words + key, chunks, fetch, scores + key);
+  for (int key = 0; key < kLanes; key += 4) {
+    float quads[kLanes];
+    store(quads,
+          sum_lanes(totals[key], totals[key + 1], totals[key + 2], totals[key + 3], Words<T>::add));
+    for (int64_t row = 0; row < num_rows; ++row) {
+      std::memcpy(scores + row * kTile + key, quads + row * 4, 4 * sizeof(float));
+    }
   }
+}
+
+template <typename T, int kChunks, int kSpread, int kGroups, typename Key>
+void score_rows(const float* queries, const Key* keys, int64_t chunks, int64_t num_rows,
+                Fetch& fetch, float* scores) {
+  constexpr int kRows = kLanes / kSpread;
+  Vec totals[kGroups][kLanes];
+  score_groups<T, kChunks, kSpread>(queries, keys, chunks, fetch, totals);
+  for (int g = 0; g < kGroups; ++g) {
+    store_scores<T, kSpread>(totals[g], smaller(kRows, num_rows - g * kRows),
+                             scores + g * kRows * kTile);
+  }
+}
+
+// kLanes keys from `first` on as words that lie without gaps.
+template <typename T, int kChunks>
+void convert_keys(const Tile<T>& tile, int first, int64_t head_dim, float* words) {
+  const int64_t chunks = kChunks ? kChunks : Words<T>::num_chunks(head_dim);
+  for (int i = 0; i < kLanes; ++i) {
+    const auto row = key_row(tile, first + i);
+    for (int64_t c = 0; c < chunks; ++c, words += kLanes) {
+      store(words,
+            kChunks ? Words<T>::load_whole_chunk(row, c) : Words<T>::load_chunk(row, c, head_dim));
+    }
+  }
+}
+
+// Calls body(the words of kLanes keys from `first` on, num_chunks if it is that of a head_dim of
+// 128 or 0): as they lie where nothing but they lies there, or converted to `words`.
+template <int kSpread, typename T, typename Body>
+inline void with_spread_keys(const Tile<T>& tile, int first, int64_t head_dim, float* words,
+                             const Body& body) {
+  using Key = typename SpreadFrom<T, kSpread>::Type;
+  constexpr int kChunks = Words<T>::num_chunks(128);
+  if (head_dim != 128) {
+    convert_keys<T, 0>(tile, first, head_dim, words);
+    return body(words, std::integral_constant<int, 0>());
+  }
+  if constexpr (!std::is_void_v<Key>) {
+    if (tile.key_bytes > 0) {
+      const T* row = tile.keys[first / kGroup] + first % kGroup * tile.row_stride;
+      return body(reinterpret_cast<const Key*>(row), std::integral_constant<int, kChunks>());
+    }
+  }
+  convert_keys<T, kChunks>(tile, first, head_dim, words);
+  body(words, std::integral_constant<int, kChunks>());
 }
 
 }  // namespace

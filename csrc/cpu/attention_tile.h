@@ -1,11 +1,10 @@
 // The inner code of attention: a few query rows against one tile of 64 keys.
 //
 // A word is one element, or a pair of bfloat16 where the CPU multiplies pairs. A score is the sum
-// of kLanes chains in ascending order; chain j multiplies and adds the words j, j + kLanes, ...
-// This is what a dot product of vectors gives when its lanes are added in order, and a tile whose
-// keys are transposed, one key a lane, gives the same bits without a step across lanes. Few rows
-// take the first road (4 cycles a key and row on Zen 5), many the second (10 a key for the
-// transpose, shared by all rows, and 2.5 a key and row).
+// of kLanes chains; chain j multiplies and adds the words j, j + kLanes, ... Chains are added in
+// one tree: those whose numbers differ by a multiple of 4 first, then 0 and 2, 1 and 3, then both.
+// So one row may multiply a key's words as they lie, and many rows share a vector: of a few words
+// of some rows, times those words of a key again and again, which takes no step across lanes.
 #pragma once
 
 #include "attention_words.h"
@@ -31,15 +30,9 @@ constexpr int kPanel = kLanes == 16 ? 4 : 2;
 constexpr int kValueRows = kLanes == 16 ? 8 : 4;
 // Vectors of values: fewer for many rows, that each is converted once for all of them.
 constexpr int value_panel(int64_t rows) { return rows == 1 ? 2 * kPanel : rows <= 4 ? kPanel : 2; }
-template <typename T>
-constexpr int kScoreRows = kQuantized<T> ? 6 : 3;
 
-// What work on a tile asks for of the next one (class Fetch): about a share for 8 cycles.
-constexpr int kTransposeShares = 16;  // a vector of keys
-template <typename T>
-constexpr int kScoreShares = kScoreRows<T>;  // one word of kScoreRows rows
-constexpr int kSoftenShares = 5;             // a row
-constexpr int kValueShares = 1;              // a key and panel of kValueRows rows
+constexpr int kSoftenShares = 5;  // what work on a row asks memory for, next to a key and panel of
+                                  // kValueRows rows: about as long
 
 // Where the tile's groups lie. Groups past the last key stand for the last one again.
 template <typename T>
@@ -53,31 +46,26 @@ struct Tile {
 
 // ---- keys and values of a tile ------------------------------------------------------------
 
-// Asks memory for the keys, then the values of the next tile, a few lines at each step of the work
-// on this one: asked all at once they would hold up the loads behind them, and memory would rest
-// for the remainder of the tile.
+// Asks memory for a tile's keys or values, a few lines at each step of the work on others: asked
+// all at once they would hold up the loads behind them, and memory would rest for the remainder.
 class Fetch {
  public:
+  // group_bytes: 0 where rows of row_bytes lie `stride` bytes apart.
   template <typename T>
-  Fetch(const Tile<T>& next, int64_t head_dim, int64_t num_shares) {
-    const bool whole = next.key_bytes > 0;
-    const int64_t row_bytes = head_dim * sizeof(T);
-    stride_ = next.row_stride * sizeof(T);
-    rows_ = whole ? 1 : kGroup;
-    row_bytes_[0] = whole ? next.key_bytes : row_bytes;
-    row_bytes_[1] = whole ? next.value_bytes : row_bytes;
-    num_groups_ = ceil_div(next.num_keys, kGroup);
-    for (int g = 0; g < num_groups_; ++g) {
-      groups_[g] = reinterpret_cast<const char*>(next.keys[g]);
-      groups_[num_groups_ + g] = reinterpret_cast<const char*>(next.values[g]);
-    }
-    const int64_t lines = ceil_div(row_bytes_[0], kLine) + ceil_div(row_bytes_[1], kLine);
-    share_ = ceil_div(num_groups_ * rows_ * lines * kLine, num_shares);
-    if (num_groups_ > 0) start_group();
+  Fetch(const T* const (&groups)[kGroups], int num_keys, int64_t group_bytes, int64_t row_bytes,
+        int64_t stride, int64_t num_steps)
+      : groups_(reinterpret_cast<const char* const*>(groups)),
+        end_group_(groups_ + ceil_div(num_keys, kGroup)),
+        rows_(group_bytes > 0 ? 1 : kGroup),
+        row_bytes_(group_bytes > 0 ? group_bytes : row_bytes),
+        stride_(stride) {
+    const int64_t lines = (end_group_ - groups_) * rows_ * ceil_div(row_bytes_, kLine);
+    share_ = ceil_div(lines * kLine, num_steps);
+    if (lines > 0) start_row();
   }
 
-  void step(int64_t shares) {
-    due_ += shares * share_;
+  void step(int64_t steps) {
+    due_ += steps * share_;
     if (due_ < kLine || at_ == end_) return;
     const char* due = at_ + due_ / kLine * kLine;
     due_ %= kLine;
@@ -87,27 +75,37 @@ class Fetch {
 
  private:
   static constexpr int64_t kLine = 64;
-  void start_group() {
-    row_ = 0;
-    at_ = groups_[group_];
-    end_ = at_ + row_bytes_[group_ >= num_groups_];
+  void start_row() {
+    at_ = *groups_ + row_ * stride_;
+    end_ = at_ + row_bytes_;
   }
   void next_row() {
-    if (++row_ < rows_) {
-      at_ = groups_[group_] + row_ * stride_;
-      end_ = at_ + row_bytes_[group_ >= num_groups_];
-    } else if (++group_ < 2 * num_groups_) {
-      start_group();
+    if (++row_ == rows_) {
+      row_ = 0;
+      ++groups_;
+    }
+    if (groups_ < end_group_) {
+      start_row();
     } else {
       at_ = end_;
     }
   }
 
-  const char* groups_[2 * kGroups];
-  int num_groups_ = 0, group_ = 0;
+  const char *const *groups_, *const *end_group_;
+  int64_t rows_, row_bytes_, stride_, row_ = 0, share_, due_ = 0;
   const char *at_ = nullptr, *end_ = nullptr;
-  int64_t stride_, rows_, row_bytes_[2], row_ = 0, share_, due_ = 0;
 };
+
+template <typename T>
+Fetch fetch_keys(const Tile<T>& tile, int64_t head_dim, int64_t num_steps) {
+  return Fetch(tile.keys, tile.num_keys, tile.key_bytes, head_dim * sizeof(T),
+               tile.row_stride * sizeof(T), num_steps);
+}
+template <typename T>
+Fetch fetch_values(const Tile<T>& tile, int64_t head_dim, int64_t num_steps) {
+  return Fetch(tile.values, tile.num_keys, tile.value_bytes, head_dim * sizeof(T),
+               tile.row_stride * sizeof(T), num_steps);
+}
 
 }  // namespace
 }  // namespace CLRT_ISA

@@ -48,7 +48,7 @@ inline void add_values_panel(const float* weights, const V* const* groups, int64
     const V* row = groups[first / kGroup] + column / kPacked<V>;
     const int end = first + kGroup < num_keys ? first + kGroup : num_keys;
     for (int key = first; key < end; ++key, row += row_stride) {
-      if constexpr (kFetch) fetch.step(kValueShares);
+      if constexpr (kFetch) fetch.step(1);
       Vec values[kVecs];
       if constexpr (kPairs) {
         for (int j = 0; j < kVecs; j += 2) {

@@ -26,8 +26,10 @@ struct QueryScale {
 template <typename T>
 struct Words {
   using Row = const T*;
-  static int64_t count(int64_t head_dim) { return head_dim; }
-  static int64_t num_chunks(int64_t head_dim) { return ceil_div(count(head_dim), kLanes); }
+  static constexpr int64_t count(int64_t head_dim) { return head_dim; }
+  static constexpr int64_t num_chunks(int64_t head_dim) {
+    return ceil_div(count(head_dim), kLanes);
+  }
   static bool has_whole_chunks(int64_t head_dim) { return head_dim % (2 * kLanes) == 0; }
   static Row key_row(const T* group, int i, int64_t row_stride) { return group + i * row_stride; }
   static Vec load_whole_chunk(Row row, int64_t chunk) { return load(row + chunk * kLanes); }
@@ -37,6 +39,7 @@ struct Words {
                          : load_whole_chunk(row, chunk);
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+  static Vec add(Vec a, Vec b) { return a + b; }
   static void store_query(float* words, int64_t element, Vec x) { store(words + element, x); }
 };
 
@@ -45,8 +48,10 @@ struct Words {
 template <>
 struct Words<bf16> {
   using Row = const bf16*;
-  static int64_t count(int64_t head_dim) { return head_dim / 2; }
-  static int64_t num_chunks(int64_t head_dim) { return ceil_div(count(head_dim), kLanes); }
+  static constexpr int64_t count(int64_t head_dim) { return head_dim / 2; }
+  static constexpr int64_t num_chunks(int64_t head_dim) {
+    return ceil_div(count(head_dim), kLanes);
+  }
   static bool has_whole_chunks(int64_t head_dim) { return head_dim % (2 * kLanes) == 0; }
   static Row key_row(Row group, int i, int64_t row_stride) { return group + i * row_stride; }
   static Vec load_whole_chunk(Row row, int64_t chunk) {
@@ -59,6 +64,7 @@ struct Words<bf16> {
                : load_whole_chunk(row, chunk);
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return dot_bf16_pairs(a, b, c); }
+  static Vec add(Vec a, Vec b) { return a + b; }
   static void store_query(float* words, int64_t element, Vec x) {
     store(reinterpret_cast<bf16*>(words) + element, x);
   }
@@ -72,18 +78,11 @@ inline void Words<bf16>::store_query(float* words, int64_t element, Vec x) {
 }
 #endif
 
-template <typename T>
-constexpr bool kPairWords = false;
-#if defined(__AVX512BF16__)
-template <>
-constexpr bool kPairWords<bf16> = true;
-#endif
-
 // Pairs of neighbours.
 template <>
 struct Words<int8_t> {
   using Row = const int8_t*;
-  static int64_t num_chunks(int64_t head_dim) { return ceil_div(head_dim, 2 * kLanes); }
+  static constexpr int64_t num_chunks(int64_t head_dim) { return ceil_div(head_dim, 2 * kLanes); }
   static bool has_whole_chunks(int64_t head_dim) { return head_dim % (2 * kLanes) == 0; }
   static Row key_row(Row group, int i, int64_t row_stride) { return group + i * row_stride; }
   static Vec load_whole_chunk(Row row, int64_t chunk) {
@@ -97,6 +96,7 @@ struct Words<int8_t> {
     return load_pairs(bytes);
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return dot_int16_pairs(a, b, c); }
+  static Vec add(Vec a, Vec b) { return add_int32(a, b); }
   // Where element d of the query is among its int16.
   static int64_t place(int64_t d) { return d; }
 };
@@ -108,7 +108,9 @@ struct Words<Nibbles> {
     const Nibbles* low;         // head_dim / 2 bytes: bits 0 to 3
     const uint8_t *even, *odd;  // head_dim / 16 bytes each: bit 4 of the elements of that number
   };
-  static int64_t num_chunks(int64_t head_dim) { return 2 * ceil_div(head_dim, 4 * kLanes); }
+  static constexpr int64_t num_chunks(int64_t head_dim) {
+    return 2 * ceil_div(head_dim, 4 * kLanes);
+  }
   static bool has_whole_chunks(int64_t head_dim) { return head_dim % (4 * kLanes) == 0; }
   static Row key_row(const Nibbles* group, int i, int64_t row_stride) {
     const uint8_t* high = &group[kGroup * row_stride].bits + i * row_stride / 4;
@@ -131,10 +133,38 @@ struct Words<Nibbles> {
     return add_16_where(bits, nibbles(load_pairs(bytes), chunk));
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return dot_int16_pairs(a, b, c); }
+  static Vec add(Vec a, Vec b) { return add_int32(a, b); }
   static int64_t place(int64_t d) {
     return d / (4 * kLanes) * (4 * kLanes) + d % 2 * (2 * kLanes) + d % (4 * kLanes) / 2;
   }
 };
+
+// What `spread` takes kCount of a row's words from as they lie; void: they are converted to floats
+// first.
+template <typename T, int kCount>
+struct SpreadFrom {
+  using Type = void;
+};
+template <int kCount>
+struct SpreadFrom<float, kCount> {
+  using Type = float;
+};
+#if defined(__AVX512F__)
+template <>
+struct SpreadFrom<f16, 4> {
+  using Type = f16;
+};
+template <>
+struct SpreadFrom<int8_t, 4> {
+  using Type = int8_t;
+};
+#endif
+#if defined(__AVX512BF16__)
+template <int kCount>
+struct SpreadFrom<bf16, kCount> {
+  using Type = float;
+};
+#endif
 
 template <typename T>
 constexpr bool kQuantized = std::is_same_v<T, int8_t> || std::is_same_v<T, Nibbles>;

@@ -78,6 +78,26 @@ inline void transpose(Vec (&rows)[kLanes]) {
     rows[4 + c].v = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x31);
   }
 }
+template <typename Add>
+inline Vec sum_quads(const Vec (&x)[2], const Add& add) {
+  return add(Vec{_mm256_permute2f128_ps(x[0].v, x[1].v, 0x20)},
+             Vec{_mm256_permute2f128_ps(x[0].v, x[1].v, 0x31)});
+}
+template <typename Add>
+inline Vec sum_lanes(Vec a, Vec b, Vec c, Vec d, const Add& add) {
+  const auto halves = [&](Vec x, Vec y) {
+    return _mm256_castps_pd(
+        add(Vec{_mm256_unpacklo_ps(x.v, y.v)}, Vec{_mm256_unpackhi_ps(x.v, y.v)}).v);
+  };
+  const __m256d ab = halves(a, b), cd = halves(c, d);
+  return add(Vec{_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd))},
+             Vec{_mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd))});
+}
+template <int kCount>
+inline Vec spread(const float* p) {
+  if constexpr (kCount == 4) return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
+  return splat(*p);
+}
 
 }  // namespace
 }  // namespace CLRT_ISA

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include <type_traits>
+#include <cstring>
 
 #include "scalar.h"
 
@@ -90,43 +90,38 @@ inline void transpose(Vec (&rows)[kLanes]) {
     rows[12 + c].v = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
   }
 }
-// Of pairs of T in 32 bits: those of even number, and the odd ones.
-template <typename T>
-inline void split_pairs(Vec& pairs, Vec& odd) {
-  const __m512i bits = _mm512_castps_si512(pairs.v);
-  if constexpr (std::is_same_v<T, bf16>) {
-    pairs.v = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-    odd.v = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(int32_t(0xffff0000))));
-  } else {
-    pairs.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
-    odd.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-  }
+// In 128 bits q, the sum of the four quads of x[q]; then, there, of the lanes of a, b, c, d.
+template <typename Add>
+inline Vec sum_quads(const Vec (&x)[4], const Add& add) {
+  const auto halves = [&](Vec a, Vec b) {
+    return add(Vec{_mm512_shuffle_f32x4(a.v, b.v, 0x88)},
+               Vec{_mm512_shuffle_f32x4(a.v, b.v, 0xdd)});
+  };
+  const Vec even_odd[2] = {halves(x[0], x[1]), halves(x[2], x[3])};
+  return halves(even_odd[0], even_odd[1]);
 }
-// columns[i] = words i of 16 rows. Loads put the rows' quarters in their lanes, for they take other
-// ports than shuffles, of which half are left.
-inline void load_columns(const void* const (&rows)[16], int64_t offset, Vec (&columns)[16]) {
-  for (int quarter = 0; quarter < 4; ++quarter) {
-    __m512 row[4];  // row[i]: rows i, 4 + i, 8 + i, 12 + i
-    for (int i = 0; i < 4; ++i) {
-      const auto at = [&](int lane) {
-        return _mm_loadu_ps(reinterpret_cast<const float*>(
-            static_cast<const char*>(rows[4 * lane + i]) + offset + 16 * quarter));
-      };
-      row[i] = _mm512_castps128_ps512(at(0));
-      row[i] = _mm512_mask_broadcast_f32x4(row[i], 0x00f0, at(1));
-      row[i] = _mm512_mask_broadcast_f32x4(row[i], 0x0f00, at(2));
-      row[i] = _mm512_mask_broadcast_f32x4(row[i], 0xf000, at(3));
-    }
-    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(row[0], row[1]));
-    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(row[0], row[1]));
-    const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(row[2], row[3]));
-    const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(row[2], row[3]));
-    Vec* to = columns + 4 * quarter;
-    to[0].v = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
-    to[1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
-    to[2].v = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
-    to[3].v = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
-  }
+template <typename Add>
+inline Vec sum_lanes(Vec a, Vec b, Vec c, Vec d, const Add& add) {
+  const auto halves = [&](Vec x, Vec y) {
+    return _mm512_castps_pd(
+        add(Vec{_mm512_unpacklo_ps(x.v, y.v)}, Vec{_mm512_unpackhi_ps(x.v, y.v)}).v);
+  };
+  const __m512d ab = halves(a, b), cd = halves(c, d);
+  return add(Vec{_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd))},
+             Vec{_mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd))});
+}
+// kCount elements as floats, again and again.
+template <int kCount>
+inline Vec spread(const float* p) {
+  if constexpr (kCount == 4) return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))};
+  return splat(*p);
+}
+template <int kCount>
+inline Vec spread(const f16* p) {
+  static_assert(kCount == 4);
+  int64_t bits;
+  std::memcpy(&bits, p, 8);
+  return {_mm512_cvtph_ps(_mm256_set1_epi64x(bits))};
 }
 #if defined(__AVX512BF16__)
 // c + the products of the two bfloat16 in each lane of a and b; subnormals count as zero.

@@ -55,22 +55,12 @@ inline Vec add_16_where(const uint8_t* bits, Vec a) {
   std::memcpy(&mask, bits, 4);
   return from_bits(_mm512_mask_add_epi16(to_bits(a), mask, to_bits(a), _mm512_set1_epi16(16)));
 }
-// In each 128 bits, the sums of a, b, c, d over the four lanes there; and quads of such sums, of
-// keys 0 to 3, 4 to 7 and so on, into the sums over all lanes in order.
-inline Vec sum_lanes(Vec a, Vec b, Vec c, Vec d) {
-  const auto halves = [](Vec x, Vec y) {
-    return _mm512_add_epi32(_mm512_unpacklo_epi32(to_bits(x), to_bits(y)),
-                            _mm512_unpackhi_epi32(to_bits(x), to_bits(y)));
-  };
-  const __m512i ab = halves(a, b), cd = halves(c, d);
-  return from_bits(_mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd)));
-}
-inline Vec join_lanes(const Vec (&quads)[4]) {
-  const auto pair = [](__m512i x, __m512i y) {
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
-  };
-  return from_bits(
-      pair(pair(to_bits(quads[0]), to_bits(quads[1])), pair(to_bits(quads[2]), to_bits(quads[3]))));
+template <int kCount>
+inline Vec spread(const int8_t* p) {  // kCount pairs of int16, again and again
+  static_assert(kCount == 4);
+  int64_t bits;
+  std::memcpy(&bits, p, 8);
+  return from_bits(_mm512_cvtepi8_epi16(_mm256_set1_epi64x(bits)));
 }
 inline void interleave(Vec& even, Vec& odd) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -115,19 +105,6 @@ inline Vec add_16_where(const uint8_t* bits, Vec a) {
                                         8192, 16384, -32768);
   const __m256i set = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(mask), bit), bit);
   return from_bits(_mm256_or_si256(to_bits(a), _mm256_and_si256(set, _mm256_set1_epi16(16))));
-}
-inline Vec sum_lanes(Vec a, Vec b, Vec c, Vec d) {
-  const auto halves = [](Vec x, Vec y) {
-    return _mm256_add_epi32(_mm256_unpacklo_epi32(to_bits(x), to_bits(y)),
-                            _mm256_unpackhi_epi32(to_bits(x), to_bits(y)));
-  };
-  const __m256i ab = halves(a, b), cd = halves(c, d);
-  return from_bits(_mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd)));
-}
-inline Vec join_lanes(const Vec (&quads)[2]) {
-  const __m256i x = to_bits(quads[0]), y = to_bits(quads[1]);
-  return from_bits(_mm256_add_epi32(_mm256_permute2x128_si256(x, y, 0x20),
-                                    _mm256_permute2x128_si256(x, y, 0x31)));
 }
 inline void interleave(Vec& even, Vec& odd) {
   const __m256 low = _mm256_unpacklo_ps(even.v, odd.v), high = _mm256_unpackhi_ps(even.v, odd.v);
@@ -216,12 +193,6 @@ inline Vec add_16_where(const uint8_t* bits, Vec a) {
     return x.at[i] | (two & 1) << 4 | (two & 2) << 19;
   });
 }
-inline Vec sum_lanes(Vec a, Vec b, Vec c, Vec d) {
-  Vec rows[kLanes] = {a, b, c, d};
-  transpose(rows);
-  return add_int32(add_int32(rows[0], rows[1]), add_int32(rows[2], rows[3]));
-}
-inline Vec join_lanes(const Vec (&quads)[1]) { return quads[0]; }
 inline void interleave(Vec& even, Vec& odd) {
   float e[kLanes], o[kLanes], both[2 * kLanes];
   store(e, even);
@@ -246,8 +217,9 @@ inline Vec load_first(const int8_t* p, int n) {
 // kValueMiddle.
 #if defined(__AVX512F__)
 inline void load_values(const bf16* p, Vec& even, Vec& odd) {
-  even.v = _mm512_loadu_ps(p);
-  split_pairs<bf16>(even, odd);
+  const __m512i pairs = _mm512_loadu_si512(p);
+  even = from_bits(_mm512_slli_epi32(pairs, 16));
+  odd = from_bits(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000))));
 }
 #endif
 constexpr float kValueMiddle = 8.0f;
