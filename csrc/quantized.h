@@ -11,9 +11,10 @@
 //                then rows of head_dim / 8 bytes with bit 4 of the elements of even number, then of
 //                odd number; scales and minimums as above.
 // Weight, (n, k):
-//   int8, int4        made by ops.quantize: tiles of 16 rows, groups of 32 along k, in the order
-//                     that VPDPBUSD takes: 4 elements of row 0, of row 1, ... of row 15; 4 more
-//                     int8: a group is 512 values, plus 128, then 16 scales in bfloat16
+//   int8, int4        made by ops.quantize: tiles of 16 rows, groups of 64 (int4: 32) along k, in
+//                     the order that VPDPBUSD takes: 4 elements of row 0, of row 1, ... of row 15;
+//                     4 more. int8: a group is 1024 values, plus 128, then 16 scales in bfloat16;
+//                     it is the rotated group (cpu/rotation.h), and linear rotates x
 //                     int4: a tile begins with 16 + 16 float32, the rows' units of scales and of
 //                     minima; a group is 256 bytes, elements 0 to 15 in low and 16 to 31 in high
 //                     nibbles, then 16 + 16 bytes, its scales and minima in those units
@@ -32,6 +33,7 @@ constexpr int64_t kCacheGroup = 16;   // tokens
 constexpr int64_t kInt4Step = 32;     // head_dim is a multiple of this in an int4 cache
 constexpr int64_t kWeightTile = 16;   // rows
 constexpr int64_t kWeightGroup = 32;  // of k, with one scale
+constexpr int64_t kInt8Group = 64;    // the same of int8
 
 constexpr bool is_float(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
@@ -77,6 +79,7 @@ constexpr int64_t weight_bytes(DType dtype, int64_t n, int64_t k) {
   const int64_t groups = (k + kWeightGroup - 1) / kWeightGroup;
   switch (dtype) {
     case DType::kInt8:
+      return tiles * kWeightTile * ((k + kInt8Group - 1) / kInt8Group) * (kInt8Group + 2);
     case DType::kInt8Mma:
       return tiles * kWeightTile * groups * (kWeightGroup + 2);
     case DType::kInt4:

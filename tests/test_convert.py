@@ -82,7 +82,7 @@ def test_the_companions_are_copied(tmp_path):
     before, after = (
         json.loads((d / "config.json").read_text()) for d in (source, tmp_path / "out")
     )
-    section = {"quant_method": "codellama_rt", "format_version": 1, "dtype": "int4"}
+    section = {"quant_method": "codellama_rt", "format_version": 2, "dtype": "int4"}
     assert after == before | {"tie_word_embeddings": False, "quantization_config": section}
 
 
@@ -166,7 +166,7 @@ def test_metadata_describes_every_quantised_tensor(tmp_path):
     convert(TINY / NAMES[0], tmp_path / "out", quantization="int4")
     file = tmp_path / "out" / "model.safetensors"
     metadata = read_metadata(file)
-    assert metadata["codellama_rt.format_version"] == "1"
+    assert metadata["codellama_rt.format_version"] == "2"
     described = json.loads(metadata["codellama_rt.quantized"])
     stored = read_safetensors(file)
     assert set(described) == {name for name, tensor in stored.items() if tensor.encoding == "U8"}

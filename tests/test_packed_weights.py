@@ -40,14 +40,14 @@ def test_the_rewritten_file_opens(folder):
 
 FAULTS = {
     "version": (
-        lambda h, d: h["__metadata__"].update({"codellama_rt.format_version": "2"}),
-        r"format_version': expected '1', found '2'",
+        lambda h, d: h["__metadata__"].update({"codellama_rt.format_version": "1"}),
+        r"format_version': expected '2', found '1'",
     ),
     "no version": (
         lambda h, d: h["__metadata__"].pop("codellama_rt.format_version"),
-        r"format_version': expected '1', found None",
+        r"format_version': expected '2', found None",
     ),
-    "no metadata": (lambda h, d: h.pop("__metadata__"), r"format_version': expected '1'"),
+    "no metadata": (lambda h, d: h.pop("__metadata__"), r"format_version': expected '2'"),
     "no description": (lambda h, d: h["__metadata__"].pop(QUANTIZED), r"quantized': expected JSON"),
     "undescribed": (
         lambda h, d: d.pop(HEAD),
@@ -111,8 +111,8 @@ def test_a_truncated_file(folder, cut):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"format_version": 2}, "format_version 1, found 2; a newer codellama_rt may read it"),
-        ({"format_version": None}, "format_version 1, found None"),
+        ({"format_version": 3}, "format_version 2, found 3; a newer codellama_rt may read it"),
+        ({"format_version": None}, "format_version 2, found None"),
         ({"dtype": "int3"}, "dtype to be one of int8, int4, found 'int3'"),
         ({"quant_method": "gptq"}, "quantization_config.*unquantised weights"),
     ],
@@ -135,7 +135,7 @@ def test_a_config_that_does_not_say_it(folder):
 
 def test_a_config_that_says_it_of_floats(tmp_path, folder):
     (tmp_path / "in" / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(CheckpointError, match="format_version': expected '1', found None"):
+    with pytest.raises(CheckpointError, match="format_version': expected '2', found None"):
         open_checkpoint(tmp_path / "in")
 
 

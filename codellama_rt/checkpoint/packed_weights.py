@@ -3,12 +3,12 @@
 Each is a tensor of dtype U8: the bytes of `ops.Quantized`, padded with zeros to a multiple of
 `ALIGNMENT`. The file's metadata says what they are:
 
-    "codellama_rt.format_version": "1"
+    "codellama_rt.format_version": "2"
     "codellama_rt.quantized": '{"<tensor>": {"dtype": "int4", "shape": [4096, 11008]}, ...}'
 
 and config.json beside it has
 
-    "quantization_config": {"quant_method": "codellama_rt", "format_version": 1, "dtype": "int4"}
+    "quantization_config": {"quant_method": "codellama_rt", "format_version": 2, "dtype": "int4"}
 
 A change of the layout of int8 or int4 weights (csrc/quantized.h) is a new format version.
 """
@@ -26,7 +26,7 @@ from codellama_rt.ops.quantized import weight_num_bytes
 from codellama_rt.quantize import QUANTIZATIONS, is_quantized
 
 QUANT_METHOD = "codellama_rt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ALIGNMENT = 64  # bytes: a cache line, so that no vector of a weight crosses one
 _VERSION_KEY, _TENSORS_KEY = "codellama_rt.format_version", "codellama_rt.quantized"
 _MAX_AXIS = 2**48

@@ -11,11 +11,12 @@ rows of values, then its scales; so a group is one piece, whatever block_size is
   number; scales and minimums as above.
 
 A weight (out_features, in_features): int8 and int4 as `quantize` makes them, in tiles of 16 rows,
-groups of 32 along in_features; q4_0, q4_1, q8_0, q4_k and q6_k as they lie in a GGUF file. Elements
-of a group are in the order in which kernels multiply them: 4 of row 0, 4 of row 1, ... of row 15,
-then the next 4 of each.
+groups of 64 (int4: 32) along in_features; q4_0, q4_1, q8_0, q4_k and q6_k as they lie in a GGUF
+file. Elements of a group are in the order in which kernels multiply them: 4 of row 0, 4 of row 1,
+... of row 15, then the next 4 of each.
 
-* int8: a group is 512 bytes, value + 128, then 16 bfloat16 scales. x = value * scale.
+* int8: a group is 1024 bytes, value + 128, then 16 bfloat16 scales. The row's 64 elements times a
+  Hadamard matrix (`rotate_rows`, its own inverse) are value * scale.
 * int4: a tile begins with 16 float32 units of scales and 16 of minima, one a row. A group is 256
   bytes, elements 0 to 15 in the low and 16 to 31 in the high nibbles, then 16 + 16 bytes: scales
   and minima in those units. x = value * scale + minimum, value in 0..15.
@@ -34,7 +35,7 @@ WEIGHT_DTYPES = (*OWN_WEIGHT_DTYPES, "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")
 CACHE_GROUP = 16  # tokens
 INT4_STEP = 32  # head_dim is a multiple of this in an int4 cache
 WEIGHT_TILE = 16  # rows
-WEIGHT_GROUP = 32  # elements of in_features with one scale
+WEIGHT_GROUPS = {"int8": 64, "int4": 32}  # elements of in_features with one scale
 GGUF_BLOCKS = {"q4_0": (32, 18), "q4_1": (32, 20), "q8_0": (32, 34), "q4_k": (256, 144),
                "q6_k": (256, 210)}  # fmt: skip
 
@@ -118,10 +119,11 @@ def weight_num_bytes(dtype: str, shape: tuple[int, int]) -> int:
     if dtype in GGUF_BLOCKS:
         elements, num_bytes = GGUF_BLOCKS[dtype]
         return rows * (k // elements) * num_bytes
-    padded_rows, groups = -(-rows // WEIGHT_TILE) * WEIGHT_TILE, -(-k // WEIGHT_GROUP)
+    size = WEIGHT_GROUPS[dtype]
+    padded_rows, groups = -(-rows // WEIGHT_TILE) * WEIGHT_TILE, -(-k // size)
     if dtype == "int8":
-        return padded_rows * groups * (WEIGHT_GROUP + 2)
-    return padded_rows * (8 + groups * (WEIGHT_GROUP // 2 + 2))
+        return padded_rows * groups * (size + 2)
+    return padded_rows * (8 + groups * (size // 2 + 2))
 
 
 def read_cache(cache: Quantized, *, key: bool) -> np.ndarray:

@@ -59,7 +59,8 @@ def linear(
     """`x` (num_tokens, in_features) times `weight` (out_features, in_features) transposed."""
     weights = weight if isinstance(weight, (tuple, list)) else (weight,)
     if isinstance(weights[0], Quantized):
-        x, weights = rounded_to_int8(x), [dequantize(w) for w in weights]
+        x = rounded_to_int8(x, weights[0].dtype)
+        weights = [dequantize(w, rotated=True) for w in weights]
     return np.concatenate([_f64(x) @ _f64(w).T for w in weights], axis=-1)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from codellama_rt.ops.quantized import WEIGHT_GROUP, WEIGHT_TILE, Quantized
+from codellama_rt.ops.quantized import WEIGHT_GROUPS, WEIGHT_TILE, Quantized, rotate_rows
 
 Array = NDArray
 
@@ -18,14 +18,16 @@ Array = NDArray
 def quantize(weight: Array, dtype: str) -> Quantized:
     """`weight` (out_features, in_features) in int8 or int4: the bytes that kernels write."""
     rows, k = weight.shape
-    padded = np.zeros((-(-rows // WEIGHT_TILE) * WEIGHT_TILE, -(-k // WEIGHT_GROUP), WEIGHT_GROUP),
-                      np.float32)  # fmt: skip
+    size = WEIGHT_GROUPS[dtype]
+    padded = np.zeros((-(-rows // WEIGHT_TILE) * WEIGHT_TILE, -(-k // size), size), np.float32)
     padded.reshape(len(padded), -1)[:rows, :k] = weight
     with np.errstate(all="ignore"):
+        if dtype == "int8":
+            padded = rotate_rows(padded, for_query=False)
         values, *scales = (_to_int8 if dtype == "int8" else _to_int4)(padded)
     tiles, groups = len(padded) // WEIGHT_TILE, padded.shape[1]
     # (tile, row, group, quad, element) -> (tile, group, quad, row, element)
-    values = values.reshape(tiles, WEIGHT_TILE, groups, 8, 4).transpose(0, 2, 3, 1, 4)
+    values = values.reshape(tiles, WEIGHT_TILE, groups, -1, 4).transpose(0, 2, 3, 1, 4)
     if dtype == "int4":
         values = values[:, :, :4] | values[:, :, 4:] << 4
     parts = [values.reshape(tiles, groups, -1)]
@@ -94,27 +96,39 @@ def _to_int4(groups: Array) -> tuple[Array, Array, Array, Array, Array]:
     return (*codes, units[0], np.float32(0) - units[1])
 
 
-def dequantize(weight: Quantized) -> Array:
-    """The float64 (out_features, in_features) that `weight` stands for."""
+def dequantize(weight: Quantized, *, rotated: bool = False) -> Array:
+    """The float64 (out_features, in_features) that `weight` stands for.
+
+    Args:
+        weight: of any format.
+        rotated: int8 as it is stored, its groups rotated, up to the end of the last one.
+    """
     rows, k = weight.shape
     payload = np.asarray(weight.payload).reshape(-1)
     if weight.dtype in _BLOCKS:
         num_bytes, unpack = _BLOCKS[weight.dtype]
         return unpack(payload.reshape(-1, num_bytes)).reshape(rows, k)
-    tiles, groups = -(-rows // WEIGHT_TILE), -(-k // WEIGHT_GROUP)
+    size = WEIGHT_GROUPS[weight.dtype]
+    tiles, groups = -(-rows // WEIGHT_TILE), -(-k // size)
     payload = payload.reshape(tiles, -1)
     values, scales, minima = (_from_int8 if weight.dtype == "int8" else _from_int4)(payload, groups)
-    values = values.transpose(0, 3, 1, 2, 4).reshape(tiles, WEIGHT_TILE, groups, WEIGHT_GROUP)
+    values = values.transpose(0, 3, 1, 2, 4).reshape(tiles, WEIGHT_TILE, groups, size)
     scales, minima = (part.transpose(0, 2, 1)[..., None] for part in (scales, minima))
-    return (values * scales + minima).reshape(tiles * WEIGHT_TILE, -1)[:rows, :k]
+    elements = values * scales + minima
+    if weight.dtype == "int8":
+        if rotated:
+            return elements.reshape(tiles * WEIGHT_TILE, -1)[:rows]
+        elements = rotate_rows(elements, for_query=True)
+    return elements.reshape(tiles * WEIGHT_TILE, -1)[:rows, :k]
 
 
 def _from_int8(payload: Array, groups: int) -> tuple[Array, Array, Array]:
     import ml_dtypes
 
     payload = payload.reshape(len(payload), groups, -1)
-    values = payload[..., :512].reshape(*payload.shape[:2], 8, WEIGHT_TILE, 4).astype(float) - 128
-    scales = np.ascontiguousarray(payload[..., 512:]).view(ml_dtypes.bfloat16).astype(float)
+    end = WEIGHT_GROUPS["int8"] * WEIGHT_TILE
+    values = payload[..., :end].reshape(*payload.shape[:2], -1, WEIGHT_TILE, 4).astype(float) - 128
+    scales = np.ascontiguousarray(payload[..., end:]).view(ml_dtypes.bfloat16).astype(float)
     return values, scales, np.zeros_like(scales)
 
 
@@ -175,19 +189,24 @@ _BLOCKS: dict[str, tuple[int, Callable[[Array], Array]]] = {
 }  # fmt: skip
 
 
-def rounded_to_int8(x: Array) -> Array:
-    """`x` (num_tokens, in_features) as `linear` takes it over a quantised weight: in float64.
+def rounded_to_int8(x: Array, weight_dtype: str) -> Array:
+    """`x` (num_tokens, in_features) as `linear` takes it over such a weight: in float64.
 
     Groups of 32 share a scale, max|x| / 127 in float32. One that holds a NaN or an infinity is NaN.
+    Over int8 it is rotated groups of 64, up to the end of the last one.
     """
     num_tokens, k = x.shape
-    padded = np.zeros((num_tokens, -(-k // WEIGHT_GROUP), WEIGHT_GROUP), np.float32)
+    size = WEIGHT_GROUPS.get(weight_dtype, 32)
+    padded = np.zeros((num_tokens, -(-k // size), size), np.float32)
     padded.reshape(num_tokens, -1)[:, :k] = x
     with np.errstate(all="ignore"):
+        if weight_dtype == "int8":
+            padded = rotate_rows(padded, for_query=False)
         largest = np.abs(padded).max(axis=-1, keepdims=True)
         usable = largest >= np.float32(2**-100)
         factor = np.float32(127) / np.where(usable, largest, np.float32(1))
         values = np.where(usable, np.rint(padded * factor), 0).astype(np.float64)
         scale = np.where(usable, largest / np.float32(127), 0).astype(np.float64)
     rounded = np.where(np.isfinite(padded).all(axis=-1, keepdims=True), values * scale, np.nan)
-    return rounded.reshape(num_tokens, -1)[:, :k]
+    rounded = rounded.reshape(num_tokens, -1)
+    return rounded if weight_dtype == "int8" else rounded[:, :k]

@@ -5,7 +5,7 @@
 // Limit    memory
 // Tiling   rows in groups of 32 KiB
 // Numerics a conversion: exact when out is no narrower than the table. Of a quantised table
-//          (value - bias) * scale + minimum, each step rounded to float32
+//          (value - bias) * scale + minimum, each step rounded to float32; of int8, rotated back
 #include "../ops.h"
 #include "weight_formats.h"
 
@@ -13,17 +13,17 @@ namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
-constexpr int64_t kChunk = 8;  // groups: whole blocks of any format
+constexpr int64_t kChunk = 256;  // elements: whole blocks of any format
 
-// 32 elements of row `row` of a tile.
+// A group's elements of row `row` of a tile.
 template <typename Layout>
 void dequantize_group(const uint8_t* head, const uint8_t* group, int row, float* to) {
   for (int half = 0; half < Layout::kHalves; ++half) {
     const float scale = Layout::scale(head, group, half, row);
     const float minimum = Layout::kHasMinimum ? Layout::minimum(head, group, row) : 0.0f;
-    const int64_t end = (half + 1) * kWeightGroup / Layout::kHalves;
-    for (int64_t i = half * kWeightGroup / Layout::kHalves; i < end; ++i) {
-      const float product = float(int(Layout::value(group, int(i), row)) - Layout::kBias) * scale;
+    const int end = (half + 1) * Layout::kGroup / Layout::kHalves;
+    for (int i = half * Layout::kGroup / Layout::kHalves; i < end; ++i) {
+      const float product = float(int(Layout::value(group, i, row)) - Layout::kBias) * scale;
       to[i] = Layout::kHasMinimum ? product + minimum : product;
     }
   }
@@ -39,14 +39,15 @@ void embed_quantized(const EmbeddingParams& p) {
     const Tile tile = Format::kInPlace ? Tile{table, first, kWeightTile} : Tile{table, id, 1};
     const uint8_t* head = head_of<Format>(tile, p.dim);
     const int row = Format::kInPlace ? int(id - first) : 0;
-    for (int64_t k = 0; k < p.dim; k += kChunk * kWeightGroup) {
-      alignas(64) uint8_t unpacked[Format::kInPlace ? 1 : kChunk * Layout::kBytes];
-      float floats[kChunk * kWeightGroup];
-      const int64_t elements = smaller(p.dim - k, kChunk * kWeightGroup);
-      const int64_t groups = num_groups(elements);
-      const uint8_t* group = groups_of<Format>(tile, p.dim, k / kWeightGroup, groups, unpacked);
+    for (int64_t k = 0; k < p.dim; k += kChunk) {
+      constexpr int64_t kGroup = Layout::kGroup;
+      alignas(64) uint8_t unpacked[Format::kInPlace ? 1 : kChunk / kGroup * Layout::kBytes];
+      float floats[kChunk];
+      const int64_t elements = smaller(p.dim - k, kChunk), groups = num_groups<Layout>(elements);
+      const uint8_t* group = groups_of<Format>(tile, p.dim, k / kGroup, groups, unpacked);
       for (int64_t g = 0; g < groups; ++g) {
-        dequantize_group<Layout>(head, group + g * Layout::kBytes, row, floats + g * kWeightGroup);
+        dequantize_group<Layout>(head, group + g * Layout::kBytes, row, floats + g * kGroup);
+        if (Layout::kRotated) rotate(floats + g * kGroup, kGroup, kQueryRotation);
       }
       with_type(p.out_dtype, [&](auto out) {
         convert(floats, static_cast<decltype(out)*>(p.out) + t * p.dim + k, elements);

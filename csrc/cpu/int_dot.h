@@ -7,17 +7,15 @@
 #include <limits>
 
 #include "../quantized.h"
-#include "vec.h"
+#include "rotation.h"
 
 namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
-constexpr int kQuads = int(kWeightGroup) / 4;      // steps of a group
 constexpr int kParts = int(kWeightTile) / kLanes;  // vectors of rows of a tile
 constexpr int kPartBytes = 4 * kLanes;             // of a step of one of them
 constexpr int kStepBytes = int(kWeightTile) * 4;   // of a step of a tile
-constexpr int kValuesBytes = kQuads * kStepBytes;  // of a group of a tile, a byte a value
 
 #if defined(__AVX512VNNI__)
 
@@ -156,9 +154,10 @@ inline Vec load_codes(const uint8_t* p) {  // bytes as floats
 
 // ---- activations ---------------------------------------------------------------------------
 
-// A token's group of 32, quantised: x = value * scale, value in [-127, 127].
+// A token's group, quantised: x = value * scale, value in [-127, 127].
+template <int kGroup>
 struct TokenGroup {
-  Stored values[kWeightGroup];
+  Stored values[kGroup];
   float scale;       // NaN if the group holds a NaN or an infinity, 0 if it holds but zeros
   float scaled_sum;  // scale * (sum of the values), for formats with a minimum
   int32_t start[2];  // -bias * (sum of the values), of each half or of the whole: weights are
@@ -169,57 +168,64 @@ constexpr float kSmallestMax = 0x1p-100f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-constexpr int kGroupVecs = int(kWeightGroup) / kLanes;
-
 // The largest magnitude's bits: more than any finite float's if an element is not finite.
-inline uint32_t largest_bits(const Vec (&x)[kGroupVecs]) {
+template <int kVecs>
+inline uint32_t largest_bits(const Vec (&x)[kVecs]) {
 #if defined(__AVX512F__)
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  const __m512i a = _mm512_and_si512(_mm512_castps_si512(x[0].v), magnitude);
-  const __m512i b = _mm512_and_si512(_mm512_castps_si512(x[1].v), magnitude);
-  return _mm512_reduce_max_epu32(_mm512_max_epu32(a, b));
+  __m512i most = _mm512_setzero_si512();
+  for (const Vec& v : x) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    most = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(v.v), magnitude), most);
+  }
+  return _mm512_reduce_max_epu32(most);
 #else
-  float lanes[kWeightGroup];
-  for (int i = 0; i < kGroupVecs; ++i) store(lanes + i * kLanes, x[i]);
   int32_t most = 0;
-  for (const float lane : lanes) {
-    const int32_t bits = int32_t(float_to_bits(lane) & 0x7fffffff);
-    most = bits > most ? bits : most;
+  for (const Vec& v : x) {
+    float lanes[kLanes];
+    store(lanes, v);
+    for (const float lane : lanes) {
+      const int32_t bits = int32_t(float_to_bits(lane) & 0x7fffffff);
+      most = bits > most ? bits : most;
+    }
   }
   return uint32_t(most);
 #endif
 }
 
 // Stores x * factor rounded to nearest even; the sums of each half.
-inline void put_rounded(const Vec (&x)[kGroupVecs], float factor, Stored* to, int32_t (&sums)[2]) {
+template <int kVecs>
+inline void put_rounded(const Vec (&x)[kVecs], float factor, Stored* to, int32_t (&sums)[2]) {
 #if defined(__AVX512VNNI__)
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < kVecs; ++i) {
     const __m512i rounded = _mm512_cvtps_epi32((x[i] * splat(factor)).v);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * kLanes), _mm512_cvtepi32_epi8(rounded));
-    sums[i] = _mm512_reduce_add_epi32(rounded);
+    sums[i / (kVecs / 2)] += _mm512_reduce_add_epi32(rounded);
   }
 #else
   constexpr int kOrder[] = {0, 2, 1, 3};
-  float lanes[kWeightGroup];
-  for (int i = 0; i < kGroupVecs; ++i) store(lanes + i * kLanes, round(x[i] * splat(factor)));
-  for (int i = 0; i < kWeightGroup; ++i) {
+  constexpr int kGroup = kVecs * kLanes;
+  float lanes[kGroup];
+  for (int i = 0; i < kVecs; ++i) store(lanes + i * kLanes, round(x[i] * splat(factor)));
+  for (int i = 0; i < kGroup; ++i) {
     const int from = sizeof(Stored) == 1 ? i : i / 4 * 4 + kOrder[i % 4];
     to[i] = Stored(lanes[from]);
-    sums[i / (kWeightGroup / 2)] += to[i];
+    sums[i / (kGroup / 2)] += to[i];
   }
 #endif
 }
 
-// The first n of 32 elements; those after them are zero. `halves`: each half has a start.
-template <typename X>
-inline void quantize_group(const X* x, int64_t n, int32_t bias, bool halves, TokenGroup& to) {
-  Vec parts[kGroupVecs];
-  for (int i = 0; i < kGroupVecs; ++i) {
+// The first n of kGroup elements; those after them are zero. `halves`: each half has a start.
+template <bool kRotated, typename X, int kGroup>
+inline void quantize_group(const X* x, int64_t n, int32_t bias, bool halves,
+                           TokenGroup<kGroup>& to) {
+  Vec parts[kGroup / kLanes];
+  for (int i = 0; i < kGroup / kLanes; ++i) {
     const int64_t left = n - i * kLanes;
     parts[i] = left >= kLanes ? load(x + i * kLanes)
                : left > 0     ? load_first(x + i * kLanes, int(left))
                               : splat(0.0f);
   }
+  if constexpr (kRotated) rotate(parts);
   const float largest = bits_to_float(largest_bits(parts));
   int32_t sums[2] = {};
   if (largest >= kSmallestMax && largest < kInfinity) {

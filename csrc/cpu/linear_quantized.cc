@@ -9,7 +9,8 @@
 //          until all tokens have read them. GGUF's blocks are unpacked into such a chunk, own
 //          formats lie in their order already. kHeight tokens by kWidth vectors of rows are
 //          multiplied at a time; a lane is a row, so nothing is ever summed across lanes
-// Numerics x is quantised per token and group of 32 along k: scale = max|x| / 127 in float32,
+// Numerics x is quantised per token and group of the weight along k, over int8 rotated first: scale
+// = max|x| / 127 in float32,
 //          value = x * (127 / max) rounded to nearest even. A group's dot product is an exact
 //          integer; then, in ascending order of the groups, for each of its scales,
 //            sum = fma(float(dot), x_scale * weight_scale, sum)
@@ -35,38 +36,39 @@ constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, no
 constexpr int64_t kFewTokens = 3 * kHeight;
 constexpr int64_t kBlockTiles = 4;  // with many tokens: 64 rows
 constexpr int64_t kFewTiles = 2;
-constexpr int64_t kChunkGroups = 48;  // 32 rows of them: 52 KB; 32 and 64 were 2 to 5 % slower
-constexpr int64_t kFewGroups = 16;    // 32 rows of them: 17 KB of L1
+constexpr int64_t kChunk = 1536;  // of k; 32 rows of it: 52 KB; 1024 and 2048 were 2 to 5 % slower
+constexpr int64_t kFewChunk = 512;  // 32 rows of it: 17 KB of L1
 constexpr int64_t kTasks = 32;
 constexpr int64_t kPrefetchBytes = 4096;  // every line of it: one a group gave int4 86 %, not 100
 constexpr int64_t kCacheLine = 64;
 
 // ---- activations: panels (group, token) ----------------------------------------------------
 
-template <typename X>
-void pack_tokens(const LinearParams& p, int64_t t, int64_t height, int bias, bool halves,
-                 TokenGroup* panel) {
-  const int64_t groups = num_groups(p.k);
+template <typename Layout>
+using TokensOf = TokenGroup<Layout::kGroup>;
+
+template <typename Layout, typename X>
+void pack_tokens(const LinearParams& p, int64_t t, int64_t height, TokensOf<Layout>* panel) {
+  const int64_t groups = num_groups<Layout>(p.k);
   for (int64_t i = 0; i < height; ++i) {
     const X* x = static_cast<const X*>(p.x) + (t + i) * p.x_stride;
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t k = g * kWeightGroup;
-      quantize_group(x + k, smaller(kWeightGroup, p.k - k), bias, halves, panel[g * height + i]);
+      const int64_t k = g * Layout::kGroup;
+      quantize_group<Layout::kRotated>(x + k, smaller(Layout::kGroup, p.k - k), Layout::kBias,
+                                       Layout::kHalves == 2, panel[g * height + i]);
     }
   }
 }
 
 template <typename Layout>
-void pack_panel(const LinearParams& p, int64_t t, int64_t height, TokenGroup* panel) {
-  with_type(p.x_dtype, [&](auto x) {
-    pack_tokens<decltype(x)>(p, t, height, Layout::kBias, Layout::kHalves == 2, panel);
-  });
+void pack_panel(const LinearParams& p, int64_t t, int64_t height, TokensOf<Layout>* panel) {
+  with_type(p.x_dtype, [&](auto x) { pack_tokens<Layout, decltype(x)>(p, t, height, panel); });
 }
 
 // Few tokens are packed by the caller: handing out would take longer.
 template <typename Layout>
-void pack_all(const LinearParams& p, TokenGroup* x) {
-  const int64_t groups = num_groups(p.k), panels = ceil_div(p.num_tokens, kHeight);
+void pack_all(const LinearParams& p, TokensOf<Layout>* x) {
+  const int64_t groups = num_groups<Layout>(p.k), panels = ceil_div(p.num_tokens, kHeight);
   const auto pack = [&](int64_t i) {
     const int64_t t = i * kHeight;
     pack_panel<Layout>(p, t, smaller(kHeight, p.num_tokens - t), x + t * groups);
@@ -91,10 +93,10 @@ struct Ahead {
 // totals[t][j] += the products of `groups` groups; tokens kTokens apart in x, rows of totals
 // `stride` apart.
 template <typename Layout, int kTokens, int kVectors>
-__attribute__((noinline)) void multiply_groups(const TokenGroup* x, const RowVector* rows,
+__attribute__((noinline)) void multiply_groups(const TokensOf<Layout>* x, const RowVector* rows,
                                                int64_t groups, Ahead ahead, float* totals,
                                                int64_t stride) {
-  constexpr int kHalfQuads = kQuads / Layout::kHalves;
+  constexpr int kHalfQuads = Layout::kGroup / 4 / Layout::kHalves;
   // One sum would wait for its own last product: 4 to 5 cycles.
   constexpr int kChains = kTokens * kVectors < 4 ? 2 : 1;
   const uint8_t* group[kVectors];
@@ -117,7 +119,7 @@ __attribute__((noinline)) void multiply_groups(const TokenGroup* x, const RowVec
           if (kChains > 1) dots[kChains - 1][t][j] = splat_int(0);
         }
       }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int q = half * kHalfQuads; q < (half + 1) * kHalfQuads; ++q) {
         Bytes w[kVectors];
 #pragma GCC unroll 2
@@ -214,15 +216,15 @@ struct Cut {
 
 // All tokens by one chunk of a block's tiles: a few vectors of rows stay in L1, the tokens pass.
 template <typename Layout>
-void multiply_chunk(const LinearParams& p, const TokenGroup* x, int64_t g, int64_t count,
+void multiply_chunk(const LinearParams& p, const TokensOf<Layout>* x, int64_t g, int64_t count,
                     Ahead ahead, const RowVector* rows, int64_t num_vectors, float* totals,
                     int64_t stride) {
-  const int64_t groups = num_groups(p.k);
+  const int64_t groups = num_groups<Layout>(p.k);
   for (int64_t j = 0; j < num_vectors; j += kWidth) {
     with_count<kWidth>(smaller(kWidth, num_vectors - j), [&](auto vectors) {
       for (int64_t t = 0; t < p.num_tokens; t += kHeight) {
         const int64_t height = smaller(kHeight, p.num_tokens - t);
-        const TokenGroup* panel = x + t * groups + g * height;
+        const TokensOf<Layout>* panel = x + t * groups + g * height;
         with_count<kHeight>(height, [&](auto tokens) {
           multiply_groups<Layout, tokens.value, vectors.value>(
               panel, rows + j, count, t == 0 ? ahead : Ahead{0, 0},
@@ -235,10 +237,10 @@ void multiply_chunk(const LinearParams& p, const TokenGroup* x, int64_t g, int64
 
 // Tiles [first, end).
 template <typename Format>
-void multiply_tiles(const LinearParams& p, const Cut& cut, const TokenGroup* x, int64_t first,
-                    int64_t end) {
+void multiply_tiles(const LinearParams& p, const Cut& cut,
+                    const TokensOf<typename Format::Layout>* x, int64_t first, int64_t end) {
   using Layout = typename Format::Layout;
-  const int64_t groups = num_groups(p.k), stride = cut.tiles * kWeightTile;
+  const int64_t groups = num_groups<Layout>(p.k), stride = cut.tiles * kWeightTile;
   const int64_t totals_bytes = p.num_tokens * stride * sizeof(float);
   const int64_t chunk_bytes = Format::kInPlace ? 0 : cut.groups * Layout::kBytes;
   char* memory =
@@ -271,20 +273,22 @@ void multiply_tiles(const LinearParams& p, const Cut& cut, const TokenGroup* x, 
 // blocks of any format.
 template <typename Format>
 Cut cut_for(const LinearParams& p) {
-  if (p.num_tokens > kFewTokens) return {kBlockTiles, kChunkGroups};
-  if (p.num_tokens <= kHeight) return {1, Format::kInPlace ? num_groups(p.k) : kFewGroups};
+  using Layout = typename Format::Layout;
+  constexpr int64_t kFewGroups = kFewChunk / Layout::kGroup;
+  if (p.num_tokens > kFewTokens) return {kBlockTiles, kChunk / Layout::kGroup};
+  if (p.num_tokens <= kHeight) return {1, Format::kInPlace ? num_groups<Layout>(p.k) : kFewGroups};
   return {kFewTiles, kFewGroups};
 }
 
 template <typename Format>
 void multiply(const LinearParams& p) {
   using Layout = typename Format::Layout;
-  const int64_t groups = num_groups(p.k);
+  const int64_t groups = num_groups<Layout>(p.k);
   int64_t tiles = 0;
   for (int64_t i = 0; i < p.num_weights; ++i) tiles += ceil_div(p.n[i], kWeightTile);
   if (tiles == 0) return;
-  const int64_t x_bytes = p.num_tokens * groups * sizeof(TokenGroup);
-  TokenGroup* x = static_cast<TokenGroup*>(scratch(Scratch::kCaller, x_bytes));
+  const int64_t x_bytes = p.num_tokens * groups * sizeof(TokensOf<Layout>);
+  auto* x = static_cast<TokensOf<Layout>*>(scratch(Scratch::kCaller, x_bytes));
   pack_all<Layout>(p, x);
   const Cut cut = cut_for<Format>(p);
   int64_t task_tiles = kBlockTiles * larger(1, tiles / (kBlockTiles * kTasks));

@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "../quantized.h"
+#include "rotation.h"
 #include "vec_int.h"
 
 namespace codellama_rt {
@@ -42,28 +43,6 @@ inline Range range_of(const float* x, int64_t n) {
   }
   // -0 and 0 are both 0.
   return {0.0f - max_lane(splat(0.0f) - least), max_lane(most) + 0.0f, sum(poison) == 0.0f};
-}
-
-// The product of both is what makes q . k what it was.
-enum Rotation { kKeyRotation, kQueryRotation };
-
-// x times the Hadamard matrix of the greatest power of two that divides n, block by block, and a
-// power of two.
-inline void rotate(float* x, int64_t n, Rotation rotation) {
-  const int64_t block = n & -n;
-  int64_t log2 = 0;
-  for (int64_t half = 1; half < block; half *= 2, ++log2) {
-    for (int64_t i = 0; i < n; i += 2 * half) {
-      for (int64_t j = i; j < i + half; ++j) {
-        const float a = x[j], b = x[j + half];
-        x[j] = a + b;
-        x[j + half] = a - b;
-      }
-    }
-  }
-  const int64_t halvings = rotation == kKeyRotation ? log2 / 2 : log2 - log2 / 2;
-  const float factor = 1.0f / float(int64_t(1) << halvings);
-  for (int64_t j = 0; j < n; ++j) x[j] *= factor;
 }
 
 // round((x - minimum) * inverse), held in [0, most].

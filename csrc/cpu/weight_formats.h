@@ -46,7 +46,10 @@ inline void with_format(DType dtype, const Body& body) {
 
 // ---- tiles ---------------------------------------------------------------------------------
 
-inline int64_t num_groups(int64_t k) { return ceil_div(k, kWeightGroup); }
+template <typename Layout>
+constexpr int64_t num_groups(int64_t k) {
+  return ceil_div(k, Layout::kGroup);
+}
 
 struct Tile {
   const uint8_t* weight;
@@ -60,7 +63,7 @@ inline const uint8_t* head_of(const Tile& tile, int64_t k) {
   if constexpr (!Format::kInPlace)
     return nullptr;
   else {
-    const int64_t tile_bytes = Layout::kHeadBytes + num_groups(k) * Layout::kBytes;
+    const int64_t tile_bytes = Layout::kHeadBytes + num_groups<Layout>(k) * Layout::kBytes;
     return tile.weight + tile.first_row / kWeightTile * tile_bytes;
   }
 }
@@ -73,7 +76,7 @@ const uint8_t* groups_of(const Tile& tile, int64_t k, int64_t g, int64_t count, 
     return head_of<Format>(tile, k) + Layout::kHeadBytes + g * Layout::kBytes;
   } else {
     using Block = typename Format::Block;
-    const int64_t row_bytes = num_groups(k) / Block::kGroups * Block::kBlockBytes;
+    const int64_t row_bytes = num_groups<Layout>(k) / Block::kGroups * Block::kBlockBytes;
     Rows rows;
     for (int64_t i = 0; i < kWeightTile; ++i) {  // the last row stands in for those past it
       rows.row[i] = tile.weight + (tile.first_row + smaller(i, tile.num_rows - 1)) * row_bytes;

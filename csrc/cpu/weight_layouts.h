@@ -1,8 +1,8 @@
-// Layouts of quantised weights: where the values and scales of 16 rows of a group of 32 lie.
+// Layouts of quantised weights: where the values and scales of 16 rows of a group lie.
 //
-// A group of a tile is 8 vectors of 16 rows x 4 unsigned bytes (or nibbles), then scales: what the
-// integer dot product takes. Own formats lie in memory like this and are read in place; `Unpacked`
-// is what GGUF's blocks become. An element is (value - kBias) * scale + minimum.
+// A group of a tile is kGroup / 4 vectors of 16 rows x 4 unsigned bytes (or nibbles), then scales:
+// what the integer dot product takes. Own formats lie in memory like this and are read in place;
+// `Unpacked` is what GGUF's blocks become. An element is (value - kBias) * scale + minimum.
 #pragma once
 
 #include <type_traits>
@@ -20,6 +20,9 @@ inline float bf16_at(const uint8_t* p) {
 }
 
 struct Int8Layout {
+  static constexpr int kGroup = int(kInt8Group);  // elements along k
+  static constexpr bool kRotated = true;          // activations as well: see quantized.h
+  static constexpr int kValuesBytes = kGroup * int(kWeightTile);
   static constexpr int64_t kHeadBytes = 0;  // of a tile, before its groups
   static constexpr int64_t kBytes = kValuesBytes + 2 * kWeightTile;
   static constexpr int kHalves = 1;  // scales along k
@@ -45,14 +48,16 @@ struct Int8Layout {
 // Before a tile's groups: a float32 a row, the unit of its steps, then one of its minima. After
 // the nibbles of a group: a byte a row, its step in those units, then its minimum.
 struct Int4Layout {
+  static constexpr int kGroup = int(kWeightGroup);
+  static constexpr bool kRotated = false;
   static constexpr int64_t kHeadBytes = 2 * 4 * kWeightTile;
-  static constexpr int64_t kCodes = kValuesBytes / 2;
+  static constexpr int64_t kCodes = kGroup * kWeightTile / 2;
   static constexpr int64_t kBytes = kCodes + 2 * kWeightTile;
   static constexpr int kHalves = 1;
   static constexpr bool kHasMinimum = true;
   static constexpr int kBias = 0;
   static inline Bytes values(const uint8_t* group, int quad, int part) {
-    constexpr int kPairs = kQuads / 2;  // step q in the low nibbles, q + 4 in the high ones
+    constexpr int kPairs = kGroup / 8;  // step q in the low nibbles, q + 4 in the high ones
     const Bytes both = load_bytes(group + quad % kPairs * kStepBytes + part * kPartBytes);
     return quad < kPairs ? low_nibbles(both) : high_nibbles(both);
   }
@@ -64,8 +69,8 @@ struct Int4Layout {
            load(floats(head) + kWeightTile + part * kLanes);
   }
   static inline uint8_t value(const uint8_t* group, int i, int row) {
-    const uint8_t both = group[i / 4 % (kQuads / 2) * kStepBytes + row * 4 + i % 4];
-    return i < kWeightGroup / 2 ? both & 15 : both >> 4;
+    const uint8_t both = group[i / 4 % (kGroup / 8) * kStepBytes + row * 4 + i % 4];
+    return i < kGroup / 2 ? both & 15 : both >> 4;
   }
   static inline float scale(const uint8_t* head, const uint8_t* group, int, int row) {
     return float(group[kCodes + row]) * floats(head)[row];
@@ -83,6 +88,9 @@ struct Int4Layout {
 // What GGUF blocks are unpacked into.
 template <int kBiasOf, int kHalvesOf, bool kHasMinimumOf>
 struct Unpacked {
+  static constexpr int kGroup = int(kWeightGroup);
+  static constexpr bool kRotated = false;
+  static constexpr int kValuesBytes = kGroup * int(kWeightTile);
   static constexpr int kHalves = kHalvesOf;
   static constexpr bool kHasMinimum = kHasMinimumOf;
   static constexpr int kBias = kBiasOf;

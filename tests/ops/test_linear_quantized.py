@@ -17,14 +17,14 @@ COUNTS = (1, 2, 3, 6, 7, 16, 17, 64, 100)  # of tokens: one panel, several, and 
 def assert_linear(out, x, weights):
     """Only the float32 chain over the groups may differ from float64."""
     magnitude = np.concatenate(
-        [np.abs(reference.rounded_to_int8(x)) @ terms(w).T for w in weights], axis=-1
+        [np.abs(reference.rounded_to_int8(x, w.dtype)) @ terms(w).T for w in weights], axis=-1
     )
     assert_dot(out, reference.linear(x, weights), magnitude)
 
 
 def terms(weight):
     """Largest sizes of the terms that a group adds: |value * scale| + |minimum|, at most."""
-    groups = np.abs(reference.dequantize(weight))
+    groups = np.abs(reference.dequantize(weight, rotated=True))
     largest = groups.max(axis=1, keepdims=True)
     return np.maximum(groups, 2 * largest) if weight.dtype in ("int4", "q4_1", "q4_k") else groups
 
