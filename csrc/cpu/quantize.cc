@@ -115,7 +115,7 @@ void rows_to_int8(const QuantizeParams& p, int64_t tile, int lane, uint8_t* grou
   for (int64_t k = 0; k < p.k; k += Int8Layout::kGroup, group += Int8Layout::kBytes) {
     Columns<Int8Layout> columns;
     load_columns<T>(p, tile * kWeightTile + lane, k, columns);
-    rotate_columns(columns.at);
+    add_and_subtract(columns.at, Int8Layout::kGroup, Int8Layout::kGroup);
     for (Vec& w : columns.at) w = w * splat(0.125f);
     const Vec scale = int8_scale(columns) + not_finite(columns);
     const Vec factor = inverse(scale);

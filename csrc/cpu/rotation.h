@@ -12,37 +12,30 @@ namespace {
 // The product of both is what makes q . k what it was.
 enum Rotation { kKeyRotation, kQueryRotation };
 
+// Sums and differences: blocks of x times a Hadamard matrix of ones.
+template <typename T>
+inline void add_and_subtract(T* x, int64_t n, int64_t block) {
+  for (int64_t half = 1; half < block; half *= 2) {
+    for (int64_t i = 0; i < n; i += 2 * half) {
+      for (int64_t j = i; j < i + half; ++j) {
+        const T a = x[j], b = x[j + half];
+        x[j] = a + b;
+        x[j + half] = a - b;
+      }
+    }
+  }
+}
+
 // x times the Hadamard matrix of the greatest power of two that divides n, block by block, and a
 // power of two.
 inline void rotate(float* x, int64_t n, Rotation rotation) {
   const int64_t block = n & -n;
+  add_and_subtract(x, n, block);
   int64_t log2 = 0;
-  for (int64_t half = 1; half < block; half *= 2, ++log2) {
-    for (int64_t i = 0; i < n; i += 2 * half) {
-      for (int64_t j = i; j < i + half; ++j) {
-        const float a = x[j], b = x[j + half];
-        x[j] = a + b;
-        x[j + half] = a - b;
-      }
-    }
-  }
+  while (int64_t(1) << log2 < block) ++log2;
   const int64_t halvings = rotation == kKeyRotation ? log2 / 2 : log2 - log2 / 2;
   const float factor = 1.0f / float(int64_t(1) << halvings);
   for (int64_t j = 0; j < n; ++j) x[j] *= factor;
-}
-
-// The sums and differences of whole vectors, without the power of two.
-template <int kVecs>
-inline void rotate_columns(Vec (&x)[kVecs]) {
-  for (int half = 1; half < kVecs; half *= 2) {
-    for (int i = 0; i < kVecs; i += 2 * half) {
-      for (int j = i; j < i + half; ++j) {
-        const Vec a = x[j], b = x[j + half];
-        x[j] = a + b;
-        x[j + half] = a - b;
-      }
-    }
-  }
 }
 
 // `rotate` of kVecs vectors that lie end to end, 64 elements: both rotations are one then, and its
@@ -61,7 +54,7 @@ inline void rotate(Vec (&x)[kVecs]) {
   exchange(0xcccc, [](__m512 v) { return _mm512_permute_ps(v, 0x4e); });
   exchange(0xf0f0, [](__m512 v) { return _mm512_shuffle_f32x4(v, v, 0xb1); });
   exchange(0xff00, [](__m512 v) { return _mm512_shuffle_f32x4(v, v, 0x4e); });
-  rotate_columns(x);
+  add_and_subtract(x, kVecs, kVecs);
   for (Vec& v : x) v = v * splat(0.125f);
 #else
   float lanes[64];

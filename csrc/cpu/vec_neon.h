@@ -78,21 +78,6 @@ inline void transpose(Vec (&rows)[kLanes]) {
     rows[2 + i].v = vcombine_f32(vget_high_f32(low.val[i]), vget_high_f32(high.val[i]));
   }
 }
-template <typename Add>
-inline Vec sum_quads(const Vec (&x)[1], const Add&) {
-  return x[0];
-}
-template <typename Add>
-inline Vec sum_lanes(Vec a, Vec b, Vec c, Vec d, const Add& add) {
-  Vec rows[kLanes] = {a, b, c, d};
-  transpose(rows);
-  return add(add(rows[0], rows[2]), add(rows[1], rows[3]));
-}
-template <int kCount>
-inline Vec spread(const float* p) {
-  if constexpr (kCount == 4) return load(p);
-  return splat(*p);
-}
 
 }  // namespace
 }  // namespace CLRT_ISA
