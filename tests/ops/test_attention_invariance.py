@@ -51,12 +51,15 @@ def test_batch(rng, dtype, cache_dtype, heads):
 
 @DTYPES
 @HEADS
-@pytest.mark.parametrize("length", [300, 1100])
+@pytest.mark.parametrize(("length", "head_dim"), [(300, 32), (300, 128), (1100, 32)])
 @pytest.mark.usefixtures("isa")
-def test_chunks(rng, dtype, cache_dtype, heads, length):
-    """The last 260 tokens at once, in chunks of every kind of size, and one by one."""
+def test_chunks(rng, dtype, cache_dtype, heads, length, head_dim):
+    """The last 260 tokens at once, in chunks of every kind of size, and one by one.
+
+    Keys of 128 elements are read in another way than others (with_spread_keys).
+    """
     case = paged(
-        rng, [length], [260], heads=heads, head_dim=32, dtype=dtype, cache_dtype=cache_dtype
+        rng, [length], [260], heads=heads, head_dim=head_dim, dtype=dtype, cache_dtype=cache_dtype
     )
     out, lse = ops.paged_attention(*case.arguments)
     for size in (2, 3, 4, 5, 12, 13, 16, 97, 129):
@@ -69,10 +72,12 @@ def test_chunks(rng, dtype, cache_dtype, heads, length):
 
 
 @pytest.mark.parametrize(("dtype", "cache_dtype"), ACTIVATION_AND_CACHED)
+@pytest.mark.parametrize("head_dim", [40, 128])
 @pytest.mark.usefixtures("isa")
-def test_pages_and_contiguous_keys(rng, dtype, cache_dtype):
+def test_pages_and_contiguous_keys(rng, dtype, cache_dtype, head_dim):
     """Other places, other sizes, no pages at all (which only floats can do without)."""
-    head_dim = 32 if cache_dtype == "int4" else 40
+    if cache_dtype == "int4":
+        head_dim = head_dim // 32 * 32
     case = paged(
         rng, [1, 70, 1500, 130], [1, 5, 1, 130], heads=(6, 2), head_dim=head_dim, dtype=dtype,
         cache_dtype=cache_dtype,
