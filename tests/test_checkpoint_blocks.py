@@ -89,7 +89,9 @@ def test_blocks_are_quantised_anew_when_asked(tmp_path, quantization):
     assert {weight.dtype for weight in projections(checkpoint.weights)} == {quantization}
     assert checkpoint.weights.embedding.dtype == "q4_k"  # as it lies; the head is a copy
     expected = logits(open_checkpoint(path, dtype="float32"))
-    assert_near(logits(checkpoint), expected, {"int8": 0.03, "int4": 0.25}[quantization])
+    # Random Q4_K groups have a mean of their own, unlike a model's, which a rotation gathers in one
+    # element: int8 of groups of 32 as they are comes to 0.021 here, rotated ones to 0.036.
+    assert_near(logits(checkpoint), expected, {"int8": 0.045, "int4": 0.25}[quantization])
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
