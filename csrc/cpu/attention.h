@@ -230,7 +230,7 @@ void attend_split(const Attention& a, const Task& task, int64_t split, const Wor
   const Block first{a, task, task.first_head};
   const int64_t stride = first.num_rows * a.state_floats();
   const QueryLayout layout = query_layout<T>(a, first.num_rows);
-  const int64_t query_stride = ceil_div(first.num_rows, layout.rows()) * layout.group_floats();
+  const int64_t query_stride = layout.floats(first.num_rows);
   const int64_t num_heads = task.end_head - task.first_head;
   for (int64_t row = 0; row < num_heads * first.num_rows; ++row) clear(first.state(states, row));
   const int64_t end = smaller((split + 1) * kSplit, first.most_keys());
@@ -310,7 +310,7 @@ void run_task(const Attention& a, const Task& task) {
     for (int64_t h = 0; h < num_heads; ++h) body(h, Block{a, task, task.first_head + h});
   };
   const QueryLayout layout = query_layout<T>(a, rows);
-  const int64_t query_floats = ceil_div(rows, layout.rows()) * layout.group_floats();
+  const int64_t query_floats = layout.floats(rows);
   std::memset(work.query, 0, num_heads * query_floats * sizeof(float));
   for_heads([&](int64_t h, const Block& block) {
     for (int64_t row = 0; row < rows; ++row) {

@@ -124,6 +124,7 @@ struct QueryLayout {
 
   int rows() const { return kLanes / spread; }  // of a group
   int64_t group_floats() const { return rows() * chunks * kLanes; }
+  int64_t floats(int64_t num_rows) const { return ceil_div(num_rows, rows()) * group_floats(); }
   // The first word of a group's vector number `chain` of each chunk. Two neighbours are added
   // first, then two sums of two, and so on: the tree of sum_quads, then of sum_lanes.
   static constexpr int chain_word(int spread, int chain) {

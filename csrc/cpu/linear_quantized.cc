@@ -9,8 +9,8 @@
 //          until all tokens have read them. GGUF's blocks are unpacked into such a chunk, own
 //          formats lie in their order already. kHeight tokens by kWidth vectors of rows are
 //          multiplied at a time; a lane is a row, so nothing is ever summed across lanes
-// Numerics x is quantised per token and group of the weight along k, over int8 rotated first: scale
-// = max|x| / 127 in float32,
+// Numerics x is quantised per token and group of the weight along k, over int8 rotated first:
+//          scale = max|x| / 127 in float32,
 //          value = x * (127 / max) rounded to nearest even. A group's dot product is an exact
 //          integer; then, in ascending order of the groups, for each of its scales,
 //            sum = fma(float(dot), x_scale * weight_scale, sum)

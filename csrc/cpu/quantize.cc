@@ -6,11 +6,12 @@
 //          row and nothing is summed across lanes
 // Numerics no fused multiply-add: every instruction set and ops/reference.py give the same bytes.
 //          int8: a group is rotated (rotation.h); of the scales bfloat16(max|w| / c), c from 124 to
-//          130, that of least squared error; value = w / scale to nearest even, in -127..127. int4:
-//          w = value * step + minimum, value in 0..15; step and minimum are 8-bit codes in units of
-//          the row, the largest of its groups being 255 of them: 16 bits a group, as a float16
-//          scale takes, and half the error, for the grid may lie unevenly around zero. A row with a
-//          NaN or an infinity gives NaN. What fills the last tile and group is zero
+//          130, that of least squared error; value = w / scale to nearest even, in -127..127.
+//          int4: w = value * step + minimum, value in 0..15; step and minimum are 8-bit codes in
+//          units of the row, the largest of its groups being 255 of them: 16 bits a group, as a
+//          float16 scale takes, and half the error, for the grid may lie unevenly around zero.
+//          A row with a NaN or an infinity gives NaN. What fills the last tile and, before its
+//          rotation, the last group is zero
 #include <limits>
 
 #include "../ops.h"
@@ -28,8 +29,7 @@ constexpr float kFirstTrial = 124.0f;
 
 template <typename Layout>
 struct Columns {
-  static constexpr int kGroup = Layout::kGroup;
-  Vec at[kGroup];  // element i of kLanes rows
+  Vec at[Layout::kGroup];  // element i of kLanes rows
 };
 
 // Rows [row, row + kLanes) and elements [k, k + kGroup) of the weight, zero outside it.
@@ -64,9 +64,9 @@ inline Vec inverse(Vec scale) {
   return load(lanes);
 }
 
+// NaN where a row has an element that is not finite, else 0.
 template <typename Layout>
-inline Vec not_finite(
-    const Columns<Layout>& columns) {  // NaN where a row has such an element, else 0
+inline Vec not_finite(const Columns<Layout>& columns) {
   Vec poison = splat(0.0f);
   for (const Vec& column : columns.at) poison = poison + (column - column);
   return poison;
