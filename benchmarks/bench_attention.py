@@ -15,13 +15,13 @@ from time import perf_counter
 import numpy as np
 
 from codellama_rt import _core
-from codellama_rt.bench.measure import Timing
-from codellama_rt.bench.noise import noise
-from codellama_rt.bench.op_arrays import bind, make_arrays
-from codellama_rt.bench.op_cases import Case, Selection
-from codellama_rt.bench.op_check import check
-from codellama_rt.bench.shapes import SHAPES
-from codellama_rt.limits import PROBE_BYTES
+from codellama_rt.tools.bench.measure import Timing
+from codellama_rt.tools.bench.noise import noise
+from codellama_rt.tools.bench.op_arrays import bind, make_arrays
+from codellama_rt.tools.bench.op_cases import Case, Selection
+from codellama_rt.tools.bench.op_check import check
+from codellama_rt.tools.bench.shapes import SHAPES
+from codellama_rt.tools.limits import PROBE_BYTES
 
 
 def select(model: str, dtypes: list[str], queries: list[int], keys: int) -> list[Case]:

@@ -6,7 +6,7 @@ pytest benchmarks/bench_generate.py --layers 4 --depth 1024,16384 --benchmark-js
 import pytest
 from conftest import names, numbers
 
-from codellama_rt.bench.generate_rows import Model, decode_row, prefill_row
+from codellama_rt.tools.bench.generate_rows import Model, decode_row, prefill_row
 
 
 def pytest_generate_tests(metafunc):

@@ -10,8 +10,8 @@ import pytest
 from conftest import names, numbers
 
 from codellama_rt import ops
-from codellama_rt.bench.op_cases import Selection
-from codellama_rt.bench.op_rows import op_row
+from codellama_rt.tools.bench.op_cases import Selection
+from codellama_rt.tools.bench.op_rows import op_row
 
 
 def pytest_generate_tests(metafunc):

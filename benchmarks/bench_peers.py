@@ -8,8 +8,8 @@ holds the rows of the pairs.
 
 from conftest import names, numbers
 
-from codellama_rt.bench.pairs import METHOD
-from codellama_rt.bench.peer_rows import Work, peer_rows, settings
+from codellama_rt.tools.bench.pairs import METHOD
+from codellama_rt.tools.bench.peer_rows import Work, peer_rows, settings
 
 
 def pytest_generate_tests(metafunc):

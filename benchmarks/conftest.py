@@ -1,4 +1,4 @@
-"""pytest-benchmark as the frame of the rows of `codellama_rt.bench`.
+"""pytest-benchmark as the frame of the rows of `codellama_rt.tools.bench`.
 
     pytest benchmarks/bench_ops.py --op linear --tokens 1 --benchmark-json=ops.json
 
@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from codellama_rt import ops
-from codellama_rt.limits import measure_limits
+from codellama_rt.tools.limits import measure_limits
 
 LISTS = {
     "--op": ("", "operators; all by default"),

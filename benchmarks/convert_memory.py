@@ -21,16 +21,16 @@ from time import perf_counter
 
 import numpy as np
 
-from codellama_rt.checkpoint.meta_directory import PARAMS, meta_name, params_of
-from codellama_rt.checkpoint.pth_writer import PthLayout
-from codellama_rt.checkpoint.tensor_file import Entry, write_tensor_file
+from codellama_rt.checkpoint.formats.meta_directory import PARAMS, meta_name, params_of
+from codellama_rt.checkpoint.formats.pth_writer import PthLayout
+from codellama_rt.checkpoint.formats.tensor_file import Entry, write_tensor_file
 from codellama_rt.checkpoint.weight_loading import expected_shapes
-from codellama_rt.variants import VARIANTS
+from codellama_rt.llm.variants import VARIANTS
 
 CONVERT = """
 import re, sys
 from pathlib import Path
-from codellama_rt.convert import convert
+from codellama_rt.tools.convert.convert import convert
 convert(sys.argv[1], sys.argv[2], quantization=sys.argv[3] or None)
 print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """

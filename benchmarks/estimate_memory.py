@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from codellama_rt.bench.shapes import SHAPES
-from codellama_rt.bench.synthetic import write_directory
-from codellama_rt.estimate import estimate, find_model
+from codellama_rt.llm.memory_plan import estimate, find_model
+from codellama_rt.tools.bench.shapes import SHAPES
+from codellama_rt.tools.bench.synthetic import write_directory
 
 NAMED = "smollm2-135m-instruct"
 LARGEST_ERROR = 0.03
@@ -27,8 +27,8 @@ RUN = """
 import json, sys
 import numpy as np
 from codellama_rt import SamplingParams, ops
-from codellama_rt.llm import LLM
-from codellama_rt.memory import resident_bytes
+from codellama_rt.llm.llm import LLM
+from codellama_rt.llm.memory import resident_bytes
 ops.num_threads()
 interpreter = resident_bytes()
 context, count, options = int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from codellama_rt import ops
-from codellama_rt.bench.measure import save
-from codellama_rt.limits import measure_limits
+from codellama_rt.tools.bench.measure import save
+from codellama_rt.tools.limits import measure_limits
 
 
 def main() -> None:

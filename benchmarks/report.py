@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from codellama_rt.bench.tables import tables
+from codellama_rt.tools.bench.tables import tables
 
 
 def read_rows(paths):

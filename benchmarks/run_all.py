@@ -51,7 +51,7 @@ def main():
             quick = " --quick" if args.quick else ""
             print(f"codellama-rt bench {command}{quick}", flush=True)
             words = shlex.split(f"{command}{quick} --json {file}")
-            run([sys.executable, "-m", "codellama_rt.cli", "bench", *words])
+            run([sys.executable, "-m", "codellama_rt.cli.main", "bench", *words])
         report = Path(__file__).with_name("report.py")
         run([sys.executable, str(report), *files, "--out", str(args.out)])
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from codellama_rt.config import ModelConfig
-from codellama_rt.lora import projection_widths
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.lora import projection_widths
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from codellama_rt import ops
-from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
+from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops.quantized import (
     CACHE_DTYPES,
     GGUF_BLOCKS,

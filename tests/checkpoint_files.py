@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from codellama_rt.checkpoint.gguf_model import gguf_name
+from codellama_rt.checkpoint.formats.gguf_model import gguf_name
 from codellama_rt.checkpoint.weight_loading import expected_shapes
-from codellama_rt.config import ModelConfig
+from codellama_rt.model.config import ModelConfig
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 TINY_NAMES = sorted(path.name for path in TINY.iterdir())

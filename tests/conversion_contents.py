@@ -1,6 +1,6 @@
 """What lies in a converted checkpoint."""
 
-from codellama_rt.checkpoint.safetensors_file import read_safetensors
+from codellama_rt.checkpoint.formats.safetensors import read_safetensors
 
 
 def contents(folder):

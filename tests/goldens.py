@@ -12,11 +12,11 @@ import numpy as np
 from checkpoint_files import TINY, TINY_NAMES
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.engine import Engine
-from codellama_rt.kv_cache import KVCache
-from codellama_rt.model import Llama
+from codellama_rt.engine.engine import Engine
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.model.kv_cache import KVCache
+from codellama_rt.model.llama import Llama
 from codellama_rt.ops import Quantized
-from codellama_rt.sampling_params import SamplingParams
 
 # These hold a vocabulary or a layout of others and may not lie in the repository.
 SHARED_NAMES = ["codellama_vocab_bf16_tok", "meta_1shard_bf16_hf", "meta_2shard_gqa_bf16_hf"]

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from codellama_rt.engine import Engine
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.engine import Engine
+from codellama_rt.engine.sampling_params import SamplingParams
 
 MASK = 2**64 - 1
 LETTERS = "abcdefgh"

@@ -16,11 +16,11 @@ from checkpoint_files import (
 )
 
 from codellama_rt.checkpoint import LlamaWeights, open_checkpoint
-from codellama_rt.checkpoint.gguf_model import gguf_name
-from codellama_rt.checkpoint.safetensors_file import read_safetensors
+from codellama_rt.checkpoint.formats.gguf_model import gguf_name
+from codellama_rt.checkpoint.formats.safetensors import read_safetensors
 from codellama_rt.checkpoint.stored_tensor import Weight
 from codellama_rt.checkpoint.weight_loading import expected_shapes
-from codellama_rt.config import ModelConfig
+from codellama_rt.model.config import ModelConfig
 from codellama_rt.ops.quantized import GGUF_BLOCKS
 
 BLOCK_CONFIG = ModelConfig(  # K-quants have blocks of 256

@@ -10,8 +10,8 @@ import numpy as np
 from builders import running_on
 from goldens import make_engine, tiny_golden
 
-from codellama_rt.engine import Engine
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.engine import Engine
+from codellama_rt.engine.sampling_params import SamplingParams
 
 NUM_REQUESTS = 40
 LONGEST_PROMPT = 150

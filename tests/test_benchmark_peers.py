@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from codellama_rt.bench import pairs, peer_rows
-from codellama_rt.bench.pairs import Peer, compare, take_turns
-from codellama_rt.bench.peer_rows import Setting, settings
-from codellama_rt.bench.runner import Runner
 from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.tools.bench import pairs, peer_rows
+from codellama_rt.tools.bench.pairs import Peer, compare, take_turns
+from codellama_rt.tools.bench.peer_rows import Setting, settings
+from codellama_rt.tools.bench.runner import Runner
 
 PEERS = Path(pairs.__file__).with_name("peers")
 

@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from codellama_rt import cli, ops
-from codellama_rt.bench import op_check, pairs, tables
-from codellama_rt.bench.generate_rows import Model, generate_rows
-from codellama_rt.bench.measure import Timing, save, stopwatch
-from codellama_rt.bench.op_arrays import Turns, make_arrays
-from codellama_rt.bench.op_cases import DTYPES, Selection
-from codellama_rt.bench.op_rows import op_row, op_rows
-from codellama_rt.bench.runner import Runner
-from codellama_rt.bench.shapes import SHAPES
-from codellama_rt.bench.synthetic import write_directory, write_gguf
+from codellama_rt import ops
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.limits import measure_limits, peak_flops
+from codellama_rt.cli import main as cli
 from codellama_rt.ops.schema import OPS
+from codellama_rt.tools.bench import op_check, pairs, tables
+from codellama_rt.tools.bench.generate_rows import Model, generate_rows
+from codellama_rt.tools.bench.measure import Timing, save, stopwatch
+from codellama_rt.tools.bench.op_arrays import Turns, make_arrays
+from codellama_rt.tools.bench.op_cases import DTYPES, Selection
+from codellama_rt.tools.bench.op_rows import op_row, op_rows
+from codellama_rt.tools.bench.runner import Runner
+from codellama_rt.tools.bench.shapes import SHAPES
+from codellama_rt.tools.bench.synthetic import write_directory, write_gguf
+from codellama_rt.tools.limits import measure_limits, peak_flops
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 PEERS = Path(pairs.__file__).with_name("peers")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from codellama_rt.block_manager import BlockManager
-from codellama_rt.sequence import Sequence, int32_list
+from codellama_rt.engine.block_manager import BlockManager
+from codellama_rt.engine.sequence import Sequence, int32_list
 
 
 def sequence_of(tokens, salt=0):

@@ -11,8 +11,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from codellama_rt.block_manager import BlockManager
-from codellama_rt.sequence import Sequence, int32_list
+from codellama_rt.engine.block_manager import BlockManager
+from codellama_rt.engine.sequence import Sequence, int32_list
 
 EXAMPLES, STEPS = 300, 100  # some end early: 20,000 steps and more
 

@@ -6,18 +6,18 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2 as pb
 from tokenizer_files import bpe_fields, gguf_file, model_file, sentencepiece_model
 
-from codellama_rt.chat import (
+from codellama_rt.errors import CheckpointError
+from codellama_rt.hf.code_llama_tokenizer import CodeLlamaTokenizer
+from codellama_rt.text.chat import (
     JinjaFormat,
     Message,
     checked_messages,
     find_format,
     read_chat_template,
 )
-from codellama_rt.chat.code_llama import RESERVED, InstFormat, StepFormat
-from codellama_rt.errors import CheckpointError
-from codellama_rt.tokenizer import load_tokenizer
-from codellama_rt.tokenizer.code_llama_tokenizer import CodeLlamaTokenizer
-from codellama_rt.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from codellama_rt.text.chat.code_llama import RESERVED, InstFormat, StepFormat
+from codellama_rt.text.tokenizer import load_tokenizer
+from codellama_rt.text.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
 CHATML = (
     "{% for m in messages %}{{ '<|begin|>' + m['role'] + ' ' + m['content'] | trim + '<|end|>' }}"

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from codellama_rt.chat.sandbox import MAX_TEMPLATE, ChatTemplateError, render_template
+from codellama_rt.text.chat.sandbox import MAX_TEMPLATE, ChatTemplateError, render_template
 
 NAMES = {"messages": [{"role": "user", "content": "hello"}], "bos_token": "<s>", "tools": None}
 

@@ -7,10 +7,10 @@ import sys
 import pytest
 from tiny_llm import KV_MEMORY, make_folder
 
-from codellama_rt import cli
-from codellama_rt.chat_session import ChatSession
-from codellama_rt.llm import LLM
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.cli import main as cli
+from codellama_rt.cli.chat_session import ChatSession
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.llm.llm import LLM
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 DIALOG = [{"role": "user", "content": "add"}]

@@ -20,9 +20,9 @@ from quantized_models import mapping_under
 
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.checkpoint.finiteness import first_non_finite
-from codellama_rt.checkpoint.safetensors_file import read_safetensors
-from codellama_rt.dtypes import numpy_dtype
+from codellama_rt.checkpoint.formats.safetensors import read_safetensors
 from codellama_rt.errors import CheckpointError
+from codellama_rt.ops.dtypes import numpy_dtype
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 NORM = "model.norm.weight"

@@ -15,10 +15,10 @@ from quantized_models import (
 )
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.model import Llama
+from codellama_rt.checkpoint.quantize import QUANTIZATIONS
+from codellama_rt.llm.scoring import sequence_logits
+from codellama_rt.model.llama import Llama
 from codellama_rt.ops.quantized import GGUF_BLOCKS, Quantized
-from codellama_rt.quantize import QUANTIZATIONS
-from codellama_rt.scoring import sequence_logits
 
 KINDS = [name.upper() for name in GGUF_BLOCKS]
 MIXED = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "output.": "Q6_K", "": "Q4_K"}  # as Q4_K_M mixes

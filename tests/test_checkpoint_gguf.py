@@ -15,12 +15,12 @@ from checkpoint_files import (
 from oracle import forward
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.checkpoint.gguf_file import read_gguf
-from codellama_rt.checkpoint.safetensors_file import read_safetensors
-from codellama_rt.config import ModelConfig, RopeScaling
-from codellama_rt.dtypes import numpy_dtype
+from codellama_rt.checkpoint.formats.gguf_file import read_gguf
+from codellama_rt.checkpoint.formats.safetensors import read_safetensors
 from codellama_rt.errors import CheckpointError
-from codellama_rt.rope import inverse_frequencies
+from codellama_rt.model.config import ModelConfig, RopeScaling
+from codellama_rt.model.rope import inverse_frequencies
+from codellama_rt.ops.dtypes import numpy_dtype
 
 LOGITS_TOLERANCE = 1e-4
 

@@ -6,8 +6,8 @@ import pytest
 from evaluation_problems import PROBLEMS
 from tiny_llm import KV_MEMORY, make_folder
 
-from codellama_rt import cli
-from codellama_rt.evaluation import humaneval
+from codellama_rt.cli import main as cli
+from codellama_rt.tools.evaluation import humaneval
 
 OPTIONS = ("--kv-memory", KV_MEMORY, "--max-model-len", "600")
 
@@ -21,7 +21,7 @@ def model(tmp_path_factory):
 def evaluate(capsys, monkeypatch, model):
     """Run `codellama-rt eval` in this process: (exit code, stdout, stderr)."""
     monkeypatch.setattr(humaneval, "read_problems", lambda: PROBLEMS)
-    monkeypatch.setattr("codellama_rt.evaluation.infilling.read_problems", lambda: PROBLEMS)
+    monkeypatch.setattr("codellama_rt.tools.evaluation.infilling.read_problems", lambda: PROBLEMS)
 
     def run(task, *args, folder=model):
         words = ["eval", task, folder, *OPTIONS, *map(str, args)]

@@ -4,8 +4,8 @@ import math
 import pytest
 from checkpoint_files import MINI_CONFIG, TINY, TINY_NAMES
 
-from codellama_rt.config import ModelConfig, RopeScaling
 from codellama_rt.errors import CheckpointError
+from codellama_rt.model.config import ModelConfig, RopeScaling
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -13,16 +13,17 @@ from checkpoint_files import (
 from conversion_contents import contents
 from quantized_models import large_model, q8_model, resident_bytes
 
-from codellama_rt.checkpoint import open_checkpoint, tensor_file
-from codellama_rt.checkpoint.pth_file import read_pth
+from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.checkpoint.formats import tensor_file
+from codellama_rt.checkpoint.formats.pth import read_pth
 from codellama_rt.checkpoint.weight_loading import expected_shapes
-from codellama_rt.config import ModelConfig
-from codellama_rt.conversion import plan as plan_module
-from codellama_rt.conversion.journal import Journal
-from codellama_rt.convert import convert
 from codellama_rt.errors import CheckpointError
-from codellama_rt.model import Llama
-from codellama_rt.scoring import sequence_logits
+from codellama_rt.llm.scoring import sequence_logits
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.llama import Llama
+from codellama_rt.tools.convert import plan as plan_module
+from codellama_rt.tools.convert.convert import convert
+from codellama_rt.tools.convert.journal import Journal
 
 NAMES = {"meta_1shard_bf16": 1, "meta_2shard_gqa_bf16": 2}
 

@@ -11,9 +11,10 @@ import pytest
 from checkpoint_files import TINY
 from conversion_contents import contents, files
 
-from codellama_rt.checkpoint import open_checkpoint, tensor_file
-from codellama_rt.convert import convert
+from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.checkpoint.formats import tensor_file
 from codellama_rt.errors import CheckpointError
+from codellama_rt.tools.convert.convert import convert
 
 TRIALS = 50
 

@@ -11,11 +11,11 @@ from quantized_models import floats, large_model, mapping_under, projections, re
 from tiny_llm import make_folder
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.checkpoint.safetensors_file import read_metadata, read_safetensors
-from codellama_rt.convert import convert
+from codellama_rt.checkpoint.formats.safetensors import read_metadata, read_safetensors
+from codellama_rt.checkpoint.quantize import QUANTIZATIONS
 from codellama_rt.errors import CheckpointError
 from codellama_rt.ops.quantized import Quantized, weight_num_bytes
-from codellama_rt.quantize import QUANTIZATIONS
+from codellama_rt.tools.convert.convert import convert
 
 NAMES = ["gqa_theta1e6_bf16", "mqa_fp16_sharded", "tied_fp32"]
 

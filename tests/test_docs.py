@@ -17,10 +17,10 @@ from tiny_llm import make_folder
 from tokenizer_files import model_file, sentencepiece_model
 
 import codellama_rt as clrt
-from codellama_rt import cli
 from codellama_rt.checkpoint.weight_loading import expected_shapes
-from codellama_rt.config import ModelConfig
-from codellama_rt.convert import convert
+from codellama_rt.cli import main as cli
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.tools.convert.convert import convert
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -138,7 +138,7 @@ def test_the_table_of_models_is_that_of_the_variants():
 
 
 def test_the_commands_of_chat_are_in_the_readme():
-    from codellama_rt.chat_session import ChatSession
+    from codellama_rt.cli.chat_session import ChatSession
 
     session = ChatSession(None, clrt.SamplingParams())
     assert set(re.findall(r"^(/\w+)", session.command("/help"), re.MULTILINE)) == set(

@@ -3,8 +3,8 @@
 import pytest
 from paged_fakes import PROMPT, HashModel, collect, drain, engine_of, generate, greedy_tokens, piece
 
-from codellama_rt.logprobs import token_logprobs
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.logprobs import token_logprobs
+from codellama_rt.engine.sampling_params import SamplingParams
 
 # Samples of one prompt
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from paged_fakes import PROMPT, engine_of, generate, greedy_tokens
 
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize(

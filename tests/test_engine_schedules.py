@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from paged_fakes import HashModel, collect, drain, engine_of, generate
 
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import SamplingParams
 
 
 def random_request(rng):

@@ -9,14 +9,14 @@ import pytest
 from checkpoint_files import MINI_CONFIG, TINY, TINY_NAMES, write_mini
 from tiny_llm import make_folder
 
-from codellama_rt import devices, estimate_report
-from codellama_rt import llm as llm_module
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.checkpoint.weight_loading import expected_shapes
-from codellama_rt.config import ModelConfig
-from codellama_rt.dtypes import numpy_dtype
+from codellama_rt.cli import estimate_report
 from codellama_rt.errors import CheckpointError
-from codellama_rt.estimate import (
+from codellama_rt.llm import llm as llm_module
+from codellama_rt.llm import placement as devices
+from codellama_rt.llm.llm import LLM
+from codellama_rt.llm.memory_plan import (
     INTERPRETER_BYTES,
     estimate,
     find_model,
@@ -25,10 +25,11 @@ from codellama_rt.estimate import (
     require_memory,
     stored_from_config,
 )
-from codellama_rt.kv_cache import bytes_per_token
-from codellama_rt.llm import LLM
-from codellama_rt.traffic import weight_bytes
-from codellama_rt.variants import VARIANTS
+from codellama_rt.llm.traffic import weight_bytes
+from codellama_rt.llm.variants import VARIANTS
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.kv_cache import bytes_per_token
+from codellama_rt.ops.dtypes import numpy_dtype
 
 SLICE = {  # 7B's proportions at a quarter of its width
     "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "head_dim": 128,

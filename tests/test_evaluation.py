@@ -6,13 +6,13 @@ import pytest
 from evaluation_problems import PROBLEMS, Answer
 from tiny_llm import KV_MEMORY, make_folder
 
-from codellama_rt.evaluation import humaneval
-from codellama_rt.evaluation.completing import complete, fingerprint
-from codellama_rt.evaluation.humaneval import check_program, evaluate_humaneval, pass_at_k
-from codellama_rt.evaluation.infilling import cut_gaps, evaluate_infilling
-from codellama_rt.evaluation.plots import plot
-from codellama_rt.llm import LLM
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.llm.llm import LLM
+from codellama_rt.tools.evaluation import humaneval
+from codellama_rt.tools.evaluation.completing import complete, fingerprint
+from codellama_rt.tools.evaluation.humaneval import check_program, evaluate_humaneval, pass_at_k
+from codellama_rt.tools.evaluation.infilling import cut_gaps, evaluate_infilling
+from codellama_rt.tools.evaluation.plots import plot
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def written(llm, monkeypatch):
             return [[Answer(next(given)) for _ in range(params.n)] for _, params in requests]
 
         for module in ("humaneval", "infilling"):
-            monkeypatch.setattr(f"codellama_rt.evaluation.{module}.complete", completions)
+            monkeypatch.setattr(f"codellama_rt.tools.evaluation.{module}.complete", completions)
 
     return let
 
@@ -109,7 +109,7 @@ def test_more_samples_than_a_request_has(llm):
 def test_humaneval_prompts_end_without_white_space(llm, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "codellama_rt.evaluation.humaneval.complete",
+        "codellama_rt.tools.evaluation.humaneval.complete",
         lambda llm, requests, progress: asked.extend(requests) or [[Answer("")]],
     )
     evaluate_humaneval(llm, problems=PROBLEMS[:1])

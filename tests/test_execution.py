@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from codellama_rt.evaluation.execution import FAILED, PASSED, TIMED_OUT, is_isolated, run_program
+from codellama_rt.tools.evaluation.execution import (
+    FAILED,
+    PASSED,
+    TIMED_OUT,
+    is_isolated,
+    run_program,
+)
 
 
 def test_programs_that_end_well():

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from goldens import make_engine, run, tiny_golden
 
-from codellama_rt.branches import Branches
-from codellama_rt.generation import GenerationConfig
-from codellama_rt.generation.logits_processors import make_processors, process
-from codellama_rt.generation.warping import warped
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.branches import Branches
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.hf import GenerationConfig
+from codellama_rt.hf.processors import make_processors, process
+from codellama_rt.hf.warping import warped
 
 NAME = "gqa_theta1e6_bf16"
 

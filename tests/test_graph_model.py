@@ -10,14 +10,14 @@ from goldens import run
 from tolerances import assert_equal_bits
 
 from codellama_rt import ops
-from codellama_rt.batch import Batch
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.dtypes import FLOAT_DTYPES
-from codellama_rt.engine import Engine
-from codellama_rt.kv_cache import KVCache
-from codellama_rt.model import Llama
+from codellama_rt.engine.engine import Engine
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.model.batch import Batch
+from codellama_rt.model.kv_cache import KVCache
+from codellama_rt.model.llama import Llama
+from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.ops.quantized import CACHE_DTYPES, OWN_WEIGHT_DTYPES, empty_caches
-from codellama_rt.sampling_params import SamplingParams
 
 mindspore = pytest.importorskip("mindspore", reason="MindSpore is not installed")
 VARIANTS = pytest.mark.parametrize("whole_layers", [False, True], ids=["ops", "whole_layers"])
@@ -26,7 +26,7 @@ STORED = {"float32": "mha_theta1e4_fp32", "float16": "mqa_fp16_sharded",
 
 
 def make_cell(checkpoint, whole_layers):
-    from codellama_rt.graph_model import LlamaCell
+    from codellama_rt.model.llama_graph import LlamaCell
 
     return LlamaCell(checkpoint.config, checkpoint.weights, whole_layers=whole_layers)
 

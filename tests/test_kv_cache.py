@@ -8,9 +8,9 @@ import pytest
 from builders import int32
 from tolerances import assert_equal_bits
 
-from codellama_rt import kv_cache as kv_cache_module
-from codellama_rt.config import ModelConfig
-from codellama_rt.kv_cache import KVCache, bytes_per_token, plan_num_blocks
+from codellama_rt.model import kv_cache as kv_cache_module
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.kv_cache import KVCache, bytes_per_token, plan_num_blocks
 from codellama_rt.ops import Quantized
 from codellama_rt.ops.quantized import CACHE_DTYPES, cache_row_bytes
 

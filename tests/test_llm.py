@@ -8,8 +8,8 @@ from goldens import make_engine, run, tiny_golden
 from tiny_llm import KV_MEMORY, NAME, make_folder
 from tolerances import LOGPROB_ATOL
 
-from codellama_rt.llm import LLM
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.llm.llm import LLM
 
 PROMPT = "def add(first, second):"
 SHORT = SamplingParams(max_tokens=8, ignore_eos=True)

@@ -7,8 +7,8 @@ from tiny_llm import KV_MEMORY, NAME, make_folder
 from tolerances import assert_equal_bits
 
 from codellama_rt import ops
-from codellama_rt.llm import LLM
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.llm.llm import LLM
 
 PROMPT = "def add(first, second):"
 SHORT = SamplingParams(max_tokens=8, ignore_eos=True)

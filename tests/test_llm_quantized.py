@@ -10,14 +10,14 @@ from tiny_llm import KV_MEMORY, make_folder
 from tolerances import assert_equal_bits
 
 import codellama_rt as clrt
-from codellama_rt import devices
-from codellama_rt.cli_run import describe, follow
-from codellama_rt.convert import convert
-from codellama_rt.kv_cache import bytes_per_token
-from codellama_rt.llm import LLM
-from codellama_rt.sampling_params import SamplingParams
-from codellama_rt.scoring import sequence_logits
-from codellama_rt.traffic import weight_bytes
+from codellama_rt.cli.run import describe, follow
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.llm import placement as devices
+from codellama_rt.llm.llm import LLM
+from codellama_rt.llm.scoring import sequence_logits
+from codellama_rt.llm.traffic import weight_bytes
+from codellama_rt.model.kv_cache import bytes_per_token
+from codellama_rt.tools.convert.convert import convert
 
 NAME = "mqa_fp16_sharded"  # heads of 32, as an int4 cache wants them
 PROMPT = "def add(first, second):"

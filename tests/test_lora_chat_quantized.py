@@ -13,12 +13,12 @@ from tokenizer_files import sentencepiece_fields
 
 import codellama_rt as clrt
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.lora import load_adapter, merged
-from codellama_rt.model import Llama
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.llm.scoring import sequence_logits
+from codellama_rt.model.llama import Llama
+from codellama_rt.model.lora import load_adapter, merged
 from codellama_rt.ops.quantized import Quantized
 from codellama_rt.ops.reference_weights import dequantize
-from codellama_rt.sampling_params import SamplingParams
-from codellama_rt.scoring import sequence_logits
 
 PROMPT = [1, 309, 103, 28, 67, 9, 44]
 DIALOG = [{"role": "user", "content": "add"}]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from codellama_rt import memory
-from codellama_rt.memory import available_bytes, parse_bytes
+from codellama_rt.llm import memory
+from codellama_rt.llm.memory import available_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,16 @@ from pth_files import pth
 from quantized_models import mapping_under
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.checkpoint.meta_directory import hidden_dim_of, params_of
-from codellama_rt.checkpoint.pth_file import read_pth
-from codellama_rt.checkpoint.row_order import halves_first, rotates
-from codellama_rt.config import ModelConfig
-from codellama_rt.convert import convert
+from codellama_rt.checkpoint.formats.meta_directory import hidden_dim_of, params_of
+from codellama_rt.checkpoint.formats.pth import read_pth
+from codellama_rt.checkpoint.tensor_names import halves_first, rotates
 from codellama_rt.errors import CheckpointError
-from codellama_rt.llm import LLM
-from codellama_rt.model import Llama
-from codellama_rt.scoring import sequence_logits
-from codellama_rt.variants import VARIANTS
+from codellama_rt.llm.llm import LLM
+from codellama_rt.llm.scoring import sequence_logits
+from codellama_rt.llm.variants import VARIANTS
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.llama import Llama
+from codellama_rt.tools.convert.convert import convert
 
 NAMES = ["meta_1shard_bf16", "meta_2shard_gqa_bf16"]
 HEAD_DIM = 16

@@ -8,8 +8,8 @@ from goldens import GOLDEN_NAMES, SHARED_NAMES, load_golden, make_engine, run, t
 from tolerances import LOGITS_ATOL
 
 from codellama_rt import ops
-from codellama_rt.sampling_params import SamplingParams
-from codellama_rt.scoring import sequence_logits
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.llm.scoring import sequence_logits
 
 # Transformers scales a dynamic RoPE by the longest row of a batch; here each row has its own.
 DYNAMIC = "rope_dynamic2"

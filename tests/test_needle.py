@@ -4,8 +4,8 @@ import pytest
 from evaluation_problems import Answer
 from tiny_llm import KV_MEMORY, make_folder
 
-from codellama_rt.evaluation.needle import evaluate_needle, read_blocks
-from codellama_rt.llm import LLM
+from codellama_rt.llm.llm import LLM
+from codellama_rt.tools.evaluation.needle import evaluate_needle, read_blocks
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_prompt_asks_for_the_key(llm, sources, monkeypatch):
         answers[-1] = [Answer(answers[-1][0].text + "7")]
         return answers
 
-    monkeypatch.setattr("codellama_rt.evaluation.needle.complete", knowing)
+    monkeypatch.setattr("codellama_rt.tools.evaluation.needle.complete", knowing)
     result = evaluate_needle(llm, lengths=[300, 500], depths=[0.0, 1.0], sources=sources)
     assert [sample["found"] for sample in result["samples"]] == [True, True, True, False]
     assert result["scores"] == {"found": 0.75}

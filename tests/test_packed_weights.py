@@ -6,10 +6,10 @@ import pytest
 from checkpoint_files import join_safetensors, write_mini
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.checkpoint.safetensors_file import read_safetensors
-from codellama_rt.checkpoint.strict_json import parse_object
-from codellama_rt.convert import convert
+from codellama_rt.checkpoint.formats.safetensors import read_safetensors
+from codellama_rt.checkpoint.formats.strict_json import parse_object
 from codellama_rt.errors import CheckpointError
+from codellama_rt.tools.convert.convert import convert
 
 Q_PROJ, HEAD = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
 QUANTIZED = "codellama_rt.quantized"

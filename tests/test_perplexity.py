@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny_llm import KV_MEMORY, make_folder
 
-from codellama_rt.evaluation.perplexity import _windows, evaluate_perplexity
-from codellama_rt.llm import LLM
+from codellama_rt.llm.llm import LLM
+from codellama_rt.tools.evaluation.perplexity import _windows, evaluate_perplexity
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from hostile_pth import ARCHIVES, GOOD, HOSTILE, ORDERED, SHADOWED
 from pth_files import number, numbers, pickled, pth, tensor, text
 from quantized_models import mapping_under
 
-from codellama_rt.checkpoint import tensor_pickle
-from codellama_rt.checkpoint.pth_file import read_pth
-from codellama_rt.checkpoint.pth_writer import PthLayout
-from codellama_rt.checkpoint.tensor_file import Entry, write_tensor_file
-from codellama_rt.dtypes import numpy_dtype
+from codellama_rt.checkpoint.formats import pth_pickle as tensor_pickle
+from codellama_rt.checkpoint.formats.pth import read_pth
+from codellama_rt.checkpoint.formats.pth_writer import PthLayout
+from codellama_rt.checkpoint.formats.tensor_file import Entry, write_tensor_file
 from codellama_rt.errors import CheckpointError
+from codellama_rt.ops.dtypes import numpy_dtype
 
 VALUES = np.arange(4, dtype=np.float32)
 
@@ -88,7 +88,7 @@ def test_the_payloads_would_run_in_pythons_unpickler(tmp_path, name):
 
 
 def test_a_pickle_that_is_too_long(tmp_path, monkeypatch):
-    monkeypatch.setattr("codellama_rt.checkpoint.pth_file.MAX_PICKLE_BYTES", 100)
+    monkeypatch.setattr("codellama_rt.checkpoint.formats.pth.MAX_PICKLE_BYTES", 100)
     monkeypatch.setattr(tensor_pickle, "MAX_PICKLE_BYTES", 100)
     (tmp_path / "a.pth").write_bytes(pth(GOOD))
     assert "a pickle of 101 bytes; at most 100" in refused(tmp_path / "a.pth")
@@ -183,8 +183,8 @@ def test_what_we_write_we_read(tmp_path, dtype):
 def test_archives_in_64_bits(tmp_path, monkeypatch):
     """As of files over 4 GiB, with the limit lowered."""
     arrays = {"a": np.arange(600, dtype=np.float32), "b": np.ones((2, 2), np.float32)}
-    monkeypatch.setattr("codellama_rt.checkpoint.pth_writer._LARGE", 1000)
-    monkeypatch.setattr("codellama_rt.checkpoint.stored_zip._IN_64_BITS", 1000)
+    monkeypatch.setattr("codellama_rt.checkpoint.formats.pth_writer._LARGE", 1000)
+    monkeypatch.setattr("codellama_rt.checkpoint.formats.pth_zip._IN_64_BITS", 1000)
     written(tmp_path / "a.pth", arrays)
     found = read_pth(tmp_path / "a.pth")
     assert found["a"].payload.tobytes() == arrays["a"].tobytes()

@@ -8,8 +8,8 @@ from checkpoint_files import TINY, TINY_NAMES
 from oracle import forward
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.config import ModelConfig, RopeScaling
-from codellama_rt.rope import RotaryEmbedding, inverse_frequencies
+from codellama_rt.model.config import ModelConfig, RopeScaling
+from codellama_rt.model.rope import RotaryEmbedding, inverse_frequencies
 
 LOGITS_TOLERANCE = 1e-4
 SCALINGS = [name for name in TINY_NAMES if name.startswith("rope_")]

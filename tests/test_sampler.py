@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from codellama_rt.logprobs import Logprob, PromptLogprobs, token_logprobs
-from codellama_rt.sampler import TokenSampler, draw, probabilities, uniform
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
+from codellama_rt.engine.sampler import TokenSampler, draw, probabilities, uniform
+from codellama_rt.engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams()
 # Processors of Transformers that SamplingParams lacks; test_generation has them.

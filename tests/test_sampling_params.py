@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import SamplingParams
 
 INTEGERS = {  # lowest, highest allowed; None: unbounded
     "n": (1, 64),

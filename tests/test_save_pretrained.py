@@ -12,10 +12,10 @@ from tokenizer_files import bpe_fields, gguf_file, model_file, sentencepiece_fie
 
 import codellama_rt as clrt
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.checkpoint.hf_writer import halves_first, write_directory
-from codellama_rt.config import RopeScaling
-from codellama_rt.tokenizer import load_tokenizer
-from codellama_rt.tokenizer.save_tokenizer import save_tokenizer
+from codellama_rt.checkpoint.formats.hf_writer import halves_first, write_directory
+from codellama_rt.model.config import RopeScaling
+from codellama_rt.text.tokenizer import load_tokenizer
+from codellama_rt.text.tokenizer.save_tokenizer import save_tokenizer
 
 TEXTS = ["def f():", " x\n\ty  é 😀", "<|end|> </s> <EOT>", ""]
 
@@ -75,7 +75,7 @@ def test_a_failure_leaves_the_old_model(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr("codellama_rt.checkpoint.hf_writer.write_safetensors", full)
+    monkeypatch.setattr("codellama_rt.checkpoint.formats.hf_writer.write_safetensors", full)
     with pytest.raises(OSError, match="no space left"):
         write_directory(tmp_path, checkpoint.config, checkpoint.weights)
     assert sorted(path.name for path in tmp_path.iterdir()) == names

@@ -2,9 +2,9 @@
 
 import pytest
 
-from codellama_rt.block_manager import BlockManager
-from codellama_rt.scheduler import Scheduler
-from codellama_rt.sequence import Sequence, int32_list
+from codellama_rt.engine.block_manager import BlockManager
+from codellama_rt.engine.scheduler import Scheduler
+from codellama_rt.engine.sequence import Sequence, int32_list
 
 
 def scheduler_of(num_blocks=64, block_size=4, max_num_seqs=8, tokens=32, prefix_caching=False):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import codellama_rt as clrt
-from codellama_rt.convert import convert
+from codellama_rt.tools.convert.convert import convert
 
 pytestmark = pytest.mark.real_model
 MODEL = "smollm2-135m-instruct"

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codellama_rt.text_stream import TextStream
+from codellama_rt.engine.stop_strings import TextStream
 
 
 class Pieces:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizer_files import TRAINING_TEXT, bpe_fields, gguf_file, model_file, sentencepiece_model
 
 from codellama_rt.errors import CheckpointError
-from codellama_rt.tokenizer import FILL_TOKEN, TokenIdError, load_tokenizer, split_fill
-from codellama_rt.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from codellama_rt.text.tokenizer import FILL_TOKEN, TokenIdError, load_tokenizer, split_fill
+from codellama_rt.text.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
 SPM = SentencePieceTokenizer(sentencepiece_model())
 CODE = st.lists(

@@ -17,9 +17,9 @@ from tokenizer_files import (
 )
 
 from codellama_rt.errors import CheckpointError
-from codellama_rt.tokenizer import load_tokenizer
-from codellama_rt.tokenizer.bpe_tokenizer import PRE_TOKENIZERS, BpeTokenizer, build_bpe
-from codellama_rt.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from codellama_rt.text.tokenizer import load_tokenizer
+from codellama_rt.text.tokenizer.bpe_tokenizer import PRE_TOKENIZERS, BpeTokenizer, build_bpe
+from codellama_rt.text.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
 SPM = SentencePieceTokenizer(sentencepiece_model())
 TEXT = "def f(a, b):\n    return ' <s>é😀▁<PRE>'\n\t12345  "

@@ -7,9 +7,9 @@ import pytest
 from tokenizer_files import gguf_file, sentencepiece_fields
 
 from codellama_rt.checkpoint.model_names import BUILT_IN_NAME, resolve_model
-from codellama_rt.tokenizer import FILL_TOKEN, load_tokenizer
-from codellama_rt.tokenizer.code_llama_tokenizer import CodeLlamaTokenizer
-from codellama_rt.tokenizer.text_streamer import TextStreamer
+from codellama_rt.hf.code_llama_tokenizer import CodeLlamaTokenizer
+from codellama_rt.hf.text_streamer import TextStreamer
+from codellama_rt.text.tokenizer import FILL_TOKEN, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 from tokenizer_files import bpe_fields, gguf_file, model_file, sentencepiece_fields
 
 from codellama_rt.errors import CheckpointError
-from codellama_rt.tokenizer.code_llama_tokenizer import CodeLlamaTokenizer
-from codellama_rt.tokenizer.text_streamer import TextStreamer
+from codellama_rt.hf.code_llama_tokenizer import CodeLlamaTokenizer
+from codellama_rt.hf.text_streamer import TextStreamer
 
 
 @pytest.fixture

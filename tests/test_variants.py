@@ -6,9 +6,9 @@ import pytest
 from tiny_llm import KV_MEMORY, make_folder
 
 import codellama_rt as clrt
-from codellama_rt.config import ModelConfig
-from codellama_rt.sampling_params import SamplingParams
-from codellama_rt.variants import VARIANTS, find_variant
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.llm.variants import VARIANTS, find_variant
+from codellama_rt.model.config import ModelConfig
 
 PARAMS = SamplingParams(max_tokens=2)
 DIALOG = [{"role": "user", "content": "add"}]

@@ -26,7 +26,7 @@ HELP_WIDTH = "100"
 
 def surface() -> str:
     """Return the whole surface, a line per name or option."""
-    from codellama_rt.cli import app
+    from codellama_rt.cli.main import app
 
     lines = [*_names("clrt", codellama_rt, codellama_rt.__all__)]
     for name in ("ops", "ops.graph", "ops.ascend", "ops.ascend_graph"):

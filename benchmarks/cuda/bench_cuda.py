@@ -36,8 +36,9 @@ from cuda_model import CASES, SMOKE_CASES, model_rows
 from cuda_peers import decode_peers, prefill_peers
 from cuda_timing import Graph, Row, random_tensor, timed
 
-from codellama_rt.cuda import device, ops
-from codellama_rt.cuda.tensor import Memory, empty, to_device
+from codellama_rt.model.cuda import ops
+from codellama_rt.model.cuda.tensor import Memory, empty, to_device
+from codellama_rt.ops import cuda_device as device
 
 WORKSPACE_BYTES = 512 << 20
 # name -> its part of the time

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from cuda_timing import Graph, Row, Timing, Work, copy_roof, random_tensor, read_roof, timed
 
-from codellama_rt.cuda import device, ops
-from codellama_rt.cuda.quantize import FORMATS, quantize
-from codellama_rt.cuda.tensor import Memory, empty, to_device
+from codellama_rt.model.cuda import ops
+from codellama_rt.model.cuda.quantize import FORMATS, quantize
+from codellama_rt.model.cuda.tensor import Memory, empty, to_device
 from codellama_rt.ops import Quantized
+from codellama_rt.ops import cuda_device as device
 
 BLOCK_SIZE, HEAD_DIM = 64, 128
 Heads = tuple[int, int]

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 from cuda_timing import Row, Timing, random_tensor, repeat, summary
 
-from codellama_rt.batch import Batch, build_batch
-from codellama_rt.config import ModelConfig
-from codellama_rt.cuda.kv_cache import DeviceKVCache
-from codellama_rt.cuda.model import DeviceLlama, workspace_bytes
-from codellama_rt.cuda.quantize import FORMATS, quantize
-from codellama_rt.cuda.tensor import empty
-from codellama_rt.cuda.weights import DeviceLayer, DeviceWeights, Weight
+from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
+from codellama_rt.model.batch import Batch, build_batch
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.cuda.kv_cache import DeviceKVCache
+from codellama_rt.model.cuda.llama import DeviceLlama, workspace_bytes
+from codellama_rt.model.cuda.quantize import FORMATS, quantize
+from codellama_rt.model.cuda.tensor import empty
+from codellama_rt.model.cuda.weights import DeviceLayer, DeviceWeights, Weight
 from codellama_rt.ops import Quantized
-from codellama_rt.sequence import Chunk, Sequence, int32_list
 
 BLOCK_SIZE = 64
 CONFIG_7B = ModelConfig(

@@ -14,8 +14,8 @@ import numpy as np
 from cuda_cases import BLOCK_SIZE, HEAD_DIM, DecodeCase
 from cuda_timing import Work
 
-from codellama_rt.cuda import device
-from codellama_rt.cuda.tensor import DeviceTensor
+from codellama_rt.model.cuda.tensor import DeviceTensor
+from codellama_rt.ops import cuda_device as device
 
 FA3_PAGE = 256  # tokens: what its copies by TMA want; the memory is the same, taken in other pages
 DIFFERENCE = 2.0**-5  # of two libraries' bfloat16 results

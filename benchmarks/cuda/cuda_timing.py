@@ -9,8 +9,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from codellama_rt.cuda import device
-from codellama_rt.cuda.tensor import DeviceTensor, Memory, empty, to_device
+from codellama_rt.model.cuda.tensor import DeviceTensor, Memory, empty, to_device
+from codellama_rt.ops import cuda_device as device
 
 Work = Callable[[], object]
 WARM_UP = 3

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from codellama_rt.checkpoint.finiteness import check_finite
-from codellama_rt.checkpoint.formats import read_model
 from codellama_rt.checkpoint.model_names import resolve_model
+from codellama_rt.checkpoint.open import read_model
+from codellama_rt.checkpoint.quantize import check_quantization
 from codellama_rt.checkpoint.stored_tensor import Progress, StoredModel, StoredTensor, Weight
 from codellama_rt.checkpoint.weight_loading import choose_dtype, load_arrays, match_tensors
-from codellama_rt.config import ModelConfig
-from codellama_rt.dtypes import FLOAT_DTYPES
 from codellama_rt.errors import CheckpointError
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.ops.quantized import Quantized
-from codellama_rt.quantize import check_quantization
 
 
 @dataclass(frozen=True)

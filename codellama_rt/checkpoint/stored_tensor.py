@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from codellama_rt.config import ModelConfig
-from codellama_rt.dtypes import numpy_dtype
 from codellama_rt.errors import CheckpointError
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.ops.dtypes import numpy_dtype
 from codellama_rt.ops.quantized import Quantized
 
 Weight = np.ndarray | Quantized

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from codellama_rt.checkpoint.finiteness import first_non_finite
+from codellama_rt.checkpoint.quantize import QUANTIZATIONS, is_quantized, quantize_tensor, sources
 from codellama_rt.checkpoint.stored_tensor import (
     ENCODINGS,
     Counter,
@@ -14,10 +15,9 @@ from codellama_rt.checkpoint.stored_tensor import (
     StoredTensor,
     Weight,
 )
-from codellama_rt.config import ModelConfig
-from codellama_rt.dtypes import numpy_dtype
 from codellama_rt.errors import CheckpointError
-from codellama_rt.quantize import QUANTIZATIONS, is_quantized, quantize_tensor, sources
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.ops.dtypes import numpy_dtype
 
 _CHUNK_BYTES = 2**20  # stays in a core's second-level cache between the passes over it
 

@@ -18,14 +18,6 @@ from codellama_rt.ops.cache import (
     reshape_and_cache,
     rope_and_cache,
 )
-from codellama_rt.ops.control import (
-    available,
-    available_isas,
-    isa,
-    num_threads,
-    set_isa,
-    set_num_threads,
-)
 from codellama_rt.ops.dense import (
     add_rms_norm,
     decoder_layer,
@@ -34,6 +26,14 @@ from codellama_rt.ops.dense import (
     quantize,
     rms_norm,
     silu_and_mul,
+)
+from codellama_rt.ops.native import (
+    available,
+    available_isas,
+    isa,
+    num_threads,
+    set_isa,
+    set_num_threads,
 )
 from codellama_rt.ops.quantized import Quantized
 
@@ -44,9 +44,15 @@ __all__ = [
     "rms_norm", "rope_and_cache", "set_isa", "set_num_threads", "silu_and_mul",
 ]  # fmt: skip
 
+_FACES = {
+    "graph": "codellama_rt.ops.graph",
+    "ascend": "codellama_rt.model.ascend.ops",
+    "ascend_graph": "codellama_rt.model.ascend.graph",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """`ops.graph`, on first use: it imports MindSpore."""
-    if name != "graph":
+    """Import the faces that need MindSpore when they are first used."""
+    if name not in _FACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("codellama_rt.ops.graph")
+    return importlib.import_module(_FACES[name])

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from codellama_rt import ops
-from codellama_rt.ops import ascend, ascend_library
+from codellama_rt.model.ascend import ops as ascend
+from codellama_rt.ops import ascend_library
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "ascend"
 

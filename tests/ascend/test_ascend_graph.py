@@ -15,10 +15,10 @@ from aclnn import Aclnn
 from builders import int32, normal, paged, rope_tables
 from tolerances import assert_equal_bits
 
-from codellama_rt.ops import ascend
+from codellama_rt.model.ascend import ops as ascend
 
 mindspore = pytest.importorskip("mindspore", reason="MindSpore is not installed")
-from codellama_rt.ops import ascend_graph  # noqa: E402  after MindSpore is known to be there
+from codellama_rt.model.ascend import graph as ascend_graph  # noqa: E402  after MindSpore is known to be there
 
 OPS = ("rms_norm", "add_rms_norm", "silu_and_mul", "rope_and_cache", "paged_attention")
 

@@ -8,9 +8,9 @@ from builders import normal
 from goldens import make_engine, run, tiny_golden
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.engine import Engine
-from codellama_rt.model import Llama
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.engine import Engine
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.model.llama import Llama
 
 pytestmark = pytest.mark.usefixtures("device")
 # Logits up to 10 with float16 activations throughout, against float32 ones: their own rounding is
@@ -23,13 +23,13 @@ def checkpoint_of(name):
 
 
 def ascend_llama(checkpoint, **options):
-    from codellama_rt.ascend_model import AscendLlama
+    from codellama_rt.model.ascend.llama import AscendLlama
 
     return AscendLlama(checkpoint.config, checkpoint.weights, **options)
 
 
 def ascend_engine(model, **options):
-    from codellama_rt.ascend_model import AscendKVCache
+    from codellama_rt.model.ascend.llama import AscendKVCache
 
     options = {"max_model_len": 400, **options}
     return Engine(model, AscendKVCache(model.config, num_blocks=8), **options)
@@ -70,8 +70,8 @@ def test_chunks_preemption_and_shared_prefixes():
 
 
 def test_logits_are_near_those_of_the_cpu():
-    from codellama_rt.ascend_model import AscendKVCache
-    from codellama_rt.scoring import sequence_logits
+    from codellama_rt.llm.scoring import sequence_logits
+    from codellama_rt.model.ascend.llama import AscendKVCache
 
     checkpoint = checkpoint_of("gqa_theta1e6_bf16")
     prompt = tiny_golden("gqa_theta1e6_bf16").cases[2]["prompt"]
@@ -92,7 +92,7 @@ def test_a_step_without_logits():
 
 
 def test_copied_pages_hold_the_same(rng):
-    from codellama_rt.ascend_model import AscendKVCache
+    from codellama_rt.model.ascend.llama import AscendKVCache
 
     config = checkpoint_of("mqa_fp16_sharded").config
     kv_cache = AscendKVCache(config, num_blocks=4)
@@ -110,7 +110,7 @@ def test_copied_pages_hold_the_same(rng):
 
 
 def test_what_the_device_does_not_take_is_refused():
-    from codellama_rt.ascend_model import AscendKVCache, AscendLlama
+    from codellama_rt.model.ascend.llama import AscendKVCache, AscendLlama
 
     checkpoint = checkpoint_of("mqa_fp16_sharded")
     config, weights = checkpoint.config, checkpoint.weights
@@ -129,7 +129,7 @@ def test_what_the_device_does_not_take_is_refused():
 
 @pytest.mark.parametrize("block_size", [64, None])
 def test_llm(block_size):
-    from codellama_rt.llm import LLM
+    from codellama_rt.llm.llm import LLM
 
     golden = tiny_golden("mqa_fp16_sharded")
     params = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -144,8 +144,8 @@ def test_llm(block_size):
 
 def test_a_pool_for_vendor_attention_stays_within_its_offsets(monkeypatch):
     """32 bits reach 524,160 tokens of Code Llama 7B; here a tiny model's tokens, by fewer bits."""
-    from codellama_rt.llm import LLM
-    from codellama_rt.ops import ascend_vendor
+    from codellama_rt.llm.llm import LLM
+    from codellama_rt.model.ascend import vendor as ascend_vendor
 
     folder = tiny_golden("mqa_fp16_sharded").folder
     config = checkpoint_of("mqa_fp16_sharded").config
@@ -161,7 +161,7 @@ def test_a_pool_for_vendor_attention_stays_within_its_offsets(monkeypatch):
 
 
 def test_an_attention_of_another_device_is_refused():
-    from codellama_rt.llm import LLM
+    from codellama_rt.llm.llm import LLM
 
     with pytest.raises(ValueError, match="attention='vendor' is there on Ascend, not on device"):
         LLM(tiny_golden("mqa_fp16_sharded").folder, attention="vendor", max_model_len=64)

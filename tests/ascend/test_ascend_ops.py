@@ -5,7 +5,8 @@ import pytest
 from builders import int32, normal, paged, rope_tables
 from tolerances import assert_attention, assert_equal_bits, assert_lse, assert_rounded
 
-from codellama_rt.ops import ascend, reference
+from codellama_rt.model.ascend import ops as ascend
+from codellama_rt.ops import reference
 
 pytestmark = pytest.mark.usefixtures("device")
 DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

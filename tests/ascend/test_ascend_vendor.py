@@ -14,9 +14,11 @@ from goldens import run, tiny_golden
 from tolerances import assert_attention, assert_equal_bits, assert_lse, assert_rounded
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.engine import Engine
-from codellama_rt.ops import ascend, ascend_vendor, reference
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.engine import Engine
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.model.ascend import ops as ascend
+from codellama_rt.model.ascend import vendor as ascend_vendor
+from codellama_rt.ops import reference
 
 mindspore = pytest.importorskip("mindspore", reason="MindSpore is not installed")
 auto_generate = mindspore.ops.auto_generate
@@ -169,7 +171,7 @@ def test_norms_and_activation(rng, monkeypatch):
 
 def test_a_checkpoint_decodes(monkeypatch):
     """Prefill, decoding and the whole order of calls: the CPU's tokens, but for close ones."""
-    from codellama_rt.ascend_model import AscendKVCache, AscendLlama
+    from codellama_rt.model.ascend.llama import AscendKVCache, AscendLlama
 
     for function in (rms_norm, add_rms_norm, swiglu, fused_infer_attention_score):
         stand_in(monkeypatch, mindspore.ops, function)

@@ -10,7 +10,7 @@ from causal_calls import PROMPT, log_probability, new_tokens, tensor
 from tiny_llm import KV_MEMORY, make_folder
 
 import codellama_rt as clrt
-from codellama_rt.generation.tensors import label_loss
+from codellama_rt.hf.tensors import label_loss
 
 
 def test_loss_is_that_of_transformers():

@@ -6,7 +6,7 @@ import sys
 import pytest
 from tiny_llm import make_folder
 
-from codellama_rt import cli
+from codellama_rt.cli import main as cli
 
 
 @pytest.fixture(scope="session")

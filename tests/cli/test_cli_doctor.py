@@ -40,7 +40,7 @@ def test_doctor_says_that_the_kernels_are_not_built(run, monkeypatch):
 
 
 def test_doctor_knows_which_numpy_mindspore_wants(monkeypatch):
-    from codellama_rt import doctor
+    from codellama_rt.cli import doctor
 
     versions = {"mindspore": "2.10.0", "numpy": "2.1.0"}
     monkeypatch.setattr(doctor, "_version", versions.get)
@@ -50,7 +50,7 @@ def test_doctor_knows_which_numpy_mindspore_wants(monkeypatch):
 
 
 def test_doctor_names_a_library_that_does_not_load(tmp_path):
-    from codellama_rt import doctor
+    from codellama_rt.cli import doctor
 
     broken = tmp_path / "libcodellama_rt_cpu.so"
     broken.write_bytes(b"not a library")

@@ -8,8 +8,9 @@ import pytest
 from cli_calls import assert_one_line_error
 
 import codellama_rt as clrt
-from codellama_rt import devices, kv_cache
-from codellama_rt.estimate import estimate, find_model
+from codellama_rt.llm import placement as devices
+from codellama_rt.llm.memory_plan import estimate, find_model
+from codellama_rt.model import kv_cache
 
 ELSEWHERE = ("--memory", "80GB", "--bandwidth", "3350GB")
 

@@ -7,9 +7,10 @@ import pytest
 from cli_calls import PROMPT, assert_one_line_error
 
 import codellama_rt as clrt
-from codellama_rt import cli, cli_run
-from codellama_rt.cli_options import SamplingOptions
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.cli import main as cli
+from codellama_rt.cli import run as cli_run
+from codellama_rt.cli.options import SamplingOptions
+from codellama_rt.engine.sampling_params import SamplingParams
 
 
 def test_generate_writes_the_text_alone(run, model):

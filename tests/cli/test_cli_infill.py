@@ -3,7 +3,7 @@
 from cli_calls import assert_one_line_error
 
 import codellama_rt as clrt
-from codellama_rt.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import SamplingParams
 
 
 def test_infill_writes_the_filling_alone(run, model, tmp_path):

@@ -8,8 +8,8 @@ import pytest
 from cli_calls import PROMPT, assert_one_line_error
 from tiny_llm import make_folder
 
-from codellama_rt import cli
-from codellama_rt.engine import Engine
+from codellama_rt.cli import main as cli
+from codellama_rt.engine.engine import Engine
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_an_interrupt_gives_the_request_up(run, model, monkeypatch):
 
 
 def start(*args):
-    command = [sys.executable, "-m", "codellama_rt.cli", *args]
+    command = [sys.executable, "-m", "codellama_rt.cli.main", *args]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -126,6 +126,6 @@ def test_help_names_every_command(run):
 
 def test_the_command_line_starts_light():
     heavy = ["numpy", "mindspore", "sentencepiece", "tokenizers", "gguf", "jinja2", "rich"]
-    script = f"import sys, codellama_rt.cli; print([m for m in {heavy} if m in sys.modules])"
+    script = f"import sys, codellama_rt.cli.main; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert found.stdout == "[]\n"

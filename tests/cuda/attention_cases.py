@@ -4,7 +4,7 @@ import numpy as np
 from builders import paged
 from device_arrays import get, poisoned, put
 
-from codellama_rt.cuda import ops
+from codellama_rt.model.cuda import ops
 
 
 def run(case, **attributes):

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 from attention_cases import long_case, run, with_values
 
-from codellama_rt.cuda import tensor
+from codellama_rt.model.cuda import tensor
 
 WORKSPACE_BYTES = 8 << 20
 

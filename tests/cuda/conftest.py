@@ -10,7 +10,8 @@ import numpy as np
 import pybind11
 import pytest
 
-from codellama_rt.cuda import device, tensor
+from codellama_rt.model.cuda import tensor
+from codellama_rt.ops import cuda_device as device
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks" / "cuda"))

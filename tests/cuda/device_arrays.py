@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from codellama_rt.cuda import tensor
+from codellama_rt.model.cuda import tensor
 
 POISON = 0x7F  # of outputs: large numbers or NaN, whatever the dtype
 

@@ -9,7 +9,8 @@ from builders import ends, int32, normal, paged
 from device_arrays import get, poisoned, put
 from tolerances import assert_equal_bits
 
-from codellama_rt.cuda import device, ops
+from codellama_rt.model.cuda import ops
+from codellama_rt.ops import cuda_device as device
 
 
 class AotOp:

@@ -14,9 +14,9 @@ from builders import normal, paged
 from device_arrays import get, put
 from tolerances import assert_equal_bits, assert_lse
 
-from codellama_rt.cuda import ops
-from codellama_rt.dtypes import numpy_dtype
+from codellama_rt.model.cuda import ops
 from codellama_rt.ops import reference
+from codellama_rt.ops.dtypes import numpy_dtype
 
 HEADS = [(2, 2), (6, 2), (8, 1)]  # 1, 3 and 8 query heads a key/value head
 # (seq_lens, num_queries)

@@ -8,7 +8,7 @@ from device_arrays import get, put
 from test_cuda_quantized_cache import on_device
 from tolerances import assert_equal_bits
 
-from codellama_rt.cuda import ops
+from codellama_rt.model.cuda import ops
 
 pytestmark = pytest.mark.usefixtures("cuda")
 LENGTH = 300

@@ -12,10 +12,10 @@ from goldens import tiny_golden
 from tolerances import DOT_RTOL, assert_equal_bits
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.cuda import ops
-from codellama_rt.cuda.model import CUBLASLT_VARIABLE, DeviceLlama
-from codellama_rt.cuda.tensor import Memory
-from codellama_rt.cuda.weights import upload
+from codellama_rt.model.cuda import ops
+from codellama_rt.model.cuda.llama import CUBLASLT_VARIABLE, DeviceLlama
+from codellama_rt.model.cuda.tensor import Memory
+from codellama_rt.model.cuda.weights import upload
 
 WORKSPACE_BYTES = 1 << 20
 

@@ -7,7 +7,7 @@ from builders import normal
 from device_arrays import get, poisoned, put
 from tolerances import DOT_RTOL, assert_equal_bits
 
-from codellama_rt.cuda import ops, quantize
+from codellama_rt.model.cuda import ops, quantize
 from codellama_rt.ops import Quantized
 
 pytestmark = pytest.mark.usefixtures("cuda")

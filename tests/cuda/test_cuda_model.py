@@ -9,19 +9,19 @@ from goldens import run, tiny_golden
 from tolerances import assert_equal_bits
 
 from codellama_rt import ops
-from codellama_rt.batch import build_batch
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.cuda import model as cuda_model
-from codellama_rt.cuda import tensor
-from codellama_rt.cuda.kv_cache import DeviceKVCache, plan_num_blocks, row_bytes
-from codellama_rt.cuda.place import place
-from codellama_rt.cuda.step import Room, StepInputs, StepShape
-from codellama_rt.cuda.weights import upload
-from codellama_rt.engine import Engine
-from codellama_rt.llm import LLM
-from codellama_rt.sampling_params import SamplingParams
-from codellama_rt.scoring import sequence_logits
-from codellama_rt.sequence import Chunk, Sequence, int32_list
+from codellama_rt.engine.engine import Engine
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
+from codellama_rt.llm.llm import LLM
+from codellama_rt.llm.scoring import sequence_logits
+from codellama_rt.model.batch import build_batch
+from codellama_rt.model.cuda import llama as cuda_model
+from codellama_rt.model.cuda import tensor
+from codellama_rt.model.cuda.kv_cache import DeviceKVCache, plan_num_blocks, row_bytes
+from codellama_rt.model.cuda.place import place
+from codellama_rt.model.cuda.step import Room, StepInputs, StepShape
+from codellama_rt.model.cuda.weights import upload
 
 pytestmark = pytest.mark.usefixtures("cuda")
 NAMES = ["gqa_theta1e6_bf16", "hd128_gqa_bf16", "rope_dynamic2"]

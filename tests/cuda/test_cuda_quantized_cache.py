@@ -7,7 +7,7 @@ from builders import int32, normal, paged, rope_tables
 from device_arrays import get, poisoned, put
 from tolerances import assert_equal_bits, assert_lse
 
-from codellama_rt.cuda import ops, tensor
+from codellama_rt.model.cuda import ops, tensor
 from codellama_rt.ops import Quantized, reference
 
 pytestmark = pytest.mark.usefixtures("cuda")

@@ -6,9 +6,9 @@ from builders import ACTIVATION_AND_STORED, int32, normal, rope_tables
 from device_arrays import get, poisoned, put
 from tolerances import assert_equal_bits, assert_rounded
 
-from codellama_rt.cuda import ops
-from codellama_rt.dtypes import FLOAT_DTYPES
+from codellama_rt.model.cuda import ops
 from codellama_rt.ops import reference
+from codellama_rt.ops.dtypes import FLOAT_DTYPES
 
 pytestmark = pytest.mark.usefixtures("cuda")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from codellama_rt import ops
-from codellama_rt.dtypes import numpy_dtype
+from codellama_rt.ops.dtypes import numpy_dtype
 from codellama_rt.ops.schema import OPS, Op, Tensor
 
 SIZES = {

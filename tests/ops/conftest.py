@@ -8,7 +8,7 @@ import pytest
 from builders import running_on
 
 from codellama_rt import ops
-from codellama_rt.dtypes import numpy_dtype
+from codellama_rt.ops.dtypes import numpy_dtype
 
 _GUARD = 64  # bytes on either side of an output
 _GUARD_BYTE = 0xA5

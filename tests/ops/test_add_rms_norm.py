@@ -6,8 +6,8 @@ from builders import ACTIVATION_AND_STORED, normal
 from tolerances import assert_equal_bits, assert_rounded
 
 from codellama_rt import ops
-from codellama_rt.dtypes import FLOAT_DTYPES
 from codellama_rt.ops import reference
+from codellama_rt.ops.dtypes import FLOAT_DTYPES
 
 pytestmark = pytest.mark.usefixtures("isa")
 

@@ -6,8 +6,8 @@ from builders import int32, normal, rope_tables
 from tolerances import assert_equal_bits, assert_rounded
 
 from codellama_rt import ops
-from codellama_rt.dtypes import FLOAT_DTYPES
 from codellama_rt.ops import reference
+from codellama_rt.ops.dtypes import FLOAT_DTYPES
 
 pytestmark = pytest.mark.usefixtures("isa")
 PAIRINGS = pytest.mark.parametrize("interleaved", [False, True])

@@ -6,7 +6,7 @@ from arguments import EMPTY, OP_NAMES, SIZES, call, make_arguments, results, sha
 from tolerances import assert_equal_bits
 
 from codellama_rt import ops
-from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
+from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops.schema import OPS
 
 WITH_OUTPUTS = [name for name in OP_NAMES if OPS[name].outputs]

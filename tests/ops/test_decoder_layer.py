@@ -6,8 +6,8 @@ from builders import ends, int32, normal, paged, rope_tables
 from tolerances import LOGITS_ATOL, assert_equal_bits
 
 from codellama_rt import ops
-from codellama_rt.dtypes import FLOAT_DTYPES
 from codellama_rt.ops import reference
+from codellama_rt.ops.dtypes import FLOAT_DTYPES
 
 SEQ_LENS, NUM_QUERIES = [40, 1, 17], [3, 1, 17]  # a chunk, a first token, a prompt
 DIM, HIDDEN_DIM, HEAD_DIM = 48, 70, 16

@@ -6,7 +6,7 @@ from builders import ACTIVATION_AND_STORED, int32, normal
 from tolerances import assert_equal_bits
 
 from codellama_rt import ops
-from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
+from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 
 pytestmark = pytest.mark.usefixtures("isa")
 

@@ -10,7 +10,7 @@ import pytest
 
 import codellama_rt
 from codellama_rt import ops
-from codellama_rt.ops import control
+from codellama_rt.ops import native as control
 from codellama_rt.ops.schema import OPS
 
 MODULES = sorted(

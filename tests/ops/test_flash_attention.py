@@ -6,8 +6,8 @@ from builders import ACTIVATION_AND_STORED, ends, int32, normal
 from tolerances import assert_attention, assert_equal_bits, assert_lse
 
 from codellama_rt import ops
-from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops import reference
+from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 
 pytestmark = pytest.mark.usefixtures("isa")
 # (keys, queries) of each sequence

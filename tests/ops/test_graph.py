@@ -13,7 +13,7 @@ from builders import running_on
 from tolerances import assert_equal_bits
 
 from codellama_rt import _core, ops
-from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
+from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops.schema import OPS
 
 mindspore = pytest.importorskip("mindspore", reason="MindSpore is not installed")

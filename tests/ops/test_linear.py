@@ -6,8 +6,8 @@ from builders import ACTIVATION_AND_STORED, normal
 from tolerances import assert_dot, assert_equal_bits
 
 from codellama_rt import ops
-from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops import reference
+from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 
 WEIGHT_SPLITS = [(77,), (64, 13), (32, 16, 29), (1, 75, 1)]
 # (in_features, rows of the weights): not multiples of any vector, tile or panel, and of all.

@@ -6,8 +6,8 @@ from builders import ACTIVATION_AND_STORED, int32, normal, quantized_weight
 from tolerances import assert_dot, assert_equal_bits
 
 from codellama_rt import ops
-from codellama_rt.dtypes import FLOAT_DTYPES
 from codellama_rt.ops import Quantized, reference
+from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.ops.quantized import GGUF_BLOCKS, OWN_WEIGHT_DTYPES, WEIGHT_DTYPES
 
 EVERY_FORMAT = pytest.mark.parametrize("dtype", WEIGHT_DTYPES)

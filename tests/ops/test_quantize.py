@@ -7,8 +7,8 @@ from builders import normal, quantized_weight
 from tolerances import FLOAT32_RTOL, assert_equal_bits
 
 from codellama_rt import ops
-from codellama_rt.dtypes import FLOAT_DTYPES
 from codellama_rt.ops import reference
+from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.ops.quantized import (
     GGUF_BLOCKS,
     OWN_WEIGHT_DTYPES,

@@ -13,7 +13,7 @@ import pytest
 from arguments import OP_NAMES, SIZES, axis_size, call, make_arguments
 
 from codellama_rt import ops
-from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
+from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops.schema import OPS
 
 # Where more is allowed than the schema says: the direct road has these at any stride between rows,

@@ -6,8 +6,8 @@ from builders import normal
 from tolerances import assert_equal_bits, assert_rounded
 
 from codellama_rt import ops
-from codellama_rt.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops import reference
+from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 
 pytestmark = pytest.mark.usefixtures("isa")
 

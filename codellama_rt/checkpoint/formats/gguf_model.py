@@ -1,0 +1,237 @@
+"""Llama models in GGUF files: metadata to ModelConfig, tensor names to Hugging Face's.
+
+llama.cpp stores the rows of q and k so that the pairs (2i, 2i + 1) of a head rotate together. They
+are used as they lie: the configuration says so by `rope_interleaved`.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codellama_rt.checkpoint.formats.gguf_file import GgufFile, read_gguf
+from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
+from codellama_rt.errors import CheckpointError
+from codellama_rt.model.config import (
+    MAX_DIM,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_HIDDEN_DIM,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCAB_SIZE,
+    ModelConfig,
+    RopeScaling,
+    check_consistency,
+)
+from codellama_rt.model.config_fields import ConfigFields
+
+_TOP_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_FACTORS = "rope_freqs.weight"
+
+
+def gguf_name(name: str) -> str:
+    """Returns GGUF's name for a tensor of Hugging Face's layout.
+
+    Example:
+        >>> gguf_name("model.layers.3.self_attn.q_proj.weight")
+        'blk.3.attn_q.weight'
+    """
+    if name in _TOP_NAMES:
+        return _TOP_NAMES[name]
+    _, _, layer, part = name.split(".", 3)
+    return f"blk.{layer}.{_LAYER_NAMES[part.removesuffix('.weight')]}.weight"
+
+
+def read_gguf_model(path: Path) -> StoredModel:
+    """Opens a GGUF file of architecture "llama".
+
+    Args:
+        path: the file.
+
+    Returns:
+        The model; no weight has been read.
+
+    Raises:
+        CheckpointError: `read_gguf` refuses the file, or it holds another architecture, a part of a
+            split model, or metadata that is missing, out of range or unsupported.
+    """
+    file = read_gguf(path)
+    config = config_from_gguf(file)
+    names = {gguf_name(f"model.layers.{layer}.{part}.weight"): f"model.layers.{layer}.{part}.weight"
+             for layer in range(config.n_layers) for part in _LAYER_NAMES}  # fmt: skip
+    names |= {ours: hf for hf, ours in _TOP_NAMES.items()}
+    tensors = {
+        names.get(name, name): tensor for name, tensor in file.tensors.items() if name != _FACTORS
+    }
+    return StoredModel(path, config, tensors, {}, gguf_name)
+
+
+def config_from_gguf(file: GgufFile) -> ModelConfig:
+    """Builds the model's configuration from the metadata of a GGUF file.
+
+    Raises:
+        CheckpointError: as `read_gguf_model`.
+    """
+    fields = ConfigFields(_plain(file.metadata), str(file.path))
+    if fields.values.get("general.architecture") != "llama":
+        raise fields.fault("general.architecture", "'llama'", "no other architecture is supported")
+    if fields.integer("split.count", 0, low=0, high=65535) > 1:
+        raise fields.fault("split.count", "1", "join the parts with llama-gguf-split --merge")
+    if fields.integer("llama.expert_count", 0, low=0, high=65535):
+        raise fields.fault("llama.expert_count", "0", "mixtures of experts are not supported")
+    n_heads = fields.integer("llama.attention.head_count", high=MAX_HEADS)
+    dim = fields.integer("llama.embedding_length", high=MAX_DIM)
+    head_dim = _head_dim(fields, dim, n_heads)
+    positions = fields.integer("llama.context_length", high=MAX_POSITIONS)
+    bos = fields.token_ids("tokenizer.ggml.bos_token_id")
+    ends = [fields.token_ids(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    config = ModelConfig(
+        n_layers=fields.integer("llama.block_count", high=MAX_LAYERS),
+        n_heads=n_heads,
+        n_kv_heads=fields.integer("llama.attention.head_count_kv", n_heads, high=MAX_HEADS),
+        head_dim=head_dim,
+        dim=dim,
+        hidden_dim=fields.integer("llama.feed_forward_length", high=MAX_HIDDEN_DIM),
+        vocab_size=_vocab_size(file, fields),
+        rope_theta=fields.number("llama.rope.freq_base", 10000.0, above=1.0),
+        norm_eps=_short_decimal(fields.number("llama.attention.layer_norm_rms_epsilon")),
+        max_position_embeddings=positions,
+        tie_word_embeddings="output.weight" not in file.tensors,
+        rope_scaling=_rope_scaling(file, fields, positions, head_dim),
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=tuple(dict.fromkeys(sum(ends, ()))),
+        rope_interleaved=True,
+    )
+    check_consistency(config, str(file.path))
+    return config
+
+
+def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Replaces per-layer arrays of one repeated number by that number."""
+    plain = dict(metadata)
+    for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
+        value = metadata.get(f"llama.{key}")
+        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+            plain[f"llama.{key}"] = value[0].item()
+    return plain
+
+
+def _short_decimal(value: float) -> float:
+    """Undoes GGUF's rounding of 1e-5 to float32: the shortest decimal that rounds to the same."""
+    return float(str(np.float32(value)))
+
+
+def _head_dim(fields: ConfigFields, dim: int, n_heads: int) -> int:
+    implied = dim // n_heads if dim % n_heads == 0 else None
+    head_dim = fields.integer("llama.attention.key_length", implied, high=MAX_HEAD_DIM)
+    if head_dim is None or head_dim > MAX_HEAD_DIM:
+        raise fields.fault(
+            "llama.embedding_length", f"a multiple of the {n_heads} heads, or key_length given"
+        )
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if fields.integer(key, head_dim, high=MAX_HEAD_DIM) != head_dim:
+            raise fields.fault(key, f"the size of a head ({head_dim})")
+    return head_dim
+
+
+def _vocab_size(file: GgufFile, fields: ConfigFields) -> int:
+    """Takes the vocabulary size from the embedding; what else states it must agree."""
+    embedding = file.tensors.get("token_embd.weight")
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    n_tokens = len(tokens) if isinstance(tokens, list) else None
+    size = fields.integer("llama.vocab_size", n_tokens, high=MAX_VOCAB_SIZE)
+    if embedding is not None:
+        size = size or embedding.shape[0]
+    if size is None:
+        raise CheckpointError(
+            f"{file.path}: expected tensor 'token_embd.weight', found no such tensor"
+        )
+    if n_tokens not in (None, size):
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.tokens: expected {size} tokens, as llama.vocab_size "
+            f"says, found {n_tokens}"
+        )
+    return size
+
+
+def _rope_scaling(
+    file: GgufFile, fields: ConfigFields, positions: int, head_dim: int
+) -> RopeScaling | None:
+    prefix = "llama.rope.scaling."
+    kind = fields.values.get(prefix + "type", "linear")
+    factor = (
+        _unless_zero(fields, prefix + "factor")
+        or _unless_zero(fields, "llama.rope.scale_linear")
+        or 1.0
+    )
+    if kind not in ("none", "linear", "yarn"):
+        raise fields.fault(prefix + "type", "one of none, linear, yarn")
+    scaling = None
+    if kind == "yarn":
+        scaling = _yarn(fields, prefix, factor, positions)
+    elif kind == "linear" and factor != 1.0:
+        scaling = RopeScaling("linear", factor)
+    if _FACTORS not in file.tensors:
+        return scaling
+    if scaling is not None:
+        raise CheckpointError(
+            f"{file.path}: tensor {_FACTORS!r}: expected none beside rope scaling "
+            f"{scaling.kind!r}, found one"
+        )
+    return RopeScaling(
+        "factors", 1.0, frequency_factors=_read_factors(file.tensors[_FACTORS], head_dim)
+    )
+
+
+def _yarn(fields: ConfigFields, prefix: str, factor: float, positions: int) -> RopeScaling:
+    if fields.number(prefix + "yarn_ext_factor", 1.0, above=-2.0) not in (1.0, -1.0):  # -1: default
+        raise fields.fault(prefix + "yarn_ext_factor", "1")
+    if fields.values.get(prefix + "yarn_log_multiplier"):
+        raise fields.fault(prefix + "yarn_log_multiplier", "0")
+    weight = fields.number(prefix + "attn_factor", 1.0) * fields.number(
+        prefix + "yarn_attn_factor", 1.0
+    )
+    return RopeScaling(
+        "yarn",
+        factor,
+        fields.integer(prefix + "original_context_length", positions, high=MAX_POSITIONS),
+        beta_fast=_unless_zero(fields, prefix + "yarn_beta_fast") or 32.0,
+        beta_slow=_unless_zero(fields, prefix + "yarn_beta_slow") or 1.0,
+        attention_factor=None if weight == 1.0 else weight * (0.1 * math.log(factor) + 1.0),
+    )
+
+
+def _unless_zero(fields: ConfigFields, key: str) -> float | None:
+    return fields.number(key, None) if fields.values.get(key) else None
+
+
+def _read_factors(tensor: StoredTensor, head_dim: int) -> tuple[float, ...]:
+    """Reads Llama 3's divisors of the frequencies: the one tensor whose values shape the config."""
+    if tensor.encoding != "F32" or tensor.shape != (head_dim // 2,):
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name!r}: expected F32 ({head_dim // 2},), "
+            f"found {tensor.encoding} {tensor.shape}"
+        )
+    factors = tensor.view()
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name!r}: expected finite factors above 0"
+        )
+    return tuple(factors.tolist())

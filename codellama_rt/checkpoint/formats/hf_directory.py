@@ -1,0 +1,142 @@
+"""Hugging Face checkpoint directories: config.json beside safetensors, in one file or in shards.
+
+What `convert` writes is such a directory as well: one file, with some tensors in int8 or int4.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from codellama_rt.checkpoint.formats.packed_weights import read_config_section, unpack
+from codellama_rt.checkpoint.formats.safetensors import read_metadata, read_safetensors
+from codellama_rt.checkpoint.formats.strict_json import read_object
+from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
+from codellama_rt.errors import CheckpointError
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.config_fields import ConfigFields
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def read_directory(path: Path) -> StoredModel:
+    """Opens a directory in the layout of Hugging Face's transformers.
+
+    Args:
+        path: a directory with config.json and model.safetensors, or shards and their index.
+
+    Returns:
+        The model; no weight has been read.
+
+    Raises:
+        CheckpointError: a file is missing or refused, or the index disagrees with the shards.
+    """
+    if not (path / "config.json").exists():
+        raise CheckpointError(
+            f"{path}: expected config.json and {_SINGLE}, found {_what_is_there(path)}"
+        )
+    values, source = read_object(path / "config.json"), str(path / "config.json")
+    quantization = read_config_section(values, source)
+    if quantization is not None:
+        values.pop("quantization_config")
+    config = ModelConfig.from_hf(values, source)
+    if quantization is not None:
+        file = path / _SINGLE
+        tensors = unpack(file, read_safetensors(file), read_metadata(file))
+    elif (path / _SINGLE).exists():  # transformers, too, prefers it to an index beside it
+        tensors = read_safetensors(path / _SINGLE)
+    elif (path / _INDEX).exists():
+        tensors = _read_shards(path)
+    else:
+        raise CheckpointError(
+            f"{path}: expected {_SINGLE} or {_INDEX}, found {_what_is_there(path)}"
+        )
+    return StoredModel(
+        path, config, tensors, _read_generation_config(path), quantization=quantization
+    )
+
+
+def _what_is_there(path: Path) -> str:
+    """Says what a directory without usable weights holds, and the way out."""
+    names = sorted(entry.name for entry in path.iterdir())
+    if not names:
+        return "an empty directory"
+    found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    if any(
+        name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json"))
+        for name in names
+    ):
+        return (
+            f"{found}; pickled weights are never loaded: save them again with transformers' "
+            "save_pretrained(..., safe_serialization=True)"
+        )
+    if any(name.endswith(".gguf") for name in names):
+        return f"{found}; give the .gguf file itself"
+    if any(name.endswith(".safetensors") for name in names):
+        return f"{found}; shards need their {_INDEX}"
+    return found
+
+
+def _read_shards(path: Path) -> dict[str, StoredTensor]:
+    index_path = path / _INDEX
+    weight_map = read_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index_path}: weight_map: expected an object of tensor names and files, found "
+            f"{weight_map!r:.200}"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for shard_name in dict.fromkeys(_shard_name(index_path, item) for item in weight_map.items()):
+        shard = read_safetensors(path / shard_name)
+        for name, tensor in shard.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {name!r}: expected it in one shard, "
+                    f"found it in {tensors[name].file.name} as well"
+                )
+            tensors[name] = tensor
+    _check_index(index_path, weight_map, tensors)
+    return tensors
+
+
+def _shard_name(index_path: Path, item: tuple[str, Any]) -> str:
+    """Checks that a shard is a plain file name: an index must not reach outside its directory."""
+    name, file = item
+    if (
+        not isinstance(file, str)
+        or not file.endswith(".safetensors")
+        or Path(file).name != file
+        or "\0" in file
+    ):
+        raise CheckpointError(
+            f"{index_path}: tensor {name!r}: expected the name of a .safetensors file beside the "
+            "index, "
+            f"found {file!r:.200}"
+        )
+    return file
+
+
+def _check_index(
+    index_path: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]
+) -> None:
+    for name, file in weight_map.items():
+        found = tensors[name].file.name if name in tensors else "no shard"
+        if found != file:
+            raise CheckpointError(
+                f"{index_path}: tensor {name!r}: expected it in {file}, found it in {found}"
+            )
+    for name, tensor in tensors.items():
+        if name not in weight_map:
+            raise CheckpointError(
+                f"{index_path}: tensor {name!r}: expected only tensors of the index in "
+                f"{tensor.file.name}, "
+                "found this one beside them"
+            )
+
+
+def _read_generation_config(path: Path) -> dict[str, Any]:
+    file = path / "generation_config.json"
+    if not file.exists():
+        return {}
+    values = read_object(file)
+    ConfigFields(values, str(file)).token_ids("eos_token_id")
+    return values

@@ -1,0 +1,165 @@
+"""Writes a model as a Hugging Face directory: config.json and safetensors, sharded when large."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from codellama_rt.checkpoint.formats.safetensors_writer import write_safetensors
+from codellama_rt.checkpoint.formats.tensor_file import Entry
+from codellama_rt.checkpoint.tensor_names import halves_first, rotates
+from codellama_rt.model.config import ModelConfig, RopeScaling
+
+if TYPE_CHECKING:
+    from codellama_rt.checkpoint import LlamaWeights
+
+_NAMES = {  # of LayerWeights' fields
+    "attention_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj", "o_proj": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm", "gate_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}  # fmt: skip
+INDEX = "model.safetensors.index.json"
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SCALING_KEYS = {  # beside rope_type and factor, as transformers names them
+    "linear": (), "dynamic": (),
+    "yarn": ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
+             "mscale", "mscale_all_dim", "truncate"),
+    "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}  # fmt: skip
+
+
+def write_directory(
+    path: Path, config: ModelConfig, weights: LlamaWeights, *, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes config.json and the weights, a tensor at a time.
+
+    Args:
+        path: the directory, made if need be; config.json comes last, so that a part of a model
+            does not open.
+        config: of the model; rows in GGUF's order are put into Hugging Face's.
+        weights: float arrays.
+        max_shard_bytes: of one file of weights, unless one tensor is larger.
+
+    Raises:
+        ValueError: quantised weights, or a RoPE scaling that config.json cannot say.
+        OSError: a file cannot be written.
+    """
+    values = hf_config(config)
+    entries = [_entry(name, array, config) for name, array in _named(config, weights)]
+    stage = path / ".saving"  # the weights may be mapped from the very files that are replaced
+    stage.mkdir(parents=True)
+    try:
+        _write_weights(stage, split_shards(entries, max_shard_bytes))
+        for old in [path / "config.json", *path.glob("*.safetensors"), path / INDEX]:
+            old.unlink(missing_ok=True)
+        for file in stage.iterdir():
+            file.replace(path / file.name)
+    finally:
+        shutil.rmtree(stage)
+    _write_json(path / "config.json", values)
+
+
+def _write_weights(path: Path, shards: list[list[Entry]]) -> None:
+    for i, shard in enumerate(shards):
+        name = shard_name(i, len(shards))
+        write_safetensors(path / name, shard, {"format": "pt"}, lambda entry: None)
+    if len(shards) > 1:
+        _write_json(path / INDEX, index_of(shards))
+
+
+def shard_name(i: int, count: int) -> str:
+    """The name of file i of `count`.
+
+    Example:
+        >>> shard_name(0, 2)
+        'model-00001-of-00002.safetensors'
+    """
+    return "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
+
+
+def index_of(shards: list[list[Entry]]) -> dict[str, Any]:
+    """The index of several files: which tensor lies in which."""
+    total = sum(entry.num_bytes for shard in shards for entry in shard)
+    files = {
+        entry.name: shard_name(i, len(shards)) for i, shard in enumerate(shards) for entry in shard
+    }
+    return {"metadata": {"total_size": total}, "weight_map": files}
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """The configuration with the keys of transformers' LlamaConfig.
+
+    Raises:
+        ValueError: a RoPE scaling that it has no name for.
+    """
+    ends = list(config.eos_token_ids)
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": config.dim, "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size, "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_position_embeddings, "rope_theta": config.rope_theta,
+        "rope_scaling": _scaling(config.rope_scaling), "torch_dtype": config.dtype,
+        "tie_word_embeddings": config.tie_word_embeddings, "bos_token_id": config.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends, "attention_bias": False,
+    }  # fmt: skip
+
+
+def _scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if scaling.kind not in _SCALING_KEYS:
+        raise ValueError(
+            f"rope scaling by {scaling.kind!r}, of a GGUF file, has no name in config.json"
+        )
+    values = {key: getattr(scaling, key) for key in _SCALING_KEYS[scaling.kind]}
+    values = {key: value for key, value in values.items() if value is not None}
+    return {"rope_type": scaling.kind, "factor": scaling.factor, **values}
+
+
+def _named(config: ModelConfig, weights: LlamaWeights) -> list[tuple[str, np.ndarray]]:
+    named = [("model.embed_tokens.weight", weights.embedding)]
+    for i, layer in enumerate(weights.layers):
+        named += [
+            (f"model.layers.{i}.{name}.weight", getattr(layer, field))
+            for field, name in _NAMES.items()
+        ]
+    named.append(("model.norm.weight", weights.norm))
+    if not config.tie_word_embeddings:
+        named.append(("lm_head.weight", weights.lm_head))
+    return named
+
+
+def _entry(name: str, array: np.ndarray, config: ModelConfig) -> Entry:
+    if not isinstance(array, np.ndarray):
+        raise ValueError(
+            f"{name} is quantised ({array.dtype}), and only floats are written; open the model "
+            "with dtype='bfloat16'"
+        )
+
+    def read() -> np.ndarray:
+        is_other = rotates(name) and config.rope_interleaved
+        whole = halves_first(array, config.head_dim) if is_other else array
+        return np.ascontiguousarray(whole).reshape(-1).view(np.uint8)
+
+    return Entry(name, _DTYPES[array.dtype.name], array.shape, array.nbytes, read)
+
+
+def split_shards(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
+    """Entries in their order, as files of at most `max_bytes` unless one tensor is larger."""
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(e.num_bytes for e in shards[-1]) + entry.num_bytes > max_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    return shards
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")

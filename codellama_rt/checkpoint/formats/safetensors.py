@@ -1,0 +1,146 @@
+"""safetensors files: every offset of the header is checked before a tensor is handed out.
+
+The format: 8 bytes header length, the header in JSON, then the tensors' bytes without gaps. The
+reference reader accepts a name twice in the header (the last wins); here that is a fault.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codellama_rt.checkpoint.formats.strict_json import MAX_JSON_BYTES, parse_object
+from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
+from codellama_rt.errors import CheckpointError
+
+_ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+_MAX_AXES = 8
+_MAX_AXIS = 2**48
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Maps a safetensors file and lists its tensors.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The tensors by name, in the order of their bytes; none has been read.
+
+    Raises:
+        CheckpointError: truncated or oversized file or header, JSON faults, a name twice, an
+            unknown dtype, a shape its bytes contradict, bytes that overlap or are no tensor's.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
+        >>> header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+        >>> _ = path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        >>> read_safetensors(path)["a"].view()
+        array([0.], dtype=float32)
+    """
+    mapped = map_file(path)
+    header, begin = _read_header(path, mapped)
+    payload = mapped[begin:]
+    entries = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            _check_metadata(path, entry)
+        else:
+            entries.append((name, *_read_entry(path, name, entry)))
+    entries.sort(key=lambda entry: entry[3:])
+    _check_contiguous(path, entries, len(payload))
+    return {
+        name: StoredTensor(name, path, dtype, shape, payload[start:stop])
+        for name, dtype, shape, start, stop in entries
+    }
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free-form metadata of a safetensors file; empty where it has none.
+
+    Raises:
+        CheckpointError: the header is damaged, or the metadata are not strings.
+    """
+    header, _ = _read_header(path, map_file(path))
+    metadata = header.get("__metadata__", {})
+    _check_metadata(path, metadata)
+    return metadata
+
+
+def _read_header(path: Path, mapped: np.ndarray) -> tuple[dict[str, Any], int]:
+    if len(mapped) < 8:
+        raise CheckpointError(
+            f"{path}: expected 8 bytes of header length, found a file of {len(mapped)} bytes; it "
+            "is truncated"
+        )
+    length = int.from_bytes(mapped[:8].tobytes(), "little")
+    if length > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{path}: expected a header of at most {MAX_JSON_BYTES} bytes, found {length}; not "
+            "safetensors"
+        )
+    if 8 + length > len(mapped):
+        raise CheckpointError(
+            f"{path}: expected a header of {length} bytes, found {len(mapped) - 8}; the file is "
+            "truncated"
+        )
+    return parse_object(mapped[8 : 8 + length].tobytes(), f"{path}: header"), 8 + length
+
+
+def _check_metadata(path: Path, metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(
+            f"{path}: __metadata__: expected an object of strings, found {metadata!r:.200}"
+        )
+
+
+def _read_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Checks one entry of the header by itself; returns dtype, shape and the range of its bytes."""
+
+    def fault(what: str, expected: str, found: Any) -> CheckpointError:
+        return CheckpointError(
+            f"{path}: tensor {name!r}: {what}: expected {expected}, found {found!r:.200}"
+        )
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise fault("entry", "an object of dtype, shape and data_offsets", entry)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise fault("dtype", f"one of {', '.join(_ITEM_BYTES)}", dtype)
+    if not _is_integers(shape) or len(shape) > _MAX_AXES or any(axis > _MAX_AXIS for axis in shape):
+        raise fault("shape", f"at most {_MAX_AXES} integers from 0 to {_MAX_AXIS}", shape)
+    if not _is_integers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise fault("data_offsets", "two integers, begin and end", offsets)
+    expected, found = math.prod(shape) * _ITEM_BYTES[dtype], offsets[1] - offsets[0]
+    if expected != found:
+        raise fault("data_offsets", f"{expected} bytes for {dtype} {shape}", found)
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _is_integers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_contiguous(path: Path, entries: list[tuple], length: int) -> None:
+    """Checks that the tensors, in the order of their bytes, fill the payload exactly."""
+    end, previous = 0, "the header"
+    for name, _, _, start, stop in entries:
+        if start != end:
+            what = "overlaps" if start < end else "leaves a hole after"
+            raise CheckpointError(
+                f"{path}: tensor {name!r}: expected its bytes to begin at {end}, found {start}; "
+                f"it {what} {previous}"
+            )
+        end, previous = stop, repr(name)
+    if end != length:
+        what = "the file is truncated" if end > length else "bytes at the end belong to no tensor"
+        raise CheckpointError(
+            f"{path}: {previous} ends last: expected {end} bytes of tensors, found {length}; {what}"
+        )

@@ -1,0 +1,239 @@
+"""A request as the engine follows it: its samples, when each ends, and what the caller gets."""
+
+from array import array
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from numbers import Integral
+
+import numpy as np
+
+from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
+from codellama_rt.engine.sampler import TokenSampler
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.engine.sequence import Sequence, int32_list
+from codellama_rt.engine.stop_strings import TextStream
+
+
+@dataclass(slots=True)
+class Output:
+    """What one sample of one request gained in a step.
+
+    Args:
+        request_id: as given to `add_request`.
+        index: which of the request's n samples.
+        token_ids: new tokens; the one that ended the output is among them.
+        text: new text that is final; without stop strings, stop tokens and special tokens.
+        logprobs: one dict per new token, or None if not asked for.
+        prompt_logprobs: with a sample's first output, if asked for; one entry per prompt token.
+        finished: whether this is the sample's last output.
+        finish_reason: "stop" | "length" | "abort" | "error" when finished.
+        stop_reason: the token id or the string that stopped it.
+        error: the exception when `finish_reason` is "error".
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    text: str
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    finished: bool = False
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: Exception | None = None
+
+
+class Request:
+    """n samples of one prompt. The first computes the prompt; the others fork from it."""
+
+    def __init__(
+        self,
+        request_id: str,
+        params: SamplingParams,
+        sequence: Sequence,
+        *,
+        seed: int,
+        max_len: int,
+        eos_token_ids: Iterable[int],
+        vocab_size: int,
+        tokenizer: object | None,
+    ) -> None:
+        """Starts with the first sample; `fork` adds the others.
+
+        Args:
+            request_id: unique among the unfinished requests.
+            params: how to sample.
+            sequence: the prompt.
+            seed: of all draws.
+            max_len: tokens of the prompt and the output together at which a sample ends.
+            eos_token_ids: the model's ends of sequence.
+            vocab_size: of the model.
+            tokenizer: for the text; None: tokens only.
+        """
+        self.request_id = request_id
+        self.params = params
+        self.seed = seed
+        self.max_len = max_len
+        self.end_ids = frozenset(params.stop_token_ids) | frozenset(
+            () if params.ignore_eos else eos_token_ids
+        )
+        self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
+        self.prompt_logprobs = None if params.prompt_logprobs is None else PromptLogprobs()
+        self.num_unfinished = params.n
+        self.samples = [Sample(self, sequence)]
+
+    def fork(self) -> list["Sample"]:
+        """Creates the samples that do not exist yet, from the first one's tokens."""
+        first = self.samples[0].sequence
+        forks = [Sample(self, first.fork(i)) for i in range(len(self.samples), self.params.n)]
+        self.samples += forks
+        return forks
+
+    def take_prompt_logits(self, logits: np.ndarray, first_position: int) -> None:
+        """Records the log-probabilities of the prompt's tokens after the given positions.
+
+        Args:
+            logits: (rows, vocab_size) float32 of consecutive prompt tokens.
+            first_position: of the first row's token.
+        """
+        token_ids = self.samples[0].sequence.token_ids
+        for position, row in enumerate(logits, start=first_position):
+            self.prompt_logprobs.append(row, token_ids[position + 1], self.params.prompt_logprobs)
+
+
+class Sample:
+    """One of a request's n outputs."""
+
+    def __init__(self, request: Request, sequence: Sequence) -> None:
+        """Starts after the prompt.
+
+        Args:
+            request: what was asked for.
+            sequence: the sample's tokens.
+        """
+        self.request = request
+        self.sequence = sequence
+        self.index = sequence.order[-1]
+        params = request.params
+        prompt_ids = sequence.token_ids[: sequence.prompt_len]
+        self._sampler = TokenSampler(
+            params,
+            request.seed,
+            self.index,
+            prompt_ids,
+            request.vocab_size,
+            request.end_ids,
+            request.request_id,
+        )
+        self._stream = None
+        if request.tokenizer is not None:
+            detokenizer = request.tokenizer.detokenizer(prompt_ids)
+            self._stream = TextStream(detokenizer, params.stop)
+
+    def accept(self, logits: np.ndarray) -> Output:
+        """Chooses the next token from its logits and appends it.
+
+        Args:
+            logits: (vocab_size,) float32.
+
+        Returns:
+            The token, its text, and whether and why it was the last.
+
+        Raises:
+            RuntimeError: the logits are not numbers.
+        """
+        sequence, params = self.sequence, self.request.params
+        num_generated = sequence.num_generated
+        token_id = self._sampler.sample(logits, len(sequence.token_ids), num_generated)
+        sequence.token_ids.append(token_id)
+        self._sampler.record(token_id)
+        output = Output(self.request.request_id, self.index, [token_id], "")
+        if params.logprobs is not None:
+            output.logprobs = [token_logprobs(logits, token_id, params.logprobs)]
+        if num_generated == 0:
+            output.prompt_logprobs = self.request.prompt_logprobs
+        self._read(token_id, num_generated + 1 >= params.min_tokens, output)
+        return output
+
+    def end(self, reason: str, error: Exception | None = None) -> Output:
+        """The last output of a sample that is ended from outside: "abort" or "error"."""
+        text = "" if error is not None or self._stream is None else self._stream.flush()
+        return Output(
+            self.request.request_id,
+            self.index,
+            [],
+            text,
+            finished=True,
+            finish_reason=reason,
+            error=error,
+        )
+
+    def _read(self, token_id: int, may_stop: bool, output: Output) -> None:
+        """Fills in the text of a new token, and whether it ends the output."""
+        if token_id in self.request.end_ids and may_stop:
+            output.finish_reason, output.stop_reason = "stop", token_id
+        elif self._stream is not None:
+            output.text, stop = self._stream.push(token_id, may_stop=may_stop)
+            if stop is not None:
+                output.finish_reason, output.stop_reason, output.finished = "stop", stop, True
+                return  # nothing after a stop string is part of the text
+        if output.finish_reason is None and len(self.sequence.token_ids) >= self.request.max_len:
+            output.finish_reason = "length"
+        if output.finish_reason is not None:
+            output.finished = True
+            if self._stream is not None:
+                output.text += self._stream.flush()
+
+
+def checked_prompt(prompt_token_ids: object, vocab_size: int) -> array:
+    """The prompt as an int32 list.
+
+    Args:
+        prompt_token_ids: a list or a 1-D integer array.
+        vocab_size: of the model.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: empty, or a token outside the vocabulary.
+    """
+    if isinstance(prompt_token_ids, np.ndarray):
+        prompt_token_ids = prompt_token_ids.tolist()
+    if not isinstance(prompt_token_ids, (list, tuple, array)):
+        kind = type(prompt_token_ids).__name__
+        raise TypeError(f"prompt_token_ids must be a list of int, got {kind}; encode text first")
+    if not prompt_token_ids:
+        raise ValueError("prompt_token_ids must hold at least one token, got none; begin with BOS")
+    if set(map(type, prompt_token_ids)) != {int}:
+        for position, token_id in enumerate(prompt_token_ids):
+            if not isinstance(token_id, Integral) or isinstance(token_id, bool):
+                kind = type(token_id).__name__
+                raise TypeError(f"prompt_token_ids[{position}] must be an int, got {kind}")
+    if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocab_size:
+        for position, token_id in enumerate(prompt_token_ids):
+            check_token_id(token_id, vocab_size, f"prompt_token_ids[{position}]")
+    return int32_list(map(int, prompt_token_ids))
+
+
+def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -> None:
+    """Checks what SamplingParams cannot know by itself.
+
+    Raises:
+        TypeError: not SamplingParams.
+        ValueError: a token outside the vocabulary, or stop strings without a tokenizer.
+    """
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
+    ids: Collection[int] = params.stop_token_ids
+    for i, token_id in enumerate(ids):
+        check_token_id(token_id, vocab_size, f"stop_token_ids[{i}]")
+    for token_id in params.logit_bias or ():
+        check_token_id(token_id, vocab_size, f"logit_bias[{token_id}]")
+    if params.stop and not has_tokenizer:
+        raise ValueError("stop strings need a tokenizer; give the engine one or use stop_token_ids")
+
+
+def check_token_id(token_id: int, vocab_size: int, name: str) -> None:
+    """Raises ValueError if a token is outside the vocabulary."""
+    if not 0 <= token_id < vocab_size:
+        raise ValueError(f"{name} must be a token id in [0, {vocab_size}), got {token_id}")

@@ -1,0 +1,232 @@
+"""From a row of logits to a token; every function is pure in its arguments.
+
+Order of the processors as in Transformers: repetition, presence and frequency penalties, bias,
+minimum length, then temperature, top-k, top-p, min-p. All arithmetic in float64.
+"""
+
+import math
+from collections.abc import Collection
+
+import numpy as np
+
+from codellama_rt.engine.sampling_params import SamplingParams
+
+
+class TokenCounts:
+    """Which tokens a sequence has, kept up to date token by token."""
+
+    def __init__(self, prompt_ids: Collection[int], vocab_size: int) -> None:
+        """Counts the prompt.
+
+        Args:
+            prompt_ids: int32 (prompt_len,).
+            vocab_size: length of the two tables.
+        """
+        self.in_output = np.zeros(vocab_size, np.int32)  # occurrences
+        self.seen = np.zeros(vocab_size, bool)  # in the prompt or the output
+        self.seen[np.asarray(prompt_ids, np.int64)] = True
+
+    def add(self, token_id: int) -> None:
+        """Counts a new output token."""
+        self.in_output[token_id] += 1
+        self.seen[token_id] = True
+
+
+class TokenSampler:
+    """Chooses the tokens of one sample of one request."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        seed: int,
+        index: int,
+        prompt_ids: Collection[int],
+        vocab_size: int,
+        end_ids: Collection[int] = (),
+        name: str = "",
+    ) -> None:
+        """Starts after the prompt.
+
+        Args:
+            params: what the caller asked for.
+            seed: of the request; draws depend on it, on `index` and on the position, nothing else.
+            index: which of the request's n samples.
+            prompt_ids: int32 (prompt_len,).
+            vocab_size: of the model.
+            end_ids: tokens that would end the output; masked until `min_tokens`.
+            name: of the request, for messages.
+        """
+        self._params, self._seed, self._index, self._name = params, seed, index, name
+        self._counts = TokenCounts(prompt_ids, vocab_size) if params.counts_tokens else None
+        self._end_ids = list(end_ids)
+        self._reads_raw_logits = params.is_greedy and self._counts is None and not params.logit_bias
+
+    def sample(self, logits: np.ndarray, position: int, num_generated: int) -> int:
+        """Chooses the token that follows.
+
+        Args:
+            logits: (vocab_size,) float32, not changed.
+            position: of the new token in its sequence.
+            num_generated: output tokens before it.
+
+        Raises:
+            RuntimeError: the logits are not numbers, or every token is masked.
+        """
+        best = int(logits.argmax())  # the first NaN, if there is one: this pass finds both
+        self._require_finite(logits, best, position)
+        masked = num_generated < self._params.min_tokens
+        if self._reads_raw_logits and not masked:
+            return best
+        end_ids = self._end_ids if masked else ()
+        processed = process_logits(logits, self._params, self._counts, end_ids)
+        best = int(processed.argmax())
+        self._require_finite(processed, best, position)
+        if self._params.is_greedy:
+            return best
+        token_ids, probs = distribution(processed, self._params)
+        return draw(token_ids, probs, uniform(self._seed, self._index, position))
+
+    def record(self, token_id: int) -> None:
+        """Notes the token that was chosen, for the penalties."""
+        if self._counts is not None:
+            self._counts.add(token_id)
+
+    def _require_finite(self, logits: np.ndarray, best: int, position: int) -> None:
+        if not math.isfinite(logits[best]):
+            raise RuntimeError(
+                f"request {self._name!r}: no token to choose at position {position}: the highest "
+                f"logit, of token {best}, is {logits[best]}; check the weights "
+                "(open_checkpoint(..., check='finite')), logit_bias and stop_token_ids"
+            )
+
+
+def process_logits(
+    logits: np.ndarray,
+    params: SamplingParams,
+    counts: TokenCounts | None = None,
+    masked_ids: Collection[int] = (),
+) -> np.ndarray:
+    """Applies what depends on the tokens so far: penalties, bias, minimum length.
+
+    Args:
+        logits: (vocab_size,) float32, not changed.
+        params: with the penalties and the bias.
+        counts: the tokens so far; None when no penalty is set.
+        masked_ids: tokens that may not be chosen.
+
+    Returns:
+        (vocab_size,) float64.
+    """
+    logits = logits.astype(np.float64)
+    if counts is not None:
+        penalty = params.repetition_penalty
+        seen = logits[counts.seen]
+        logits[counts.seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+        logits -= params.presence_penalty * (counts.in_output > 0)
+        logits -= params.frequency_penalty * counts.in_output
+    if params.logit_bias:
+        ids = np.fromiter(params.logit_bias.keys(), np.int64)
+        logits[ids] += np.fromiter(params.logit_bias.values(), np.float64)
+    if masked_ids:
+        logits[list(masked_ids)] = -np.inf
+    return logits
+
+
+def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """Applies temperature, top-k, top-p and min-p.
+
+    Args:
+        logits: (vocab_size,) float64 with a finite maximum.
+        params: with a temperature above 0.
+
+    Returns:
+        The tokens that remain, ascending ids, (kept,) int64, and their probabilities, (kept,)
+        float64, all positive.
+    """
+    token_ids = np.flatnonzero(logits > -np.inf)
+    if 0 < params.top_k < len(token_ids):
+        kth = np.partition(logits, -params.top_k)[-params.top_k]
+        token_ids = np.flatnonzero(logits >= kth)  # equals of the k-th stay, as in Transformers
+    scores = logits[token_ids]
+    with np.errstate(over="ignore", under="ignore"):
+        # Subtracting the maximum first keeps the tiniest temperature from overflowing to NaN.
+        probs = np.exp((scores - scores.max()) / params.temperature)
+    probs /= probs.sum()
+    kept = probs > 0
+    if params.top_p < 1.0:
+        kept &= _nucleus(probs, params.top_p)
+    if params.min_p > 0.0:
+        kept &= probs >= params.min_p * probs.max()
+    token_ids, probs = token_ids[kept], probs[kept]
+    return token_ids, probs / probs.sum()
+
+
+def _nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
+    """Which tokens have at most `top_p` before them; of equal ones the lower id goes first."""
+    # Tokens below (1 - p) / size sum to less than 1 - p, so none of them can be kept. On a real
+    # model's logits this leaves some hundred to sort instead of the whole vocabulary.
+    candidates = probs[probs >= (1.0 - top_p) / len(probs)]
+    ordered = np.sort(candidates)[::-1]  # values only: ten times faster than a stable argsort
+    before = np.concatenate(([0.0], np.cumsum(ordered)[:-1]))
+    num_kept = int(np.searchsorted(before, top_p, side="right"))
+    last = ordered[num_kept - 1]
+    kept = probs > last
+    kept[np.flatnonzero(probs == last)[: num_kept - int(kept.sum())]] = True
+    return kept
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    """A number in [0, 1) that is a pure function of its three arguments.
+
+    Philox4x64-10, a counter-based generator (Salmon et al., "Parallel random numbers: as easy as
+    1, 2, 3", SC 2011): key = seed and sample index, counter = position.
+    """
+    bits = np.random.Philox(key=index << 64 | seed, counter=position).random_raw()
+    return (bits >> 11) * 2.0**-53
+
+
+def draw(token_ids: np.ndarray, probs: np.ndarray, u: float) -> int:
+    """Inverts the cumulative distribution, tokens in ascending order of their ids.
+
+    Args:
+        token_ids: (kept,) int64.
+        probs: (kept,) float64, positive.
+        u: in [0, 1).
+    """
+    cumulative = np.cumsum(probs)
+    i = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+    return int(token_ids[min(i, len(token_ids) - 1)])  # u * total may round up to the total
+
+
+def probabilities(
+    logits: np.ndarray,
+    params: SamplingParams,
+    prompt_ids: Collection[int] = (),
+    output_ids: Collection[int] = (),
+) -> np.ndarray:
+    """The distribution the next token is drawn from.
+
+    Args:
+        logits: (vocab_size,) float32.
+        params: all processors; temperature 0 gives the greedy token probability 1.
+        prompt_ids: int32 (prompt_len,).
+        output_ids: int32 (num_generated,).
+
+    Returns:
+        (vocab_size,) float64.
+
+    Example:
+        >>> probabilities(np.float32([0, 1, 2]), SamplingParams(temperature=1, top_k=2)).round(3)
+        array([0.   , 0.269, 0.731])
+    """
+    counts = TokenCounts(prompt_ids, len(logits))
+    for token_id in output_ids:
+        counts.add(token_id)
+    processed = process_logits(logits, params, counts)
+    probs = np.zeros(len(logits))
+    if params.is_greedy:
+        probs[processed.argmax()] = 1.0
+    else:
+        token_ids, kept = distribution(processed, params)
+        probs[token_ids] = kept
+    return probs

@@ -1,0 +1,277 @@
+"""The Transformers-style surface: `LlamaForCausalLM.from_pretrained(...).generate(tensor)`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codellama_rt.checkpoint.formats.hf_writer import write_directory
+from codellama_rt.engine.branches import Branches
+from codellama_rt.engine.request import check_token_id
+from codellama_rt.hf import CausalLMOutput, GenerateOutput, GenerationConfig
+from codellama_rt.hf.beam_search import beam_search
+from codellama_rt.hf.processors import LogitsProcessor, make_processors
+from codellama_rt.hf.sample import sample
+from codellama_rt.hf.search import Found, Search, StoppingCriterion, padded_rows
+from codellama_rt.hf.tensors import as_mask, as_rows, dtype_name, label_loss, to_tensor
+from codellama_rt.llm.llm import LLM
+from codellama_rt.llm.memory import parse_bytes
+from codellama_rt.model.lora import LoraAdapter
+from codellama_rt.text.tokenizer import Tokenizer
+from codellama_rt.text.tokenizer.save_tokenizer import save_tokenizer
+
+_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "paged_attention")
+
+
+class LlamaForCausalLM:
+    """A model that takes and returns MindSpore Tensors of token ids.
+
+    Example:
+        >>> import mindspore as ms  # doctest: +SKIP
+        >>> model = LlamaForCausalLM.from_pretrained("CodeLlama-7b-hf")  # doctest: +SKIP
+        >>> ids = ms.Tensor(tokenizer(prompt, return_tensors="np").input_ids, ms.int32)
+        ... # doctest: +SKIP
+        >>> output = model.generate(ids, max_new_tokens=128)  # doctest: +SKIP
+        >>> tokenizer.batch_decode(output[:, ids.shape[1]:])  # doctest: +SKIP
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        """Wrap an LLM; `from_pretrained` makes one."""
+        self.llm = llm
+        self.config = llm.config
+        self.generation_config = GenerationConfig.from_dict(llm.generation_config)
+        self._stored_ends = self.generation_config.eos_token_id
+        self._adapters: dict[str, LoraAdapter] = {}
+        self._adapter: LoraAdapter | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | os.PathLike[str], *, dtype: Any = None, mindspore_dtype: Any = None,
+        ms_dtype: Any = None, torch_dtype: Any = None, attn_implementation: str | None = None,
+        **llm_options: Any,
+    ) -> LlamaForCausalLM:  # fmt: skip
+        """Open a checkpoint.
+
+        Args:
+            model: directory, GGUF file, built-in name or hub id.
+            dtype: "auto", "float32", "float16", "bfloat16", or MindSpore's own (`ms.bfloat16`);
+                mindspore_dtype, ms_dtype and torch_dtype are other names for it.
+            attn_implementation: one of Transformers' names; there is one implementation, paged, and
+                the tokens are the same whatever it is called.
+            **llm_options: as `LLM` takes them.
+
+        Raises:
+            CheckpointError, ValueError, TypeError, RuntimeError: as `LLM`; or two dtypes.
+        """
+        if attn_implementation not in (None, *_IMPLEMENTATIONS):
+            raise ValueError(
+                f"attn_implementation must be one of {', '.join(_IMPLEMENTATIONS)}, got "
+                f"{attn_implementation!r}"
+            )
+        given = [d for d in (dtype, mindspore_dtype, ms_dtype, torch_dtype) if d is not None]
+        if len(given) > 1:
+            raise TypeError(f"dtype is given {len(given)} times, by its several names")
+        return cls(LLM(model, dtype=dtype_name(given[0] if given else "auto"), **llm_options))
+
+    def __call__(
+        self, input_ids: Any, *, attention_mask: Any = None, labels: Any = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput:  # fmt: skip
+        """Logits after every token, and how well the labels were foretold.
+
+        Args:
+            input_ids: (batch, length) Tensor of int32 or int64.
+            attention_mask: (batch, length), 0 where a row is padded, on either side.
+            labels: (batch, length) token ids to foretell, -100 where none counts; each is compared
+                with the logits before it.
+            logits_to_keep: return those of so many last positions only; 0: of all.
+
+        Returns:
+            `logits`, (batch, length or logits_to_keep, vocab_size) float32, zeros at padding, and
+            `loss`, with labels.
+
+        Raises:
+            TypeError, ValueError: a tensor of another type or shape; an id out of the vocabulary.
+        """
+        rows = as_rows(input_ids)
+        mask = as_mask(attention_mask, rows)
+        logits = np.zeros((*rows.shape, self.config.vocab_size), np.float32)
+        for row, kept, out in zip(rows, mask, logits, strict=True):
+            out[kept] = self.llm.logits(row[kept].tolist(), adapter=self._adapter)
+        loss = None if labels is None else label_loss(logits, labels)
+        if logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
+        return CausalLMOutput(
+            loss=None if loss is None else to_tensor(loss), logits=to_tensor(logits)
+        )
+
+    forward = construct = __call__  # Transformers' and MindSpore's names
+
+    def generate(
+        self, input_ids: Any, generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        stopping_criteria: Sequence[StoppingCriterion] | None = None, *,
+        attention_mask: Any = None, streamer: Any = None, tokenizer: Any = None,
+        seed: int | None = None, **fields: Any,
+    ) -> Any:  # fmt: skip
+        """Continue every row; explicit arguments win over the configuration.
+
+        Args:
+            input_ids: (batch, length) Tensor of int32 or int64; rows are padded on the left.
+            generation_config: the checkpoint's if None.
+            logits_processor: called with (input_ids, scores), NumPy (rows, length) int64 and
+                (rows, vocab_size) float64, after our own; returns scores.
+            stopping_criteria: called with (input_ids, scores) after each token; True, or an array
+                of bool a row, ends rows. Scores are what output_scores collects, or None.
+            attention_mask: (batch, length), 0 where a row is padded; None: where pad_token_id
+                stands, if that is no end token.
+            streamer: gets the prompt by `put`, then each token, then `end()`; one row, no beams.
+            tokenizer: decodes rows to look for stop_strings; the checkpoint's own if None.
+            seed: makes sampling repeatable; row i of a batch draws from seed + i.
+            **fields: of `GenerationConfig`: max_new_tokens, do_sample, num_beams, ...
+
+        Returns:
+            Tensor (rows, length + new tokens) in input_ids' dtype, prompts and continuations; a
+            GenerateOutput if return_dict_in_generate. An end token is the checkpoint's by default,
+            and <EOT>, too, in a row that asks for infilling.
+
+        Raises:
+            TypeError: input_ids is no Tensor of integers, or an argument is not known.
+            ValueError: a shape, mask or parameter out of range.
+        """
+        rows = as_rows(input_ids)
+        config = (generation_config or self.generation_config).replaced(**fields)
+        is_given = generation_config is not None or fields.get("eos_token_id") is not None
+        is_given |= self.generation_config.eos_token_id != self._stored_ends
+        search = self._search(
+            config, rows, attention_mask, config.eos_token_id if is_given else None, tokenizer
+        )
+        all_ends = frozenset().union(*search.ends)
+        processors = make_processors(config, rows.shape[1], all_ends)
+        search.processors = [*processors, *(logits_processor or ())]
+        search.criteria = stopping_criteria or ()
+        search.seed = secrets.randbits(63) if seed is None else seed
+        num_rows = len(rows) * config.num_beams * config.num_return_sequences
+        if streamer is not None and num_rows > 1:
+            raise ValueError("a streamer shows one row: no batch, beams or num_return_sequences")
+        search.streamer = streamer
+        with Branches(self.llm.engine) as branches:
+            found = (sample if config.num_beams == 1 else beam_search)(search, branches)
+        return self._result(search, found, rows.dtype)
+
+    def eval(self) -> LlamaForCausalLM:
+        """The model itself: it is never in training, and has no dropout."""
+        return self
+
+    def load_adapter(self, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Load a LoRA adapter in PEFT's format, and apply it from now on.
+
+        Raises:
+            CheckpointError: it is damaged, or for another model.
+        """
+        self._adapters[adapter_name] = self.llm.load_adapter(path)
+        self.set_adapter(adapter_name)
+
+    def set_adapter(self, adapter_name: str | None) -> None:
+        """Apply another loaded adapter from now on, or none.
+
+        Raises:
+            ValueError: no adapter of this name is loaded.
+        """
+        if adapter_name is not None and adapter_name not in self._adapters:
+            raise ValueError(
+                f"no adapter {adapter_name!r} is loaded; there are {sorted(self._adapters)}"
+            )
+        self._adapter = None if adapter_name is None else self._adapters[adapter_name]
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Write what `from_pretrained`, also of Transformers, reads: safetensors, configuration
+        and tokenizer.
+
+        Args:
+            save_directory: made if it is not there; files in it are replaced.
+            max_shard_size: bytes a file of weights may have, an int or a str like "2GB".
+
+        Raises:
+            ValueError: the weights are quantised, or their RoPE scaling has no name in config.json.
+            OSError: a file cannot be written.
+        """
+        write_directory(
+            Path(save_directory), self.config, self.llm.model.weights,
+            max_shard_bytes=parse_bytes(max_shard_size),
+        )  # fmt: skip
+        self.generation_config.save_pretrained(save_directory)
+        if self.llm.tokenizer is not None:
+            save_tokenizer(self.llm.tokenizer, Path(save_directory), self.llm.chat_template)
+
+    def _search(
+        self, config: GenerationConfig, rows: np.ndarray, attention_mask: Any,
+        ends: tuple[int, ...] | None, tokenizer: Any,
+    ) -> Search:  # fmt: skip
+        """The search for continuations of rows that end with `ends`; None: the checkpoint's."""
+        all_ends = self.llm.engine.eos_token_ids if ends is None else ends
+        if attention_mask is None and config.pad_token_id not in (None, *all_ends):
+            attention_mask = rows != config.pad_token_id
+        mask = as_mask(attention_mask, rows)
+        if not mask[:, -1].all():
+            raise ValueError(
+                "rows to continue are padded on the left; set the tokenizer's padding_side to "
+                "'left'"
+            )
+        prompts = [row[kept].tolist() for row, kept in zip(rows, mask, strict=True)]
+        pad_id = config.pad_token_id
+        if pad_id is None:
+            pad_id = next(iter(ends or self.llm.engine.eos_token_ids), 0)
+        for token_id in ends or ():
+            check_token_id(token_id, self.config.vocab_size, "eos_token_id")
+        check_token_id(pad_id, self.config.vocab_size, "pad_token_id")
+        return Search(
+            config, prompts, rows.astype(np.int64),
+            [frozenset(self._usual_ends(prompt) if ends is None else ends) for prompt in prompts],
+            pad_id, config.new_tokens(rows.shape[1]), self.llm.max_model_len,
+            tokenizer=self._reader(tokenizer) if config.stop_strings else None,
+            adapter=self._adapter,
+        )  # fmt: skip
+
+    def _reader(self, tokenizer: Any) -> Tokenizer:
+        """What decodes rows: the caller's tokenizer, or the checkpoint's own."""
+        if tokenizer is None and self.llm.tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer, and this checkpoint brings none")
+        found = self.llm.tokenizer if tokenizer is None else getattr(tokenizer, "runtime", None)
+        if not isinstance(found, Tokenizer):
+            raise TypeError(
+                f"tokenizer must be a CodeLlamaTokenizer, got {type(tokenizer).__name__}"
+            )
+        found.pad_vocabulary(self.config.vocab_size)
+        return found
+
+    def _usual_ends(self, prompt: list[int]) -> tuple[int, ...]:
+        """The checkpoint's end tokens, and <EOT> for a prompt that asks for infilling."""
+        ends, tokenizer = self.llm.engine.eos_token_ids, self.llm.tokenizer
+        if tokenizer is not None and tokenizer.can_infill and tokenizer.middle_id in prompt:
+            return (*ends, tokenizer.eot_id)
+        return ends
+
+    @staticmethod
+    def _result(search: Search, found: Found, dtype: np.dtype) -> Any:
+        """What `generate` returns."""
+        new = padded_rows(found.rows, search.pad_id)
+        sequences = to_tensor(np.hstack([search.padded[found.parents], new]).astype(dtype))
+        if not search.config.return_dict_in_generate:
+            return sequences
+        beams = None if found.beams is None else padded_rows(found.beams, -1).astype(np.int32)
+        best = found.sequences_scores
+        return GenerateOutput(
+            sequences=sequences,
+            scores=tuple(map(to_tensor, found.scores)) or None,
+            logits=tuple(map(to_tensor, found.logits)) or None,
+            sequences_scores=None if best is None else to_tensor(np.float32(best)),
+            beam_indices=None if beams is None else to_tensor(beams),
+        )

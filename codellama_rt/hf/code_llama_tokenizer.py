@@ -1,0 +1,208 @@
+"""`CodeLlamaTokenizer` with the interface and the ids of the slow tokenizer of Transformers 4.
+
+It differs from the runtime's tokenizer in one thing: names of special tokens and <FILL_ME> in a
+text are parsed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from codellama_rt.hf.batch_encoding import (
+    BatchEncoding,
+    as_tensor,
+    pad,
+    padded_length,
+    row_limit,
+    truncate,
+)
+from codellama_rt.hf.code_llama_vocabulary import CodeLlamaVocabulary
+from codellama_rt.text.chat import JinjaFormat, checked_messages, find_format
+from codellama_rt.text.tokenizer import split_fill
+from codellama_rt.text.tokenizer.tokenizer_base import cannot_infill
+
+_CLEAN_UPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
+
+class CodeLlamaTokenizer(CodeLlamaVocabulary):
+    """Code Llama's tokenizer as users of Transformers know it.
+
+    Example:
+        >>> tok = CodeLlamaTokenizer.from_pretrained("CodeLlama-7b-hf")  # doctest: +SKIP
+        >>> tok("def f(<FILL_ME>):", return_tensors="np").input_ids  # doctest: +SKIP
+        array([[    1, 32007,   822,   285, 29898, 32008,  1125, 32009]])
+    """
+
+    # Text to ids
+
+    def tokenize(
+        self, text: str, suffix: str | None = None, suffix_first: bool | None = None
+    ) -> list[str]:
+        """Cuts text into pieces; nothing is put around it."""
+        return self.convert_ids_to_tokens(self._text_ids(text, suffix, suffix_first))
+
+    def encode(self, text: str, text_pair: str | None = None, **options: Any) -> list[int]:
+        """Returns the `input_ids` of calling the tokenizer with these arguments."""
+        return self(text, text_pair, **options).input_ids
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        text_pair: str | Sequence[str] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        padding: bool | str = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        **hole: Any,
+    ) -> BatchEncoding:
+        """Turns a text, or a batch of texts, into ids; options mean what they do in Transformers.
+
+        Args:
+            text, text_pair: one or several; a pair text follows with special tokens of its own.
+            truncation, max_length: True or "longest_first", and the tokens a row may have.
+            padding, pad_to_multiple_of, padding_side: True or "longest", or "max_length".
+            return_tensors: None for lists, "np" for int64 arrays, "ms" for int32 tensors.
+            hole: `suffix`, the text after a hole that follows `text`, and `suffix_first`.
+
+        Returns:
+            `input_ids` and `attention_mask`: lists (of lists), or (batch, length) tensors.
+
+        Raises:
+            TypeError, ValueError: a text is not a str; an option or a hole is out of place.
+        """
+        single = isinstance(text, str)
+        pairs = [text_pair] if single else text_pair or [None] * len(text)
+        limit = row_limit(truncation, max_length, padding)
+        rows = [
+            self._row(self._text_ids(first, **hole), second, add_special_tokens, limit)
+            for first, second in zip([text] if single else text, pairs, strict=True)
+        ]
+        length = padded_length(rows, padding, max_length, pad_to_multiple_of)
+        filled = pad(rows, length, self.pad_token_id, padding_side or self.padding_side)
+        rows, masks = (as_tensor(part, return_tensors, single) for part in filled)
+        return BatchEncoding(input_ids=rows, attention_mask=masks)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Puts bos and eos, as the options say, around one text or each of two."""
+        head = [self.bos_token_id] * self.add_bos_token
+        tail = [self.eos_token_id] * self.add_eos_token
+        texts = [token_ids_0] if token_ids_1 is None else [token_ids_0, token_ids_1]
+        return [token_id for ids in texts for token_id in (*head, *ids, *tail)]
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """Returns 1 for each special token of an input, 0 for each other.
+
+        Args:
+            token_ids_0, token_ids_1: one text or two, to which special tokens would be added.
+            already_has_special_tokens: they are in `token_ids_0`, look for them there.
+        """
+        if already_has_special_tokens:
+            special = set(self.all_special_ids)
+            return [int(token_id in special) for token_id in token_ids_0]
+        texts = [None if ids is None else [None] * len(ids) for ids in (token_ids_0, token_ids_1)]
+        return [int(i is not None) for i in self.build_inputs_with_special_tokens(*texts)]
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Returns 0 for each token of the first text's input, 1 for each of the second's."""
+        first = len(self.build_inputs_with_special_tokens(token_ids_0))
+        both = len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
+        return [0] * first + [1] * (both - first)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        *,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+    ) -> Any:
+        """Turns a conversation into a prompt.
+
+        With Code Llama's own format, or a template that renders the same, the ids are those of
+        Meta's code, which Transformers misses; Meta's prompts always end where the model begins.
+        Names of control tokens in the messages stay text.
+
+        Args:
+            conversation: a list of {"role": ..., "content": ...}.
+            tokenize: return ids, not the rendered text.
+            add_generation_prompt: end a template of another kind where the assistant begins.
+            chat_template: Jinja, "code-llama" or "code-llama-70b"; the tokenizer's own if None.
+            return_tensors: as calling the tokenizer takes it.
+            return_dict: return `input_ids` and `attention_mask`, as calling the tokenizer does.
+
+        Raises:
+            TypeError, ValueError: a message or the order of the roles is wrong.
+            ChatTemplateError: the template is faulty, forbidden, or refuses the conversation.
+        """
+        messages = checked_messages(conversation)
+        style = find_format(chat_template or self.chat_template, self.runtime)
+        is_template = isinstance(style, JinjaFormat)
+        prompt = {"add_generation_prompt": add_generation_prompt} if is_template else {}
+        if not tokenize:
+            return style.render(self.runtime, messages, **prompt)
+        ids = style.encode(self.runtime, messages, **prompt)
+        rows = as_tensor([ids], return_tensors, True)
+        if not return_dict:
+            return rows
+        mask = as_tensor([[1] * len(ids)], return_tensors, True)
+        return BatchEncoding(input_ids=rows, attention_mask=mask)
+
+    # Ids to text
+
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> str:
+        """Turns ids (an int, a list, an array or tensor of one axis) into text."""
+        text = self.runtime.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        for spaced in _CLEAN_UPS if clean_up_tokenization_spaces else ():
+            text = text.replace(spaced, spaced.strip())
+        return text
+
+    def batch_decode(self, sequences: Any, *args: Any, **options: Any) -> list[str]:
+        """Turns rows of ids (lists, or an array or tensor of two axes) into texts, as `decode`."""
+        rows = sequences.asnumpy() if hasattr(sequences, "asnumpy") else sequences
+        return [self.decode(row, *args, **options) for row in rows]
+
+    def _text_ids(
+        self, text: str, suffix: str | None = None, suffix_first: bool | None = None
+    ) -> list[int]:
+        if suffix is None and self.fill_token is not None:
+            text, suffix = split_fill(text, self.fill_token) or (text, None)
+        if not suffix:  # as in Transformers, a hole at the end is a completion
+            return self.runtime.encode(text, bos=False, parse_special=True)
+        if None in (self.prefix_id, self.middle_id, self.suffix_id):
+            raise cannot_infill(self.vocab_size)
+        first = self.suffix_first if suffix_first is None else suffix_first
+        return self.runtime.encode_infill(text, suffix, suffix_first=first)[1:]
+
+    def _row(
+        self, ids: list[int], text_pair: str | None, add_special_tokens: bool, limit: int | None
+    ) -> list[int]:
+        texts = [ids] if text_pair is None else [ids, self._text_ids(text_pair)]
+        build = self.build_inputs_with_special_tokens if add_special_tokens else _join
+        if limit is not None:
+            texts = truncate(texts, len(build(*texts)) - limit, self.truncation_side)
+        return build(*texts)
+
+
+def _join(*texts: list[int]) -> list[int]:
+    return [token_id for ids in texts for token_id in ids]

@@ -1,0 +1,192 @@
+"""The vocabulary and options of `CodeLlamaTokenizer`, and the files they lie in."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from codellama_rt.checkpoint.formats.strict_json import read_object
+from codellama_rt.errors import CheckpointError
+from codellama_rt.hf.batch_encoding import check_side
+from codellama_rt.text.chat import read_chat_template
+from codellama_rt.text.tokenizer import FILL_TOKEN, load_tokenizer
+from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
+    INFILL_PIECES,
+    STEP_PIECE,
+    SentencePieceTokenizer,
+)
+from codellama_rt.text.tokenizer.tokenizer_base import as_id_list, token_text
+
+_CONFIG_FILE = "tokenizer_config.json"
+
+
+@dataclass(eq=False, repr=False)
+class CodeLlamaVocabulary:
+    """Pieces, special tokens and options under Transformers' names; options may be set later too.
+
+    Unlike in Transformers a vocabulary is never enlarged: a model has infilling tokens or not.
+
+    Args:
+        vocab_file: a tokenizer.model, or another file or directory with a SentencePiece vocabulary.
+
+    Attributes:
+        runtime: the tokenizer with Meta's ids, which the engine uses.
+
+    Raises:
+        CheckpointError: the vocabulary cannot be loaded, or is not SentencePiece.
+        ValueError: a token is not in the vocabulary, or a side is neither.
+    """
+
+    vocab_file: str | PathLike[str]
+    _: KW_ONLY
+    bos_token: str | None = "<s>"
+    eos_token: str | None = "</s>"
+    unk_token: str | None = "<unk>"
+    pad_token: str | None = None  # needed for padding; `eos_token` is a usual choice
+    prefix_token: str | None = INFILL_PIECES["prefix"]  # None, too, if the vocabulary has none
+    middle_token: str | None = INFILL_PIECES["middle"]
+    suffix_token: str | None = INFILL_PIECES["suffix"]
+    eot_token: str | None = INFILL_PIECES["eot"]
+    fill_token: str | None = FILL_TOKEN  # stands for the hole in a prompt
+    suffix_first: bool = False  # put the text after the hole first
+    add_bos_token: bool = True
+    add_eos_token: bool = False
+    clean_up_tokenization_spaces: bool = False  # no space before English punctuation
+    padding_side: str = "right"
+    truncation_side: str = "right"
+    chat_template: str | None = None  # Jinja; None: Code Llama's own format
+    runtime: SentencePieceTokenizer = field(init=False)
+    prefix_id: int | None = field(init=False)
+    middle_id: int | None = field(init=False)
+    suffix_id: int | None = field(init=False)
+    eot_id: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        runtime = load_tokenizer(self.vocab_file)
+        if not isinstance(runtime, SentencePieceTokenizer):
+            raise CheckpointError(
+                f"{self.vocab_file}: expected a SentencePiece vocabulary, found byte-level BPE; "
+                "load_tokenizer reads it"
+            )
+        self.runtime = runtime
+        for role in INFILL_PIECES:
+            wanted = getattr(self, f"{role}_token") is not None
+            token_id = getattr(runtime, f"{role}_id") if wanted else None
+            setattr(self, f"{role}_id", token_id)
+            setattr(self, f"{role}_token", None if token_id is None else runtime.piece(token_id))
+        for token in (self.bos_token, self.eos_token, self.unk_token, self.pad_token):
+            self._id(token)
+        check_side(self.padding_side)
+        check_side(self.truncation_side)
+
+    @classmethod
+    def from_pretrained(cls, path: str | PathLike[str], **options: Any) -> "CodeLlamaVocabulary":
+        """Loads a checkpoint's tokenizer.
+
+        Args:
+            path: a directory with tokenizer.model, or a model file.
+            options: options of the class; they win over a tokenizer_config.json beside the model.
+
+        Raises:
+            CheckpointError, ValueError: as the class.
+        """
+        path = Path(path)
+        config_file = (path if path.is_dir() else path.parent) / _CONFIG_FILE
+        config = read_object(config_file) if config_file.is_file() else {}
+        known = {name: token_text(config[name]) for name in cls._option_names() if name in config}
+        known["chat_template"] = read_chat_template(path)
+        return cls(path, **(known | options))
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str = "") -> tuple[str]:
+        """Writes tokenizer.model into a directory; returns its path in a tuple."""
+        name = f"{filename_prefix}-tokenizer.model" if filename_prefix else "tokenizer.model"
+        file = Path(save_directory) / name
+        file.write_bytes(self.runtime.model_proto)
+        return (str(file),)
+
+    def save_pretrained(self, save_directory: str) -> tuple[str, ...]:
+        """Writes what `from_pretrained`, also of Transformers, reads; returns the paths."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {"tokenizer_class": type(self).__name__}
+        config |= {name: getattr(self, name) for name in self._option_names()}
+        file = directory / _CONFIG_FILE
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        return (str(file), *self.save_vocabulary(save_directory))
+
+    # Ids and pieces
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id that begins a text."""
+        return self._id(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id that ends a text."""
+        return self._id(self.eos_token)
+
+    @property
+    def unk_token_id(self) -> int | None:
+        """The id of what is not in the vocabulary."""
+        return self._id(self.unk_token)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id that fills short rows."""
+        return self._id(self.pad_token)
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of the control tokens, each once."""
+        named = (self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id)
+        infill = (self.prefix_id, self.middle_id, self.suffix_id, self.eot_id)
+        ids = (*named, *infill, self.runtime.piece_id(STEP_PIECE))
+        return list(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """Names of the control tokens, each once."""
+        return self.convert_ids_to_tokens(self.all_special_ids)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many pieces there are."""
+        return self.runtime.vocab_size
+
+    def __len__(self) -> int:
+        return self.runtime.vocab_size
+
+    def get_vocab(self) -> dict[str, int]:
+        """Returns the ids by piece."""
+        return {piece: token_id for token_id, piece in enumerate(self.runtime.pieces)}
+
+    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
+        """Returns the id of a piece, or a list of ids; `unk_token_id` for what is not a piece."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        token_id = self.runtime.piece_id(tokens)
+        return self.unk_token_id if token_id is None else token_id
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """Returns the piece of an id, or a list of pieces."""
+        if isinstance(ids, int):
+            return self.runtime.piece(ids)
+        skipped = self.runtime.special_ids if skip_special_tokens else ()
+        return [self.runtime.piece(i) for i in as_id_list(ids) if i not in skipped]
+
+    def _id(self, token: str | None) -> int | None:
+        if token is None:
+            return None
+        token_id = self.runtime.piece_id(token)
+        if token_id is None:
+            raise ValueError(
+                f"{token!r} is not in the vocabulary, and a model cannot learn it here"
+            )
+        return token_id
+
+    @classmethod
+    def _option_names(cls) -> list[str]:
+        return [option.name for option in fields(cls) if option.kw_only and option.init]

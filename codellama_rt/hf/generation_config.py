@@ -1,0 +1,202 @@
+"""The fields of Transformers' GenerationConfig that this runtime has."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from codellama_rt.checkpoint.formats.strict_json import read_object
+from codellama_rt.engine.sampling_params import SamplingParams
+
+_FILE = "generation_config.json"
+_DEFAULT_NEW_TOKENS = 128  # where neither the call nor the checkpoint says how many
+_COUNTS = {  # field: the least it may be
+    "max_length": 1, "max_new_tokens": 1, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
+    "num_return_sequences": 1, "no_repeat_ngram_size": 0,
+}  # fmt: skip
+_MASSES = ("typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+@dataclass(kw_only=True)
+class GenerationConfig:
+    """How to generate, with Transformers' names, meanings and defaults.
+
+    Fields may be set later, too; `generate` checks them again.
+
+    Args:
+        max_new_tokens, max_length: tokens after the prompt, or with it; 128 new ones if neither.
+        min_new_tokens, min_length: no end before so many.
+        do_sample: draw tokens instead of taking the likeliest.
+        temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: of the drawing.
+        repetition_penalty: over 1 makes tokens of prompt and output less likely.
+        no_repeat_ngram_size: no run of so many tokens comes twice; 0: any may.
+        bad_words_ids: runs of tokens that may not come.
+        suppress_tokens: tokens that may not come.
+        num_beams: over 1 searches with so many beams.
+        length_penalty: exponent of the length that a beam's score is divided by.
+        early_stopping: end a beam search when num_beams are finished: True, False (when no better
+            one is likely) or "never" (when none is possible).
+        num_return_sequences: results a prompt.
+        eos_token_id: what ends a row, one or several; None: as the checkpoint says.
+        pad_token_id: what fills rows that ended early; None: an end token.
+        stop_strings: texts that end a row, and stay in it.
+        return_dict_in_generate, output_scores, output_logits: what is returned.
+        use_cache: keys and values are kept whatever it says; no token depends on it.
+
+    Raises:
+        TypeError, ValueError: a value is not of its type or range.
+
+    Example:
+        >>> GenerationConfig(num_beams=4, max_new_tokens=16).replaced(num_beams=2).num_beams
+        2
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int = 0
+    min_length: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    num_return_sequences: int = 1
+    eos_token_id: tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    stop_strings: tuple[str, ...] = ()
+    return_dict_in_generate: bool = False
+    output_scores: bool = False
+    output_logits: bool = False
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        """Validates, and makes tuples of lists."""
+        for name in ("eos_token_id", "suppress_tokens", "stop_strings"):
+            setattr(self, name, _tuple_of(name, getattr(self, name)))
+        self.bad_words_ids = _token_runs(self.bad_words_ids)
+        for name, least in _COUNTS.items():
+            _check_count(name, getattr(self, name), least)
+        for name in _MASSES:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(f"early_stopping is a bool or 'never', got {self.early_stopping!r}")
+        if self.num_beams > 1 and self.do_sample:
+            raise ValueError("beams are searched, not drawn: num_beams > 1 needs do_sample=False")
+        if self.num_beams == 1 and self.num_return_sequences > 1 and not self.do_sample:
+            raise ValueError(
+                "greedy search has one result: num_return_sequences > 1 needs do_sample=True or "
+                "as many num_beams"
+            )
+        if 1 < self.num_beams < self.num_return_sequences:
+            raise ValueError(
+                f"{self.num_beams} beams cannot give num_return_sequences="
+                f"{self.num_return_sequences}"
+            )
+        self.sampling()
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> GenerationConfig:
+        """Read generation_config.json of a directory."""
+        return cls.from_dict(read_object(Path(path) / _FILE))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
+        """The configuration of a checkpoint; fields of other kinds of models are passed over."""
+        known = {field.name for field in fields(cls)}
+        given = {name: x for name, x in values.items() if name in known and x is not None}
+        return cls(**given)
+
+    def replaced(self, **given: Any) -> GenerationConfig:
+        """A copy with other values; None leaves a field as it is.
+
+        Raises:
+            TypeError: a field is not known.
+        """
+        unknown = sorted(given.keys() - {field.name for field in fields(self)})
+        if unknown:
+            raise TypeError(f"generate() has no argument {', '.join(unknown)}")
+        given = {name: value for name, value in given.items() if value is not None}
+        if "max_new_tokens" in given:
+            given.setdefault("max_length", None)  # the checkpoint's own limit, if any, is replaced
+        return replace(self, **given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write generation_config.json into a directory."""
+        text = json.dumps(self.to_dict(), indent=2)
+        (Path(path) / _FILE).write_text(text + "\n", "utf-8")
+
+    def sampling(self) -> SamplingParams:
+        """The part that the runtime's own sampler has."""
+        return SamplingParams(
+            temperature=self.temperature if self.do_sample else 0.0, top_k=self.top_k,
+            top_p=self.top_p, min_p=self.min_p, repetition_penalty=self.repetition_penalty,
+        )  # fmt: skip
+
+    def new_tokens(self, prompt_len: int) -> int:
+        """How many tokens may follow a prompt.
+
+        Raises:
+            ValueError: max_length leaves none.
+        """
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        if self.max_length is None:
+            return _DEFAULT_NEW_TOKENS
+        if self.max_length <= prompt_len:
+            raise ValueError(
+                f"a prompt of {prompt_len} tokens leaves none of max_length={self.max_length}; "
+                "raise it, or give max_new_tokens"
+            )
+        return self.max_length - prompt_len
+
+
+def _tuple_of(name: str, value: Any) -> tuple | None:
+    """One id or text, or several, as a tuple."""
+    if value is None:
+        return None if name == "eos_token_id" else ()
+    kind = str if name == "stop_strings" else Integral
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    for item in values:
+        if not isinstance(item, kind) or isinstance(item, bool):
+            raise TypeError(f"{name} must be one or several {kind.__name__}, got {item!r:.60}")
+    return values
+
+
+def _token_runs(value: Any) -> tuple[tuple[int, ...], ...]:
+    runs = tuple(_tuple_of("bad_words_ids", run) for run in value or ())
+    if not all(runs):
+        raise ValueError("bad_words_ids must not hold an empty list, which every text has")
+    return runs
+
+
+def _check_count(name: str, value: int | None, least: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,74 @@
+"""What a caller of `LLM.generate` gets, and how it grows from the engine's outputs."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from codellama_rt.engine.request import Output
+
+
+@dataclass
+class Completion:
+    """One finished output.
+
+    Attributes:
+        text: the continuation, or the filling; without what stopped it.
+        token_ids: the generated ids; the one that ended the output is among them.
+        finish_reason: "stop", "length" or "abort".
+        stop_reason: the token id or the string that stopped it, if one did.
+        logprobs: one dict {token id: Logprob} a generated token, if asked for.
+        prompt_logprobs: one a prompt token (None for the first), if asked for.
+        prompt_token_ids: what the model was given.
+        index: which of the prompt's n samples.
+        stats: prompt_tokens, generated_tokens, first_token_s and total_s (seconds from submission).
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list | None = None
+    prompt_logprobs: list | None = None
+    prompt_token_ids: list[int] = field(default_factory=list)
+    index: int = 0
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+class Job:
+    """A request that an LLM follows, and its completions as they grow."""
+
+    def __init__(self, name: str, prompt_token_ids: list[int], n: int) -> None:
+        """Start with n empty completions."""
+        self.name, self.prompt_token_ids, self.unfinished = name, prompt_token_ids, n
+        self.started = time.perf_counter()
+        self.completions = [
+            Completion(prompt_token_ids=prompt_token_ids, index=i) for i in range(n)
+        ]
+
+    def take(self, outputs: deque[Output]) -> None:
+        """Add the outputs to the completions, and empty the queue."""
+        while outputs:
+            output = outputs.popleft()
+            if output.error is not None:
+                raise output.error
+            self._add(output, self.completions[output.index])
+
+    def _add(self, output: Output, completion: Completion) -> None:
+        now = time.perf_counter() - self.started
+        completion.text += output.text
+        completion.token_ids += output.token_ids
+        completion.stats.setdefault("first_token_s", now)
+        if output.logprobs is not None:
+            completion.logprobs = (completion.logprobs or []) + output.logprobs
+        if output.prompt_logprobs is not None:
+            completion.prompt_logprobs = output.prompt_logprobs
+        if output.finished:
+            self.unfinished -= 1
+            completion.finish_reason, completion.stop_reason = (
+                output.finish_reason, output.stop_reason)  # fmt: skip
+            completion.stats |= {
+                "prompt_tokens": len(self.prompt_token_ids),
+                "generated_tokens": len(completion.token_ids), "total_s": now,
+            }  # fmt: skip

@@ -1,0 +1,295 @@
+"""A checkpoint made ready to generate: weights, tokenizer, KV cache and engine in one object."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from codellama_rt import ops
+from codellama_rt.checkpoint import Checkpoint, load_checkpoint
+from codellama_rt.checkpoint.model_names import resolve_model
+from codellama_rt.checkpoint.open import read_model
+from codellama_rt.engine.engine import Engine
+from codellama_rt.engine.follow import Jobs
+from codellama_rt.engine.request import check_params
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.llm.arguments import Prompt, as_prompts, default_params, require_options
+from codellama_rt.llm.completion import Completion, Job
+from codellama_rt.llm.memory_plan import float_dtype
+from codellama_rt.llm.placement import default_block_size, place, plan_pages
+from codellama_rt.llm.prompts import PromptEncoder
+from codellama_rt.llm.scoring import sequence_logits
+from codellama_rt.llm.variants import find_variant, require_length
+from codellama_rt.model.lora import LoraAdapter, load_adapter, merged
+from codellama_rt.text.chat import read_chat_template
+from codellama_rt.text.tokenizer import has_tokenizer, load_tokenizer
+
+
+class LLM:
+    """A model to generate with.
+
+    Example:
+        >>> with LLM("smollm2-135m-instruct") as llm:  # doctest: +SKIP
+        ...     print(llm.generate("def fibonacci(n):")[0].text)
+    """
+
+    def __init__(
+        self, model: str | os.PathLike[str], *, device: str = "cpu", dtype: str = "auto",
+        quantization: str | None = None, kv_dtype: str = "auto", max_model_len: int | None = None,
+        kv_memory: int | str | None = None, block_size: int | None = None, max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512, num_threads: int | None = None,
+        prefix_caching: bool = True, adapter: str | os.PathLike[str] | None = None,
+        attention: str = "custom", check: str | None = None,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Open a checkpoint; its weights are mapped, not copied, unless others are asked for.
+
+        Args:
+            model: directory, GGUF file, built-in name or hub id.
+            device: "cpu", or where there is one "cuda" or "ascend".
+            dtype: of the weights: "auto" (as stored), "float32", "float16", "bfloat16".
+            quantization: "int8" or "int4" quantises the projections and the head as they are
+                loaded; None takes them as stored, quantised ones included.
+            kv_dtype: of the KV cache: "auto" (that of the weights, bfloat16 beside GGUF's
+                quantised ones), "float32", "float16", "bfloat16", "int8", "int4"; on cuda "fp8",
+                but no "int4".
+            max_model_len: tokens of prompt and output together; the checkpoint's by default. More
+                is allowed: Code Llama's files say 16,384 and the model reads 100,000.
+            kv_memory: bytes, or a str like "8GB", for the KV cache; by default what max_num_seqs
+                sequences can use, at most 80 % of the memory that the weights leave, or 95 % where
+                one of max_model_len tokens takes as much.
+            block_size: tokens a KV page, a multiple of 16; 64 by default, 128 on Ascend.
+            max_num_seqs: sequences in one step.
+            max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
+            num_threads: threads an op, for the whole process; the CPUs of the process by default.
+            prefix_caching: whether equal prefixes are computed once.
+            attention: on Ascend "custom" (this project's kernels) or "vendor" (MindSpore's).
+            adapter: directory of a LoRA adapter that is merged into the weights; `load_adapter`
+                applies one to single requests.
+            check: "finite" refuses weights with NaN or infinity (reads every byte).
+            progress: called with (bytes done, bytes in all, what) while weights are converted or
+                quantised.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be used.
+            ValueError, TypeError: an argument out of range.
+            RuntimeError: no such device here, or not the memory for max_model_len tokens (the
+                message says which kv_dtype or length would fit).
+        """
+        require_options(
+            device, kv_dtype, quantization, max_model_len=max_model_len, block_size=block_size,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            num_threads=num_threads,
+        )  # fmt: skip
+        if num_threads is not None:
+            ops.set_num_threads(num_threads)
+        stored = read_model(resolve_model(model))
+        self.variant = find_variant(model)
+        require_length(self.variant, max_model_len)
+        kv_dtype = float_dtype(stored, dtype) if kv_dtype == "auto" else kv_dtype
+        pages = {
+            "kv_dtype": kv_dtype, "block_size": block_size or default_block_size(device),
+            "longest": max_model_len, "max_num_seqs": max_num_seqs, "kv_memory": kv_memory,
+        }  # fmt: skip
+        num_blocks = plan_pages(
+            device, stored, dtype, quantization, max_num_batched_tokens, **pages
+        )
+        checkpoint = load_checkpoint(
+            stored, dtype=dtype, check=check, progress=progress,
+            quantization=None if device == "cuda" else quantization,  # there in formats of its own
+        )  # fmt: skip
+        self._describe(checkpoint)
+        if self.variant is not None:
+            self.variant.warn_of_differences(self.config)
+        self.max_model_len = max_model_len or self.config.max_position_embeddings
+        weights = checkpoint.weights
+        if adapter is not None:
+            weights = merged(weights, load_adapter(adapter, self.config))
+        self.model, self.kv_cache = place(
+            device, self.config, weights, num_blocks=num_blocks, **pages,
+            quantization=quantization, attention=attention,
+        )  # fmt: skip
+        self.engine = Engine(
+            self.model, self.kv_cache, self.tokenizer, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, max_model_len=self.max_model_len,
+            prefix_caching=prefix_caching, generation_config=self.generation_config,
+        )  # fmt: skip
+        self._jobs = Jobs(self.engine)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        adapter: LoraAdapter | None = None,
+    ) -> list[Completion]:  # fmt: skip
+        """Complete prompts, all together; a str with <FILL_ME> is filled in.
+
+        Args:
+            prompts: a str, token ids, or a list of either. Special tokens written out in a str
+                stay text.
+            params: for all, or one a prompt; None: `default_params()`.
+            adapter: applied to these prompts; from `load_adapter`.
+
+        Returns:
+            params.n completions a prompt, in the order of the prompts.
+
+        Raises:
+            ValueError, TypeError: a prompt or parameter that cannot be; nothing was computed then.
+        """
+        prompts, _ = as_prompts(prompts)
+        if not isinstance(params, (list, tuple)):
+            params = [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many params, got {len(params)}")
+        jobs: list[Job] = []
+        try:
+            for prompt, its_params in zip(prompts, params, strict=True):
+                jobs.append(self._submit(prompt, its_params, adapter))
+            self._jobs.finish(jobs)
+        finally:
+            for job in jobs:
+                self._jobs.dismiss(job)
+        return [completion for job in jobs for completion in job.completions]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *,
+        adapter: LoraAdapter | None = None,
+    ) -> Iterator[str]:  # fmt: skip
+        """Complete one prompt and yield its text as it comes; closing the iterator aborts it.
+
+        Raises:
+            ValueError, TypeError: as `generate`, when called, not when iterated; also params.n > 1.
+        """
+        params = self._checked(params)
+        if params.n != 1:
+            raise ValueError(f"a stream has one sample, got params.n={params.n}")
+        return self._jobs.stream(self._submit(prompt, params, adapter))
+
+    def infill(
+        self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
+        suffix_first: bool = False, adapter: LoraAdapter | None = None,
+    ) -> Completion:  # fmt: skip
+        """Fill the gap between `prefix` and `suffix`; the text is the filling alone.
+
+        Args:
+            prefix: text before the gap.
+            suffix: text after it.
+            params: as in `generate`; params.n must be 1.
+            suffix_first: the SPM order of the prompt instead of PSM.
+            adapter: as in `generate`.
+
+        Raises:
+            ValueError: the model has no infilling tokens (34B and Python models have none),
+                or params.n is not 1.
+        """
+        params = self._checked(params)
+        if params.n != 1:
+            raise ValueError(
+                f"infill gives one sample, got params.n={params.n}; "
+                "for more give generate a prompt with <FILL_ME>"
+            )
+        request = self.prompt_encoder.infilling(prefix, suffix, params, suffix_first=suffix_first)
+        return self.generate([request[0]], request[1], adapter=adapter)[0]
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None, *,
+        chat_template: str | None = None, adapter: LoraAdapter | None = None,
+    ) -> Completion:  # fmt: skip
+        """Answer a conversation; the text is the assistant's next message.
+
+        Args:
+            messages: {"role": "system" | "user" | "assistant", "content": str} in order.
+            params: as in `generate`; params.n must be 1.
+            chat_template: "code-llama", "code-llama-70b" or Jinja; the checkpoint's own if None.
+            adapter: as in `generate`.
+
+        Raises:
+            ValueError, TypeError: as `chat_prompt`; also params.n is not 1.
+        """
+        prompt, params = self.chat_prompt(messages, params, chat_template=chat_template)
+        if params.n != 1:
+            raise ValueError(f"chat gives one answer, got params.n={params.n}")
+        return self.generate([prompt], params, adapter=adapter)[0]
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None, *,
+        chat_template: str | None = None,
+    ) -> tuple[list[int], SamplingParams]:  # fmt: skip
+        """The prompt of a conversation, and parameters that end at the end of an answer: together
+        what `generate` and `stream` take.
+
+        Raises:
+            ValueError, TypeError: a message, the order of the roles, or a template that cannot be;
+                or the checkpoint has no chat format.
+        """
+        return self.prompt_encoder.conversation(messages, self._checked(params), chat_template)
+
+    def load_adapter(self, path: str | os.PathLike[str]) -> LoraAdapter:
+        """A LoRA adapter in PEFT's format, to be given to `generate` and the others.
+
+        Raises:
+            CheckpointError: it is damaged, or for another model.
+        """
+        return load_adapter(path, self.config)
+
+    def logits(
+        self, token_ids: Sequence[int], first_position: int = 0, *,
+        adapter: LoraAdapter | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Logits after every token of one sequence, computed in chunks in pages of its own.
+
+        Args:
+            token_ids: the sequence, at least one token.
+            first_position: position of the first token for RoPE.
+            adapter: as in `generate`.
+
+        Returns:
+            (len(token_ids), vocab_size) float32.
+
+        Raises:
+            ValueError: no token, or one outside the vocabulary.
+        """
+        return sequence_logits(
+            self.model, token_ids, first_position=first_position, kv_dtype=self.kv_cache.dtype,
+            chunk_size=self.engine.scheduler.max_num_batched_tokens, adapter=adapter,
+        )  # fmt: skip
+
+    def default_params(self) -> SamplingParams:
+        """Greedy, or what the checkpoint's generation_config.json says."""
+        return default_params(self.generation_config)
+
+    def close(self) -> None:
+        """Abort what runs and give the KV cache's memory back."""
+        self.engine.close()
+        self.kv_cache.close()
+
+    def __enter__(self) -> LLM:
+        """The model itself; it is closed at the end of the block."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close."""
+        self.close()
+
+    def _describe(self, checkpoint: Checkpoint) -> None:
+        """Keep what a checkpoint brings beside its weights."""
+        self.config = checkpoint.config
+        self.generation_config = checkpoint.generation_config
+        self.stored_bytes = checkpoint.stored_bytes
+        self.tokenizer, self.chat_template = None, None
+        if has_tokenizer(checkpoint.tokenizer_path):
+            self.tokenizer = load_tokenizer(checkpoint.tokenizer_path, self.config.vocab_size)
+            self.chat_template = read_chat_template(checkpoint.tokenizer_path)
+        self.prompt_encoder = PromptEncoder(self.tokenizer, self.chat_template, self.variant)
+
+    def _submit(
+        self, prompt: Prompt, params: SamplingParams | None, adapter: LoraAdapter | None
+    ) -> Job:
+        prompt, params = self.prompt_encoder.completion(prompt, self._checked(params))
+        return self._jobs.submit(prompt, params, adapter=adapter)
+
+    def _checked(self, params: SamplingParams | None) -> SamplingParams:
+        params = self.default_params() if params is None else params
+        check_params(params, self.config.vocab_size, self.tokenizer is not None)
+        return params

@@ -1,0 +1,1 @@
+"""Llama: its configuration, weights, KV cache and forward pass, per device."""

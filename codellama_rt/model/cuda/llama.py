@@ -1,0 +1,282 @@
+"""Llama on the device: the ops of `codellama_rt.model.llama` in the same order, on its own stream.
+
+Steps of one token a sequence run as CUDA graphs, captured once for each bucket of batch sizes and
+table widths; lengths, tables and slots are read on the device, so a graph serves every step of its
+bucket. Other steps put the same ops on the stream one by one. Activations have the weights' dtype.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from functools import lru_cache
+from types import ModuleType
+
+import numpy as np
+
+from codellama_rt.model.batch import Batch
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.cuda import ops
+from codellama_rt.model.cuda.kv_cache import DeviceKVCache
+from codellama_rt.model.cuda.step import Pinned, Room, StepInputs, StepShape
+from codellama_rt.model.cuda.tensor import DeviceTensor, Memory, empty
+from codellama_rt.model.cuda.weights import DeviceLayer, DeviceWeights
+from codellama_rt.model.rope import RotaryEmbedding
+from codellama_rt.ops import cuda_device as device
+
+WORKSPACE_BYTES = 64 << 20  # of a model that is told no more; place() knows what a cache needs
+CUBLASLT_VARIABLE = "CODELLAMA_RT_CUBLASLT"
+CUBLASLT_BYTES = 32 << 20  # what NVIDIA recommends for Hopper
+_SMALLEST_WIDTH = 16  # of a bucket's block tables
+_SPLIT_KEYS, _NODE_SPLITS, _TICKET_BYTES = 256, 16, 1 << 20  # of attention_plan.cuh
+
+
+class DeviceLlama:
+    """The decoder on the device; it holds weights, scratch memory and graphs."""
+
+    kv_cache_type = DeviceKVCache
+
+    def __init__(self, config: ModelConfig, weights: DeviceWeights) -> None:
+        """Take weights that are on the device."""
+        self.config, self.weights = config, weights
+        self.rope = RotaryEmbedding(config)
+        self._device = device.module()
+        self._stream = self._device.create_stream()
+        self._scratch: Scratch | None = None
+        self._room = Room()
+        self._graphs: dict[tuple[int, int, int], DecodeGraph] = {}
+        self._workspace: Memory | None = None
+        self.lend_workspace(WORKSPACE_BYTES)
+        _use_cublaslt(self._device, os.environ.get(CUBLASLT_VARIABLE, ""))
+
+    def lend_workspace(self, num_bytes: int) -> None:
+        """Have at least so much room for partial results; without it attention is slow."""
+        if self._workspace is not None and num_bytes <= self._workspace.num_bytes:
+            return
+        self._graphs.clear()  # which know the room there was
+        self._workspace = Memory(num_bytes)
+        self._enter()
+
+    def _enter(self) -> None:
+        """Turn the device to this model: its stream, its room; another model may have been here."""
+        ops.set_stream(self._stream)
+        if self._device.workspace() != self._workspace.pointer:
+            self._device.set_workspace(self._workspace.pointer, self._workspace.num_bytes)
+
+    def __del__(self) -> None:
+        """Take the room back before its memory goes."""
+        workspace = getattr(self, "_workspace", None)
+        if workspace and self._device.workspace() == workspace.pointer:
+            self._device.set_workspace(0, 0)
+
+    def forward(self, batch: Batch, kv_cache: DeviceKVCache) -> np.ndarray:
+        """Compute one step: write the tokens' keys and values, and return the logits asked for.
+
+        Args:
+            batch: the tokens of this step; its pages must be allocated.
+            kv_cache: the pages.
+
+        Returns:
+            (num_logits, vocab_size) float32: the rows `batch.logit_rows`, in that order.
+        """
+        self._enter()
+        rope = self.rope.lookup(batch.positions, batch.rope_lengths)
+        num_seqs = len(batch.seq_lens)
+        if len(batch.token_ids) == num_seqs == len(batch.logit_rows):
+            return self._graph(batch, kv_cache).run(batch, rope)
+        shape = StepShape(
+            len(batch.token_ids), num_seqs, batch.block_tables.shape[1], len(batch.logit_rows),
+            self.config.head_dim // 2,
+        )  # fmt: skip
+        inputs = StepInputs(shape, self._room)
+        inputs.fill(batch, rope)
+        inputs.copy()
+        scratch = self._scratch_for(shape.num_tokens)
+        logits = empty((shape.num_logits, self.config.vocab_size), "float32")
+        self.compute(inputs, kv_cache, scratch, logits)
+        return logits.numpy()
+
+    def compute(
+        self, inputs: StepInputs, kv_cache: DeviceKVCache, scratch: Scratch, logits: DeviceTensor
+    ) -> None:
+        """Put a step on the stream; nothing is allocated or waited for."""
+        weights, eps, inputs_of = self.weights, self.config.norm_eps, inputs.device
+        a = scratch.rows(inputs.shape.num_tokens)
+        ops.embedding(inputs_of["token_ids"], weights.embedding, out=a["residual"])
+        ops.rms_norm(a["residual"], weights.layers[0].attention_norm, eps, out=a["x"])
+        following = [layer.attention_norm for layer in weights.layers[1:]]
+        both = (a["x"], a["residual"])
+        for i, layer in enumerate(weights.layers):
+            self._attention(layer, inputs_of, kv_cache.layers[i], a)
+            ops.add_rms_norm(a["sublayer"], a["residual"], layer.mlp_norm, eps, out=both)
+            ops.linear(a["x"], layer.gate_up, out=a["gate_up"])
+            ops.silu_and_mul(a["gate_up"], out=a["hidden"])
+            ops.linear(a["hidden"], layer.down_proj, out=a["sublayer"])
+            if i < len(following):
+                ops.add_rms_norm(a["sublayer"], a["residual"], following[i], eps, out=both)
+        self._logits(inputs_of["logit_rows"], a, scratch, logits)
+
+    def _attention(
+        self, layer: DeviceLayer, inputs: dict[str, DeviceTensor], caches: tuple, a: dict
+    ) -> None:
+        ops.linear(a["x"], layer.qkv, out=a["qkv"])
+        ops.rope_and_cache(
+            a["qkv"], inputs["cos"], inputs["sin"], inputs["rope_index"], *caches,
+            inputs["slot_mapping"], interleaved=self.config.rope_interleaved, out=a["query"],
+        )  # fmt: skip
+        ops.paged_attention(
+            a["query"], *caches, inputs["block_tables"], inputs["seq_lens"],
+            inputs["cu_seqlens_q"], out=(a["attended"], a["lse"]),
+        )  # fmt: skip
+        attended = a["attended"]
+        rows = attended.reshape(attended.shape[0], attended.shape[1] * attended.shape[2])
+        ops.linear(rows, layer.o_proj, out=a["sublayer"])
+
+    def _logits(
+        self, logit_rows: DeviceTensor, a: dict, scratch: Scratch, logits: DeviceTensor
+    ) -> None:
+        """Only the rows asked for: an embedding is what takes rows of a table."""
+        if logits.shape[0] == 0:
+            return
+        picked = scratch.picked(logits.shape[0])
+        for name in ("sublayer", "residual"):
+            ops.embedding(logit_rows, a[name], out=picked[name])
+        both = (picked["sublayer"], picked["residual"])
+        ops.add_rms_norm(*both, self.weights.norm, self.config.norm_eps, out=both)
+        ops.linear(picked["sublayer"], self.weights.lm_head, out=logits)
+
+    def _scratch_for(self, num_tokens: int) -> Scratch:
+        if self._scratch is None or self._scratch.num_tokens < num_tokens:
+            self._scratch = None  # its memory first
+            self._scratch = Scratch(self.config, self.weights.dtype, num_tokens)
+        return self._scratch
+
+    def _graph(self, batch: Batch, kv_cache: DeviceKVCache) -> DecodeGraph:
+        num_seqs = _power_of_two(len(batch.seq_lens))
+        width = max(_SMALLEST_WIDTH, _power_of_two(batch.block_tables.shape[1]))
+        key = (num_seqs, width, id(kv_cache))
+        if key not in self._graphs:
+            self._graphs[key] = DecodeGraph(self, kv_cache, num_seqs, width)
+        return self._graphs[key]
+
+
+class Scratch:
+    """Activations of up to `num_tokens` tokens on the device."""
+
+    def __init__(self, config: ModelConfig, dtype: str, num_tokens: int) -> None:
+        """Allocate."""
+        self.num_tokens = num_tokens
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        heads = (config.n_heads, config.head_dim)
+        widths = {
+            "residual": (config.dim,), "x": (config.dim,), "sublayer": (config.dim,),
+            "qkv": (q_dim + 2 * kv_dim,), "query": heads, "attended": heads,
+            "gate_up": (2 * config.hidden_dim,), "hidden": (config.hidden_dim,),
+        }  # fmt: skip
+        self._tensors = {n: empty((num_tokens, *width), dtype) for n, width in widths.items()}
+        self._tensors["lse"] = empty((num_tokens, config.n_heads), "float32")
+        self._picked = {n: empty((num_tokens, config.dim), dtype) for n in ("sublayer", "residual")}
+
+    def rows(self, num_tokens: int) -> dict[str, DeviceTensor]:
+        """The first rows of every activation."""
+        return {name: tensor.rows(0, num_tokens) for name, tensor in self._tensors.items()}
+
+    def picked(self, num_rows: int) -> dict[str, DeviceTensor]:
+        """Room for the rows that logits are asked of."""
+        return {name: tensor.rows(0, num_rows) for name, tensor in self._picked.items()}
+
+
+class DecodeGraph:
+    """A step of up to `num_seqs` sequences of one token each, captured once."""
+
+    def __init__(
+        self, model: DeviceLlama, kv_cache: DeviceKVCache, num_seqs: int, width: int
+    ) -> None:
+        """Allocate what the graph will use; it is captured at the first run."""
+        self._model = weakref.proxy(model)  # which has the graph: both go with its last user
+        self._kv_cache = kv_cache
+        self._device = device.module()
+        shape = StepShape(num_seqs, num_seqs, width, num_seqs, model.config.head_dim // 2)
+        self._inputs = StepInputs(shape, Room())
+        self._scratch = Scratch(model.config, model.weights.dtype, num_seqs)
+        self._logits = empty((num_seqs, model.config.vocab_size), "float32")
+        self._pinned = Pinned(self._logits.nbytes)
+        self._graph = 0
+
+    def run(self, batch: Batch, rope: tuple) -> np.ndarray:
+        """The step's logits."""
+        self._inputs.fill(batch, rope)
+        if self._graph:
+            self._device.launch_graph(self._graph)
+        else:
+            self._step()  # loads the kernels, which a capture must not
+            self._device.synchronize()
+            self._graph = self._capture()
+        self._device.synchronize()
+        num_logits = len(batch.logit_rows)
+        logits = self._pinned.bytes.view(np.float32).reshape(self._logits.shape)
+        return logits[:num_logits].copy()
+
+    def _capture(self) -> int:
+        collects = gc.isenabled()
+        gc.disable()  # memory that Python gave back in between would break the capture
+        self._device.begin_capture()
+        try:
+            self._step()
+        except Exception:
+            self._device.destroy_graph(self._device.end_capture())
+            raise
+        finally:
+            if collects:
+                gc.enable()
+        return self._device.end_capture()
+
+    def _step(self) -> None:
+        self._inputs.copy()
+        self._model.compute(self._inputs, self._kv_cache, self._scratch, self._logits)
+        self._device.copy_async(self._pinned.pointer, self._logits.device_ptr, self._logits.nbytes)
+
+    def __del__(self) -> None:
+        """Give the graph back."""
+        if getattr(self, "_graph", 0):
+            self._device.destroy_graph(self._graph)
+
+
+def workspace_bytes(config: ModelConfig, num_keys: int, num_seqs: int) -> int:
+    """What splitting a step of one token a sequence takes at most (csrc/cuda/attention_plan.cuh).
+
+    Args:
+        config: of the model.
+        num_keys: tokens of all sequences together.
+        num_seqs: sequences.
+    """
+    splits = num_keys // _SPLIT_KEYS + num_seqs
+    nodes = splits // _NODE_SPLITS + num_seqs
+    return _TICKET_BYTES + config.n_heads * (splits + nodes) * (config.head_dim + 4) * 4
+
+
+def _use_cublaslt(module: ModuleType, wanted: str) -> None:
+    """Large products by cuBLASLt where the variable asks for it: "1", or the library's path.
+
+    Raises:
+        RuntimeError: it cannot be loaded.
+    """
+    if wanted in ("", "0"):
+        module.leave_cublaslt()
+        return
+    memory = _cublaslt_memory(module)
+    path = "" if wanted == "1" else wanted
+    reason = module.use_cublaslt(path, memory.pointer, memory.num_bytes)
+    if reason:
+        raise RuntimeError(f"{CUBLASLT_VARIABLE}={wanted}: {reason}")
+
+
+@lru_cache(maxsize=1)
+def _cublaslt_memory(module: ModuleType) -> Memory:
+    """Its workspace, which all models share: they take turns."""
+    return Memory(CUBLASLT_BYTES)
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

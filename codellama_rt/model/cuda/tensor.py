@@ -1,0 +1,138 @@
+"""Tensors in a device's memory, owned by the runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from codellama_rt.ops import cuda_device as device
+from codellama_rt.ops.dtypes import numpy_dtype
+
+_TYPESTR = {"float32": "<f4", "float16": "<f2", "int32": "<i4", "uint8": "|u1"}
+_DLPACK_CODE = {"float32": 2, "float16": 2, "bfloat16": 4, "int32": 0, "uint8": 1}
+
+
+def element(dtype: str) -> np.dtype:
+    """NumPy's dtype of a DeviceTensor's."""
+    return np.dtype(dtype) if dtype in ("int32", "uint8") else numpy_dtype(dtype)
+
+
+class Memory:
+    """A stretch of device memory, given back when nothing refers to it any more."""
+
+    def __init__(self, num_bytes: int) -> None:
+        """Allocate; RuntimeError if there is no room."""
+        self.num_bytes = num_bytes
+        self.pointer = 0
+        self._device = device.module()
+        self.pointer = self._device.allocate(max(num_bytes, 1))
+
+    def __del__(self) -> None:
+        """Give it back."""
+        if self.pointer:
+            self._device.release(self.pointer)
+
+
+class DeviceTensor:
+    """A contiguous tensor on the device; ops on cuda take and fill it.
+
+    Attributes:
+        device_ptr: address of its first element.
+        shape: sizes of its axes.
+        dtype: "float32", "float16", "bfloat16", "int32" or "uint8".
+        owner: what keeps the memory.
+    """
+
+    def __init__(self, pointer: int, shape: tuple[int, ...], dtype: str, owner: Any) -> None:
+        """View memory that `owner` keeps."""
+        self.device_ptr, self.shape, self.dtype, self.owner = pointer, tuple(shape), dtype, owner
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.size * element(self.dtype).itemsize
+
+    def is_contiguous(self) -> bool:
+        """Always: what is not would not be made."""
+        return True
+
+    def reshape(self, *shape: int) -> DeviceTensor:
+        """The same memory in another shape."""
+        view = DeviceTensor(self.device_ptr, shape, self.dtype, self.owner)
+        if view.size != self.size:
+            raise ValueError(f"a tensor of shape {self.shape} has no shape {shape}")
+        return view
+
+    def rows(self, begin: int, end: int) -> DeviceTensor:
+        """Rows [begin, end) of the first axis: the same memory."""
+        if not 0 <= begin <= end <= self.shape[0]:
+            raise ValueError(f"rows {begin} to {end} of a tensor of shape {self.shape}")
+        row_bytes = self.nbytes // self.shape[0]
+        shape = (end - begin, *self.shape[1:])
+        return DeviceTensor(self.device_ptr + begin * row_bytes, shape, self.dtype, self.owner)
+
+    def numpy(self) -> np.ndarray:
+        """A copy on the host, once everything asked for on the current stream is done."""
+        array = np.empty(self.shape, element(self.dtype))
+        module = device.module()
+        module.copy_async(array.ctypes.data, self.device_ptr, array.nbytes)
+        module.synchronize()
+        return array
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Numba's protocol, version 3; it has no word for bfloat16 (DLPack has)."""
+        if self.dtype not in _TYPESTR:
+            raise AttributeError(f"__cuda_array_interface__ cannot say {self.dtype}")
+        return {
+            "shape": self.shape, "typestr": _TYPESTR[self.dtype], "strides": None, "version": 3,
+            "data": (self.device_ptr, False), "stream": None,
+        }  # fmt: skip
+
+    def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
+        """The tensor for torch.from_dlpack and others; it keeps this one's memory."""
+        bits = element(self.dtype).itemsize * 8
+        code = _DLPACK_CODE[self.dtype]
+        return device.module().dlpack(self.device_ptr, list(self.shape), code, bits, self)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """A CUDA device, the first visible one."""
+        return 2, 0
+
+
+def empty(shape: tuple[int, ...], dtype: str) -> DeviceTensor:
+    """An uninitialised tensor in memory of its own."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * element(dtype).itemsize
+    memory = Memory(num_bytes)
+    return DeviceTensor(memory.pointer, shape, dtype, memory)
+
+
+def to_device(array: np.ndarray) -> DeviceTensor:
+    """A copy of a host array on the device.
+
+    Example:
+        >>> to_device(np.ones(3, np.float32)).numpy()  # doctest: +SKIP
+        array([1., 1., 1.], dtype=float32)
+    """
+    array = np.ascontiguousarray(array)
+    tensor = empty(array.shape, array.dtype.name)
+    module = device.module()
+    module.copy_async(tensor.device_ptr, array.ctypes.data, array.nbytes)
+    module.synchronize()
+    return tensor
+
+
+def copy(to: DeviceTensor, array: np.ndarray) -> None:
+    """Put a host array into a tensor; done when it returns."""
+    if array.nbytes != to.nbytes:
+        raise ValueError(f"{array.nbytes} bytes for a tensor of {to.nbytes}")
+    array = np.ascontiguousarray(array)
+    module = device.module()
+    module.copy_async(to.device_ptr, array.ctypes.data, array.nbytes)
+    module.synchronize()

@@ -1,0 +1,224 @@
+"""Llama as a MindSpore cell: the registered road, one compiled graph for steps of any shape.
+
+The graph does what `model.Llama` does with the same kernels, and its logits have the same bits. It
+costs more on a CPU, where MindSpore adds microseconds to each operator (benchmarks/bench_roads.py);
+it is there for graphs that Llama is to be a part of, and for devices that run graphs best.
+
+MindSpore compiles more than about a hundred operators into an asynchronous pipeline whose threads
+take the cores from the kernels. Set `MS_DEV_RUNTIME_CONF=graph_pipeline:false` in the environment
+before MindSpore is imported; without it a step may take ten times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mindspore
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from codellama_rt.checkpoint import LayerWeights, LlamaWeights
+from codellama_rt.model.batch import Batch
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.kv_cache import KVCache
+from codellama_rt.model.rope import RotaryEmbedding
+from codellama_rt.ops import Quantized, graph
+from codellama_rt.ops.quantized import CACHE_DTYPES
+
+Weight = np.ndarray | Quantized
+Format = tuple[str, tuple[int, ...]]  # dtype and shape of what bytes stand for
+
+
+class LlamaCell(nn.Cell):
+    """The decoder as a graph; it holds the weights as they lie, and no state of any sequence.
+
+    Args:
+        config: the model.
+        weights: its weights; their memory is used, not copied.
+        whole_layers: one operator a layer instead of nine.
+
+    Example:
+        >>> cell = LlamaCell(checkpoint.config, checkpoint.weights)  # doctest: +SKIP
+        >>> engine = Engine(cell, kv_cache, max_model_len=16384)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: LlamaWeights, *, whole_layers: bool = False
+    ) -> None:
+        """Make parameters over the weights; the graph is compiled by the first step."""
+        super().__init__(auto_prefix=False)
+        self.config = config
+        self.rope = RotaryEmbedding(config)
+        self.whole_layers = whole_layers
+        self.n_layers, self.eps = config.n_layers, config.norm_eps
+        _set_weights(self, "", {n: getattr(weights, n) for n in ("embedding", "norm", "lm_head")})
+        self.layers = nn.CellList(
+            [LayerCell(config, layer, f"layers.{i}") for i, layer in enumerate(weights.layers)],
+            auto_prefix=False,
+        )
+        self._cache_dtype = self._quantized_cache = ""
+        self._cache_format: Format | None = None
+
+    def forward(self, batch: Batch, kv_cache: KVCache) -> np.ndarray:
+        """Compute one step: write the tokens' keys and values, and return the logits asked for.
+
+        Args:
+            batch: the tokens of this step; its pages must be allocated.
+            kv_cache: the pages.
+
+        Returns:
+            (num_logits, vocab_size) float32: the rows `batch.logit_rows`, in that order.
+        """
+        logits = self(*self.inputs(batch, kv_cache)).asnumpy()
+        return logits[: len(batch.logit_rows)]
+
+    def inputs(self, batch: Batch, kv_cache: KVCache) -> list[Tensor]:
+        """The graph's arguments for a step, over the memory of `batch` and `kv_cache`."""
+        if kv_cache.dtype != self._cache_dtype:
+            self._choose_caches(kv_cache)
+        rows = batch.logit_rows if len(batch.logit_rows) else np.zeros(1, np.int32)  # never empty
+        cos, sin, index = self.rope.lookup(batch.positions, batch.rope_lengths)
+        arrays = [
+            batch.token_ids, rows, cos, sin, index, batch.slot_mapping, batch.block_tables,
+            batch.seq_lens, batch.cu_seqlens_q,
+        ]  # fmt: skip
+        arrays += [_memory_of(cache) for caches in kv_cache.layers for cache in caches]
+        return [Tensor.from_numpy(array) for array in arrays]
+
+    def _choose_caches(self, kv_cache: KVCache) -> None:
+        """Describe the pages to the compiler. Two quantised dtypes would look alike to it."""
+        self._cache_format = _format_of(kv_cache.layers[0][0])
+        if self._cache_format is not None:
+            if self._quantized_cache not in ("", kv_cache.dtype):
+                raise ValueError(
+                    f"this LlamaCell was compiled for a cache in {self._quantized_cache}, got one "
+                    f"in {kv_cache.dtype}; make another LlamaCell for it"
+                )
+            self._quantized_cache = kv_cache.dtype
+        self._cache_dtype = kv_cache.dtype
+        self.set_inputs(*_dynamic_inputs(self.config, kv_cache.dtype))
+
+    @mindspore.jit
+    def construct(
+        self, token_ids: Tensor, logit_rows: Tensor, cos: Tensor, sin: Tensor, index: Tensor,
+        slot_mapping: Tensor, block_tables: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor,
+        *pages: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The graph of a step; `pages` are the key and value cache of each layer in turn."""
+        rope, sequences = (cos, sin, index), (block_tables, seq_lens, cu_seqlens_q)
+        caches = [_as_given(page, self._cache_format) for page in pages]
+        residual = graph.embedding(token_ids, _as_given(self.embedding, self.embedding_format))
+        lm_head = _as_given(self.lm_head, self.lm_head_format)
+        if self.whole_layers:
+            for i in range(self.n_layers):
+                pair = (caches[2 * i], caches[2 * i + 1])
+                residual = self.layers[i].whole(residual, rope, pair, slot_mapping, sequences)
+            x = graph.rms_norm(graph.embedding(logit_rows, residual), self.norm, self.eps)
+            return graph.linear(x, lm_head)
+        x = graph.rms_norm(residual, self.layers[0].attention_norm, self.eps)
+        for i in range(self.n_layers):
+            pair = (caches[2 * i], caches[2 * i + 1])
+            sublayer = self.layers[i].attention(x, rope, pair, slot_mapping, sequences)
+            norm = self.layers[i].mlp_norm
+            x, residual = graph.add_rms_norm(sublayer, residual, norm, self.eps)
+            sublayer = self.layers[i].mlp(x)
+            norm = self.layers[i + 1].attention_norm if i + 1 < self.n_layers else self.norm
+            x, residual = graph.add_rms_norm(sublayer, residual, norm, self.eps)
+        return graph.linear(graph.embedding(logit_rows, x), lm_head)
+
+
+class LayerCell(nn.Cell):
+    """The weights of one layer, and its two sublayers as parts of a graph."""
+
+    def __init__(self, config: ModelConfig, weights: LayerWeights, name: str) -> None:
+        """Make parameters over the weights."""
+        super().__init__(auto_prefix=False)
+        self.eps, self.interleaved = config.norm_eps, config.rope_interleaved
+        self.q_dim = config.n_heads * config.head_dim
+        _set_weights(self, f"{name}.", vars(weights))
+
+    def attention(
+        self, x: Tensor, rope: tuple[Tensor, ...], caches: tuple[Tensor, ...], slot_mapping: Tensor,
+        sequences: tuple[Tensor, ...],
+    ) -> Tensor:  # fmt: skip
+        """(num_tokens, dim) normalized -> (num_tokens, dim); writes the caches."""
+        q_proj = _as_given(self.q_proj, self.q_proj_format)
+        k_proj = _as_given(self.k_proj, self.k_proj_format)
+        v_proj = _as_given(self.v_proj, self.v_proj_format)
+        qkv = graph.linear(x, (q_proj, k_proj, v_proj))
+        query = graph.rope_and_cache(
+            qkv, *rope, *caches, slot_mapping, interleaved=self.interleaved
+        )  # fmt: skip
+        attended, _ = graph.paged_attention(query, *caches, *sequences)
+        o_proj = _as_given(self.o_proj, self.o_proj_format)
+        return graph.linear(attended.reshape(-1, self.q_dim), o_proj)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """(num_tokens, dim) normalized -> (num_tokens, dim)."""
+        gate_proj = _as_given(self.gate_proj, self.gate_proj_format)
+        up_proj = _as_given(self.up_proj, self.up_proj_format)
+        hidden = graph.silu_and_mul(graph.linear(x, (gate_proj, up_proj)))
+        return graph.linear(hidden, _as_given(self.down_proj, self.down_proj_format))
+
+    def whole(
+        self, x: Tensor, rope: tuple[Tensor, ...], caches: tuple[Tensor, ...], slot_mapping: Tensor,
+        sequences: tuple[Tensor, ...],
+    ) -> Tensor:  # fmt: skip
+        """(num_tokens, dim), the residual stream, through the layer as one operator."""
+        return graph.decoder_layer(
+            x, self.attention_norm,
+            _as_given(self.q_proj, self.q_proj_format), _as_given(self.k_proj, self.k_proj_format),
+            _as_given(self.v_proj, self.v_proj_format), _as_given(self.o_proj, self.o_proj_format),
+            self.mlp_norm, _as_given(self.gate_proj, self.gate_proj_format),
+            _as_given(self.up_proj, self.up_proj_format),
+            _as_given(self.down_proj, self.down_proj_format), *rope, *caches, slot_mapping,
+            *sequences, eps=self.eps, interleaved=self.interleaved,
+        )  # fmt: skip
+
+
+def _set_weights(cell: nn.Cell, prefix: str, weights: Mapping[str, Weight]) -> None:
+    """Parameters over the weights' memory, and beside each the format of its bytes."""
+    for part, weight in weights.items():
+        setattr(cell, part, _parameter(prefix + part, _memory_of(weight)))
+        setattr(cell, f"{part}_format", _format_of(weight))
+
+
+def _memory_of(weight: Weight) -> np.ndarray:
+    return weight.payload if isinstance(weight, Quantized) else weight
+
+
+def _format_of(weight: Weight) -> Format | None:
+    return (weight.dtype, tuple(weight.shape)) if isinstance(weight, Quantized) else None
+
+
+def _as_given(tensor: Tensor, format_: Format | None) -> Tensor | tuple:
+    """What `ops.graph` takes inside a graph."""
+    return tensor if format_ is None else (tensor, format_[0], format_[1])
+
+
+def _parameter(name: str, array: np.ndarray) -> Parameter:
+    """A parameter over the array's memory: made of a tensor, it would copy that."""
+    parameter = Parameter(
+        Tensor.from_numpy(np.zeros(1, array.dtype)), name=name, requires_grad=False
+    )
+    parameter.assign_value(Tensor.from_numpy(array))
+    return parameter
+
+
+def _dynamic_inputs(config: ModelConfig, cache_dtype: str) -> list[Tensor]:
+    """The arguments of the graph, with None for the sizes that vary between steps."""
+
+    def integers(*shape: int | None) -> Tensor:
+        return Tensor(shape=shape, dtype=mindspore.int32)
+
+    table = Tensor(shape=(None, config.head_dim // 2), dtype=mindspore.float32)
+    if cache_dtype in CACHE_DTYPES:
+        cache = Tensor(shape=(None, config.n_kv_heads, None), dtype=mindspore.uint8)
+    else:
+        pages = (None, config.n_kv_heads, None, config.head_dim)
+        cache = Tensor(shape=pages, dtype=getattr(mindspore, cache_dtype))
+    numbers = integers(None)
+    return [
+        numbers, numbers, table, table, numbers, numbers, integers(None, None), numbers, numbers,
+        *[cache] * (2 * config.n_layers),
+    ]  # fmt: skip

@@ -1,0 +1,146 @@
+"""Which format a checkpoint's conversations have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from codellama_rt.checkpoint.formats.strict_json import read_object
+from codellama_rt.errors import CheckpointError
+from codellama_rt.text.chat.code_llama import STEP_PIECE, InstFormat, StepFormat
+from codellama_rt.text.chat.jinja_format import JinjaFormat, render_messages
+from codellama_rt.text.chat.messages import Message
+from codellama_rt.text.chat.sandbox import ChatTemplateError
+
+
+class ChatFormat(Protocol):
+    """How a conversation becomes a prompt."""
+
+    name: str
+
+    def encode(self, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+        """The prompt's ids."""
+
+    def render(self, tokenizer: Any, messages: Sequence[Message]) -> str:
+        """The prompt as a text."""
+
+    def end_ids(self, tokenizer: Any) -> tuple[int, ...]:
+        """What ends an answer besides end-of-sequence."""
+
+
+NATIVE = {style.name: style for style in (InstFormat, StepFormat)}
+
+
+def find_format(chat_template: str | None, tokenizer: Any) -> ChatFormat:
+    """The format of a checkpoint.
+
+    Args:
+        chat_template: "code-llama", "code-llama-70b", or Jinja; None: what the vocabulary tells.
+        tokenizer: of the checkpoint.
+
+    Returns:
+        Meta's own format, also for a template that says the same: its ids are those the model was
+        trained on, where a rendered text loses the boundaries between them. Else the template.
+
+    Raises:
+        TypeError: chat_template is no str.
+        ValueError: there is no template, and the vocabulary is none of Code Llama's.
+    """
+    if chat_template is None:
+        return _format_of_vocabulary(tokenizer)
+    if not isinstance(chat_template, str):
+        raise TypeError(f"chat_template must be a str, got {type(chat_template).__name__}")
+    if chat_template in NATIVE:
+        return NATIVE[chat_template]()
+    if _is_step_template(chat_template):
+        return StepFormat()
+    return InstFormat() if _is_inst_template(chat_template) else JinjaFormat(chat_template)
+
+
+def read_chat_template(path: Path) -> str | None:
+    """The template that a checkpoint brings, or None.
+
+    Args:
+        path: a GGUF file, which may hold it; a directory, or a file in it, where it is
+            chat_template.jinja or an entry of tokenizer_config.json.
+
+    Raises:
+        CheckpointError: it is there and no text, or there are several and none is the default.
+    """
+    if path.is_file():
+        from codellama_rt.checkpoint.formats.gguf_file import MAGIC, read_gguf
+
+        with open(path, "rb") as file:
+            is_gguf = file.read(len(MAGIC)) == MAGIC
+        if is_gguf:
+            return _default_of(read_gguf(path).metadata.get("tokenizer.chat_template"), str(path))
+        path = path.parent
+    if (path / "chat_template.jinja").is_file():
+        return _utf8(path / "chat_template.jinja")
+    config = path / "tokenizer_config.json"
+    found = read_object(config).get("chat_template") if config.is_file() else None
+    return _default_of(found, str(config))
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: expected UTF-8, found {error.reason}") from None
+
+
+def _default_of(found: Any, source: str) -> str | None:
+    """The one template, or of several the one named "default"."""
+    if isinstance(found, list):
+        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        found = named.get("default", found)
+    if found is not None and not isinstance(found, str):
+        raise CheckpointError(
+            f"{source}: chat_template: expected a text, or several of which one is named "
+            f"'default', found {json.dumps(found, default=str):.100}"
+        )
+    return found
+
+
+def _format_of_vocabulary(tokenizer: Any) -> ChatFormat:
+    if tokenizer.piece_id(STEP_PIECE) is not None:
+        return StepFormat()
+    if tokenizer.piece_id("<s>") is not None and tokenizer.piece_id("<0x0A>") is not None:
+        return InstFormat()  # Llama's SentencePiece vocabulary
+    raise ValueError(
+        "this checkpoint brings no chat template, and its vocabulary is not Code Llama's; give "
+        f"chat_template=, Jinja or one of {', '.join(NATIVE)}"
+    )
+
+
+_QUESTION = [Message("user", "q1")]
+_DIALOG = [*_QUESTION, Message("assistant", "a1"), Message("user", "q2")]
+_INST_TEXTS = {  # what `InstFormat` stands for, for comparison with what a template renders
+    "<s>[INST] q1 [/INST]": _QUESTION,
+    "<s>[INST] q1 [/INST] a1 </s><s>[INST] q2 [/INST]": _DIALOG,
+    "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nq1 [/INST]": [Message("system", "s"), *_QUESTION],
+}
+
+
+def _is_inst_template(source: str) -> bool:
+    return "[INST]" in source and all(
+        _rendered(source, dialog) == text for text, dialog in _INST_TEXTS.items()
+    )
+
+
+def _is_step_template(source: str) -> bool:
+    """Whether it writes the turns of 70B; Hugging Face's text differs from Meta's in its spaces."""
+    if STEP_PIECE not in source:
+        return False
+    text = _rendered(source, [Message("system", "s"), *_QUESTION]) or ""
+    words = "Source: system s <step> Source: user q1 <step> Source: assistant Destination: user"
+    return text.removeprefix("<s>").split() == words.split()
+
+
+def _rendered(source: str, dialog: Sequence[Message]) -> str | None:
+    try:
+        return render_messages(source, dialog, {"bos_token": "<s>", "eos_token": "</s>"})
+    except ChatTemplateError:
+        return None

@@ -1,0 +1,120 @@
+"""Finds and loads the tokenizer of a checkpoint, whatever file it lies in.
+
+Two semantics, kept apart: what `load_tokenizer` returns gives Meta's ids, a text never becoming a
+control token; `CodeLlamaTokenizer` follows the slow tokenizer of Transformers, which parses them.
+"""
+
+from os import PathLike
+from pathlib import Path
+
+from codellama_rt.errors import CheckpointError
+from codellama_rt.text.tokenizer.tokenizer_base import (
+    IncrementalDetokenizer,
+    TokenIdError,
+    Tokenizer,
+    check_text,
+)
+
+__all__ = [
+    "FILL_TOKEN",
+    "IncrementalDetokenizer",
+    "TokenIdError",
+    "Tokenizer",
+    "has_tokenizer",
+    "load_tokenizer",
+    "split_fill",
+]
+
+FILL_TOKEN = "<FILL_ME>"
+_FILES = ("tokenizer.model", "tokenizer.json")
+
+
+def load_tokenizer(path: str | PathLike[str], vocab_size: int | None = None) -> Tokenizer:
+    """Loads the tokenizer of a checkpoint.
+
+    Args:
+        path: a directory with tokenizer.model or tokenizer.json, or such a file, or a GGUF file.
+        vocab_size: rows of the model's embedding, to be checked against.
+
+    Returns:
+        The tokenizer; ids up to `vocab_size` that it lacks decode to nothing.
+
+    Raises:
+        CheckpointError: no tokenizer is there, it is damaged, or it has more pieces than the model.
+
+    Example:
+        >>> load_tokenizer("CodeLlama-7b-hf").encode("def f():")  # doctest: +SKIP
+        [1, 822, 285, 7295]
+    """
+    file = _find(Path(path))
+    tokenizer = _load_file(file)
+    if vocab_size is not None:
+        if tokenizer.vocab_size > vocab_size:
+            raise CheckpointError(
+                f"{file}: expected at most {vocab_size} pieces, the model's vocab_size, found "
+                f"{tokenizer.vocab_size}; it is another model's tokenizer"
+            )
+        tokenizer.pad_vocabulary(vocab_size)
+    return tokenizer
+
+
+def has_tokenizer(path: str | PathLike[str]) -> bool:
+    """Whether a checkpoint, a directory or a file, brings a tokenizer: some are weights alone."""
+    path = Path(path)
+    if path.is_dir():
+        return any((path / name).is_file() for name in _FILES)
+    with open(path, "rb") as file:
+        is_gguf = file.read(4) == b"GGUF"
+    if not is_gguf:
+        return True
+    from codellama_rt.checkpoint.formats.gguf_file import read_gguf
+
+    return "tokenizer.ggml.model" in read_gguf(path).metadata
+
+
+def split_fill(prompt: str, fill_token: str = FILL_TOKEN) -> tuple[str, str] | None:
+    """Cuts a prompt at its hole.
+
+    Returns:
+        The text before and after it, or None if the prompt has none.
+
+    Raises:
+        ValueError: it is there more than once.
+
+    Example:
+        >>> split_fill("def f(<FILL_ME>):")
+        ('def f(', '):')
+    """
+    check_text(prompt)
+    parts = prompt.split(fill_token)
+    if len(parts) > 2:
+        raise ValueError(f"a prompt may have one {fill_token}, this has {len(parts) - 1}")
+    return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
+def _find(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in _FILES:
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(f"{path}: expected a tokenizer ({' or '.join(_FILES)}), found neither")
+
+
+def _load_file(path: Path) -> Tokenizer:
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a tokenizer, found {error.strerror}") from None
+    if magic == b"GGUF":
+        from codellama_rt.text.tokenizer.gguf_tokenizer import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(path)
+    if path.suffix == ".json":
+        from codellama_rt.text.tokenizer.json_tokenizer import tokenizer_from_json
+
+        return tokenizer_from_json(path)
+    from codellama_rt.text.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(path.read_bytes(), source=str(path))

@@ -1,0 +1,142 @@
+"""The tokenizer inside a GGUF file: SentencePiece ("llama") or byte-level BPE ("gpt2")."""
+
+from pathlib import Path
+
+from codellama_rt.errors import CheckpointError
+from codellama_rt.model.config_fields import ConfigFields
+from codellama_rt.text.tokenizer.bpe_tokenizer import BpeTokenizer, build_bpe, find_pre_tokenizer
+from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
+    CONTROL,
+    INFILL_PIECES,
+    PIECE_TYPES,
+    UNKNOWN,
+    USER_DEFINED,
+    SentencePieceTokenizer,
+    build_model_proto,
+)
+from codellama_rt.text.tokenizer.tokenizer_base import Tokenizer
+
+# The keys of the infilling tokens in newer and in older files.
+_INFILL_KEYS = {
+    "prefix": ("fim_pre_token_id", "prefix_token_id"),
+    "middle": ("fim_mid_token_id", "middle_token_id"),
+    "suffix": ("fim_suf_token_id", "suffix_token_id"),
+    "eot": ("eot_token_id",),
+}
+
+
+def tokenizer_from_gguf(path: Path) -> Tokenizer:
+    """Returns the tokenizer inside a GGUF file.
+
+    Raises:
+        CheckpointError: there is none, its fields disagree, or its kind is unknown.
+    """
+    vocabulary = _GgufVocabulary(path)
+    if vocabulary.kind == "llama":
+        return _sentencepiece(vocabulary)
+    if vocabulary.kind == "gpt2":
+        return _bpe(vocabulary)
+    raise vocabulary.fields.fault("model", "'llama' (SentencePiece) or 'gpt2' (BPE)")
+
+
+class _GgufVocabulary:
+    """The fields under `tokenizer.ggml.`, as far as both kinds share them."""
+
+    def __init__(self, path: Path) -> None:
+        from codellama_rt.checkpoint.formats.gguf_file import read_gguf
+
+        start = "tokenizer.ggml."
+        metadata = read_gguf(path).metadata
+        values = {
+            key[len(start) :]: value for key, value in metadata.items() if key.startswith(start)
+        }
+        self.path = path
+        self.fields = ConfigFields(values, f"{path}: {start[:-1]}")
+        self.kind = values.get("model")
+        self.pieces = self.strings("tokens")
+        self.types = self.numbers("token_type")
+        if not set(self.types) <= set(PIECE_TYPES):
+            raise self.fields.fault("token_type", f"numbers from 1 to {len(PIECE_TYPES)}")
+        self.bos_id = self.token_id("bos_token_id")
+        self.eos_id = self.token_id("eos_token_id")
+
+    def token_id(self, key: str) -> int | None:
+        return self.fields.integer(key, None, low=0, high=len(self.pieces) - 1)
+
+    def strings(self, key: str) -> list[str]:
+        """Returns a list of strings, which must be UTF-8."""
+        values = self.fields.values.get(key)
+        if not isinstance(values, list) or not values:
+            raise self.fields.fault(key, "a list of strings")
+        try:
+            "".join(values).encode()
+        except UnicodeEncodeError:
+            raise self.fields.fault(key, "strings in UTF-8") from None
+        return values
+
+    def numbers(self, key: str) -> list[float]:
+        """Returns a list with a number for each piece."""
+        values = self.fields.values.get(key)
+        if not hasattr(values, "tolist") or len(values) != len(self.pieces):
+            raise self.fields.fault(key, f"{len(self.pieces)} numbers, one a token")
+        return values.tolist()
+
+
+def _sentencepiece(vocabulary: _GgufVocabulary) -> SentencePieceTokenizer:
+    infill_ids = _infill_ids(vocabulary)
+    types = vocabulary.types
+    for token_id in infill_ids.values():
+        if types[token_id] == USER_DEFINED:  # such a piece would be found in a user's text
+            types[token_id] = CONTROL
+    proto = build_model_proto(
+        vocabulary.pieces,
+        vocabulary.numbers("scores"),
+        types,
+        unk_id=vocabulary.token_id("unknown_token_id"),
+        bos_id=vocabulary.bos_id,
+        eos_id=vocabulary.eos_id,
+        add_dummy_prefix=vocabulary.fields.flag("add_space_prefix", True),
+    )
+    return SentencePieceTokenizer(
+        proto,
+        source=str(vocabulary.path),
+        adds_bos=vocabulary.fields.flag("add_bos_token", True),
+        infill_ids=infill_ids,
+    )
+
+
+def _infill_ids(vocabulary: _GgufVocabulary) -> dict[str, int]:
+    """Returns the infilling tokens by the file's keys, or else by the names of pieces."""
+    found = {
+        role: token_id
+        for role, keys in _INFILL_KEYS.items()
+        for key in keys
+        if (token_id := vocabulary.token_id(key)) is not None
+    }
+    if "prefix" in found:
+        return found
+    # Without the others, `eot_token_id` is the end of a chat model's turn.
+    ids = {piece: token_id for token_id, piece in enumerate(vocabulary.pieces)}
+    return {role: ids[piece] for role, piece in INFILL_PIECES.items() if piece in ids}
+
+
+def _bpe(vocabulary: _GgufVocabulary) -> BpeTokenizer:
+    from tokenizers import AddedToken
+
+    pieces, types, fields = vocabulary.pieces, vocabulary.types, vocabulary.fields
+    pre = find_pre_tokenizer(fields.values.get("pre", "default"), str(vocabulary.path))
+    try:
+        backend = build_bpe(pieces, vocabulary.strings("merges"), pre)
+    except Exception as error:  # `tokenizers` raises nothing more precise
+        raise CheckpointError(f"{fields.source}: merges do not fit the tokens: {error}") from None
+    literal_ids = [i for i, kind in enumerate(types) if kind == USER_DEFINED]
+    backend.add_tokens([AddedToken(pieces[i], normalized=False) for i in literal_ids])
+    return BpeTokenizer(
+        backend,
+        pieces,
+        special_ids=[i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)],
+        literal_ids=literal_ids,
+        bos_id=vocabulary.bos_id,
+        eos_id=vocabulary.eos_id,
+        adds_bos=fields.flag("add_bos_token", pre.adds_bos),
+    )

@@ -1,0 +1,243 @@
+"""Code Llama's own tokenizer: SentencePiece, with the infilling format of Meta's reference code.
+
+SentencePiece puts a space in front of a text ("dummy prefix"), so that a first word is the same
+piece as a later one. The text after a hole continues a line and must not get it: Meta's code
+encodes it after a character that it cuts off again, here a second processor does without.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from codellama_rt.errors import CheckpointError
+from codellama_rt.text.tokenizer.tokenizer_base import (
+    DECODE_LIKE_SENTENCEPIECE,
+    Tokenizer,
+    as_id_list,
+    check_text,
+)
+
+SPACE = "▁"  # U+2581, a space inside a piece
+INFILL_PIECES = {"prefix": "▁<PRE>", "middle": "▁<MID>", "suffix": "▁<SUF>", "eot": "▁<EOT>"}
+STEP_PIECE = "<step>"  # ends a message of Code Llama 70B Instruct
+
+# Types of pieces in sentencepiece_model.proto; GGUF files use the same numbers.
+PIECE_TYPES = NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Text to Meta's ids and back, from a SentencePiece model.
+
+    Names of control tokens in a text are plain text. Code Llama's infilling tokens, however, are
+    ordinary pieces of its model: "<EOT>" after a space is that token, here as in Meta's code.
+
+    Args:
+        model_proto: the bytes of a tokenizer.model file.
+        source: the file's name, for messages.
+        adds_bos: whether prompts begin with the begin token.
+        infill_ids: ids of "prefix", "middle", "suffix", "eot"; by the pieces' names if None.
+
+    Raises:
+        CheckpointError: the bytes are not a usable SentencePiece model.
+
+    Example:
+        >>> tokenizer = load_tokenizer("CodeLlama-7b-hf")  # doctest: +SKIP
+        >>> tokenizer.encode_infill("def f(", "):\\n")  # doctest: +SKIP
+        [1, 32007, 822, 285, 29898, 32008, 1125, 13, 32009]
+    """
+
+    decode_errors = DECODE_LIKE_SENTENCEPIECE
+
+    def __init__(
+        self,
+        model_proto: bytes,
+        *,
+        source: str = "tokenizer.model",
+        adds_bos: bool = True,
+        infill_ids: Mapping[str, int] | None = None,
+    ) -> None:
+        proto = _parse(model_proto, source)
+        self.model_proto = model_proto
+        self._has_lead = proto.normalizer_spec.add_dummy_prefix
+        self._processor = _processor(model_proto, source)
+        proto.normalizer_spec.add_dummy_prefix = False
+        self._continuation = _processor(proto.SerializeToString(), source)
+
+        pieces = [entry.piece for entry in proto.pieces]
+        types = [entry.type for entry in proto.pieces]
+        if infill_ids is None:
+            names = INFILL_PIECES.items()
+            infill_ids = {role: pieces.index(name) for role, name in names if name in pieces}
+        self.prefix_id, self.middle_id, self.suffix_id, self.eot_id = map(
+            infill_ids.get, INFILL_PIECES
+        )
+        special = {i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL)}
+        special |= set(infill_ids.values())
+        special |= {i for i, piece in enumerate(pieces) if piece == STEP_PIECE}
+        super().__init__(
+            pieces,
+            [_piece_bytes(piece, types[i], i in special) for i, piece in enumerate(pieces)],
+            special,
+            bos_id=_id_or_none(self._processor.bos_id()),
+            eos_id=_id_or_none(self._processor.eos_id()),
+            adds_bos=adds_bos,
+        )
+
+    def encode_infill(self, prefix: str, suffix: str, *, suffix_first: bool = False) -> list[int]:
+        """Turns the text around a hole into Meta's prompt for its filling.
+
+        Args:
+            prefix: the text before the hole.
+            suffix: the text after it.
+            suffix_first: SPM order, `<PRE> <SUF>suffix <MID> prefix`, in place of
+                PSM, `<PRE> prefix <SUF>suffix <MID>`.
+
+        Returns:
+            The begin token and the prompt; the model ends its filling with `eot_id`.
+
+        Raises:
+            TypeError: an argument is not a str.
+            ValueError: the vocabulary has no infilling tokens.
+        """
+        if not self.can_infill:
+            return super().encode_infill(prefix, suffix)
+        before = self.encode(prefix, bos=False)
+        after = self.encode_continuation(suffix)
+        if suffix_first:
+            return [self.bos_id, self.prefix_id, self.suffix_id, *after, self.middle_id, *before]
+        return [self.bos_id, self.prefix_id, *before, self.suffix_id, *after, self.middle_id]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Turns text that continues a line into ids, without the space that `encode` adds."""
+        check_text(text)
+        return self._continuation.encode(text)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Turns what somebody wrote into ids; unlike `encode`, " <EOT>" does not become <EOT>."""
+        check_text(text)
+        return self._without_special(self._processor.encode(text))
+
+    def encode_rendered(self, parts: Iterable[int | str]) -> list[int]:
+        """Turns a rendered chat template into ids as the slow Transformers tokenizer does."""
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            text = part.replace(SPACE, " ")
+            lead = SPACE if i == 0 and self._has_lead else ""
+            ids += self._without_special(self._continuation.encode(lead + text))
+        return ids
+
+    def _without_special(self, ids: list[int]) -> list[int]:
+        """Spells infilling tokens that merges have made: ▁<EOT> as ▁< and EOT>."""
+        plain: list[int] = []
+        for token_id in ids:
+            if token_id in self.special_ids:
+                name = self.pieces[token_id]
+                for half in (name[:2], name[2:]):
+                    plain += self._continuation.encode(half)
+            else:
+                plain.append(token_id)
+        return plain
+
+    def decode_infill(self, ids: Iterable[int]) -> str:
+        """Turns the ids of a filling into text as Meta does; a leading space stays.
+
+        Args:
+            ids: the filling, cut before its end token (an infilling token inside shows as text).
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        checked = self._checked(as_id_list(ids))
+        return self._continuation.decode([i for i in checked if i < self.vocab_size])
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def _encode_special(self, text: str) -> list[int]:
+        """Follows the slow Transformers tokenizer: only the text's start gets a space in front."""
+        if text and self._has_lead:
+            text = SPACE + text.replace(SPACE, " ")
+        ids: list[int] = []
+        for part in self.split_special(text):
+            ids += [part] if isinstance(part, int) else self._continuation.encode(part)
+        if len(ids) > 1 and self.pieces[ids[0]] == SPACE and ids[1] in self.special_ids:
+            del ids[0]
+        return ids
+
+    def _lead_length(self, ids: Sequence[int]) -> int:
+        return int(self._has_lead and bool(ids) and self.piece(ids[0]).startswith(SPACE))
+
+
+def build_model_proto(
+    pieces: Sequence[str],
+    scores: Sequence[float],
+    types: Sequence[int],
+    *,
+    unk_id: int | None,
+    bos_id: int | None,
+    eos_id: int | None,
+    add_dummy_prefix: bool,
+) -> bytes:
+    """Serializes a SentencePiece BPE model with byte fallback, as Llama's is.
+
+    Args:
+        pieces, scores, types: the vocabulary by id.
+        unk_id, bos_id, eos_id: the tokens with a meaning of their own, or None.
+        add_dummy_prefix: put a space in front of a text.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as pb
+
+    proto = pb.ModelProto()
+    for piece, score, kind in zip(pieces, scores, types, strict=True):
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    trainer = proto.trainer_spec
+    trainer.model_type = pb.TrainerSpec.BPE
+    trainer.vocab_size = len(pieces)
+    trainer.byte_fallback = True
+    for name, token_id in (("unk", unk_id), ("bos", bos_id), ("eos", eos_id)):
+        setattr(trainer, f"{name}_id", -1 if token_id is None else token_id)
+        if token_id is not None:
+            setattr(trainer, f"{name}_piece", pieces[token_id])
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = add_dummy_prefix
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    return proto.SerializeToString()
+
+
+def _parse(model_proto: bytes, source: str) -> Any:
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2 as pb
+
+    try:
+        proto = pb.ModelProto.FromString(model_proto)
+        pieces = [entry.piece for entry in proto.pieces]  # some protobufs decode UTF-8 only now
+    except DecodeError as error:
+        raise CheckpointError(f"{source} is not a SentencePiece model: {error}") from None
+    except UnicodeDecodeError:
+        pieces = []
+    if not pieces or not all(isinstance(piece, str) for piece in pieces):  # bytes if not UTF-8
+        raise CheckpointError(f"{source} is not a SentencePiece model: expected pieces in UTF-8")
+    return proto
+
+
+def _processor(model_proto: bytes, source: str) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model_proto)
+    except (RuntimeError, UnicodeDecodeError) as error:  # the second: its message is not UTF-8
+        raise CheckpointError(f"{source}: SentencePiece refuses the model: {error}") from None
+    return processor
+
+
+def _piece_bytes(piece: str, kind: int, special: bool) -> bytes:
+    if kind == BYTE:
+        return bytes([int(piece[3:5], 16)])  # <0x0A>
+    return piece.encode() if special else piece.replace(SPACE, " ").encode()
+
+
+def _id_or_none(token_id: int) -> int | None:
+    return token_id if token_id >= 0 else None

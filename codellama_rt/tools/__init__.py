@@ -1,0 +1,1 @@
+"""Programs around the runtime: benchmarks, evaluation, conversion, limits of the machine."""

@@ -1,0 +1,135 @@
+"""Rows of whole models: decode steps at any depth, and prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import mmap
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from codellama_rt import ops
+from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.ops.dtypes import FLOAT_DTYPES
+from codellama_rt.tools.bench.measure import Row, Stopwatch, Timing, stopwatch
+from codellama_rt.tools.bench.runner import Runner
+from codellama_rt.tools.bench.shapes import SHAPES
+from codellama_rt.tools.bench.synthetic import write_directory
+from codellama_rt.tools.limits import Limits, read_bandwidth
+
+_PYTHON_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model to run: one that exists, or random weights in a Code Llama's shape.
+
+    Attributes:
+        path: directory, GGUF file or name; None: `shape` and `layers` say what to write.
+        shape: a name of `SHAPES`.
+        layers: of it; None: as many as the model has.
+        weights: dtype they are kept in.
+        kv_dtype: dtype of the cache; "auto": the model's.
+    """
+
+    path: str | None = None
+    shape: str = "7b"
+    layers: int | None = None
+    weights: str = "bfloat16"
+    kv_dtype: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """For a row."""
+        if self.path is not None:
+            return Path(self.path).name
+        layers = self.layers or SHAPES[self.shape].n_layers
+        return f"{self.shape}, {layers} layer{'s' if layers > 1 else ''}"
+
+    @contextlib.contextmanager
+    def runner(self, max_depth: int) -> Iterator[Runner]:
+        """The model behind an engine; what was written for it is deleted at the end."""
+        with tempfile.TemporaryDirectory(prefix="codellama-rt-bench-") as folder:
+            path = Path(folder) / "model"
+            if self.path is None:
+                config = SHAPES[self.shape]
+                config = replace(config, n_layers=self.layers or config.n_layers)
+                write_directory(path, config, dtype=self.weights)
+            yield Runner(open_checkpoint(self.path or path), max_depth, self.kv_dtype)
+
+
+def decode_row(
+    model: Model, runner: Runner, depth: int, steps: int, *, limits: Limits,
+    python_share: bool = False, watch: Stopwatch = stopwatch,
+) -> Row:  # fmt: skip
+    """Decode steps at one depth, beside the read bandwidth before and after them."""
+    runner.decode(depth, 2)  # warms up caches, threads and the weights' pages
+    before = read_bandwidth()
+    with runner.at_depth(depth, steps + 1):  # pytest-benchmark may run one more
+        timing = Timing(watch(runner.step, _nothing, steps))
+    roof = max(before, read_bandwidth())
+    num_bytes = runner.decode_bytes(depth)
+    share = {"python_share": runner.python_share(depth, _PYTHON_STEPS)} if python_share else {}
+    return {
+        "what": "decode", **_about(model, runner, limits), "depth": depth, **timing.record(),
+        "tokens_per_s": 1 / timing.median, "bytes": num_bytes,
+        "gb_per_s": num_bytes / timing.median / 1e9, "share": num_bytes / timing.median / roof,
+        "best_share": num_bytes / timing.best / roof, "read_gb_per_s": roof / 1e9, **share,
+    }  # fmt: skip
+
+
+def prefill_row(
+    model: Model, runner: Runner, num_tokens: int, repeats: int, *, limits: Limits,
+    watch: Stopwatch = stopwatch,
+) -> Row:  # fmt: skip
+    """Prompts of one length, beside the arithmetic of the weights' dtype."""
+    runner.prefill(num_tokens)
+    timing = Timing(watch(runner.run_prompt, lambda: runner.add_prompt(num_tokens), repeats))
+    rate = runner.prefill_flops(num_tokens) / timing.median
+    weights = runner.weights_dtype
+    peak = limits.flops[weights if weights in FLOAT_DTYPES else "int8"]
+    return {
+        "what": "prefill", **_about(model, runner, limits), "tokens": num_tokens,
+        **timing.record(), "tokens_per_s": num_tokens / timing.median, "gflop_per_s": rate / 1e9,
+        "peak_gflop_per_s": peak / 1e9, "share": rate / peak,
+    }  # fmt: skip
+
+
+def generate_rows(
+    models: Sequence[Model], depths: Sequence[int], prefills: Sequence[int], *, steps: int,
+    repeats: int, limits: Limits, python_share: bool = False,
+) -> Iterator[tuple[int, int, Row]]:  # fmt: skip
+    """All rows, each as (done, of how many, row)."""
+    done, total = 0, len(models) * (len(depths) + len(prefills))
+    for model in models:
+        with model.runner(max([*depths, *prefills])) as runner:
+            for depth in depths:
+                done += 1
+                yield (
+                    done,
+                    total,
+                    decode_row(
+                        model, runner, depth, steps, limits=limits, python_share=python_share
+                    ),
+                )
+            for count in prefills:
+                done += 1
+                yield done, total, prefill_row(model, runner, count, repeats, limits=limits)
+        del runner  # its cache is given back before the next one is made
+        gc.collect()
+
+
+def _about(model: Model, runner: Runner, limits: Limits) -> Row:
+    """What was measured, and the memory that the process holds: weights mapped from files, too."""
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    return {
+        "model": model.name, "layers": runner.config.n_layers, "weights": runner.weights_dtype,
+        "kv": runner.kv_dtype, "isa": limits.isa, "threads": ops.num_threads(),
+        "rss_gb": resident / 1e9,
+    }  # fmt: skip
+
+
+def _nothing() -> None:
+    """Decode steps need nothing set up."""

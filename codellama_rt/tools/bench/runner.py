@@ -1,0 +1,164 @@
+"""A model behind an engine, at any depth of context without paying for the prompt."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from statistics import median
+from time import perf_counter
+from unittest.mock import patch
+
+import numpy as np
+
+from codellama_rt import _core, ops
+from codellama_rt.checkpoint import Checkpoint
+from codellama_rt.engine.engine import Engine
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.llm.scoring import sequence_logits
+from codellama_rt.llm.traffic import weight_bytes
+from codellama_rt.model.kv_cache import KVCache, bytes_per_token
+from codellama_rt.model.llama import Llama
+from codellama_rt.tools.bench.noise import fill_caches
+
+BLOCK_SIZE = 64
+MAX_STEPS = 256  # decode steps of one request, at most
+
+
+class Runner:
+    """Runs steps of the engine: scheduling, the model and greedy sampling together."""
+
+    def __init__(self, checkpoint: Checkpoint, max_depth: int, kv_dtype: str = "auto") -> None:
+        """Take a model and a cache of max_depth + MAX_STEPS tokens, full of noise."""
+        self.config = checkpoint.config
+        self.kv_dtype = self.config.dtype if kv_dtype == "auto" else kv_dtype
+        projection = checkpoint.weights.layers[0].q_proj.dtype
+        self.weights_dtype = projection if isinstance(projection, str) else projection.name
+        self.weight_bytes = weight_bytes(checkpoint.weights)
+        max_len = max_depth + MAX_STEPS
+        cache = KVCache(
+            self.config, num_blocks=-(-max_len // BLOCK_SIZE), block_size=BLOCK_SIZE,
+            dtype=self.kv_dtype,
+        )  # fmt: skip
+        rng = np.random.default_rng(1)
+        for caches in cache.layers:
+            fill_caches(*caches, rng)
+        self.model = _SkippableModel(Llama(self.config, checkpoint.weights))
+        self.engine = Engine(
+            self.model, cache, max_num_seqs=1, max_model_len=max_len, prefix_caching=False
+        )
+        self._rng = np.random.default_rng(0)
+
+    @contextlib.contextmanager
+    def at_depth(self, depth: int, steps: int) -> Iterator[None]:
+        """A request after `depth` tokens, of which `steps` decode steps may run within.
+
+        Its prompt is what the pages held before.
+        """
+        if steps + 1 > MAX_STEPS:
+            raise ValueError(f"steps must be under {MAX_STEPS}, got {steps}")
+        params = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
+        self.engine.add_request("bench", self._prompt(depth), params)
+        self.model.is_skipping = True
+        while not self.engine.step():
+            pass
+        self.model.is_skipping = False
+        try:
+            yield
+        finally:
+            self.engine.abort("bench")
+
+    def step(self) -> None:
+        """One decode step."""
+        self.engine.step()
+
+    def decode(self, depth: int, steps: int) -> list[float]:
+        """Seconds of each of `steps` decode steps after a context of `depth` tokens."""
+        with self.at_depth(depth, steps):
+            return [_seconds(self.step) for _ in range(steps)]
+
+    def python_share(self, depth: int, steps: int) -> float:
+        """The share of a decode step that is neither kernels nor their calls from Python.
+
+        The calls of one step are recorded, then replayed between steps: pairs, without drift.
+        """
+        recorder = _Recorder(_core)
+        with self.at_depth(depth, steps + 1):
+            with contextlib.ExitStack() as patches:
+                for module in (ops.attention, ops.cache, ops.dense):
+                    patches.enter_context(patch.object(module, "_core", recorder))
+                self.step()
+            pairs = [(_seconds(self.step), _seconds(recorder.replay)) for _ in range(steps)]
+        return median(1 - kernels / whole for whole, kernels in pairs)
+
+    def add_prompt(self, num_tokens: int) -> None:
+        """Submit a prompt for `run_prompt`."""
+        params = SamplingParams(max_tokens=1, ignore_eos=True)
+        self.engine.add_request("bench", self._prompt(num_tokens), params)
+
+    def run_prompt(self) -> None:
+        """From a prompt to its first new token."""
+        while self.engine.has_unfinished():
+            self.engine.step()
+
+    def prefill(self, num_tokens: int) -> float:
+        """Seconds from a prompt of `num_tokens` tokens to its first new token."""
+        self.add_prompt(num_tokens)
+        return _seconds(self.run_prompt)
+
+    def decode_bytes(self, depth: int) -> int:
+        """Bytes that a decode step at `depth` has to read."""
+        return self.weight_bytes + depth * bytes_per_token(self.config, self.kv_dtype)
+
+    def prefill_flops(self, num_tokens: int) -> int:
+        """Multiplications and additions of a prompt; the head sees its last token alone."""
+        c = self.config
+        per_layer = c.dim * (2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.hidden_dim)
+        attention = 2 * num_tokens * c.n_heads * c.head_dim  # causal: half of 4
+        head = 2 * c.dim * c.vocab_size
+        return num_tokens * c.n_layers * (2 * per_layer + attention) + head
+
+    def logits(self, token_ids: list[int]) -> np.ndarray:
+        """Logits after the last of the tokens, (vocab_size) float32."""
+        return sequence_logits(self.model.model, token_ids, kv_dtype=self.kv_dtype)[-1]
+
+    def _prompt(self, num_tokens: int) -> np.ndarray:
+        return self._rng.integers(3, self.config.vocab_size, num_tokens)
+
+
+class _SkippableModel:
+    """A model whose steps can be left out; the cache then keeps what it held."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model, self.config, self.is_skipping = model, model.config, False
+
+    def forward(self, batch: object, kv_cache: KVCache) -> np.ndarray:
+        if self.is_skipping:
+            return np.zeros((len(batch.logit_rows), self.config.vocab_size), np.float32)
+        return self.model.forward(batch, kv_cache)
+
+
+class _Recorder:
+    """Passes calls on to a module and keeps them."""
+
+    def __init__(self, module: object) -> None:
+        self._module, self.calls = module, []
+
+    def __getattr__(self, name: str) -> object:
+        call = getattr(self._module, name)
+
+        def record(*args: object) -> object:
+            self.calls.append((call, args))
+            return call(*args)
+
+        return record
+
+    def replay(self) -> None:
+        """The same calls with nothing of Python between."""
+        for call, args in self.calls:
+            call(*args)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = perf_counter()
+    work()
+    return perf_counter() - started

@@ -1,0 +1,205 @@
+"""Writes checkpoints: Meta's files, Hugging Face's, or quantised ones, from any that opens.
+
+Tensors are read, converted and written one at a time. All of it happens in a directory of another
+name (`conversion.journal`), which takes its own only when it is whole; the file without which no
+checkpoint opens is written last. A run that ended early is taken up by the next.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from codellama_rt.checkpoint.formats.meta_directory import is_meta_directory
+from codellama_rt.checkpoint.formats.tensor_file import Entry, sync, write_tensor_file
+from codellama_rt.checkpoint.model_names import resolve_model
+from codellama_rt.checkpoint.open import read_model
+from codellama_rt.checkpoint.quantize import check_quantization, is_quantized
+from codellama_rt.checkpoint.stored_tensor import Counter, Progress, StoredModel
+from codellama_rt.errors import CheckpointError
+from codellama_rt.ops.dtypes import FLOAT_DTYPES
+from codellama_rt.tools.convert.journal import Journal
+from codellama_rt.tools.convert.plan import (
+    HUGGING_FACE,
+    META,
+    TARGETS,
+    Options,
+    Plan,
+    make_plan,
+    with_dtype,
+    write_texts,
+)
+
+_FORMAT = 1  # of the work directory: another begins anew
+_TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "LICENSE*",
+              "USE_POLICY*")  # fmt: skip
+_COMPANIONS = (  # files that belong to a model and stay as they are
+    *_TOKENIZER, "generation_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def convert(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], *, to: str = HUGGING_FACE,
+    quantization: str | None = None, dtype: str = "auto", shards: int = 1, verify: bool = False,
+    progress: Progress | None = None,
+) -> Path:  # fmt: skip
+    """Writes a checkpoint in another layout or quantised.
+
+    Memory is bounded by the largest tensor, whatever the model; `verify` needs what running the
+    model needs. An interrupted run leaves no `out`, and the same call goes on where it was.
+
+    Args:
+        model: a directory in Meta's or Hugging Face's layout, a GGUF file, or a name for one.
+        out: the directory to make; nothing may be there.
+        to: "huggingface" (safetensors) or "meta" (consolidated.00.pth and params.json).
+        quantization: "int8" or "int4", of the projections and the head; in Hugging Face's layout.
+        dtype: of all floats: "float32", "float16", "bfloat16"; "auto" keeps each tensor's own,
+            or is bfloat16 where some are in GGUF's blocks.
+        shards: files of Meta's layout.
+        verify: compare what was written, bit for bit, and the logits, before it takes its name.
+        progress: called with bytes done, bytes in all, and what is being done.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: the model cannot be read, is quantised already, or verification failed.
+        ValueError: an unknown option, one that does not fit the others, or nothing to convert.
+        FileExistsError: `out` is there.
+        RuntimeError: another process is writing it.
+        OSError: it cannot be written; what is done so far stays for the next run.
+
+    Example:
+        >>> convert("CodeLlama-7b", "CodeLlama-7b-hf")  # doctest: +SKIP
+        PosixPath('CodeLlama-7b-hf')
+    """
+    options = _checked(Options(to, quantization, dtype, shards))
+    path, out = resolve_model(model), Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; give --out another name, or remove it")
+    stored = read_model(path)
+    _check_source(stored, options)
+    options = with_dtype(stored, options)
+    plan = make_plan(stored, options)
+    with Journal(out, _identity(path, options)) as journal:
+        try:
+            _check_space(plan, journal)
+            _write_tensors(plan, journal, options, progress)
+            _write_companions(stored, journal.output, options)
+            write_texts(plan, journal.output, _write_file)
+            if verify:
+                _verify(plan, path, journal.output, options, progress)
+            journal.output.rename(out)
+            journal.discard()
+        except (CheckpointError, ValueError):  # it would fail again
+            journal.discard()
+            raise
+    return out
+
+
+def _checked(options: Options) -> Options:
+    check_quantization(options.quantization)
+    for name, value, known in (
+        ("to", options.to, TARGETS), ("dtype", options.dtype, ("auto", *FLOAT_DTYPES)),
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if isinstance(options.shards, bool) or not isinstance(options.shards, int):
+        raise TypeError(f"shards must be an int, got {type(options.shards).__name__}")
+    if options.shards < 1 or (options.shards > 1 and options.to != META):
+        raise ValueError(f"shards are files of Meta's layout, 1 or more, got {options.shards}")
+    if options.quantization is not None and options.to == META:
+        raise ValueError("Meta's layout has no quantised weights; leave quantization out")
+    return options
+
+
+def _check_source(stored: StoredModel, options: Options) -> None:
+    if stored.quantization is not None:
+        raise CheckpointError(
+            f"{stored.path}: expected weights to convert, found them in {stored.quantization} "
+            "already; convert the original"
+        )
+    is_file = not stored.path.is_dir()
+    found = None if is_file else META if is_meta_directory(stored.path) else HUGGING_FACE
+    is_same = found == options.to and options.to != META
+    if is_same and options.quantization is None and options.dtype == "auto":
+        raise ValueError(
+            f"{stored.path} is in that layout already; give a quantization, a dtype or to='meta'"
+        )
+
+
+def _identity(path: Path, options: Options) -> dict[str, Any]:
+    """What makes a conversion the same as another."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    described = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return {
+        "format": _FORMAT, "source": str(path.resolve()), "files": described, **vars(options),
+    }  # fmt: skip
+
+
+def _check_space(plan: Plan, journal: Journal) -> None:
+    """Refuses what the disk will not hold, before hours are spent on it."""
+    done = sum(file.stat().st_size for file in journal.output.iterdir())
+    free, needed = shutil.disk_usage(journal.output).free, plan.num_bytes - done
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC, f"{needed / 1e9:.2f} GB are to be written, and the disk has "
+            f"{free / 1e9:.2f} GB", str(journal.output.parent.parent),
+        )  # fmt: skip
+
+
+def _write_tensors(
+    plan: Plan, journal: Journal, options: Options, progress: Progress | None
+) -> None:
+    counter = Counter(plan.num_bytes, progress)
+    for file, layout in plan.files.items():
+        done = journal.done(file, layout)
+
+        def written(entry: Entry) -> None:
+            plan.made_from[entry.name].release()
+            is_packed = options.quantization is not None and is_quantized(entry.name)
+            what = f"quantising to {options.quantization}" if is_packed else "copying"
+            counter.add(entry.num_bytes, what)
+
+        if done:
+            counter.add(sum(entry.num_bytes for entry in layout.entries[: len(done)]), "resuming")
+        synced = functools.partial(journal.add, file)
+        write_tensor_file(journal.output / file, layout, written, synced, done)
+
+
+def _write_companions(stored: StoredModel, folder: Path, options: Options) -> None:
+    """What belongs to a model beside its weights; a tokenizer is written anew where it lies in a
+    GGUF file, or where Hugging Face's options are missing beside Meta's."""
+    if stored.path.is_dir():
+        for pattern in _TOKENIZER if options.to == META else _COMPANIONS:
+            for file in stored.path.glob(pattern):
+                shutil.copy(file, folder)
+    if options.to == META or not (stored.path.is_file() or is_meta_directory(stored.path)):
+        return
+    from codellama_rt.text.chat import read_chat_template
+    from codellama_rt.text.tokenizer import has_tokenizer, load_tokenizer
+    from codellama_rt.text.tokenizer.save_tokenizer import save_tokenizer
+
+    if has_tokenizer(stored.path):
+        template = read_chat_template(stored.path) if stored.path.is_file() else None
+        save_tokenizer(load_tokenizer(stored.path), folder, template)
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        sync(file)
+
+
+def _verify(
+    plan: Plan, source: Path, folder: Path, options: Options, progress: Progress | None
+) -> None:
+    from codellama_rt.tools.convert.verification import verify_logits, verify_tensors
+
+    verify_tensors(plan, folder, progress)
+    verify_logits(source, folder, options)

