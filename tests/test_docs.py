@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from checkpoint_files import MINI_CONFIG, write_mini
-from quantized_models import q8_model
+from helpers.checkpoint_files import MINI_CONFIG, write_mini
+from helpers.quantized_models import q8_model
+from helpers.tiny_llm import make_folder
+from helpers.tokenizer_files import model_file, sentencepiece_model
 from sentencepiece import sentencepiece_model_pb2 as pb
-from tiny_llm import make_folder
-from tokenizer_files import model_file, sentencepiece_model
 
 import codellama_rt as clrt
 from codellama_rt.checkpoint.weight_loading import expected_shapes

@@ -48,9 +48,9 @@ raise SystemExit(not usable)' || exit
 timeout 170 "$python" benchmarks/cuda/bench_cuda.py --smoke --section decode --out "$out/warm" \
   > "$out/peers.log" 2>&1 &
 peers=$!
-part tests 120 "$python" -m pytest -q tests/cuda -k gpu -p no:cacheprovider
+part tests 120 "$python" -m pytest -q tests/devices/cuda -k gpu -p no:cacheprovider
 few="gpu and (page_sizes or three_weights or rope_and_cache or copy_blocks or merge)"
-small=(-m pytest -q tests/cuda -p no:cacheprovider -k "$few")
+small=(-m pytest -q tests/devices/cuda -p no:cacheprovider -k "$few")
 if command -v compute-sanitizer > /dev/null; then
   part memcheck 45 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" "${small[@]}"
   part racecheck 45 compute-sanitizer --tool racecheck --error-exitcode 1 "$python" "${small[@]}"

@@ -9,7 +9,7 @@
 //          products; blocks of late rows come first
 // Numerics the sums of attention_tile.cuh in the same order: tiles of 64 keys, splits, nodes.
 // Whether
-//          wgmma adds the 16 products of a step as mma does is the hardware's; tests/cuda asks it.
+//          wgmma adds the 16 products of a step as mma does is the hardware's; tests/devices/cuda asks it.
 #include "attention.h"
 #include "attention_kernels.cuh"
 #include "wgmma.cuh"

@@ -4,7 +4,7 @@ import io
 import sys
 
 import pytest
-from tiny_llm import make_folder
+from helpers.tiny_llm import make_folder
 
 from codellama_rt.cli import main as cli
 

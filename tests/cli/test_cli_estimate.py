@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from cli_calls import assert_one_line_error
+from helpers.cli_calls import assert_one_line_error
 
 import codellama_rt as clrt
 from codellama_rt.llm import placement as devices

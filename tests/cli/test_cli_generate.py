@@ -4,7 +4,7 @@ import json
 from dataclasses import fields
 
 import pytest
-from cli_calls import PROMPT, assert_one_line_error
+from helpers.cli_calls import PROMPT, assert_one_line_error
 
 import codellama_rt as clrt
 from codellama_rt.cli import main as cli

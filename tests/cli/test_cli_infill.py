@@ -1,6 +1,6 @@
 """`codellama-rt infill`: the filling alone, on stdout or in its place."""
 
-from cli_calls import assert_one_line_error
+from helpers.cli_calls import assert_one_line_error
 
 import codellama_rt as clrt
 from codellama_rt.engine.sampling_params import SamplingParams

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from cli_calls import PROMPT, assert_one_line_error
-from tiny_llm import make_folder
+from helpers.cli_calls import PROMPT, assert_one_line_error
+from helpers.tiny_llm import make_folder
 
 from codellama_rt.cli import main as cli
 from codellama_rt.engine.engine import Engine

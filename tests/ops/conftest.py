@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from builders import running_on
+from helpers.builders import running_on
 
 from codellama_rt import ops
 from codellama_rt.ops.dtypes import numpy_dtype

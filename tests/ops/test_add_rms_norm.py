@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from builders import ACTIVATION_AND_STORED, normal
-from tolerances import assert_equal_bits, assert_rounded
+from helpers.builders import ACTIVATION_AND_STORED, normal
+from helpers.tolerances import assert_equal_bits, assert_rounded
 
 from codellama_rt import ops
 from codellama_rt.ops import reference

@@ -6,8 +6,8 @@ whether its keys lie in pages at all.
 
 import numpy as np
 import pytest
-from builders import ACTIVATION_AND_CACHED, int32, paged
-from tolerances import assert_equal_bits
+from helpers.builders import ACTIVATION_AND_CACHED, int32, paged
+from helpers.tolerances import assert_equal_bits
 
 from codellama_rt import ops
 from codellama_rt.ops.quantized import CACHE_DTYPES

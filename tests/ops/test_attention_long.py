@@ -4,8 +4,8 @@ from functools import cache
 
 import numpy as np
 import pytest
-from builders import paged
-from tolerances import assert_attention, assert_lse, assert_within_bfloat16_unit
+from helpers.builders import paged
+from helpers.tolerances import assert_attention, assert_lse, assert_within_bfloat16_unit
 
 from codellama_rt import ops
 from codellama_rt.ops import reference

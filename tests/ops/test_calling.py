@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from arguments import EMPTY, OP_NAMES, SIZES, call, make_arguments, results, shape_of
-from tolerances import assert_equal_bits
+from helpers.arguments import EMPTY, OP_NAMES, SIZES, call, make_arguments, results, shape_of
+from helpers.tolerances import assert_equal_bits
 
 from codellama_rt import ops
 from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype

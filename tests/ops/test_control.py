@@ -7,8 +7,8 @@ import threading
 
 import numpy as np
 import pytest
-from builders import normal, paged, running_on
-from tolerances import assert_equal_bits
+from helpers.builders import normal, paged, running_on
+from helpers.tolerances import assert_equal_bits
 
 from codellama_rt import ops
 

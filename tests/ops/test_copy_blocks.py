@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from builders import int32, normal, quantized_caches
-from tolerances import assert_equal_bits
+from helpers.builders import int32, normal, quantized_caches
+from helpers.tolerances import assert_equal_bits
 
 from codellama_rt import ops
 from codellama_rt.ops import reference

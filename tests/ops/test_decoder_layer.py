@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from builders import ends, int32, normal, paged, rope_tables
-from tolerances import LOGITS_ATOL, assert_equal_bits
+from helpers.builders import ends, int32, normal, paged, rope_tables
+from helpers.tolerances import LOGITS_ATOL, assert_equal_bits
 
 from codellama_rt import ops
 from codellama_rt.ops import reference

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from arguments import OP_NAMES, call, make_arguments, results
-from builders import running_on
-from tolerances import assert_equal_bits
+from helpers.arguments import OP_NAMES, call, make_arguments, results
+from helpers.builders import running_on
+from helpers.tolerances import assert_equal_bits
 
 from codellama_rt import _core, ops
 from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from arguments import make_arguments
-from builders import int32
+from helpers.arguments import make_arguments
+from helpers.builders import int32
 
 from codellama_rt import ops
 from codellama_rt.ops.schema import OPS

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from builders import ends, int32, normal, rope_tables
-from tolerances import assert_equal_bits
+from helpers.builders import ends, int32, normal, rope_tables
+from helpers.tolerances import assert_equal_bits
 
 from codellama_rt import ops
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from arguments import call, make_arguments, results
-from builders import normal, quantized_weight
-from tolerances import assert_equal_bits
+from helpers.arguments import call, make_arguments, results
+from helpers.builders import normal, quantized_weight
+from helpers.tolerances import assert_equal_bits
 
 from codellama_rt import ops
 from codellama_rt.ops import Quantized

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from builders import ends, normal
-from tolerances import assert_attention, assert_equal_bits, assert_lse, assert_rounded
+from helpers.builders import ends, normal
+from helpers.tolerances import assert_attention, assert_equal_bits, assert_lse, assert_rounded
 
 from codellama_rt import ops
 from codellama_rt.ops import reference

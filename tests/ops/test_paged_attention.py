@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from builders import ACTIVATION_AND_CACHED, ends, int32, normal, paged
-from tolerances import assert_attention, assert_equal_bits, assert_lse
+from helpers.builders import ACTIVATION_AND_CACHED, ends, int32, normal, paged
+from helpers.tolerances import assert_attention, assert_equal_bits, assert_lse
 
 from codellama_rt import ops
 from codellama_rt.ops import reference

@@ -3,8 +3,8 @@
 import gguf
 import numpy as np
 import pytest
-from builders import normal, quantized_weight
-from tolerances import FLOAT32_RTOL, assert_equal_bits
+from helpers.builders import normal, quantized_weight
+from helpers.tolerances import FLOAT32_RTOL, assert_equal_bits
 
 from codellama_rt import ops
 from codellama_rt.ops import reference

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from builders import int32, normal, paged, unwritten_caches
-from tolerances import assert_equal_bits
+from helpers.builders import int32, normal, paged, unwritten_caches
+from helpers.tolerances import assert_equal_bits
 
 from codellama_rt import ops
 from codellama_rt.ops import reference

@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from arguments import OP_NAMES, SIZES, axis_size, call, make_arguments
+from helpers.arguments import OP_NAMES, SIZES, axis_size, call, make_arguments
 
 from codellama_rt import ops
 from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype

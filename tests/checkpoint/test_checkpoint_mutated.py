@@ -1,0 +1,84 @@
+"""Randomly changed files: each opens or is a CheckpointError that names the file, never else."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from helpers.checkpoint_files import (
+    MINI_CONFIG,
+    gguf_bytes,
+    mini_gguf,
+    mini_tensors,
+    safetensors_bytes,
+    write_mini,
+)
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.errors import CheckpointError
+
+
+def open_mutated(file, content):
+    """Opens a checkpoint with one file replaced: it opens, or says why not, and nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_mini(Path(folder)) / file
+        path.write_bytes(content)
+        message = folder
+        try:
+            open_checkpoint(path if path.suffix == ".gguf" else folder)
+        except CheckpointError as error:
+            message = str(error)
+        assert folder in message
+
+
+GOOD = safetensors_bytes(mini_tensors())
+HEADER_END = 8 + int.from_bytes(GOOD[:8], "little")
+CONFIG = json.dumps(MINI_CONFIG).encode()
+GGUF = gguf_bytes(*mini_gguf())
+GGUF_HEADER_END = len(GGUF) - sum(len(raw) + -len(raw) % 32 for *_, raw in mini_gguf()[1].values())
+
+
+def mutations(length):
+    """Up to 8 bytes overwritten below `length`, as (place, value)."""
+    return st.lists(st.tuples(st.integers(0, length - 1), st.integers(0, 255)), max_size=8)
+
+
+def mutate(content, changes):
+    mutated = bytearray(content)
+    for place, value in changes:
+        mutated[place] = value
+    return bytes(mutated)
+
+
+@settings(max_examples=300)
+@given(mutations(HEADER_END), st.integers(0, 64))
+@example([], 0)
+@example([(0, 255), (7, 255)], 0)
+def test_mutated_safetensors(changes, cut):
+    open_mutated("model.safetensors", mutate(GOOD, changes)[: len(GOOD) - cut])
+
+
+@settings(max_examples=200)
+@given(mutations(len(CONFIG)))
+def test_mutated_config(changes):
+    open_mutated("config.json", mutate(CONFIG, changes))
+
+
+@settings(max_examples=200)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+        max_leaves=6,
+    ),
+    st.sampled_from([*MINI_CONFIG, "rope_scaling", "rope_parameters", "eos_token_id"]),
+)
+def test_any_value_in_the_config(value, key):
+    open_mutated("config.json", json.dumps(MINI_CONFIG | {key: value}).encode())
+
+
+@settings(max_examples=400)
+@given(mutations(GGUF_HEADER_END), st.integers(0, 64))
+def test_mutated_gguf(changes, cut):
+    open_mutated("model.gguf", mutate(GGUF, changes)[: len(GGUF) - cut])

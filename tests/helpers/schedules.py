@@ -1,0 +1,172 @@
+"""Random schedules of fixed requests on one model, and every row of logits that comes of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from codellama_rt.engine.engine import Engine
+from codellama_rt.engine.sampling_params import SamplingParams
+from helpers.builders import running_on
+from helpers.goldens import make_engine, tiny_golden
+
+NUM_REQUESTS = 40
+LONGEST_PROMPT = 150
+MODELS = {  # checkpoint; dtype of its floats, of the cache; quantization of its weights
+    "bf16": ("gqa_theta1e6_bf16", "bfloat16", "bfloat16", None),
+    "fp32": ("tied_fp32", "float32", "float32", None),
+    "mixed": ("mqa_fp16_sharded", "float16", "float32", None),
+    "dynamic": ("rope_dynamic2", "float32", "float32", None),
+    "int8 cache": ("gqa_theta1e6_bf16", "bfloat16", "int8", None),
+    "int4 cache": ("mqa_fp16_sharded", "bfloat16", "int4", None),
+    "int8 weights": ("gqa_theta1e6_bf16", "bfloat16", "bfloat16", "int8"),
+    "int4 weights": ("tied_fp32", "float32", "float16", "int4"),
+    "int4 both": ("mqa_fp16_sharded", "float16", "int4", "int4"),
+}
+
+Rows = dict[tuple[int, int], bytes]  # (sample, position of a token) -> the logits after it
+
+
+@dataclass(frozen=True)
+class FixedRequest:
+    """A prompt and how to go on from it."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+
+    @property
+    def longest(self) -> int:
+        return len(self.prompt) + self.params.max_tokens
+
+
+@cache
+def fixed_requests() -> list[FixedRequest]:
+    """Prompts with common beginnings; greedy and seeded, one sample and several."""
+    rng = np.random.default_rng(7)
+    texts = rng.integers(3, 500, (4, LONGEST_PROMPT))
+    requests = []
+    for i in range(NUM_REQUESTS):
+        common, own = rng.integers(0, 120), rng.integers(1, 30)
+        prompt = (1, *texts[i % 4, :common], *rng.integers(3, 500, own))
+        params = SamplingParams(
+            max_tokens=int(rng.integers(1, 25)), ignore_eos=bool(rng.integers(2)), seed=i,
+            n=int(rng.choice([1, 1, 1, 2, 3])), temperature=float(rng.choice([0.0, 0.8])),
+            prompt_logprobs=0 if i % 5 == 0 else None,
+        )  # fmt: skip
+        requests.append(FixedRequest(tuple(map(int, prompt)), params))
+    return requests
+
+
+class Recorder:
+    """Stands between engine and model; keeps the rows of logits of each request."""
+
+    def __init__(self, model: object) -> None:
+        self.config = model.config
+        self.model = model
+        self.rows: dict[int, Rows] = {}
+        self.token_ids: dict[tuple[int, int], list[int]] = {}
+        self.counts = Counter()
+
+    def attach(self, engine: Engine) -> None:
+        """Learn from the engine's scheduler whose rows come next, and shuffle its free pages."""
+        schedule = engine.scheduler.schedule
+
+        def remember():
+            self.schedule = schedule()
+            return self.schedule
+
+        engine.scheduler.schedule = remember
+        self.requests: list[int] = []  # by order of arrival
+        self.engine = engine
+
+    def add(self, request: int) -> None:
+        fixed = fixed_requests()[request]
+        self.requests.append(request)
+        self.rows[request] = {}
+        self.engine.add_request(str(request), fixed.prompt, fixed.params)
+
+    def forward(self, batch, kv_cache) -> np.ndarray:
+        logits = self.model.forward(batch, kv_cache)
+        row = 0
+        for chunk in self.schedule.chunks:
+            _, arrival, sample = chunk.sequence.order
+            rows = self.rows[self.requests[arrival]]
+            for position in range(chunk.stop - chunk.num_logits, chunk.stop):
+                key = sample, position
+                bits = logits[row].tobytes()
+                assert rows.setdefault(key, bits) == bits, f"recomputed otherwise: {key}"
+                row += 1
+        assert row == len(logits)
+        self.counts["copies"] += len(self.schedule.block_copies)
+        return logits
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            assert output.error is None, output.error
+            key = int(output.request_id), output.index
+            self.token_ids.setdefault(key, []).extend(output.token_ids)
+
+    def finish(self) -> None:
+        """Count what happened; every page must be free again."""
+        stats = self.engine.stats()
+        assert stats["kv_blocks_free"] == stats["kv_blocks"], "pages leaked"
+        self.counts["preemptions"] += stats["preemptions"]
+        self.counts["hits"] += stats["prefix_hit_tokens"]
+
+
+@cache
+def model(name: str):
+    checkpoint, dtype, _, quantization = MODELS[name]
+    return tiny_golden(checkpoint).model(dtype, quantization)
+
+
+@cache
+def undisturbed(name: str, isa: str, request: int) -> tuple[Rows, dict[int, list[int]]]:
+    """The rows and tokens of a request that has the engine for itself."""
+    recorder = Recorder(model(name))
+    with running_on(isa, 1):
+        engine = make_engine(
+            recorder, num_blocks=40, block_size=64, kv_dtype=MODELS[name][2], prefix_caching=False
+        )
+        recorder.attach(engine)
+        recorder.add(request)
+        while engine.has_unfinished():
+            recorder.step()
+    recorder.finish()
+    tokens = {sample: ids for (_, sample), ids in recorder.token_ids.items()}
+    return recorder.rows[request], tokens
+
+
+def run_schedule(name: str, isa: str, seed: int) -> Recorder:
+    """One random schedule from beginning to end."""
+    rng = np.random.default_rng(seed)
+    requests = rng.permutation(NUM_REQUESTS)[: rng.integers(1, 33)].tolist()
+    block_size = int(rng.choice([16, 32, 64]))
+    fewest = max(-(-fixed_requests()[i].longest // block_size) for i in requests)
+    recorder = Recorder(model(name))
+    engine = make_engine(
+        recorder, num_blocks=fewest + int(rng.integers(0, 3 * fewest)), block_size=block_size,
+        kv_dtype=MODELS[name][2], prefix_caching=bool(rng.integers(2)),
+        max_num_seqs=int(rng.integers(1, 33)), max_num_batched_tokens=int(rng.integers(16, 513)),
+    )  # fmt: skip
+    rng.shuffle(engine.scheduler.blocks._free)
+    recorder.attach(engine)
+    recorder.add(requests.pop())
+    with running_on(isa, int(rng.integers(1, 3))):
+        while requests or engine.has_unfinished():
+            while requests and rng.random() < 0.7:
+                recorder.add(requests.pop())
+            disturb(engine, rng)
+            recorder.step()
+    recorder.finish()
+    return recorder
+
+
+def disturb(engine: Engine, rng: np.random.Generator) -> None:
+    """Now and then a running sequence, not the last in order, loses its pages."""
+    running = engine.scheduler.running
+    if running and rng.random() < 0.05:
+        engine.scheduler.preempt(running[rng.integers(len(running))])

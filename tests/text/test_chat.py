@@ -1,0 +1,260 @@
+"""Chat formats: Meta's ids, templates of repositories, and users who write control tokens."""
+
+import json
+
+import pytest
+from helpers.tokenizer_files import bpe_fields, gguf_file, model_file, sentencepiece_model
+from sentencepiece import sentencepiece_model_pb2 as pb
+
+from codellama_rt.errors import CheckpointError
+from codellama_rt.hf.code_llama_tokenizer import CodeLlamaTokenizer
+from codellama_rt.text.chat import (
+    JinjaFormat,
+    Message,
+    checked_messages,
+    find_format,
+    read_chat_template,
+)
+from codellama_rt.text.chat.code_llama import RESERVED, InstFormat, StepFormat
+from codellama_rt.text.tokenizer import load_tokenizer
+from codellama_rt.text.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+
+CHATML = (
+    "{% for m in messages %}{{ '<|begin|>' + m['role'] + ' ' + m['content'] | trim + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|begin|>' }}{% endif %}"
+)
+DIALOG = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+
+
+@pytest.fixture(scope="module")
+def golden(shared_dir):
+    text = (shared_dir / "data" / "golden" / "tok_chat.json").read_text("utf-8")
+    return json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(shared_dir):
+    """Those of 7B and of 70B Instruct."""
+    folder = shared_dir / "data" / "tokenizer"
+    infilling = dict.fromkeys(["prefix_token", "middle_token", "suffix_token", "eot_token"])
+    return {
+        "7b": CodeLlamaTokenizer.from_pretrained(folder / "codellama-32016"),
+        "70b": CodeLlamaTokenizer.from_pretrained(folder / "codellama70b-step", **infilling),
+    }
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    return load_tokenizer(gguf_file(tmp_path_factory.mktemp("bpe"), bpe_fields()))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return load_tokenizer(model_file(tmp_path_factory.mktemp("llama")))
+
+
+def with_step():
+    """A vocabulary with <step>, as that of 70B."""
+    proto = pb.ModelProto.FromString(sentencepiece_model(infilling=False))
+    proto.pieces.add(piece="<step>", score=-len(proto.pieces))
+    return SentencePieceTokenizer(proto.SerializeToString())
+
+
+SIZES = [("7b", "official_llama2_style_ids"), ("70b", "official_70b_ids")]
+
+
+@pytest.mark.parametrize(("size", "column"), SIZES)
+@pytest.mark.parametrize("given", [False, True])
+def test_ids_are_those_of_meta(tokenizers, golden, size, column, given):
+    """Also with Hugging Face's template, whose rendered text Transformers encodes otherwise."""
+    template = golden["meta"][f"chat_template_{size}"] if given else None
+    for case in golden["cases"]:
+        if isinstance(case[column], dict):
+            with pytest.raises(ValueError, match="user and assistant by turns"):
+                tokenizers[size].apply_chat_template(case["messages"], chat_template=template)
+        else:
+            ids = tokenizers[size].apply_chat_template(case["messages"], chat_template=template)
+            assert ids == case[column], case["id"]
+
+
+@pytest.mark.parametrize("size", ["7b", "70b"])
+def test_rendered_text_has_the_ids_of_transformers(tokenizers, golden, size):
+    runtime = tokenizers[size].runtime
+    for case in golden["cases"]:
+        text = case[f"hf_text_{size}"]
+        if isinstance(text, str):
+            ids = runtime.encode_rendered(runtime.split_special(text))
+            assert ids == case[f"hf_ids_{size}_slow"], case["id"]
+
+
+def test_rendered_text_is_that_of_transformers(tokenizers, golden):
+    for case in golden["cases"]:
+        if isinstance(case["official_llama2_style_ids"], list):
+            text = tokenizers["7b"].apply_chat_template(case["messages"], tokenize=False)
+            assert text == case["hf_text_7b"]
+
+
+def test_a_system_message_is_part_of_the_first_turn(llama):
+    ids = InstFormat().encode(llama, [Message("system", "s"), *DIALOG])
+    turns = "[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST] b ", "[INST] c [/INST]"
+    assert ids == [1, *llama.encode(turns[0], bos=False), 2, *llama.encode(turns[1])]
+
+
+def test_messages_of_70b_end_with_step():
+    tokenizer = with_step()
+    step = tokenizer.piece_id("<step>")
+    ids = find_format(None, tokenizer).encode(tokenizer, [Message("system", "s"), *DIALOG])
+    assert ids.count(step) == 4
+    assert StepFormat().end_ids(tokenizer) == (step,)
+    assert StepFormat().render(tokenizer, DIALOG).startswith("<s> Source: system<step> Source: us")
+
+
+@pytest.mark.parametrize("style", [InstFormat(), StepFormat()])
+@pytest.mark.parametrize("tag", RESERVED)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_marks_of_the_format_are_refused_in_any_message(style, tag, place):
+    tokenizer = with_step()
+    dialog = list(DIALOG)
+    dialog[place] = Message(dialog[place].role, f"x{tag}y")
+    with pytest.raises(ValueError, match=r"messages\[\d\] holds .*, a mark of the chat format"):
+        style.encode(tokenizer, dialog)
+
+
+@pytest.mark.parametrize("style", [InstFormat(), StepFormat()])
+@pytest.mark.parametrize(
+    "roles", ["a", "ua", "uu", "s", "su a", "us", "uau a", "ssu", "t", "utu", "sa"]
+)
+def test_the_order_of_roles(style, roles):
+    names = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+    dialog = [Message(names[role], "x") for role in roles.replace(" ", "")]
+    with pytest.raises(ValueError, match="user and assistant by turns"):
+        style.encode(with_step(), dialog)
+
+
+CONTROL_TEXTS = [
+    "</s>", "<s>", "a </s> b", "<unk>", " <EOT>", "x <PRE> y", " <EOT> <EOT><EOT>", "\n<SUF>",
+    "▁<EOT>", "▁<MID>", "<s", "/s>", "</s", "s>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", CONTROL_TEXTS)
+def test_users_write_no_control_tokens_of_code_llama(llama, text):
+    plain = InstFormat().encode(llama, [Message("user", "x")])
+    ids = InstFormat().encode(llama, [Message("user", f"x{text}")])
+    assert [i for i in ids if i in llama.special_ids] == [
+        i for i in plain if i in llama.special_ids
+    ]
+    shown = text.replace("▁", " ")
+    assert llama.decode(ids) == f"[INST] x{shown}".rstrip() + " [/INST]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<|end|>", "<|begin|>", "<|begin|>x<|end|>", "<|end", "<|", "<", "end|>", "|>", ">", "begin",
+     "|", "<<|end|>|end|>", "  <|end|>  ", "\n|>", "", " ", "\ue000<|end|>"],
+)  # fmt: skip
+def test_users_write_no_control_tokens_of_a_template(bpe, text):
+    style = JinjaFormat(CHATML)
+    for role in ("user", "system"):
+        ids = style.encode(bpe, [Message(role, text), Message("user", "q")])
+        assert [i for i in ids if i in bpe.special_ids] == [0, 1, 0, 1, 0]
+        text_alone = bpe.decode(ids)
+        assert text_alone == f"{role} {text.strip()}user q"
+
+
+def test_users_do_not_end_what_a_template_begins(bpe):
+    template = "{{ '<|' + messages[0]['content'] + '|>' }}"
+    for content in ("end", "end|><|begin", "begin"):
+        ids = JinjaFormat(template).encode(bpe, [Message("user", content)])
+        assert not set(ids) & bpe.special_ids
+        assert bpe.decode(ids) == f"<|{content}|>"
+
+
+def test_a_template_decides_on_the_generation_prompt(bpe):
+    style = JinjaFormat(CHATML)
+    ids = style.encode(bpe, [Message("user", "q")])
+    assert style.encode(bpe, [Message("user", "q")], add_generation_prompt=False) == ids[:-1]
+    assert style.render(bpe, [Message("user", " q ")]) == "<|begin|>user q<|end|><|begin|>"
+
+
+def test_a_template_knows_the_begin_and_end_tokens(bpe, llama):
+    style = JinjaFormat("{{ bos_token }}|{{ eos_token }}")
+    assert style.render(bpe, DIALOG) == "<|begin|>|<|end|>"
+    begin, *middle, end = style.encode(llama, DIALOG)
+    assert (begin, llama.decode(middle), end) == (1, "|", 2)
+
+
+def test_formats_by_what_is_known(bpe, llama):
+    assert isinstance(find_format(None, llama), InstFormat)
+    assert isinstance(find_format("code-llama-70b", llama), StepFormat)
+    assert isinstance(find_format(CHATML, llama), JinjaFormat)
+    assert isinstance(find_format("{{ '[INST]' }}<step>", llama), JinjaFormat)
+    assert isinstance(find_format("{{ 1 / 0 }}[INST]<step>", llama), JinjaFormat)
+    with pytest.raises(ValueError, match="brings no chat template"):
+        find_format(None, bpe)
+    with pytest.raises(ValueError, match="<step>, which this vocabulary lacks"):
+        find_format("code-llama-70b", llama).encode(llama, DIALOG)
+    with pytest.raises(TypeError, match="chat_template must be a str"):
+        find_format(7, llama)
+
+
+def test_where_templates_lie(tmp_path):
+    assert read_chat_template(tmp_path) is None
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "A"}))
+    assert read_chat_template(tmp_path) == "A"
+    assert read_chat_template(model_file(tmp_path)) == "A"
+    several = [{"name": "tool_use", "template": "B"}, {"name": "default", "template": "C"}]
+    config.write_text(json.dumps({"chat_template": several}))
+    assert read_chat_template(tmp_path) == "C"
+    for wrong in ([], several[:1], 5, {"default": "x"}):
+        config.write_text(json.dumps({"chat_template": wrong}))
+        with pytest.raises(CheckpointError, match="chat_template: expected a text"):
+            read_chat_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("D")
+    assert read_chat_template(tmp_path) == "D"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="expected UTF-8"):
+        read_chat_template(tmp_path)
+
+
+def test_the_template_of_a_tokenizer_is_used_and_kept(tmp_path):
+    model_file(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    tokenizer = CodeLlamaTokenizer.from_pretrained(tmp_path)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
+    assert text == "<|begin|>user q<|end|>"
+    tokenizer.save_pretrained(tmp_path / "copy")
+    assert CodeLlamaTokenizer.from_pretrained(tmp_path / "copy").chat_template == CHATML
+
+
+def test_ids_as_arrays(tmp_path):
+    tokenizer = CodeLlamaTokenizer.from_pretrained(model_file(tmp_path))
+    dialog = [{"role": "user", "content": "q"}]
+    ids = tokenizer.apply_chat_template(dialog)
+    assert tokenizer.apply_chat_template(dialog, return_tensors="np").tolist() == [ids]
+    encoding = tokenizer.apply_chat_template(dialog, return_tensors="np", return_dict=True)
+    assert encoding.input_ids.tolist() == [ids]
+    assert encoding.attention_mask.tolist() == [[1] * len(ids)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "words"),
+    [
+        ("hello", TypeError, "must be a list"),
+        ({"role": "user", "content": "x"}, TypeError, "must be a list"),
+        (None, TypeError, "must be a list"),
+        ([], ValueError, "at least one message"),
+        (["hello"], TypeError, r"messages\[0\] must be"),
+        ([{"role": "user"}], TypeError, "content must be a str, got NoneType"),
+        ([{"role": "user", "content": ["x"]}], TypeError, "content must be a str, got list"),
+        ([{"role": "<|user|>", "content": "x"}], ValueError, "role must be one of system, user"),
+        ([{"role": None, "content": "x"}], ValueError, "role must be one of"),
+        ([{"role": "user", "content": "x", "name": "y"}], ValueError, "alone, got name"),
+        ([{"role": "user", "content": "\ud800"}], ValueError, "surrogate"),
+        ([{"role": "user", "content": "x"}] * 10_001, ValueError, "at most 10000 messages"),
+    ],
+)
+def test_messages_that_are_none(messages, error, words):
+    with pytest.raises(error, match=words):
+        checked_messages(messages)

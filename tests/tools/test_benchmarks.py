@@ -1,0 +1,298 @@
+"""The benchmark suite: it covers every operator, runs end to end at tiny sizes, and reports.
+
+What it measures is not asserted: speed belongs to the machine.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from codellama_rt import ops
+from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.cli import main as cli
+from codellama_rt.ops.schema import OPS
+from codellama_rt.tools.bench import op_check, pairs, tables
+from codellama_rt.tools.bench.generate_rows import Model, generate_rows
+from codellama_rt.tools.bench.measure import Timing, save, stopwatch
+from codellama_rt.tools.bench.op_arrays import Turns, make_arrays
+from codellama_rt.tools.bench.op_cases import DTYPES, Selection
+from codellama_rt.tools.bench.op_rows import op_row, op_rows
+from codellama_rt.tools.bench.runner import Runner
+from codellama_rt.tools.bench.shapes import SHAPES
+from codellama_rt.tools.bench.synthetic import write_directory, write_gguf
+from codellama_rt.tools.limits import measure_limits, peak_flops
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+PEERS = Path(pairs.__file__).with_name("peers")
+
+
+@pytest.fixture(scope="module")
+def limits():
+    return measure_limits(0.001)
+
+
+@pytest.fixture
+def bench():
+    """`codellama-rt bench ...`: (exit code, stdout, stderr)."""
+
+    def run(*words):
+        result = CliRunner().invoke(cli.app, ["bench", *map(str, words)])
+        return result.exit_code, result.stdout, result.stderr
+
+    return run
+
+
+def cases(**options):
+    return list(
+        Selection(**{"models": ("tiny",), "tokens": (1, 5), "keys": (70,)} | options).cases()
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("model", ["7b", "13b", "34b", "70b"])
+def test_the_cases_cover_every_op_of_the_schema(model, dtype):
+    found = cases(models=(model,), dtypes=(dtype,), tokens=(1, 512), keys=(2048, 100_000))
+    assert {case.op.name for case in found} == set(OPS)
+    for case in found:
+        assert case.num_bytes > 0
+        assert case.flops >= 0
+        moves = ("embedding", "reshape_and_cache", "copy_blocks")
+        assert (case.flops > 0) == (case.op.name not in moves)
+
+
+def test_bytes_of_a_decode_step_are_those_of_the_weight_and_the_cache():
+    linear = next(c for c in cases(models=("7b",)) if c.label.startswith("o 1x"))
+    assert linear.num_bytes == 4096 * 4096 * 2 + 2 * 4096 * 4
+    attention = next(c for c in cases(models=("34b",), keys=(100_000,), ops=("paged_attention",)))
+    assert attention.num_bytes == 2 * 100_000 * 8 * 128 * 2 + 2 * 64 * 128 * 4
+
+
+def test_a_selection_refuses_what_does_not_exist():
+    for options, message in [
+        ({"ops": ("lineer",)}, "ops: expected some of embedding"),
+        ({"models": ("8b",)}, "models: expected some of 7b"),
+        ({"dtypes": ("int3",)}, "dtypes: expected some of float32"),
+        ({"tokens": (0,)}, "must be positive"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Selection(**options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tiny_case_is_right(dtype):
+    found = cases(dtypes=(dtype,))
+    assert found
+    for case in found:
+        op_check.check(case, make_arrays(case, np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_wrong_result_is_found(op, monkeypatch):
+    case = next(case for case in cases() if case.op.name == op)
+    arrays = make_arrays(case, np.random.default_rng(0))
+    monkeypatch.setattr(op_check, "bind", lambda op, arrays: lambda: None)  # computes nothing
+    with pytest.raises(RuntimeError, match=f"{op} tiny .* differs from the reference"):
+        op_check.check(case, arrays)
+
+
+def test_buffers_take_turns_and_exceed_the_cache():
+    case = next(case for case in cases() if case.op.name == "rms_norm")
+    turns = Turns(case, make_arrays(case, np.random.default_rng(0)), num_bytes=10_000)
+    calls = [turns._call]
+    for _ in range(20):
+        turns.advance()
+        calls.append(turns._call)
+    pointers = [call.args[0].ctypes.data for call in calls]
+    copies = len(set(pointers))
+    assert copies * case.num_bytes >= 9_000
+    assert pointers[copies] == pointers[0]
+
+
+def test_a_row_says_what_and_how_fast():
+    case = next(case for case in cases() if case.op.name == "linear")
+    row = op_row(case, 0.0)
+    assert row["runs"] >= 20
+    assert (row["op"], row["dtype"], row["model"]) == ("linear", "bfloat16", "tiny")
+    assert row["p10_us"] <= row["median_us"] <= row["p90_us"]
+    assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_us"] / 1e3)
+    assert row["share"] == pytest.approx(row["limit_us"] / row["median_us"])
+
+
+def test_a_selection_without_rows_is_refused():
+    with pytest.raises(ValueError, match="no operator takes this dtype"):
+        list(op_rows(Selection(ops=("rms_norm",), dtypes=("q4_0",)), [ops.isa()], 0.0))
+
+
+def test_the_limits_are_measured_for_every_kind_of_product(limits):
+    assert set(limits.flops) == {"float32", "float16", "bfloat16", "int8"}
+    assert min(limits.flops.values()) > 0
+    assert limits.one_thread_bandwidth > 0
+    assert "GB/s" in limits.describe()
+    with pytest.raises(ValueError, match="must be one of float32, bfloat16, int8, got 'int4'"):
+        peak_flops("int4")
+
+
+def test_timing_keeps_the_middle_of_the_runs():
+    record = Timing([1e-6 * x for x in range(1, 12)]).record()
+    assert record == {
+        "median_us": pytest.approx(6), "p10_us": pytest.approx(2), "p90_us": pytest.approx(10),
+        "best_us": pytest.approx(1), "runs": 11,
+    }  # fmt: skip
+    ran = []
+    assert len(stopwatch(lambda: ran.append("work"), lambda: ran.append("setup"), 3)) == 3
+    assert ran == ["setup", "work"] * 3
+
+
+def test_a_file_says_what_was_typed(tmp_path, monkeypatch):
+    words = ["bench", "peers", "--peer-python", "/x/python", "--json", "a.json", "--steps", "3"]
+    monkeypatch.setattr(sys, "argv", ["codellama-rt", *words])
+    save(tmp_path / "a.json", "peers", [{"what": "decode"}])
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["command"] == "codellama-rt bench peers --peer-python PYTHON --steps 3"
+    assert record["rows"] == [{"what": "decode"}]
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_synthetic_checkpoints_open(tmp_path, weights):
+    write_directory(tmp_path / "model", SHAPES["tiny"], dtype=weights)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    projection = checkpoint.weights.layers[1].q_proj
+    assert getattr(projection.dtype, "name", projection.dtype) == weights
+    assert Runner(checkpoint, 16).weights_dtype == weights
+
+
+def test_both_forms_hold_the_same_model(tmp_path):
+    write_directory(tmp_path / "model", SHAPES["tiny"])
+    write_gguf(tmp_path / "model.gguf", SHAPES["tiny"])
+    logits = [
+        Runner(open_checkpoint(path), 16, "float32").logits([3, 4, 5])
+        for path in (tmp_path / "model", tmp_path / "model.gguf")
+    ]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-5 * np.abs(logits[0]).max())
+
+
+def test_a_runner_takes_real_steps_after_a_context_that_was_never_computed(tmp_path):
+    write_directory(tmp_path / "model", SHAPES["tiny"])
+    runner = Runner(open_checkpoint(tmp_path / "model"), 300)
+    forwards = []
+    forward = runner.model.model.forward
+    runner.model.model.forward = lambda batch, cache: (
+        forwards.append(int(batch.seq_lens[0])) or forward(batch, cache)
+    )
+    assert len(runner.decode(300, 3)) == 3
+    assert forwards == [301, 302, 303]
+    forwards.clear()
+    runner.prefill(40)
+    assert forwards == [40]
+    with pytest.raises(ValueError, match="steps must be under"):
+        runner.decode(1, 1000)
+
+
+@pytest.mark.parametrize("kv", ["bfloat16", "float32", "int8", "int4"])
+def test_generate_rows(limits, kv):
+    model = Model(shape="tiny", weights="bfloat16", kv_dtype=kv)
+    rows = list(
+        generate_rows([model], [100], [20], steps=3, repeats=2, limits=limits, python_share=True)
+    )
+    assert [(done, total) for done, total, _ in rows] == [(1, 2), (2, 2)]
+    decode, prefill = (row for *_, row in rows)
+    assert (decode["depth"], decode["kv"], prefill["tokens"]) == (100, kv, 20)
+    assert decode["bytes"] > 0
+    assert "python_share" in decode
+
+
+def test_ops_command(bench, tmp_path):
+    file = tmp_path / "ops.json"
+    code, out, err = bench("ops", "--quick", "--op", "linear,copy_blocks", "--json", file)
+    assert code == 0
+    assert "GFLOP/s:" in err
+    assert "copy_blocks" in out
+    record = json.loads(file.read_text())
+    assert {row["op"] for row in record["rows"]} == {"linear", "copy_blocks"}
+
+
+def test_generate_command(bench, tmp_path):
+    file = tmp_path / "generate.json"
+    code, out, _ = bench("generate", "--quick", "--weights", "int4", "--json", file)
+    assert code == 0
+    assert "Decoding" in out
+    assert "Prompts" in out
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["what"] for row in rows] == ["decode", "prefill"]
+    assert {row["weights"] for row in rows} == {"int4"}
+
+
+def test_peers_command_names_what_is_missing(bench):
+    code, _, err = bench("peers", "--quick", "--peer-python", "/no/such/python")
+    assert code == 2
+    assert "--peer-python /no/such/python: No such file" in err
+    python = fake_python_without_packages()
+    code, _, err = bench("peers", "--quick", "--peer", "ctranslate2", "--weights", "int8",
+                         "--peer-python", python)  # fmt: skip
+    assert code == 2
+    assert "must be an interpreter with ctranslate2, transformers and torch" in err
+
+
+def fake_python_without_packages():
+    """An interpreter that sees no site-packages."""
+    base = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
+    return str(base if base.exists() else sys.executable)
+
+
+def test_wrong_lists_are_told(bench):
+    code, _, err = bench("ops", "--tokens", "1,x")
+    assert code == 2
+    assert "expected whole numbers separated by commas, got '1,x'" in err
+
+
+RECORDED = Path(__file__).parents[1] / "data" / "bench_rows.json"
+
+
+def test_report_makes_its_files(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "report.py"), str(RECORDED), "--out", str(tmp_path)]
+    subprocess.run(command, check=True)
+    names = {path.name for path in tmp_path.iterdir()}
+    plots = {f"{name}.{kind}" for name in ("roofline", "context") for kind in ("png", "svg")}
+    assert names == {"benchmarks.md", *plots}
+    text = (tmp_path / "benchmarks.md").read_text()
+    for title in ("## Operators", "## Decoding", "## Prompts", "## Pairs"):
+        assert title in text
+    assert "read" in (tmp_path / "roofline.svg").read_text()
+
+
+def test_report_refuses_other_files(tmp_path):
+    (tmp_path / "x.json").write_text('{"rows": []}')
+    command = [sys.executable, str(BENCHMARKS / "report.py"), str(tmp_path / "x.json")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+
+
+def test_pytest_benchmark_carries_the_rows(tmp_path):
+    file = tmp_path / "ops.json"
+    command = [sys.executable, "-m", "pytest", "-q", str(BENCHMARKS / "bench_ops.py"),
+               "--shape", "tiny", "--op", "rms_norm,copy_blocks", "--tokens", "1", "--keys", "64",
+               "--seconds", "0.001", f"--benchmark-json={file}"]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    infos = [one["extra_info"] for one in json.loads(file.read_text())["benchmarks"]]
+    assert [info["op"] for info in infos] == ["rms_norm", "copy_blocks"]
+    for info in infos:
+        assert {"bytes", "flops", "limit_us", "share", "dtype", "shape", "isa", "threads"} <= set(
+            info
+        )
+
+
+def test_tables_hold_every_row():
+    rows = json.loads(RECORDED.read_text())["rows"]
+    assert sum(len(cells) for _, _, cells in tables.tables(rows)) == len(rows)
+    assert all(tables.brief(row) for row in rows)
+
+
+def test_the_suite_is_no_part_of_the_tests():
+    """Timing belongs to a quiet machine; a plain pytest collects no benchmark."""
+    text = (BENCHMARKS.parent / "pyproject.toml").read_text()
+    assert 'testpaths = ["tests"]' in text
