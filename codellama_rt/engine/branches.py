@@ -74,9 +74,10 @@ class Branches:
         branch.token_ids.append(token_id)
         waits = not branch.block_ids  # it was preempted
         insort(
-            self._scheduler.waiting if waits else self._scheduler.running, branch,
+            self._scheduler.waiting if waits else self._scheduler.running,
+            branch,
             key=lambda other: other.order,
-        )  # fmt: skip
+        )
 
     def drop(self, branch: Branch) -> None:
         """Forget a branch and free its pages."""

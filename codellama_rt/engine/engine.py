@@ -44,10 +44,17 @@ class Engine:
     """
 
     def __init__(
-        self, model: object, kv_cache: object, tokenizer: object | None = None, *,
-        max_num_seqs: int = 64, max_num_batched_tokens: int = 512, max_model_len: int,
-        prefix_caching: bool = True, generation_config: Mapping | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: object,
+        kv_cache: object,
+        tokenizer: object | None = None,
+        *,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        max_model_len: int,
+        prefix_caching: bool = True,
+        generation_config: Mapping | None = None,
+    ) -> None:
         """Starts with nothing queued and an empty prefix cache.
 
         Args:
@@ -77,10 +84,14 @@ class Engine:
         self._closed = False
 
     def add_request(
-        self, request_id: str, prompt_token_ids: Collection[int],
-        params: SamplingParams | None = None, *, priority: int = 0,
+        self,
+        request_id: str,
+        prompt_token_ids: Collection[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
         adapter: LoraAdapter | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Queues a request; `step` gives its outputs.
 
         Args:
@@ -230,11 +241,15 @@ class Engine:
         if params.prompt_logprobs is not None:
             sequence.first_logit = 0
         return Request(
-            request_id, params, sequence, max_len=self._max_len(sequence.prompt_len, params),
+            request_id,
+            params,
+            sequence,
+            max_len=self._max_len(sequence.prompt_len, params),
             seed=secrets.randbits(64) if params.seed is None else params.seed,
-            eos_token_ids=self.eos_token_ids, vocab_size=self.model.config.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            vocab_size=self.model.config.vocab_size,
             tokenizer=self.tokenizer,
-        )  # fmt: skip
+        )
 
     def _max_len(self, prompt_len: int, params: SamplingParams) -> int:
         # The last token is never computed, so it needs no room in the cache.

@@ -53,9 +53,12 @@ def beam_search(search: Search, branches: Branches) -> Found:
 
 
 def _record(
-    search: Search, found: Found, searches: list[_PromptSearch],
-    expanded: list[tuple[np.ndarray, np.ndarray]], going: list[_PromptSearch],
-) -> None:  # fmt: skip
+    search: Search,
+    found: Found,
+    searches: list[_PromptSearch],
+    expanded: list[tuple[np.ndarray, np.ndarray]],
+    going: list[_PromptSearch],
+) -> None:
     """Keep a step's arrays, with zeros for prompts whose search is over."""
     if not (search.config.output_scores or search.config.output_logits):
         return
@@ -120,11 +123,12 @@ class _PromptSearch:
         best = best[np.lexsort((best, -flat[best]))]
         return [
             _Beam(
-                (*self._beams[i // vocab_size].token_ids, int(i % vocab_size)), float(flat[i]),
+                (*self._beams[i // vocab_size].token_ids, int(i % vocab_size)),
+                float(flat[i]),
                 (*self._beams[i // vocab_size].origins, int(i // vocab_size)),
             )
             for i in best
-        ]  # fmt: skip
+        ]
 
     def _ending(self, candidates: list[_Beam], is_last: bool) -> np.ndarray:
         length = len(candidates[0].token_ids)

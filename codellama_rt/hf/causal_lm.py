@@ -51,10 +51,16 @@ class LlamaForCausalLM:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | os.PathLike[str], *, dtype: Any = None, mindspore_dtype: Any = None,
-        ms_dtype: Any = None, torch_dtype: Any = None, attn_implementation: str | None = None,
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        dtype: Any = None,
+        mindspore_dtype: Any = None,
+        ms_dtype: Any = None,
+        torch_dtype: Any = None,
+        attn_implementation: str | None = None,
         **llm_options: Any,
-    ) -> LlamaForCausalLM:  # fmt: skip
+    ) -> LlamaForCausalLM:
         """Open a checkpoint.
 
         Args:
@@ -79,9 +85,13 @@ class LlamaForCausalLM:
         return cls(LLM(model, dtype=dtype_name(given[0] if given else "auto"), **llm_options))
 
     def __call__(
-        self, input_ids: Any, *, attention_mask: Any = None, labels: Any = None,
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any = None,
+        labels: Any = None,
         logits_to_keep: int = 0,
-    ) -> CausalLMOutput:  # fmt: skip
+    ) -> CausalLMOutput:
         """Logits after every token, and how well the labels were foretold.
 
         Args:
@@ -113,12 +123,18 @@ class LlamaForCausalLM:
     forward = construct = __call__  # Transformers' and MindSpore's names
 
     def generate(
-        self, input_ids: Any, generation_config: GenerationConfig | None = None,
+        self,
+        input_ids: Any,
+        generation_config: GenerationConfig | None = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
-        stopping_criteria: Sequence[StoppingCriterion] | None = None, *,
-        attention_mask: Any = None, streamer: Any = None, tokenizer: Any = None,
-        seed: int | None = None, **fields: Any,
-    ) -> Any:  # fmt: skip
+        stopping_criteria: Sequence[StoppingCriterion] | None = None,
+        *,
+        attention_mask: Any = None,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        seed: int | None = None,
+        **fields: Any,
+    ) -> Any:
         """Continue every row; explicit arguments win over the configuration.
 
         Args:
@@ -204,17 +220,23 @@ class LlamaForCausalLM:
             OSError: a file cannot be written.
         """
         write_directory(
-            Path(save_directory), self.config, self.llm.model.weights,
+            Path(save_directory),
+            self.config,
+            self.llm.model.weights,
             max_shard_bytes=parse_bytes(max_shard_size),
-        )  # fmt: skip
+        )
         self.generation_config.save_pretrained(save_directory)
         if self.llm.tokenizer is not None:
             save_tokenizer(self.llm.tokenizer, Path(save_directory), self.llm.chat_template)
 
     def _search(
-        self, config: GenerationConfig, rows: np.ndarray, attention_mask: Any,
-        ends: tuple[int, ...] | None, tokenizer: Any,
-    ) -> Search:  # fmt: skip
+        self,
+        config: GenerationConfig,
+        rows: np.ndarray,
+        attention_mask: Any,
+        ends: tuple[int, ...] | None,
+        tokenizer: Any,
+    ) -> Search:
         """The search for continuations of rows that end with `ends`; None: the checkpoint's."""
         all_ends = self.llm.engine.eos_token_ids if ends is None else ends
         if attention_mask is None and config.pad_token_id not in (None, *all_ends):
@@ -233,12 +255,16 @@ class LlamaForCausalLM:
             check_token_id(token_id, self.config.vocab_size, "eos_token_id")
         check_token_id(pad_id, self.config.vocab_size, "pad_token_id")
         return Search(
-            config, prompts, rows.astype(np.int64),
+            config,
+            prompts,
+            rows.astype(np.int64),
             [frozenset(self._usual_ends(prompt) if ends is None else ends) for prompt in prompts],
-            pad_id, config.new_tokens(rows.shape[1]), self.llm.max_model_len,
+            pad_id,
+            config.new_tokens(rows.shape[1]),
+            self.llm.max_model_len,
             tokenizer=self._reader(tokenizer) if config.stop_strings else None,
             adapter=self._adapter,
-        )  # fmt: skip
+        )
 
     def _reader(self, tokenizer: Any) -> Tokenizer:
         """What decodes rows: the caller's tokenizer, or the checkpoint's own."""

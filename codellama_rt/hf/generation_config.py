@@ -16,9 +16,14 @@ from codellama_rt.engine.sampling_params import SamplingParams
 _FILE = "generation_config.json"
 _DEFAULT_NEW_TOKENS = 128  # where neither the call nor the checkpoint says how many
 _COUNTS = {  # field: the least it may be
-    "max_length": 1, "max_new_tokens": 1, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
-    "num_return_sequences": 1, "no_repeat_ngram_size": 0,
-}  # fmt: skip
+    "max_length": 1,
+    "max_new_tokens": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "no_repeat_ngram_size": 0,
+}
 _MASSES = ("typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -152,9 +157,12 @@ class GenerationConfig:
     def sampling(self) -> SamplingParams:
         """The part that the runtime's own sampler has."""
         return SamplingParams(
-            temperature=self.temperature if self.do_sample else 0.0, top_k=self.top_k,
-            top_p=self.top_p, min_p=self.min_p, repetition_penalty=self.repetition_penalty,
-        )  # fmt: skip
+            temperature=self.temperature if self.do_sample else 0.0,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
 
     def new_tokens(self, prompt_len: int) -> int:
         """How many tokens may follow a prompt.

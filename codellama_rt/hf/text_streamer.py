@@ -91,9 +91,12 @@ class TextIteratorStreamer(TextStreamer):
     """
 
     def __init__(
-        self, tokenizer: Any, skip_prompt: bool = False, timeout: float | None = None,
+        self,
+        tokenizer: Any,
+        skip_prompt: bool = False,
+        timeout: float | None = None,
         **decode_options: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(tokenizer, skip_prompt, **decode_options)
         self.timeout = timeout
         self._pieces: Queue[str | None] = Queue()  # None ends it

@@ -38,11 +38,28 @@ from codellama_rt.ops.native import (
 from codellama_rt.ops.quantized import Quantized
 
 __all__ = [
-    "Quantized", "add_rms_norm", "apply_rotary_pos_emb", "available", "available_isas",
-    "copy_blocks", "decoder_layer", "embedding", "flash_attention", "isa", "linear",
-    "merge_attention", "num_threads", "paged_attention", "quantize", "reshape_and_cache",
-    "rms_norm", "rope_and_cache", "set_isa", "set_num_threads", "silu_and_mul",
-]  # fmt: skip
+    "Quantized",
+    "add_rms_norm",
+    "apply_rotary_pos_emb",
+    "available",
+    "available_isas",
+    "copy_blocks",
+    "decoder_layer",
+    "embedding",
+    "flash_attention",
+    "isa",
+    "linear",
+    "merge_attention",
+    "num_threads",
+    "paged_attention",
+    "quantize",
+    "reshape_and_cache",
+    "rms_norm",
+    "rope_and_cache",
+    "set_isa",
+    "set_num_threads",
+    "silu_and_mul",
+]
 
 _FACES = {
     "graph": "codellama_rt.ops.graph",

@@ -9,9 +9,16 @@ from codellama_rt.ops.results import Array, empty, empty_like, shape_of
 
 
 def flash_attention(
-    query: Array, key: Array, value: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, *,
-    causal: bool = True, scale: float | None = None, out: tuple[Array, Array] | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+    query: Array,
+    key: Array,
+    value: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    out: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]:
     """Softmax attention of several sequences over contiguous keys and values (arXiv:2307.08691).
 
     Args:
@@ -41,9 +48,16 @@ def flash_attention(
 
 
 def paged_attention(
-    query: Array, key_cache: Array, value_cache: Array, block_tables: Array, seq_lens: Array,
-    cu_seqlens_q: Array, *, scale: float | None = None, out: tuple[Array, Array] | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+    query: Array,
+    key_cache: Array,
+    value_cache: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    cu_seqlens_q: Array,
+    *,
+    scale: float | None = None,
+    out: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]:
     """Causal attention of one to many queries a sequence over its pages (arXiv:2309.06180).
 
     Args:
@@ -81,9 +95,13 @@ def paged_attention(
 
 
 def merge_attention(
-    out_a: Array, lse_a: Array, out_b: Array, lse_b: Array, *,
+    out_a: Array,
+    lse_a: Array,
+    out_b: Array,
+    lse_b: Array,
+    *,
     out: tuple[Array, Array] | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+) -> tuple[Array, Array]:
     """Joins two attentions of the same queries over disjoint keys (arXiv:2501.01005).
 
     Args:

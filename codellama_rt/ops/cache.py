@@ -59,9 +59,17 @@ def reshape_and_cache(
 
 
 def rope_and_cache(
-    qkv: Array, cos: Array, sin: Array, positions: Array, key_cache: Array, value_cache: Array,
-    slot_mapping: Array, *, interleaved: bool = False, out: Array = None,
-) -> Array:  # fmt: skip
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    positions: Array,
+    key_cache: Array,
+    value_cache: Array,
+    slot_mapping: Array,
+    *,
+    interleaved: bool = False,
+    out: Array = None,
+) -> Array:
     """Rotates query and key and writes key and value into the paged cache: one pass over qkv.
 
     Args:

@@ -53,9 +53,13 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-5, *, out: Array = None) -
 
 
 def add_rms_norm(
-    x: Array, residual: Array, weight: Array, eps: float = 1e-5, *,
+    x: Array,
+    residual: Array,
+    weight: Array,
+    eps: float = 1e-5,
+    *,
     out: tuple[Array, Array] | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+) -> tuple[Array, Array]:
     """rms_norm of x + residual, and that sum: the residual stream's step between two sublayers.
 
     Args:
@@ -159,12 +163,30 @@ def silu_and_mul(gate_up: Array, *, out: Array = None) -> Array:
 
 
 def decoder_layer(
-    x: Array, attention_norm: Array, q_proj: Array, k_proj: Array, v_proj: Array, o_proj: Array,
-    mlp_norm: Array, gate_proj: Array, up_proj: Array, down_proj: Array, cos: Array, sin: Array,
-    positions: Array, key_cache: Array, value_cache: Array, slot_mapping: Array,
-    block_tables: Array, seq_lens: Array, cu_seqlens_q: Array, *,
-    eps: float = 1e-5, interleaved: bool = False, out: Array = None,
-) -> Array:  # fmt: skip
+    x: Array,
+    attention_norm: Array,
+    q_proj: Array,
+    k_proj: Array,
+    v_proj: Array,
+    o_proj: Array,
+    mlp_norm: Array,
+    gate_proj: Array,
+    up_proj: Array,
+    down_proj: Array,
+    cos: Array,
+    sin: Array,
+    positions: Array,
+    key_cache: Array,
+    value_cache: Array,
+    slot_mapping: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    cu_seqlens_q: Array,
+    *,
+    eps: float = 1e-5,
+    interleaved: bool = False,
+    out: Array = None,
+) -> Array:
     """A whole layer of Llama (arXiv:2302.13971): the bits of the single ops one after another.
 
     Args:
@@ -210,9 +232,25 @@ def decoder_layer(
     if out is None:
         out = empty_like(x)
     inputs = (
-        x, attention_norm, q_proj, k_proj, v_proj, o_proj, mlp_norm, gate_proj, up_proj, down_proj,
-        cos, sin, positions, key_cache, value_cache, slot_mapping, block_tables, seq_lens,
+        x,
+        attention_norm,
+        q_proj,
+        k_proj,
+        v_proj,
+        o_proj,
+        mlp_norm,
+        gate_proj,
+        up_proj,
+        down_proj,
+        cos,
+        sin,
+        positions,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        block_tables,
+        seq_lens,
         cu_seqlens_q,
-    )  # fmt: skip
+    )
     _core.decoder_layer(inputs, eps, interleaved, out)
     return out

@@ -78,9 +78,14 @@ def linear(x: Tensor, weight: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def apply_rotary_pos_emb(
-    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *,
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
     interleaved: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Rotates queries and keys by their positions, in place; returns a token."""
     return _run("apply_rotary_pos_emb", (query, key, cos, sin, positions), interleaved)
 
@@ -93,9 +98,16 @@ def reshape_and_cache(
 
 
 def rope_and_cache(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, key_cache: Tensor,
-    value_cache: Tensor, slot_mapping: Tensor, *, interleaved: bool = False,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    interleaved: bool = False,
+) -> Tensor:
     """Rotates query and key, writes key and value into their slots; returns the query.
 
     What reads these pages must take that query, or something made of it, as `paged_attention` does.
@@ -105,17 +117,29 @@ def rope_and_cache(
 
 
 def flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
-    causal: bool = True, scale: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention over contiguous keys and values of several sequences, causal from the end."""
     return _run("flash_attention", (query, key, value, cu_seqlens_q, cu_seqlens_k), causal, scale)
 
 
 def paged_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, seq_lens: Tensor,
-    cu_seqlens_q: Tensor, *, scale: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Causal attention of one to many queries a sequence over the pages of its keys and values."""
     tensors = (query, key_cache, value_cache, block_tables, seq_lens, cu_seqlens_q)
     return _run("paged_attention", tensors, scale)
@@ -139,18 +163,51 @@ def copy_blocks(key_cache: Tensor, value_cache: Tensor, block_pairs: Tensor) -> 
 
 
 def decoder_layer(
-    x: Tensor, attention_norm: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor,
-    o_proj: Tensor, mlp_norm: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor,
-    cos: Tensor, sin: Tensor, positions: Tensor, key_cache: Tensor, value_cache: Tensor,
-    slot_mapping: Tensor, block_tables: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, *,
-    eps: float = 1e-5, interleaved: bool = False,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    attention_norm: Tensor,
+    q_proj: Tensor,
+    k_proj: Tensor,
+    v_proj: Tensor,
+    o_proj: Tensor,
+    mlp_norm: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    eps: float = 1e-5,
+    interleaved: bool = False,
+) -> Tensor:
     """A whole layer as one op: the bits of the single ops one after another."""
     tensors = (
-        x, attention_norm, q_proj, k_proj, v_proj, o_proj, mlp_norm, gate_proj, up_proj, down_proj,
-        cos, sin, positions, key_cache, value_cache, slot_mapping, block_tables, seq_lens,
+        x,
+        attention_norm,
+        q_proj,
+        k_proj,
+        v_proj,
+        o_proj,
+        mlp_norm,
+        gate_proj,
+        up_proj,
+        down_proj,
+        cos,
+        sin,
+        positions,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        block_tables,
+        seq_lens,
         cu_seqlens_q,
-    )  # fmt: skip
+    )
     return _run("decoder_layer", tensors, eps, interleaved)
 
 

@@ -36,8 +36,13 @@ CACHE_GROUP = 16  # tokens
 INT4_STEP = 32  # head_dim is a multiple of this in an int4 cache
 WEIGHT_TILE = 16  # rows
 WEIGHT_GROUPS = {"int8": 64, "int4": 32}  # elements of in_features with one scale
-GGUF_BLOCKS = {"q4_0": (32, 18), "q4_1": (32, 20), "q8_0": (32, 34), "q4_k": (256, 144),
-               "q6_k": (256, 210)}  # fmt: skip
+GGUF_BLOCKS = {
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q8_0": (32, 34),
+    "q4_k": (256, 144),
+    "q6_k": (256, 210),
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,11 +20,27 @@ from codellama_rt.ops.quantized import (
 from codellama_rt.ops.reference_weights import dequantize, quantize, rounded_to_int8
 
 __all__ = [
-    "add_rms_norm", "apply_rotary_pos_emb", "attend", "copy_blocks", "decoder_layer", "dequantize",
-    "embedding", "flash_attention", "gather_pages", "int16_query", "linear", "merge_attention",
-    "paged_attention", "quantize", "reshape_and_cache", "rms_norm", "rope_and_cache", "rotate",
-    "rounded_to_int8", "silu_and_mul",
-]  # fmt: skip
+    "add_rms_norm",
+    "apply_rotary_pos_emb",
+    "attend",
+    "copy_blocks",
+    "decoder_layer",
+    "dequantize",
+    "embedding",
+    "flash_attention",
+    "gather_pages",
+    "int16_query",
+    "linear",
+    "merge_attention",
+    "paged_attention",
+    "quantize",
+    "reshape_and_cache",
+    "rms_norm",
+    "rope_and_cache",
+    "rotate",
+    "rounded_to_int8",
+    "silu_and_mul",
+]
 Array = NDArray
 
 
@@ -144,9 +160,12 @@ def write_row(cache: Quantized, rows: Array, slot: int, *, key: bool) -> None:
 
 
 def reshape_and_cache(
-    key: Array, value: Array, key_cache: Array | Quantized, value_cache: Array | Quantized,
+    key: Array,
+    value: Array,
+    key_cache: Array | Quantized,
+    value_cache: Array | Quantized,
     slot_mapping: Array,
-) -> None:  # fmt: skip
+) -> None:
     """Writes `key` and `value` (num_tokens, n_kv_heads, head_dim) into their slots, in place."""
     block_size = key_cache.shape[2]
     for token, slot in enumerate(slot_mapping):
@@ -162,9 +181,16 @@ def reshape_and_cache(
 
 
 def rope_and_cache(
-    qkv: Array, cos: Array, sin: Array, positions: Array, key_cache: Array, value_cache: Array,
-    slot_mapping: Array, *, interleaved: bool = False,
-) -> Array:  # fmt: skip
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    positions: Array,
+    key_cache: Array,
+    value_cache: Array,
+    slot_mapping: Array,
+    *,
+    interleaved: bool = False,
+) -> Array:
     """Rotates and caches the keys of `qkv`, caches its values; returns the rotated query."""
     n_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
     heads = _f64(qkv).reshape(len(qkv), -1, head_dim)
@@ -196,9 +222,15 @@ def attend(
 
 
 def flash_attention(
-    query: Array, key: Array, value: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, *,
-    causal: bool = True, scale: float | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+    query: Array,
+    key: Array,
+    value: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Array, Array]:
     """Softmax attention of each sequence; returns (out, lse)."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     parts = [
@@ -230,9 +262,15 @@ def int16_query(query: Array, *, rotated: bool) -> Array:
 
 
 def paged_attention(
-    query: Array, key_cache: Array, value_cache: Array, block_tables: Array, seq_lens: Array,
-    cu_seqlens_q: Array, *, scale: float | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+    query: Array,
+    key_cache: Array,
+    value_cache: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    cu_seqlens_q: Array,
+    *,
+    scale: float | None = None,
+) -> tuple[Array, Array]:
     """Causal attention over pages, of the query as it is rounded over such a cache."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(key_cache, Quantized):
@@ -242,13 +280,16 @@ def paged_attention(
         query = query.astype(key_cache.dtype)
     parts = [
         attend(
-            query[q0:q1], gather_pages(key_cache, table, length),
-            gather_pages(value_cache, table, length), True, scale,
+            query[q0:q1],
+            gather_pages(key_cache, table, length),
+            gather_pages(value_cache, table, length),
+            True,
+            scale,
         )
         for q0, q1, table, length in zip(
             cu_seqlens_q[:-1], cu_seqlens_q[1:], block_tables, seq_lens, strict=True
         )
-    ]  # fmt: skip
+    ]
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
@@ -280,18 +321,33 @@ def copy_blocks(key_cache: Array, value_cache: Array, block_pairs: Array) -> Non
 
 
 def decoder_layer(
-    x: Array, attention_norm: Array, q_proj: Array, k_proj: Array, v_proj: Array, o_proj: Array,
-    mlp_norm: Array, gate_proj: Array, up_proj: Array, down_proj: Array, cos: Array, sin: Array,
-    positions: Array, key_cache: Array, value_cache: Array, slot_mapping: Array,
-    block_tables: Array, seq_lens: Array, cu_seqlens_q: Array, *,
-    eps: float = 1e-5, interleaved: bool = False,
-) -> Array:  # fmt: skip
+    x: Array,
+    attention_norm: Array,
+    q_proj: Array,
+    k_proj: Array,
+    v_proj: Array,
+    o_proj: Array,
+    mlp_norm: Array,
+    gate_proj: Array,
+    up_proj: Array,
+    down_proj: Array,
+    cos: Array,
+    sin: Array,
+    positions: Array,
+    key_cache: Array,
+    value_cache: Array,
+    slot_mapping: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    cu_seqlens_q: Array,
+    *,
+    eps: float = 1e-5,
+    interleaved: bool = False,
+) -> Array:
     """A layer of Llama (arXiv:2302.13971): x + attention, then + mlp; writes the caches."""
     caches = (key_cache, value_cache)
     qkv = linear(rms_norm(x, attention_norm, eps), (q_proj, k_proj, v_proj))
-    query = rope_and_cache(
-        qkv, cos, sin, positions, *caches, slot_mapping, interleaved=interleaved
-    )  # fmt: skip
+    query = rope_and_cache(qkv, cos, sin, positions, *caches, slot_mapping, interleaved=interleaved)
     attended, _ = paged_attention(query, *caches, block_tables, seq_lens, cu_seqlens_q)
     x = _f64(x) + linear(attended.reshape(len(x), -1), o_proj)
     gate_up = linear(rms_norm(x, mlp_norm, eps), (gate_proj, up_proj))

@@ -184,9 +184,12 @@ def _q6_k(blocks: Array) -> Array:
 
 
 _BLOCKS: dict[str, tuple[int, Callable[[Array], Array]]] = {
-    "q4_0": (18, _q4_0), "q4_1": (20, _q4_1), "q8_0": (34, _q8_0), "q4_k": (144, _q4_k),
+    "q4_0": (18, _q4_0),
+    "q4_1": (20, _q4_1),
+    "q8_0": (34, _q8_0),
+    "q4_k": (144, _q4_k),
     "q6_k": (210, _q6_k),
-}  # fmt: skip
+}
 
 
 def rounded_to_int8(x: Array, weight_dtype: str) -> Array:

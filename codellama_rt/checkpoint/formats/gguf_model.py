@@ -74,8 +74,11 @@ def read_gguf_model(path: Path) -> StoredModel:
     """
     file = read_gguf(path)
     config = config_from_gguf(file)
-    names = {gguf_name(f"model.layers.{layer}.{part}.weight"): f"model.layers.{layer}.{part}.weight"
-             for layer in range(config.n_layers) for part in _LAYER_NAMES}  # fmt: skip
+    names = {
+        gguf_name(f"model.layers.{layer}.{part}.weight"): f"model.layers.{layer}.{part}.weight"
+        for layer in range(config.n_layers)
+        for part in _LAYER_NAMES
+    }
     names |= {ours: hf for hf, ours in _TOP_NAMES.items()}
     tensors = {
         names.get(name, name): tensor for name, tensor in file.tensors.items() if name != _FACTORS

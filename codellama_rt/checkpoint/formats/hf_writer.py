@@ -18,19 +18,32 @@ if TYPE_CHECKING:
     from codellama_rt.checkpoint import LlamaWeights
 
 _NAMES = {  # of LayerWeights' fields
-    "attention_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj", "o_proj": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm", "gate_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
-}  # fmt: skip
+}
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SCALING_KEYS = {  # beside rope_type and factor, as transformers names them
-    "linear": (), "dynamic": (),
-    "yarn": ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
-             "mscale", "mscale_all_dim", "truncate"),
+    "linear": (),
+    "dynamic": (),
+    "yarn": (
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
     "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-}  # fmt: skip
+}
 
 
 def write_directory(
@@ -99,16 +112,26 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     """
     ends = list(config.eos_token_ids)
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": config.dim, "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size, "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_position_embeddings, "rope_theta": config.rope_theta,
-        "rope_scaling": _scaling(config.rope_scaling), "torch_dtype": config.dtype,
-        "tie_word_embeddings": config.tie_word_embeddings, "bos_token_id": config.bos_token_id,
-        "eos_token_id": ends[0] if len(ends) == 1 else ends, "attention_bias": False,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _scaling(config.rope_scaling),
+        "torch_dtype": config.dtype,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "attention_bias": False,
+    }
 
 
 def _scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -191,9 +191,7 @@ def _join(path: Path, name: str, parts: list[StoredTensor]) -> StoredTensor:
     if len(first.shape) != 2:
         raise CheckpointError(f"{path}: tensor {name!r}: expected a matrix, found {first.shape}")
     shape = tuple(n * len(parts) if i == axis else n for i, n in enumerate(first.shape))
-    return ShardedTensor(
-        name, first.file, first.encoding, shape, first.payload, tuple(parts), axis
-    )  # fmt: skip
+    return ShardedTensor(name, first.file, first.encoding, shape, first.payload, tuple(parts), axis)
 
 
 def _vocab_size(path: Path, tensors: dict[str, StoredTensor]) -> int:
@@ -223,12 +221,18 @@ def config_from_params(file: Path, vocab_size: int) -> ModelConfig:
         raise CheckpointError(f"{file}: expected at most {MAX_VOCAB_SIZE} tokens, got {vocab_size}")
     theta = fields.number("rope_theta", 10000.0, above=1.0)
     config = ModelConfig(
-        n_layers=fields.integer("n_layers", high=MAX_LAYERS), n_heads=n_heads,
-        n_kv_heads=fields.integer("n_kv_heads", n_heads, high=MAX_HEADS), head_dim=dim // n_heads,
-        dim=dim, hidden_dim=_hidden_dim(fields, dim), vocab_size=vocab_size, rope_theta=theta,
-        norm_eps=fields.number("norm_eps", 1e-5), rope_interleaved=True,
+        n_layers=fields.integer("n_layers", high=MAX_LAYERS),
+        n_heads=n_heads,
+        n_kv_heads=fields.integer("n_kv_heads", n_heads, high=MAX_HEADS),
+        head_dim=dim // n_heads,
+        dim=dim,
+        hidden_dim=_hidden_dim(fields, dim),
+        vocab_size=vocab_size,
+        rope_theta=theta,
+        norm_eps=fields.number("norm_eps", 1e-5),
+        rope_interleaved=True,
         max_position_embeddings=16384 if theta >= _LONG_THETA else 4096,
-    )  # fmt: skip
+    )
     check_consistency(config, str(file))
     return config
 
@@ -260,11 +264,15 @@ def params_of(config: ModelConfig) -> dict[str, Any]:
         )
     multiple_of, multiplier = _feed_forward(config.dim, config.hidden_dim)
     return {
-        "dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads,
-        "n_kv_heads": config.n_kv_heads, "multiple_of": multiple_of,
-        "ffn_dim_multiplier": multiplier, "norm_eps": config.norm_eps,
+        "dim": config.dim,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.n_kv_heads,
+        "multiple_of": multiple_of,
+        "ffn_dim_multiplier": multiplier,
+        "norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-    }  # fmt: skip
+    }
 
 
 def _feed_forward(dim: int, hidden_dim: int) -> tuple[int, float]:

@@ -15,11 +15,15 @@ from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
 from codellama_rt.errors import CheckpointError
 
 _ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
+    dtype: num_bytes
+    for num_bytes, dtypes in (
+        (1, "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0"),
+        (2, "U16 I16 F16 BF16"),
+        (4, "U32 I32 F32"),
+        (8, "U64 I64 F64 C64"),
+    )
+    for dtype in dtypes.split()
+}
 _MAX_AXES = 8
 _MAX_AXIS = 2**48
 

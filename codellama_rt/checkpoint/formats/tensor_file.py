@@ -58,9 +58,12 @@ class Layout(Protocol):
 
 
 def write_tensor_file(
-    path: Path, layout: Layout, written: Callable[[Entry], None],
-    synced: Callable[[Sequence[int]], None], checksums: Sequence[int] = (),
-) -> None:  # fmt: skip
+    path: Path,
+    layout: Layout,
+    written: Callable[[Entry], None],
+    synced: Callable[[Sequence[int]], None],
+    checksums: Sequence[int] = (),
+) -> None:
     """Writes a file, or what is missing of one; it is complete, and on the disk, on return.
 
     Args:

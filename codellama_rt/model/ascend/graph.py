@@ -34,10 +34,12 @@ _SHAPES: dict[str, Callable] = {
     "add_rms_norm": lambda x, *_: (x, x),
     "silu_and_mul": lambda gate_up: (gate_up[0], gate_up[1] // 2),
     "rope_and_cache": lambda qkv, cos, sin, positions, pages, *_: (
-        qkv[0], qkv[1] // pages[3] - 2 * pages[1], pages[3]
+        qkv[0],
+        qkv[1] // pages[3] - 2 * pages[1],
+        pages[3],
     ),
     "paged_attention": lambda query, *_: (query, query[:2]),
-}  # fmt: skip
+}
 _DTYPES: dict[str, Callable] = {
     "rms_norm": lambda x, *_: x,
     "add_rms_norm": lambda x, *_: (x, x),
@@ -65,9 +67,16 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 
 
 def rope_and_cache(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, key_cache: Tensor,
-    value_cache: Tensor, slot_mapping: Tensor, *, interleaved: bool = False,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    interleaved: bool = False,
+) -> Tensor:
     """Rotates query and key of qkv, writes key and value into their slots; returns the query."""
     require_halves(interleaved)
     return primitive("rope_and_cache")(
@@ -76,9 +85,15 @@ def rope_and_cache(
 
 
 def paged_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor,
-    seq_lens: Sequence[int], cu_seqlens_q: Sequence[int], *, scale: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Sequence[int],
+    cu_seqlens_q: Sequence[int],
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Causal attention over pages, split over the vector cores; (out, lse)."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     return primitive("paged_attention")(

@@ -38,9 +38,13 @@ class AscendKVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, *, num_blocks: int, block_size: int = BLOCK_SIZE,
+        self,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        block_size: int = BLOCK_SIZE,
         dtype: str = "float16",
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Take memory for `num_blocks` pages.
 
         Raises:
@@ -139,9 +143,15 @@ class AscendLlama:
         return self._matmul(rows, self.lm_head).astype(mindspore.float32).asnumpy()
 
     def _attention(
-        self, layer: _Layer, x: Tensor, rope: tuple[Tensor, ...], batch: Batch,
-        caches: tuple[Tensor, Tensor], slot_mapping: Tensor, block_tables: Tensor,
-    ) -> Tensor:  # fmt: skip
+        self,
+        layer: _Layer,
+        x: Tensor,
+        rope: tuple[Tensor, ...],
+        batch: Batch,
+        caches: tuple[Tensor, Tensor],
+        slot_mapping: Tensor,
+        block_tables: Tensor,
+    ) -> Tensor:
         """(num_tokens, dim) normalized -> (num_tokens, dim); writes the caches."""
         qkv = self._matmul(x, layer.qkv_proj)
         query = self.ops.rope_and_cache(qkv, *rope, *caches, slot_mapping)

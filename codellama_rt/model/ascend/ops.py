@@ -50,16 +50,28 @@ def reshape_and_cache(
     """Writes key and value (num_tokens, n_kv_heads, head_dim) into their slots; -1: nowhere."""
     check(
         "reshape_and_cache",
-        {"key": key, "value": value, "key_cache": key_cache, "value_cache": value_cache,
-         "slot_mapping": slot_mapping},
-    )  # fmt: skip
+        {
+            "key": key,
+            "value": value,
+            "key_cache": key_cache,
+            "value_cache": value_cache,
+            "slot_mapping": slot_mapping,
+        },
+    )
     _glue().reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
 
 
 def rope_and_cache(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, key_cache: Tensor,
-    value_cache: Tensor, slot_mapping: Tensor, *, interleaved: bool = False,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    interleaved: bool = False,
+) -> Tensor:
     """Rotates query and key of qkv, writes key and value into their slots; returns the query.
 
     Args:
@@ -82,16 +94,29 @@ def rope_and_cache(
     require_halves(interleaved)
     check(
         "rope_and_cache",
-        {"qkv": qkv, "cos": cos, "sin": sin, "positions": positions, "key_cache": key_cache,
-         "value_cache": value_cache, "slot_mapping": slot_mapping},
-    )  # fmt: skip
+        {
+            "qkv": qkv,
+            "cos": cos,
+            "sin": sin,
+            "positions": positions,
+            "key_cache": key_cache,
+            "value_cache": value_cache,
+            "slot_mapping": slot_mapping,
+        },
+    )
     return _glue().rope_and_cache(qkv, cos, sin, positions, key_cache, value_cache, slot_mapping)
 
 
 def paged_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor,
-    seq_lens: Lengths, cu_seqlens_q: Lengths, *, scale: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Lengths,
+    cu_seqlens_q: Lengths,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Causal attention over pages, split over the vector cores; (out, lse).
 
     Args:
@@ -109,10 +134,14 @@ def paged_attention(
     lens, ends = as_ints(seq_lens), as_ints(cu_seqlens_q)
     check(
         "paged_attention",
-        {"query": query, "key_cache": key_cache, "value_cache": value_cache,
-         "block_tables": block_tables},
+        {
+            "query": query,
+            "key_cache": key_cache,
+            "value_cache": value_cache,
+            "block_tables": block_tables,
+        },
         num_seqs=len(lens),
-    )  # fmt: skip
+    )
     check_lengths(query, key_cache, block_tables, lens, ends)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     out, lse = _glue().paged_attention(
@@ -129,9 +158,8 @@ def as_ints(lengths: Lengths) -> list[int]:
 
 
 def check_lengths(
-    query: Tensor, key_cache: Tensor, block_tables: Tensor, lens: Sequence[int],
-    ends: Sequence[int],
-) -> None:  # fmt: skip
+    query: Tensor, key_cache: Tensor, block_tables: Tensor, lens: Sequence[int], ends: Sequence[int]
+) -> None:
     """Each sequence's length covers its queries and fits its table.
 
     Raises:

@@ -50,16 +50,24 @@ def reshape_and_cache(
     It knows pages of (block_size, heads, head_dim). A head-major page is such a page for each of
     its heads, with one head: so each head of a token is written as a token of its own.
     """
-    tensors = {"key": key, "value": value, "key_cache": key_cache, "value_cache": value_cache,
-               "slot_mapping": slot_mapping}  # fmt: skip
+    tensors = {
+        "key": key,
+        "value": value,
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "slot_mapping": slot_mapping,
+    }
     check("reshape_and_cache", tensors)
     require_offsets(key_cache)
     num_blocks, n_kv_heads, block_size, head_dim = key_cache.shape
     pages = (num_blocks * n_kv_heads, block_size, 1, head_dim)
     _auto_generate().reshape_and_cache(
-        key.reshape(-1, 1, head_dim), value.reshape(-1, 1, head_dim), key_cache.view(pages),
-        value_cache.view(pages), slots_of_heads(slot_mapping, n_kv_heads, block_size),
-    )  # fmt: skip
+        key.reshape(-1, 1, head_dim),
+        value.reshape(-1, 1, head_dim),
+        key_cache.view(pages),
+        value_cache.view(pages),
+        slots_of_heads(slot_mapping, n_kv_heads, block_size),
+    )
 
 
 def slots_of_heads(slot_mapping: Tensor, n_kv_heads: int, block_size: int) -> Tensor:
@@ -73,13 +81,27 @@ def slots_of_heads(slot_mapping: Tensor, n_kv_heads: int, block_size: int) -> Te
 
 
 def rope_and_cache(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, key_cache: Tensor,
-    value_cache: Tensor, slot_mapping: Tensor, *, interleaved: bool = False,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    interleaved: bool = False,
+) -> Tensor:
     """MindSpore's apply_rotary_pos_emb_, then reshape_and_cache: three launches for one."""
     require_halves(interleaved)
-    tensors = {"qkv": qkv, "cos": cos, "sin": sin, "positions": positions, "key_cache": key_cache,
-               "value_cache": value_cache, "slot_mapping": slot_mapping}  # fmt: skip
+    tensors = {
+        "qkv": qkv,
+        "cos": cos,
+        "sin": sin,
+        "positions": positions,
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "slot_mapping": slot_mapping,
+    }
     check("rope_and_cache", tensors)
     ms = _mindspore()
     num_tokens, width = qkv.shape
@@ -100,17 +122,27 @@ def rope_and_cache(
 
 
 def paged_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor,
-    seq_lens: Lengths, cu_seqlens_q: Lengths, *, scale: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Lengths,
+    cu_seqlens_q: Lengths,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """MindSpore's fused_infer_attention_score over the block table.
 
     Neighbouring sequences with one query each are one call; a sequence with several is a call of
     its own, so that nothing is padded. Masks are not relied on where lengths say the same.
     """
     lens, ends = as_ints(seq_lens), as_ints(cu_seqlens_q)
-    tensors = {"query": query, "key_cache": key_cache, "value_cache": value_cache,
-               "block_tables": block_tables}  # fmt: skip
+    tensors = {
+        "query": query,
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "block_tables": block_tables,
+    }
     check("paged_attention", tensors, num_seqs=len(lens))
     check_lengths(query, key_cache, block_tables, lens, ends)
     require_offsets(key_cache)
@@ -118,10 +150,14 @@ def paged_attention(
     for first, last in _runs(ends):
         parts.append(
             _attend(
-                query[ends[first] : ends[last]], key_cache, value_cache, block_tables[first:last],
-                lens[first:last], scale,
+                query[ends[first] : ends[last]],
+                key_cache,
+                value_cache,
+                block_tables[first:last],
+                lens[first:last],
+                scale,
             )
-        )  # fmt: skip
+        )
     ms = _mindspore()
     return tuple(ms.ops.cat(list(pieces), axis=0) for pieces in zip(*parts, strict=True))
 
@@ -139,22 +175,32 @@ def _runs(ends: list[int]) -> list[tuple[int, int]]:
 
 
 def _attend(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, lens: list[int],
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    lens: list[int],
     scale: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Sequences with the same number of queries; (tokens, heads, dim) -> the same and its lse."""
     num_tokens, n_heads, head_dim = query.shape
     queries = num_tokens // len(lens)
     mask = {"atten_mask": _mask(), "sparse_mode": CAUSAL_FROM_THE_END} if queries > 1 else {}
     out, lse = _mindspore().ops.fused_infer_attention_score(
         query.reshape(len(lens), queries, n_heads, head_dim).swapaxes(1, 2).contiguous(),
-        [key_cache], [value_cache],
-        actual_seq_lengths=[queries] * len(lens), actual_seq_lengths_kv=lens,
-        block_table=block_tables.contiguous(), num_heads=n_heads,
-        scale=head_dim**-0.5 if scale is None else scale, input_layout="BNSD",
-        num_key_value_heads=key_cache.shape[1], block_size=key_cache.shape[2],
-        softmax_lse_flag=True, **mask,
-    )  # fmt: skip
+        [key_cache],
+        [value_cache],
+        actual_seq_lengths=[queries] * len(lens),
+        actual_seq_lengths_kv=lens,
+        block_table=block_tables.contiguous(),
+        num_heads=n_heads,
+        scale=head_dim**-0.5 if scale is None else scale,
+        input_layout="BNSD",
+        num_key_value_heads=key_cache.shape[1],
+        block_size=key_cache.shape[2],
+        softmax_lse_flag=True,
+        **mask,
+    )
     out = out.reshape(len(lens), n_heads, queries, head_dim).swapaxes(1, 2)
     lse = lse.reshape(len(lens), n_heads, queries).swapaxes(1, 2)
     return out.reshape(query.shape), lse.reshape(num_tokens, n_heads)

@@ -84,9 +84,14 @@ def require_kv_dtype(dtype: str) -> None:
 
 
 def plan_num_blocks(
-    config: ModelConfig, dtype: str, block_size: int, *, longest: int | None, max_num_seqs: int,
+    config: ModelConfig,
+    dtype: str,
+    block_size: int,
+    *,
+    longest: int | None,
+    max_num_seqs: int,
     kv_memory: int | str | None,
-) -> int:  # fmt: skip
+) -> int:
     """How many pages to allocate, once the weights are on the device.
 
     Args:

@@ -86,9 +86,12 @@ class DeviceLlama:
         if len(batch.token_ids) == num_seqs == len(batch.logit_rows):
             return self._graph(batch, kv_cache).run(batch, rope)
         shape = StepShape(
-            len(batch.token_ids), num_seqs, batch.block_tables.shape[1], len(batch.logit_rows),
+            len(batch.token_ids),
+            num_seqs,
+            batch.block_tables.shape[1],
+            len(batch.logit_rows),
             self.config.head_dim // 2,
-        )  # fmt: skip
+        )
         inputs = StepInputs(shape, self._room)
         inputs.fill(batch, rope)
         inputs.copy()
@@ -122,13 +125,23 @@ class DeviceLlama:
     ) -> None:
         ops.linear(a["x"], layer.qkv, out=a["qkv"])
         ops.rope_and_cache(
-            a["qkv"], inputs["cos"], inputs["sin"], inputs["rope_index"], *caches,
-            inputs["slot_mapping"], interleaved=self.config.rope_interleaved, out=a["query"],
-        )  # fmt: skip
+            a["qkv"],
+            inputs["cos"],
+            inputs["sin"],
+            inputs["rope_index"],
+            *caches,
+            inputs["slot_mapping"],
+            interleaved=self.config.rope_interleaved,
+            out=a["query"],
+        )
         ops.paged_attention(
-            a["query"], *caches, inputs["block_tables"], inputs["seq_lens"],
-            inputs["cu_seqlens_q"], out=(a["attended"], a["lse"]),
-        )  # fmt: skip
+            a["query"],
+            *caches,
+            inputs["block_tables"],
+            inputs["seq_lens"],
+            inputs["cu_seqlens_q"],
+            out=(a["attended"], a["lse"]),
+        )
         attended = a["attended"]
         rows = attended.reshape(attended.shape[0], attended.shape[1] * attended.shape[2])
         ops.linear(rows, layer.o_proj, out=a["sublayer"])
@@ -170,10 +183,15 @@ class Scratch:
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         heads = (config.n_heads, config.head_dim)
         widths = {
-            "residual": (config.dim,), "x": (config.dim,), "sublayer": (config.dim,),
-            "qkv": (q_dim + 2 * kv_dim,), "query": heads, "attended": heads,
-            "gate_up": (2 * config.hidden_dim,), "hidden": (config.hidden_dim,),
-        }  # fmt: skip
+            "residual": (config.dim,),
+            "x": (config.dim,),
+            "sublayer": (config.dim,),
+            "qkv": (q_dim + 2 * kv_dim,),
+            "query": heads,
+            "attended": heads,
+            "gate_up": (2 * config.hidden_dim,),
+            "hidden": (config.hidden_dim,),
+        }
         self._tensors = {n: empty((num_tokens, *width), dtype) for n, width in widths.items()}
         self._tensors["lse"] = empty((num_tokens, config.n_heads), "float32")
         self._picked = {n: empty((num_tokens, config.dim), dtype) for n in ("sublayer", "residual")}

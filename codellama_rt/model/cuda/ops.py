@@ -39,9 +39,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, out: Tensor | None
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, *,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
     out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual)."""
     if out is None:
         out = (empty(x.shape, x.dtype), empty(x.shape, x.dtype))
@@ -59,9 +63,14 @@ def linear(x: Tensor, weight: Weight | tuple[Weight, ...], *, out: Tensor | None
 
 
 def apply_rotary_pos_emb(
-    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *,
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
     interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """RoPE in place of `query` and `key` (num_tokens, heads, head_dim)."""
     module().apply_rotary_pos_emb(query, key, cos, sin, positions, interleaved)
     return query, key
@@ -75,9 +84,17 @@ def reshape_and_cache(
 
 
 def rope_and_cache(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, key_cache: Any, value_cache: Any,
-    slot_mapping: Tensor, *, interleaved: bool = False, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    key_cache: Any,
+    value_cache: Any,
+    slot_mapping: Tensor,
+    *,
+    interleaved: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
     """Rotate query and key, cache key and value; returns the rotated query."""
     if out is None:
         n_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
@@ -89,9 +106,16 @@ def rope_and_cache(
 
 
 def flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
-    causal: bool = True, scale: float | None = None, out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention of several sequences over contiguous keys and values; (out, lse)."""
     if out is None:
         out = (empty(query.shape, query.dtype), empty(query.shape[:2], "float32"))
@@ -102,9 +126,16 @@ def flash_attention(
 
 
 def paged_attention(
-    query: Tensor, key_cache: Any, value_cache: Any, block_tables: Tensor, seq_lens: Tensor,
-    cu_seqlens_q: Tensor, *, scale: float | None = None, out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key_cache: Any,
+    value_cache: Any,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    scale: float | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Causal attention of one to many queries a sequence over its pages; (out, lse)."""
     if out is None:
         out = (empty(query.shape, query.dtype), empty(query.shape[:2], "float32"))
@@ -115,9 +146,13 @@ def paged_attention(
 
 
 def merge_attention(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *,
+    out_a: Tensor,
+    lse_a: Tensor,
+    out_b: Tensor,
+    lse_b: Tensor,
+    *,
     out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Join two attentions of the same queries over disjoint keys."""
     if out is None:
         out = (empty(out_a.shape, out_a.dtype), empty(lse_a.shape, "float32"))

@@ -10,10 +10,16 @@ from codellama_rt.model.cuda.weights import upload
 
 
 def place(
-    config: ModelConfig, weights: LlamaWeights, *, kv_dtype: str, block_size: int,
-    longest: int | None, max_num_seqs: int, kv_memory: int | str | None,
+    config: ModelConfig,
+    weights: LlamaWeights,
+    *,
+    kv_dtype: str,
+    block_size: int,
+    longest: int | None,
+    max_num_seqs: int,
+    kv_memory: int | str | None,
     quantization: str | None = None,
-) -> tuple[DeviceLlama, DeviceKVCache]:  # fmt: skip
+) -> tuple[DeviceLlama, DeviceKVCache]:
     """The model and its cache, with Engine's interface.
 
     Args:
@@ -33,9 +39,13 @@ def place(
     require_kv_dtype(kv_dtype)
     model = DeviceLlama(config, upload(weights, quantization))
     num_blocks = plan_num_blocks(
-        config, kv_dtype, block_size, longest=longest, max_num_seqs=max_num_seqs,
+        config,
+        kv_dtype,
+        block_size,
+        longest=longest,
+        max_num_seqs=max_num_seqs,
         kv_memory=kv_memory,
-    )  # fmt: skip
+    )
     cache = DeviceKVCache(config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
     model.lend_workspace(workspace_bytes(config, num_blocks * block_size, max_num_seqs))
     return model, cache

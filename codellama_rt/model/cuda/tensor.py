@@ -91,9 +91,13 @@ class DeviceTensor:
         if self.dtype not in _TYPESTR:
             raise AttributeError(f"__cuda_array_interface__ cannot say {self.dtype}")
         return {
-            "shape": self.shape, "typestr": _TYPESTR[self.dtype], "strides": None, "version": 3,
-            "data": (self.device_ptr, False), "stream": None,
-        }  # fmt: skip
+            "shape": self.shape,
+            "typestr": _TYPESTR[self.dtype],
+            "strides": None,
+            "version": 3,
+            "data": (self.device_ptr, False),
+            "stream": None,
+        }
 
     def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
         """The tensor for torch.from_dlpack and others; it keeps this one's memory."""

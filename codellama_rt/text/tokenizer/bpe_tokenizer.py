@@ -79,16 +79,21 @@ class BpeTokenizer(Tokenizer):
             for i in sorted(self._literal_ids)
         ]
         contents["decoder"] = {
-            "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
-        }  # fmt: skip
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        }
         if self.adds_bos:
             bos = {"SpecialToken": {"id": self.pieces[self.bos_id], "type_id": 0}}
             text = [{"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")]
             named = {"id": bos["SpecialToken"]["id"], "ids": [self.bos_id]}
             contents["post_processor"] = {
-                "type": "TemplateProcessing", "single": [bos, text[0]], "pair": [bos, *text],
+                "type": "TemplateProcessing",
+                "single": [bos, text[0]],
+                "pair": [bos, *text],
                 "special_tokens": {named["id"]: named | {"tokens": [named["id"]]}},
-            }  # fmt: skip
+            }
         return contents
 
     def _encode_text(self, text: str) -> list[int]:

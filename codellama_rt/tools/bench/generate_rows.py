@@ -61,9 +61,15 @@ class Model:
 
 
 def decode_row(
-    model: Model, runner: Runner, depth: int, steps: int, *, limits: Limits,
-    python_share: bool = False, watch: Stopwatch = stopwatch,
-) -> Row:  # fmt: skip
+    model: Model,
+    runner: Runner,
+    depth: int,
+    steps: int,
+    *,
+    limits: Limits,
+    python_share: bool = False,
+    watch: Stopwatch = stopwatch,
+) -> Row:
     """Decode steps at one depth, beside the read bandwidth before and after them."""
     runner.decode(depth, 2)  # warms up caches, threads and the weights' pages
     before = read_bandwidth()
@@ -73,17 +79,29 @@ def decode_row(
     num_bytes = runner.decode_bytes(depth)
     share = {"python_share": runner.python_share(depth, _PYTHON_STEPS)} if python_share else {}
     return {
-        "what": "decode", **_about(model, runner, limits), "depth": depth, **timing.record(),
-        "tokens_per_s": 1 / timing.median, "bytes": num_bytes,
-        "gb_per_s": num_bytes / timing.median / 1e9, "share": num_bytes / timing.median / roof,
-        "best_share": num_bytes / timing.best / roof, "read_gb_per_s": roof / 1e9, **share,
-    }  # fmt: skip
+        "what": "decode",
+        **_about(model, runner, limits),
+        "depth": depth,
+        **timing.record(),
+        "tokens_per_s": 1 / timing.median,
+        "bytes": num_bytes,
+        "gb_per_s": num_bytes / timing.median / 1e9,
+        "share": num_bytes / timing.median / roof,
+        "best_share": num_bytes / timing.best / roof,
+        "read_gb_per_s": roof / 1e9,
+        **share,
+    }
 
 
 def prefill_row(
-    model: Model, runner: Runner, num_tokens: int, repeats: int, *, limits: Limits,
+    model: Model,
+    runner: Runner,
+    num_tokens: int,
+    repeats: int,
+    *,
+    limits: Limits,
     watch: Stopwatch = stopwatch,
-) -> Row:  # fmt: skip
+) -> Row:
     """Prompts of one length, beside the arithmetic of the weights' dtype."""
     runner.prefill(num_tokens)
     timing = Timing(watch(runner.run_prompt, lambda: runner.add_prompt(num_tokens), repeats))
@@ -91,16 +109,27 @@ def prefill_row(
     weights = runner.weights_dtype
     peak = limits.flops[weights if weights in FLOAT_DTYPES else "int8"]
     return {
-        "what": "prefill", **_about(model, runner, limits), "tokens": num_tokens,
-        **timing.record(), "tokens_per_s": num_tokens / timing.median, "gflop_per_s": rate / 1e9,
-        "peak_gflop_per_s": peak / 1e9, "share": rate / peak,
-    }  # fmt: skip
+        "what": "prefill",
+        **_about(model, runner, limits),
+        "tokens": num_tokens,
+        **timing.record(),
+        "tokens_per_s": num_tokens / timing.median,
+        "gflop_per_s": rate / 1e9,
+        "peak_gflop_per_s": peak / 1e9,
+        "share": rate / peak,
+    }
 
 
 def generate_rows(
-    models: Sequence[Model], depths: Sequence[int], prefills: Sequence[int], *, steps: int,
-    repeats: int, limits: Limits, python_share: bool = False,
-) -> Iterator[tuple[int, int, Row]]:  # fmt: skip
+    models: Sequence[Model],
+    depths: Sequence[int],
+    prefills: Sequence[int],
+    *,
+    steps: int,
+    repeats: int,
+    limits: Limits,
+    python_share: bool = False,
+) -> Iterator[tuple[int, int, Row]]:
     """All rows, each as (done, of how many, row)."""
     done, total = 0, len(models) * (len(depths) + len(prefills))
     for model in models:
@@ -125,10 +154,14 @@ def _about(model: Model, runner: Runner, limits: Limits) -> Row:
     """What was measured, and the memory that the process holds: weights mapped from files, too."""
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
     return {
-        "model": model.name, "layers": runner.config.n_layers, "weights": runner.weights_dtype,
-        "kv": runner.kv_dtype, "isa": limits.isa, "threads": ops.num_threads(),
+        "model": model.name,
+        "layers": runner.config.n_layers,
+        "weights": runner.weights_dtype,
+        "kv": runner.kv_dtype,
+        "isa": limits.isa,
+        "threads": ops.num_threads(),
         "rss_gb": resident / 1e9,
-    }  # fmt: skip
+    }
 
 
 def _nothing() -> None:

@@ -52,9 +52,12 @@ class Timing:
     def record(self) -> dict[str, float]:
         """For a row."""
         return {
-            "median_us": 1e6 * self.median, "p10_us": 1e6 * self.low, "p90_us": 1e6 * self.high,
-            "best_us": 1e6 * self.best, "runs": len(self.seconds),
-        }  # fmt: skip
+            "median_us": 1e6 * self.median,
+            "p10_us": 1e6 * self.low,
+            "p90_us": 1e6 * self.high,
+            "best_us": 1e6 * self.best,
+            "runs": len(self.seconds),
+        }
 
 
 def stopwatch(work: Callable[[], object], setup: Callable[[], object], rounds: int) -> list[float]:
@@ -71,10 +74,14 @@ def stopwatch(work: Callable[[], object], setup: Callable[[], object], rounds: i
 def save(path: Path, what: str, rows: Sequence[Row]) -> None:
     """Write rows as JSON, with what they were measured on and by."""
     record = {
-        "bench": what, "command": _command(sys.argv[1:]), "version": __version__,
-        "machine": platform.machine(), "python": platform.python_version(),
-        "numpy": np.__version__, "rows": list(rows),
-    }  # fmt: skip
+        "bench": what,
+        "command": _command(sys.argv[1:]),
+        "version": __version__,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "rows": list(rows),
+    }
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 

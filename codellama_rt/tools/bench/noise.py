@@ -35,9 +35,8 @@ def quantized_noise(shape: tuple[int, int], dtype: str, rng: np.random.Generator
 
 
 def fill_caches(
-    key_cache: np.ndarray | Quantized, value_cache: np.ndarray | Quantized,
-    rng: np.random.Generator,
-) -> None:  # fmt: skip
+    key_cache: np.ndarray | Quantized, value_cache: np.ndarray | Quantized, rng: np.random.Generator
+) -> None:
     """Fill a layer's pages (num_blocks, n_kv_heads, block_size, head_dim) with noise, in place."""
     num_blocks, n_kv_heads, block_size, head_dim = key_cache.shape
     count = min(_PAGES, num_blocks)

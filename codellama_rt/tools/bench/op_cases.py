@@ -20,12 +20,29 @@ from codellama_rt.tools.bench.shapes import SHAPES, linear_shapes
 BLOCK_SIZE = 64
 DTYPES = (*FLOAT_DTYPES, *dict.fromkeys((*CACHE_DTYPES, *WEIGHT_DTYPES)))
 CACHES = ("key_cache", "value_cache")
-MATRICES = ("table", "weight", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
-            "down_proj")  # fmt: skip
+MATRICES = (
+    "table",
+    "weight",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
 NORMS = ("attention_norm", "mlp_norm")
 _PRODUCTS = ("linear", "flash_attention", "paged_attention", "decoder_layer")
-_ROW_WISE = ("embedding", "rms_norm", "add_rms_norm", "silu_and_mul", "rope_and_cache",
-             "apply_rotary_pos_emb", "reshape_and_cache", "merge_attention")  # fmt: skip
+_ROW_WISE = (
+    "embedding",
+    "rms_norm",
+    "add_rms_norm",
+    "silu_and_mul",
+    "rope_and_cache",
+    "apply_rotary_pos_emb",
+    "reshape_and_cache",
+    "merge_attention",
+)
 
 
 @dataclass(frozen=True)
@@ -172,10 +189,19 @@ def _cases(model: str, dtype: str, tokens: Sequence[int], keys: Sequence[int]) -
 def _sizes(config: ModelConfig, num_tokens: int, num_keys: int) -> dict[str, int]:
     num_blocks = -(-num_keys // BLOCK_SIZE)
     return {
-        "num_tokens": num_tokens, "num_keys": num_keys, "num_seqs": 1, "num_positions": num_keys,
+        "num_tokens": num_tokens,
+        "num_keys": num_keys,
+        "num_seqs": 1,
+        "num_positions": num_keys,
         "num_scores": num_tokens * (num_keys - num_tokens) + num_tokens * (num_tokens + 1) // 2,
-        "num_blocks": num_blocks, "max_blocks": num_blocks, "block_size": BLOCK_SIZE,
-        "num_pairs": 8, "n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads,
-        "head_dim": config.head_dim, "dim": config.dim, "hidden_dim": config.hidden_dim,
+        "num_blocks": num_blocks,
+        "max_blocks": num_blocks,
+        "block_size": BLOCK_SIZE,
+        "num_pairs": 8,
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "dim": config.dim,
+        "hidden_dim": config.hidden_dim,
         "vocab_size": config.vocab_size,
-    }  # fmt: skip
+    }

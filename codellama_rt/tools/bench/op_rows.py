@@ -77,12 +77,23 @@ def _row(case: Case, timing: Timing, read: float, peak: float) -> Row:
     floor = max(memory_s, compute_s)
     bound = "call" if floor < CALL_SECONDS else "memory" if memory_s == floor else "compute"
     return {
-        "what": "op", "op": case.op.name, "dtype": case.dtype, "model": case.model,
-        "shape": case.label, "isa": ops.isa(), "threads": ops.num_threads(), **timing.record(),
-        "bytes": case.num_bytes, "flops": case.flops, "bound": bound,
+        "what": "op",
+        "op": case.op.name,
+        "dtype": case.dtype,
+        "model": case.model,
+        "shape": case.label,
+        "isa": ops.isa(),
+        "threads": ops.num_threads(),
+        **timing.record(),
+        "bytes": case.num_bytes,
+        "flops": case.flops,
+        "bound": bound,
         "gb_per_s": case.num_bytes / timing.median / 1e9,
         "gflop_per_s": case.flops / timing.median / 1e9,
-        "limit_us": 1e6 * floor, "share": floor / timing.median, "best_share": floor / timing.best,
-        "read_gb_per_s": read / 1e9, "product_dtype": case.product_dtype,
+        "limit_us": 1e6 * floor,
+        "share": floor / timing.median,
+        "best_share": floor / timing.best,
+        "read_gb_per_s": read / 1e9,
+        "product_dtype": case.product_dtype,
         "peak_gflop_per_s": peak / 1e9,
-    }  # fmt: skip
+    }

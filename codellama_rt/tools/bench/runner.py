@@ -36,9 +36,11 @@ class Runner:
         self.weight_bytes = weight_bytes(checkpoint.weights)
         max_len = max_depth + MAX_STEPS
         cache = KVCache(
-            self.config, num_blocks=-(-max_len // BLOCK_SIZE), block_size=BLOCK_SIZE,
+            self.config,
+            num_blocks=-(-max_len // BLOCK_SIZE),
+            block_size=BLOCK_SIZE,
             dtype=self.kv_dtype,
-        )  # fmt: skip
+        )
         rng = np.random.default_rng(1)
         for caches in cache.layers:
             fill_caches(*caches, rng)

@@ -71,8 +71,9 @@ def write_directory(
     (folder / "config.json").write_text(json.dumps(settings, indent=1))
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)}
     (folder / "generation_config.json").write_text(json.dumps(ends))
-    entries = [_entry(name, shape, config.dtype, quantization, seed)
-               for name, shape in shapes.items()]  # fmt: skip
+    entries = [
+        _entry(name, shape, config.dtype, quantization, seed) for name, shape in shapes.items()
+    ]
     write_safetensors(folder / "model.safetensors", entries, metadata, lambda entry: None)
 
 
@@ -94,15 +95,23 @@ def _entry(
 
 def _hf_config(config: ModelConfig) -> dict:
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": config.dim, "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads, "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.max_position_embeddings, "tie_word_embeddings": False,
-        "bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids),
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": False,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids),
         "torch_dtype": config.dtype,
-    }  # fmt: skip
+    }
 
 
 def write_gguf(path: Path, config: ModelConfig, seed: int = 0) -> None:
@@ -173,8 +182,9 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--layers", type=int, help="the full model's by default")
-    parser.add_argument("--dtype", choices=WEIGHTS, default="bfloat16",
-                        help="int8 and int4: of a directory alone")  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=WEIGHTS, default="bfloat16", help="int8 and int4: of a directory alone"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.model to put into the directory")
     parser.add_argument("--out", type=Path, required=True, help="a directory, or a *.gguf file")

@@ -66,39 +66,65 @@ def _text(name: str) -> Callable[[Row], str]:
 
 def _peer_work(row: Row) -> str:
     size = row.get("depth", row.get("tokens"))
-    return {"decode": f"decode at {size}", "attention": f"attention alone at {size}",
-            "prefill": f"prefill of {size}"}[row["what"]]  # fmt: skip
+    return {
+        "decode": f"decode at {size}",
+        "attention": f"attention alone at {size}",
+        "prefill": f"prefill of {size}",
+    }[row["what"]]
 
 
 _READ = ("read GB/s", _decimals("read_gb_per_s", 1))
 _OPS: list[Column] = [
-    ("op", _text("op")), ("dtype", _text("dtype")), ("model", _text("model")),
-    ("shape", _text("shape")), ("isa/threads", lambda r: f"{r['isa']}/{r['threads']}"),
-    ("median us (p10-p90)", _time), ("GB/s", _decimals("gb_per_s", 1)),
-    ("GFLOP/s", _decimals("gflop_per_s", 1)), ("bound", _text("bound")),
-    ("of limit", _share), _READ, ("peak GFLOP/s", _decimals("peak_gflop_per_s", 0)),
-]  # fmt: skip
+    ("op", _text("op")),
+    ("dtype", _text("dtype")),
+    ("model", _text("model")),
+    ("shape", _text("shape")),
+    ("isa/threads", lambda r: f"{r['isa']}/{r['threads']}"),
+    ("median us (p10-p90)", _time),
+    ("GB/s", _decimals("gb_per_s", 1)),
+    ("GFLOP/s", _decimals("gflop_per_s", 1)),
+    ("bound", _text("bound")),
+    ("of limit", _share),
+    _READ,
+    ("peak GFLOP/s", _decimals("peak_gflop_per_s", 0)),
+]
 _MODEL: list[Column] = [
-    ("model", _text("model")), ("weights", _text("weights")), ("cache", _text("kv")),
-]  # fmt: skip
+    ("model", _text("model")),
+    ("weights", _text("weights")),
+    ("cache", _text("kv")),
+]
 _DECODE: list[Column] = [
-    *_MODEL, ("depth", _text("depth")), ("median us (p10-p90)", _time),
-    ("tokens/s", _decimals("tokens_per_s", 2)), ("GB/s", _decimals("gb_per_s", 1)),
-    ("of read", _share), _READ, ("RSS GB", _decimals("rss_gb", 1)),
+    *_MODEL,
+    ("depth", _text("depth")),
+    ("median us (p10-p90)", _time),
+    ("tokens/s", _decimals("tokens_per_s", 2)),
+    ("GB/s", _decimals("gb_per_s", 1)),
+    ("of read", _share),
+    _READ,
+    ("RSS GB", _decimals("rss_gb", 1)),
     ("Python", lambda r: f"{r['python_share']:.1%}" if "python_share" in r else ""),
-]  # fmt: skip
+]
 _PREFILL: list[Column] = [
-    *_MODEL, ("tokens", _text("tokens")), ("median us (p10-p90)", _time),
-    ("tokens/s", _decimals("tokens_per_s", 1)), ("GFLOP/s", _decimals("gflop_per_s", 0)),
-    ("of peak", _share), ("peak GFLOP/s", _decimals("peak_gflop_per_s", 0)),
-]  # fmt: skip
+    *_MODEL,
+    ("tokens", _text("tokens")),
+    ("median us (p10-p90)", _time),
+    ("tokens/s", _decimals("tokens_per_s", 1)),
+    ("GFLOP/s", _decimals("gflop_per_s", 0)),
+    ("of peak", _share),
+    ("peak GFLOP/s", _decimals("peak_gflop_per_s", 0)),
+]
 _PEERS: list[Column] = [
-    *_MODEL, ("peer", _text("peer")), ("work", _peer_work),
+    *_MODEL,
+    ("peer", _text("peer")),
+    ("work", _peer_work),
     ("ours ms", lambda r: f"{r['median_us'] / 1e3:.4g}"),
     ("peer ms", lambda r: f"{r['peer_median_us'] / 1e3:.4g}"),
-    ("ratio", _decimals("ratio", 2)), ("best", _decimals("best_ratio", 2)),
-    ("of read", _share), _READ, ("steady", lambda r: f"{r['steady']}/{r['rounds']}"),
-]  # fmt: skip
+    ("ratio", _decimals("ratio", 2)),
+    ("best", _decimals("best_ratio", 2)),
+    ("of read", _share),
+    _READ,
+    ("steady", lambda r: f"{r['steady']}/{r['rounds']}"),
+]
 _TABLES: dict[str, tuple[list[Column], Callable[[Row], bool]]] = {
     "Operators": (_OPS, lambda r: r["what"] == "op"),
     "Pairs (over 1: ours is faster)": (_PEERS, lambda r: "peer" in r),

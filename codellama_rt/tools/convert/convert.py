@@ -35,19 +35,36 @@ from codellama_rt.tools.convert.plan import (
 )
 
 _FORMAT = 1  # of the work directory: another begins anew
-_TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "LICENSE*",
-              "USE_POLICY*")  # fmt: skip
+_TOKENIZER = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "LICENSE*",
+    "USE_POLICY*",
+)
 _COMPANIONS = (  # files that belong to a model and stay as they are
-    *_TOKENIZER, "generation_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    *_TOKENIZER,
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def convert(
-    model: str | os.PathLike[str], out: str | os.PathLike[str], *, to: str = HUGGING_FACE,
-    quantization: str | None = None, dtype: str = "auto", shards: int = 1, verify: bool = False,
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    to: str = HUGGING_FACE,
+    quantization: str | None = None,
+    dtype: str = "auto",
+    shards: int = 1,
+    verify: bool = False,
     progress: Progress | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Writes a checkpoint in another layout or quantised.
 
     Memory is bounded by the largest tensor, whatever the model; `verify` needs what running the
@@ -105,8 +122,9 @@ def convert(
 def _checked(options: Options) -> Options:
     check_quantization(options.quantization)
     for name, value, known in (
-        ("to", options.to, TARGETS), ("dtype", options.dtype, ("auto", *FLOAT_DTYPES)),
-    ):  # fmt: skip
+        ("to", options.to, TARGETS),
+        ("dtype", options.dtype, ("auto", *FLOAT_DTYPES)),
+    ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if isinstance(options.shards, bool) or not isinstance(options.shards, int):
@@ -137,9 +155,7 @@ def _identity(path: Path, options: Options) -> dict[str, Any]:
     """What makes a conversion the same as another."""
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
     described = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return {
-        "format": _FORMAT, "source": str(path.resolve()), "files": described, **vars(options),
-    }  # fmt: skip
+    return {"format": _FORMAT, "source": str(path.resolve()), "files": described, **vars(options)}
 
 
 def _check_space(plan: Plan, journal: Journal) -> None:
@@ -148,9 +164,10 @@ def _check_space(plan: Plan, journal: Journal) -> None:
     free, needed = shutil.disk_usage(journal.output).free, plan.num_bytes - done
     if needed > free:
         raise OSError(
-            errno.ENOSPC, f"{needed / 1e9:.2f} GB are to be written, and the disk has "
-            f"{free / 1e9:.2f} GB", str(journal.output.parent.parent),
-        )  # fmt: skip
+            errno.ENOSPC,
+            f"{needed / 1e9:.2f} GB are to be written, and the disk has {free / 1e9:.2f} GB",
+            str(journal.output.parent.parent),
+        )
 
 
 def _write_tensors(

@@ -155,9 +155,14 @@ def _floats(stored: StoredModel, name: str, tensor: StoredTensor, options: Optio
 
 
 def _entry(
-    stored: StoredModel, name: str, tensor: StoredTensor, options: Options, entry_name: str,
-    cut: Reorder | None = None, shape: tuple[int, ...] | None = None,
-) -> Entry:  # fmt: skip
+    stored: StoredModel,
+    name: str,
+    tensor: StoredTensor,
+    options: Options,
+    entry_name: str,
+    cut: Reorder | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> Entry:
     """A tensor in floats, or the piece of it that `cut` makes."""
 
     def read() -> np.ndarray:
@@ -179,9 +184,12 @@ def _quantized_plan(
     def packed(name: str, tensor: StoredTensor) -> Entry:
         num_bytes, order = padded_bytes(kind, tensor.shape), _order(stored, name, options.to)
         return Entry(
-            name, "U8", (num_bytes,), num_bytes,
+            name,
+            "U8",
+            (num_bytes,),
+            num_bytes,
             lambda: quantize_tensor(tensor, kind, order).payload.reshape(-1),
-        )  # fmt: skip
+        )
 
     quantised = [packed(name, t) for name, t in made_from.items() if is_quantized(name)]
     floats = [
@@ -228,9 +236,12 @@ def _cut(axis: int, i: int, count: int) -> Reorder:
 def _check_cuts(stored: StoredModel, count: int) -> None:
     config = stored.config
     sizes = {
-        "n_kv_heads": config.n_kv_heads, "n_heads": config.n_heads, "dim": config.dim,
-        "hidden_dim": config.hidden_dim, "vocab_size": config.vocab_size,
-    }  # fmt: skip
+        "n_kv_heads": config.n_kv_heads,
+        "n_heads": config.n_heads,
+        "dim": config.dim,
+        "hidden_dim": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+    }
     odd = [f"{name} {size}" for name, size in sizes.items() if size % count]
     if odd or count > MAX_SHARDS:
         raise ValueError(

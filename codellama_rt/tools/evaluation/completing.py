@@ -14,9 +14,10 @@ Progress = Callable[[int, int], None]  # called with samples done and samples in
 
 
 def complete(
-    llm: LLM, requests: Sequence[tuple[Sequence[int], SamplingParams]],
+    llm: LLM,
+    requests: Sequence[tuple[Sequence[int], SamplingParams]],
     progress: Progress | None = None,
-) -> list[list[Completion]]:  # fmt: skip
+) -> list[list[Completion]]:
     """Complete all requests together.
 
     Args:

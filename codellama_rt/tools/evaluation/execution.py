@@ -67,9 +67,14 @@ def run_program(source: str, *, timeout_s: float = 10.0, memory_bytes: int = 2**
         command = [*_prefix(), sys.executable, "-I", "-c", _RUNNER, *arguments]
         environment = {"PATH": os.defpath, "HOME": folder, "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            cwd=folder, env=environment, start_new_session=True,
-        ) as process:  # fmt: skip
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+        ) as process:
             try:
                 answer, _ = process.communicate(source.encode(errors="replace"), timeout_s)
             except subprocess.TimeoutExpired:

@@ -32,11 +32,18 @@ def read_problems() -> list[Problem]:
 
 
 def evaluate_humaneval(
-    llm: LLM, *, params: SamplingParams | None = None, n: int = 1, ks: Sequence[int] = (1,),
-    limit: int | None = None, execute: bool = False, timeout_s: float = 10.0,
-    problems: Sequence[Problem] | None = None, progress: Progress | None = None,
+    llm: LLM,
+    *,
+    params: SamplingParams | None = None,
+    n: int = 1,
+    ks: Sequence[int] = (1,),
+    limit: int | None = None,
+    execute: bool = False,
+    timeout_s: float = 10.0,
+    problems: Sequence[Problem] | None = None,
+    progress: Progress | None = None,
     execution_progress: Progress | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Complete the problems, and run their tests if that is wanted.
 
     Args:
@@ -62,20 +69,29 @@ def evaluate_humaneval(
     requests = [request for problem in chosen for request in _requests(llm, problem, params, n)]
     completions = [one for group in complete(llm, requests, progress) for one in group]
     samples = [
-        {"task_id": problem["task_id"], "completion": completion.text,
-         "finish_reason": completion.finish_reason}
+        {
+            "task_id": problem["task_id"],
+            "completion": completion.text,
+            "finish_reason": completion.finish_reason,
+        }
         for problem, completion in zip(
-            (problem for problem in chosen for _ in range(n)), completions, strict=True)
-    ]  # fmt: skip
+            (problem for problem in chosen for _ in range(n)), completions, strict=True
+        )
+    ]
     result = {
         "task": "humaneval",
         "settings": {
-            "n": n, "temperature": params.temperature, "top_p": params.top_p,
-            "seed": params.seed, "max_tokens": params.max_tokens, "problems": len(chosen),
+            "n": n,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "seed": params.seed,
+            "max_tokens": params.max_tokens,
+            "problems": len(chosen),
         },
-        "scores": {}, "fingerprint": fingerprint([sample["completion"] for sample in samples]),
+        "scores": {},
+        "fingerprint": fingerprint([sample["completion"] for sample in samples]),
         "samples": samples,
-    }  # fmt: skip
+    }
     if execute:
         _judge(result, chosen, ks, timeout_s, execution_progress)
     return result
@@ -117,9 +133,12 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def _judge(
-    result: dict[str, Any], problems: Sequence[Problem], ks: Sequence[int], timeout_s: float,
+    result: dict[str, Any],
+    problems: Sequence[Problem],
+    ks: Sequence[int],
+    timeout_s: float,
     progress: Progress | None,
-) -> None:  # fmt: skip
+) -> None:
     samples, n = result["samples"], result["settings"]["n"]
     correct = []
     for i, problem in enumerate(problems):

@@ -41,11 +41,18 @@ def cut_gaps(problems: Sequence[Problem]) -> list[Gap]:
 
 
 def evaluate_infilling(
-    llm: LLM, *, params: SamplingParams | None = None, suffix_first: bool = False,
-    limit: int | None = None, seed: int = 0, execute: bool = False, timeout_s: float = 10.0,
-    problems: Sequence[Problem] | None = None, progress: Progress | None = None,
+    llm: LLM,
+    *,
+    params: SamplingParams | None = None,
+    suffix_first: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+    execute: bool = False,
+    timeout_s: float = 10.0,
+    problems: Sequence[Problem] | None = None,
+    progress: Progress | None = None,
     execution_progress: Progress | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Fill the gaps: how many lines are the very ones, and how many functions still pass.
 
     Args:
@@ -75,10 +82,15 @@ def evaluate_infilling(
     ]
     samples = []
     for gap, (completion, *_) in zip(gaps, complete(llm, requests, progress), strict=True):
-        samples.append({
-            "task_id": gap.problem["task_id"], "line": gap.line, "missing": gap.missing,
-            "filling": completion.text, "exact": completion.text.strip() == gap.missing,
-        })  # fmt: skip
+        samples.append(
+            {
+                "task_id": gap.problem["task_id"],
+                "line": gap.line,
+                "missing": gap.missing,
+                "filling": completion.text,
+                "exact": completion.text.strip() == gap.missing,
+            }
+        )
     count = max(len(samples), 1)
     scores = {"exact_match": sum(sample["exact"] for sample in samples) / count}
     if execute:
@@ -91,12 +103,16 @@ def evaluate_infilling(
     return {
         "task": "infilling",
         "settings": {
-            "gaps": len(gaps), "order": "SPM" if suffix_first else "PSM", "seed": seed,
-            "temperature": params.temperature, "max_tokens": params.max_tokens,
+            "gaps": len(gaps),
+            "order": "SPM" if suffix_first else "PSM",
+            "seed": seed,
+            "temperature": params.temperature,
+            "max_tokens": params.max_tokens,
         },
-        "scores": scores, "fingerprint": fingerprint([sample["filling"] for sample in samples]),
+        "scores": scores,
+        "fingerprint": fingerprint([sample["filling"] for sample in samples]),
         "samples": samples,
-    }  # fmt: skip
+    }
 
 
 def _check_program(gap: Gap, filling: str) -> str:

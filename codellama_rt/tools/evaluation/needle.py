@@ -39,9 +39,15 @@ class Haystack:
 
 
 def evaluate_needle(
-    llm: LLM, *, lengths: Sequence[int], depths: Sequence[float], trials: int = 1, seed: int = 0,
-    sources: Sequence[Path] = (), progress: Progress | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    llm: LLM,
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    trials: int = 1,
+    seed: int = 0,
+    sources: Sequence[Path] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Ask for keys at several depths of files of several lengths.
 
     Args:
@@ -75,25 +81,44 @@ def evaluate_needle(
             for trial in range(trials):
                 hay = blocks.haystack(length, depth, random.Random(f"{seed}/{trial}"))
                 requests.append((hay.token_ids, params))
-                samples.append({"length": length, "depth": depth, "trial": trial,
-                                "tokens": len(hay.token_ids), "tokens_before": hay.place,
-                                "expected": hay.value})  # fmt: skip
+                samples.append(
+                    {
+                        "length": length,
+                        "depth": depth,
+                        "trial": trial,
+                        "tokens": len(hay.token_ids),
+                        "tokens_before": hay.place,
+                        "expected": hay.value,
+                    }
+                )
     for sample, (completion,) in zip(samples, complete(llm, requests, progress), strict=True):
         answer = completion.text.strip()
         sample |= {"answer": answer, "found": _first_number(answer) == str(sample["expected"])}
     grid = [
-        {"length": length, "depth": depth, "found": sum(
-            s["found"] for s in samples if (s["length"], s["depth"]) == (length, depth)) / trials}
-        for length in lengths for depth in depths
-    ]  # fmt: skip
+        {
+            "length": length,
+            "depth": depth,
+            "found": sum(
+                s["found"] for s in samples if (s["length"], s["depth"]) == (length, depth)
+            )
+            / trials,
+        }
+        for length in lengths
+        for depth in depths
+    ]
     return {
         "task": "needle",
-        "settings": {"lengths": list(lengths), "depths": list(depths), "trials": trials,
-                     "seed": seed},
+        "settings": {
+            "lengths": list(lengths),
+            "depths": list(depths),
+            "trials": trials,
+            "seed": seed,
+        },
         "scores": {"found": sum(sample["found"] for sample in samples) / max(len(samples), 1)},
-        "grid": grid, "fingerprint": fingerprint([sample["answer"] for sample in samples]),
+        "grid": grid,
+        "fingerprint": fingerprint([sample["answer"] for sample in samples]),
         "samples": samples,
-    }  # fmt: skip
+    }
 
 
 def standard_library() -> list[Path]:

@@ -17,9 +17,13 @@ _FIRST_EDGE = 256  # the curve has a point for positions below it, then for each
 
 
 def evaluate_perplexity(
-    llm: LLM, paths: Sequence[Path], *, context: int | None = None, stride: int | None = None,
+    llm: LLM,
+    paths: Sequence[Path],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Score every token of every file, given those before it.
 
     Args:
@@ -66,15 +70,17 @@ def evaluate_perplexity(
             loss, count, done = loss + float(losses.sum()), count + len(losses), done + end - begin
             if progress is not None:
                 progress(done, total)
-        files.append({"path": str(path), "tokens": count, "loss": loss,
-                      "perplexity": math.exp(loss / count)})  # fmt: skip
+        files.append(
+            {"path": str(path), "tokens": count, "loss": loss, "perplexity": math.exp(loss / count)}
+        )
     tokens = sum(file["tokens"] for file in files)
     return {
         "task": "perplexity",
         "settings": {"context": context, "stride": stride if context else None, "tokens": tokens},
         "scores": {"perplexity": math.exp(sum(file["loss"] for file in files) / tokens)},
-        "curve": curve.points(), "samples": files,
-    }  # fmt: skip
+        "curve": curve.points(),
+        "samples": files,
+    }
 
 
 def _token_ids(llm: LLM, path: Path) -> list[int]:
@@ -107,9 +113,11 @@ def _losses(llm: LLM, ids: Sequence[int], begin: int, first: int, end: int) -> n
         window[0] = llm.tokenizer.bos_id  # of a later window, too
     position = begin
     chunks = logits_by_chunk(
-        llm.model, window, kv_dtype=llm.kv_cache.dtype,
+        llm.model,
+        window,
+        kv_dtype=llm.kv_cache.dtype,
         chunk_size=llm.engine.scheduler.max_num_batched_tokens,
-    )  # fmt: skip
+    )
     for logits in chunks:
         following = np.array(ids[position + 1 : position + 1 + len(logits)])
         scored = np.arange(position + 1, position + 1 + len(logits)) >= first
@@ -139,7 +147,10 @@ class _Curve:
 
     def points(self) -> list[dict[str, float]]:
         return [
-            {"tokens_before": edge, "tokens": self._count[edge],
-             "perplexity": math.exp(self._loss[edge] / self._count[edge])}
+            {
+                "tokens_before": edge,
+                "tokens": self._count[edge],
+                "perplexity": math.exp(self._loss[edge] / self._count[edge]),
+            }
             for edge in sorted(self._loss)
-        ]  # fmt: skip
+        ]
