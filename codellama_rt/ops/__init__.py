@@ -1,9 +1,9 @@
 """The operators, called directly: NumPy arrays or MindSpore Tensors in, the same kind out.
 
-Shapes, dtypes and costs of each op: `ops.schema`; its definition in NumPy: `ops.reference`; the
-MindSpore primitives of the same kernels: `ops.graph`. Every op checks its arguments before it
-writes anything: ValueError for shapes and values, TypeError for dtypes. `out=` takes preallocated
-results. Calls run synchronously in the caller's thread and release the GIL.
+Shapes, dtypes and costs of each op: `ops.schema`; NumPy definitions: `ops.reference`; MindSpore
+primitives of the same kernels: `ops.graph`. Every op checks all its arguments before it writes
+anything and raises ValueError for shapes and values, TypeError for dtypes. `out=` takes
+preallocated results. Calls run synchronously in the caller's thread and release the GIL.
 """
 
 from __future__ import annotations

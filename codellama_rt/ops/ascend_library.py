@@ -1,4 +1,4 @@
-"""Where the Ascend kernels are, and why they cannot be used where they cannot."""
+"""Find and load the Ascend kernels, or explain why they are not available."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ class AscendUnavailable(RuntimeError):
 
 
 def folder() -> Path:
-    """Where the glue and the emulator lie: the package, or $CODELLAMA_RT_ASCEND_LIBRARIES."""
+    """Return the folder of the Ascend libraries.
+
+    The package's own folder, unless $CODELLAMA_RT_ASCEND_LIBRARIES names another.
+    """
     package = Path(__file__).resolve().parent.parent
     return Path(os.environ.get("CODELLAMA_RT_ASCEND_LIBRARIES", package))
 
 
 def available() -> tuple[bool, str]:
-    """Whether the Ascend kernels can run here, and on what, or why not.
+    """Return whether the Ascend kernels can run here, with a description or the reason.
 
-    The libraries are loaded to find out: nothing short of that tells.
+    The only reliable way to know is to load the libraries, so this does.
     """
     try:
         glue = load(folder())
@@ -40,10 +43,10 @@ def available() -> tuple[bool, str]:
 
 @functools.cache
 def load(where: Path) -> ModuleType:
-    """The glue of a build, its libraries opened.
+    """Return the extension module of a build, with its libraries opened.
 
     Raises:
-        AscendUnavailable: the build has no glue, or something that it needs is missing.
+        AscendUnavailable: the build has no Ascend module, or something it needs is missing.
     """
     path = where / f"_ascend{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not path.is_file():
@@ -64,10 +67,10 @@ def load(where: Path) -> ModuleType:
 
 
 def find_custom_ops() -> Path:
-    """The library of the installed op package: CANN's own rules, first match.
+    """Return the library of the installed op package, by CANN's search order (first match wins).
 
     Raises:
-        AscendUnavailable: there is none.
+        AscendUnavailable: no op package is installed.
     """
     folders = [Path(p) for p in os.environ.get("ASCEND_CUSTOM_OPP_PATH", "").split(":") if p]
     if "ASCEND_OPP_PATH" in os.environ:
@@ -84,18 +87,18 @@ def find_custom_ops() -> Path:
 
 
 def _import_glue(path: Path) -> ModuleType:
-    """MindSpore first: the glue's symbols are its."""
+    """Import MindSpore first: the extension module needs its symbols."""
     try:
         import mindspore  # noqa: F401
     except ImportError as error:
-        raise AscendUnavailable(f"the ascend kernels are reached by MindSpore: {error}") from None
+        raise AscendUnavailable(f"the ascend kernels need MindSpore: {error}") from None
     spec = importlib.util.spec_from_file_location("_ascend", path)
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
         raise AscendUnavailable(
-            f"the ascend glue was built for another MindSpore: {error}"
+            f"the ascend module was built for another MindSpore: {error}"
         ) from None
     return module
 

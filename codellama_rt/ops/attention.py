@@ -1,4 +1,4 @@
-"""The operators of attention, called directly."""
+"""The attention operators, called directly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def flash_attention(
     scale: float | None = None,
     out: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
-    """Softmax attention of several sequences over contiguous keys and values (arXiv:2307.08691).
+    """Compute softmax attention of several sequences over contiguous K and V (arXiv:2307.08691).
 
     Args:
         query: (num_tokens, n_heads, head_dim) float32, float16 or bfloat16.
@@ -58,25 +58,27 @@ def paged_attention(
     scale: float | None = None,
     out: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
-    """Causal attention of one to many queries a sequence over its pages (arXiv:2309.06180).
+    """Compute causal attention of one or more queries per sequence over its blocks.
+
+    PagedAttention, arXiv:2309.06180.
 
     Args:
         query: (num_tokens, n_heads, head_dim) float32, float16 or bfloat16. Over a bfloat16 cache
-            it is rounded to bfloat16, over a quantised one to int16 with a scale a head.
+            it is rounded to bfloat16, over a quantised one to int16 with one scale per head.
         key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`
             in int8 or int4; block_size is a multiple of 16, n_kv_heads divides n_heads.
         value_cache: like `key_cache`.
-        block_tables: (num_seqs, max_blocks) int32; entries past a sequence's pages are not read.
-        seq_lens: (num_seqs) int32: keys of each sequence, the queries' own tokens included.
-        cu_seqlens_q: (num_seqs + 1) int32, rising from 0 to num_tokens: 1 query a sequence is
-            decoding, k + 1 is speculation, more is a chunk of a prompt.
+        block_tables: (num_seqs, max_blocks) int32; entries past a sequence's blocks are not read.
+        seq_lens: (num_seqs) int32: keys of each sequence, including those of the queries.
+        cu_seqlens_q: (num_seqs + 1) int32, rising from 0 to num_tokens. One query per sequence is
+            decoding, k + 1 are speculation, more are a chunk of a prompt.
         scale: factor of the scores; head_dim ** -0.5 by default.
         out: (out, lse).
 
     Returns:
         out (num_tokens, n_heads, head_dim) in query's dtype; lse (num_tokens, n_heads) float32.
-        A row's bits depend on its own sequence alone: not on the batch, the chunk, the placement of
-        pages, block_size or the number of threads.
+        A row's bits depend only on its own sequence: not on the batch, the chunk, the placement of
+        blocks, block_size or the number of threads.
 
     Example:
         >>> cache = np.ones((1, 1, 16, 2), np.float32)
@@ -102,7 +104,7 @@ def merge_attention(
     *,
     out: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
-    """Joins two attentions of the same queries over disjoint keys (arXiv:2501.01005).
+    """Merge two attentions of the same queries over disjoint keys (arXiv:2501.01005).
 
     Args:
         out_a: (num_tokens, n_heads, head_dim) float32, float16 or bfloat16.
@@ -112,7 +114,7 @@ def merge_attention(
         out: (out, lse).
 
     Returns:
-        (out, lse) as if the keys had been attended in one go.
+        (out, lse) as if all keys had been attended at once.
 
     Example:
         >>> x, lse = np.ones((1, 1, 2), np.float32), np.zeros((1, 1), np.float32)

@@ -1,4 +1,4 @@
-"""The operators that rotate queries and keys and write the pages, called directly."""
+"""The operators that apply RoPE and write the KV cache, called directly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from codellama_rt.ops.results import Array, axis_size, empty
 def apply_rotary_pos_emb(
     query: Array, key: Array, cos: Array, sin: Array, positions: Array, *, interleaved: bool = False
 ) -> tuple[Array, Array]:
-    """RoPE (arXiv:2104.09864): rotates queries and keys by their positions, in place.
+    """Rotate queries and keys by their positions, in place: RoPE (arXiv:2104.09864).
 
     Args:
         query: (num_tokens, n_heads, head_dim) float32, float16 or bfloat16; written.
@@ -38,7 +38,7 @@ def apply_rotary_pos_emb(
 def reshape_and_cache(
     key: Array, value: Array, key_cache: Array, value_cache: Array, slot_mapping: Array
 ) -> None:
-    """Writes keys and values into their slots of the paged cache, in place.
+    """Write keys and values into their slots of the paged cache, in place.
 
     Args:
         key: (num_tokens, n_kv_heads, head_dim) float32, float16 or bfloat16.
@@ -70,7 +70,7 @@ def rope_and_cache(
     interleaved: bool = False,
     out: Array = None,
 ) -> Array:
-    """Rotates query and key and writes key and value into the paged cache: one pass over qkv.
+    """Apply RoPE to queries and keys and write keys and values to the cache, in one pass over qkv.
 
     Args:
         qkv: (num_tokens, (n_heads + 2 * n_kv_heads) * head_dim) float32, float16 or bfloat16.
@@ -80,7 +80,7 @@ def rope_and_cache(
         key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`
             in int8 or int4, quantised as it is written; written.
         value_cache: like `key_cache`; written.
-        slot_mapping: (num_tokens) int32; -1 writes nothing of that token.
+        slot_mapping: (num_tokens) int32; -1 skips the token.
         interleaved: as in `apply_rotary_pos_emb`.
         out: (num_tokens, n_heads, head_dim) in qkv's dtype.
 
@@ -106,7 +106,7 @@ def rope_and_cache(
 
 
 def copy_blocks(key_cache: Array, value_cache: Array, block_pairs: Array) -> None:
-    """Copies whole pages of both caches, pair after pair, in place (copy-on-write).
+    """Copy whole blocks of both caches, pair after pair, in place (copy-on-write).
 
     Args:
         key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`

@@ -1,4 +1,4 @@
-"""The library of CUDA kernels, loaded on demand; whether it can be used, and why not."""
+"""Load the library of CUDA kernels on demand, or explain why it cannot be used."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _NAME = "codellama_rt._cuda"
 
 
 def module() -> ModuleType:
-    """The compiled module `_cuda`.
+    """Return the compiled module `_cuda`.
 
     Raises:
-        RuntimeError: this build has none; `available` says the same without raising.
+        RuntimeError: this build has no CUDA kernels; `available` says the same without raising.
     """
     try:
         return importlib.import_module(_NAME)
@@ -21,7 +21,7 @@ def module() -> ModuleType:
 
 
 def available() -> tuple[bool, str]:
-    """Whether the kernels are built and a device is there, and what it is or why not."""
+    """Return whether the kernels are built and a device is present, with its name or the reason."""
     try:
         built = importlib.import_module(_NAME)
     except ImportError as error:

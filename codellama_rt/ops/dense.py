@@ -1,4 +1,4 @@
-"""The operators of dense layers and the whole layer, called directly."""
+"""The operators of the dense layers, and a whole decoder layer, called directly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from codellama_rt.ops.results import Array, axis_size, empty, empty_like
 
 
 def embedding(token_ids: Array, table: Array, *, out: Array = None) -> Array:
-    """Rows `token_ids` of a table.
+    """Return rows `token_ids` of a table.
 
     Args:
         token_ids: (num_tokens) int32, each in [0, vocab_size).
@@ -31,7 +31,9 @@ def embedding(token_ids: Array, table: Array, *, out: Array = None) -> Array:
 
 
 def rms_norm(x: Array, weight: Array, eps: float = 1e-5, *, out: Array = None) -> Array:
-    """RMSNorm (arXiv:1910.07467): x / sqrt(mean(x^2) + eps) * weight, statistics in float32.
+    """Return RMSNorm (arXiv:1910.07467) of x: x / sqrt(mean(x^2) + eps) * weight.
+
+    The mean is accumulated in float32.
 
     Args:
         x: (num_tokens, dim) float32, float16 or bfloat16.
@@ -60,7 +62,7 @@ def add_rms_norm(
     *,
     out: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
-    """rms_norm of x + residual, and that sum: the residual stream's step between two sublayers.
+    """Return rms_norm(x + residual) and the sum, which continues the residual stream.
 
     Args:
         x: (num_tokens, dim) float32, float16 or bfloat16.
@@ -84,16 +86,18 @@ def add_rms_norm(
 
 
 def linear(x: Array, weight: Array | tuple[Array, ...], *, out: Array = None) -> Array:
-    """x times weight transposed, accumulated in float32; a row's bits do not depend on num_tokens.
+    """Return x times weight transposed, accumulated in float32.
+
+    The bits of a row do not depend on num_tokens.
 
     Args:
-        x: (num_tokens, in_features) float32, float16 or bfloat16; rows may lie apart. Over bfloat16
-            weights it is rounded to bfloat16 where the CPU has such dot products.
-        weight: (out_features, in_features) as it lies in a checkpoint, any float dtype, or a
-            `Quantized` one, over which x is rounded to int8 in groups of 32 (over int8 of 64,
-            rotated); or a tuple of up to three of one dtype that are multiplied in one pass as if
-            they were one of all their rows.
-        out: (num_tokens, out_features), any float dtype; x's by default; rows may lie apart.
+        x: (num_tokens, in_features) float32, float16 or bfloat16; rows may be strided. Over
+            bfloat16 weights it is rounded to bfloat16 on CPUs with bfloat16 dot products.
+        weight: (out_features, in_features) in the checkpoint's row order, any float dtype or
+            `Quantized`. Over quantised weights x is rounded to int8 in groups of 32 (over int8
+            weights: groups of 64, rotated). A tuple of up to three weights of one dtype is
+            multiplied in one pass, as if their rows were concatenated.
+        out: (num_tokens, out_features), any float dtype (default: x's); rows may be strided.
 
     Returns:
         (num_tokens, out_features).
@@ -110,22 +114,23 @@ def linear(x: Array, weight: Array | tuple[Array, ...], *, out: Array = None) ->
 
 
 def quantize(weight: Array, dtype: str) -> Quantized:
-    """A weight in int8 or int4: a scale for 64 elements of a row (int4: and a minimum, for 32).
+    """Quantise a weight to int8 or int4.
 
-    int8 rotates each 64 elements first (a Hadamard matrix, arXiv:2404.00456), as `linear` rotates
-    x: outliers are spread, so that all keep more bits. A row that holds a NaN or an infinity gives
-    NaN, and so does int8 past 5e36. The bytes are the same on every instruction set.
+    int8 has one scale per 64 elements of a row; int4 a scale and a minimum per 32. int8 first
+    rotates each group by a Hadamard matrix (arXiv:2404.00456), as `linear` rotates x: this spreads
+    outliers over the group. A row that holds a NaN or an infinity becomes NaN, as do int8 values
+    past 5e36. The bytes are the same on every instruction set.
 
     Args:
         weight: (out_features, in_features) float32, float16 or bfloat16.
-        dtype: "int8" (8.25 bits an element) or "int4" (4.5 bits).
+        dtype: "int8" (8.25 bits per element) or "int4" (4.5 bits).
 
     Returns:
-        What `linear` and `embedding` take; its payload is of the same kind as `weight`.
+        A weight for `linear` and `embedding`; its payload is the same kind of array as `weight`.
 
     Raises:
-        ValueError: another dtype, or a weight that is not a matrix.
-        TypeError: a weight of another dtype.
+        ValueError: another target dtype, or a weight that is not a matrix.
+        TypeError: the weight is not float32, float16 or bfloat16.
 
     Example:
         >>> quantized = quantize(np.eye(2, dtype=np.float32), "int8")
@@ -143,7 +148,7 @@ def quantize(weight: Array, dtype: str) -> Quantized:
 
 
 def silu_and_mul(gate_up: Array, *, out: Array = None) -> Array:
-    """SwiGLU's middle (arXiv:2002.05202): silu(gate) * up.
+    """Return silu(gate) * up, the middle of a SwiGLU layer (arXiv:2002.05202).
 
     Args:
         gate_up: (num_tokens, 2 * hidden_dim) float32, float16 or bfloat16: gate, then up.
@@ -187,11 +192,11 @@ def decoder_layer(
     interleaved: bool = False,
     out: Array = None,
 ) -> Array:
-    """A whole layer of Llama (arXiv:2302.13971): the bits of the single ops one after another.
+    """Run a whole Llama layer (arXiv:2302.13971), bit for bit the result of its single ops.
 
     Args:
         x: (num_tokens, dim) float32: the residual stream.
-        attention_norm: (dim), any float dtype, as all weights here.
+        attention_norm: (dim), any float dtype, like all weights here.
         q_proj: (n_heads * head_dim, dim).
         k_proj: (n_kv_heads * head_dim, dim) in q_proj's dtype.
         v_proj: like `k_proj`.
@@ -206,9 +211,9 @@ def decoder_layer(
         key_cache: (num_blocks, n_kv_heads, block_size, head_dim), any float dtype, or `Quantized`
             in int8 or int4, quantised as it is written; written.
         value_cache: like `key_cache`; written.
-        slot_mapping: (num_tokens) int32; -1 writes nothing of that token.
+        slot_mapping: (num_tokens) int32; -1 skips the token.
         block_tables: (num_seqs, max_blocks) int32.
-        seq_lens: (num_seqs) int32, the tokens of this call included.
+        seq_lens: (num_seqs) int32, including the tokens of this call.
         cu_seqlens_q: (num_seqs + 1) int32, rising from 0 to num_tokens.
         eps: of both norms.
         interleaved: as in `apply_rotary_pos_emb`.

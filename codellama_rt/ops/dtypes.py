@@ -1,4 +1,4 @@
-"""Names of float element types, as checkpoints and callers write them, and NumPy's dtypes."""
+"""Names of float dtypes in checkpoints and arguments, and the NumPy dtypes they stand for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The NumPy dtype of "float32", "float16" or "bfloat16".
+    """Return the NumPy dtype of "float32", "float16" or "bfloat16".
 
     Raises:
         ValueError: another name.

@@ -5,31 +5,31 @@ there is no `out=`, and a size may change from call to call without a new compil
 graph takes it as dynamic (`Cell.set_inputs`, `mindspore.enable_dynamic`, `jit(dynamic=1)`).
 Attributes (eps, scale, ...) are constants of the graph. Importing this module imports MindSpore.
 
-**Order in a graph.** MindSpore orders operators by their data alone. A write whose result nobody
-uses is dropped, and a reader that does not depend on the writer may run before it. So:
+**Order in a graph.** MindSpore orders operators only by the data they exchange. A write whose
+result nobody uses is dropped, and a reader that does not depend on the writer may run before it:
 
-* `rope_and_cache` returns the rotated query, which `paged_attention` takes: their order is given.
+* `rope_and_cache` returns the rotated query, which `paged_attention` takes: nothing to do.
 * `reshape_and_cache`, `copy_blocks` and `apply_rotary_pos_emb` have no result of their own: here
-  they return a token, int32 (1). Whoever reads what they wrote, or writes it again, must take it
+  they return a token, int32 (1). Whatever reads or overwrites what they wrote must take it
   through `mindspore.ops.depend(tensor, token)`, and the last token must be an output of the graph.
-  A write after a read is ordered in the same way, by `depend(tensor, what_was_read)`.
+  Order a write after a read in the same way: `depend(tensor, what_was_read)`.
 
-In PyNative operators run in the order of their calls, and tokens may be ignored.
+In PyNative operators run in the order they are called, and tokens may be ignored.
 
 **Writing in place.** A tensor that is written must own its memory (`Tensor.from_numpy`, a
-Parameter, a result): MindSpore copies a view (a slice, a reshape) before it calls any custom
-operator, and the write would be lost with the copy. PyNative calls refuse the views that can be
-told from other tensors: those with an offset.
+Parameter, a result): MindSpore copies a view (a slice, a reshape) before it calls a custom
+operator, so the write would go to the copy and be lost. PyNative calls reject the views that can
+be recognised: those with an offset.
 
-**Errors.** A wrong dtype is a TypeError, when a graph is compiled or an operator is called. Shapes
-and values are checked when the operator runs: MindSpore makes a RuntimeError of it that names
-operator, argument and reason. PyNative runs asynchronously, so it may show at a later call, or when
-a result is read.
+**Errors.** A wrong dtype raises TypeError when the graph is compiled or the operator is called.
+Shapes and values are checked when the operator runs: MindSpore raises a RuntimeError that names
+the operator, the argument and the reason. PyNative runs asynchronously, so the error may appear at
+a later call or when a result is read.
 
-**Quantised tensors.** A `Quantized` stands in PyNative where it does in `codellama_rt.ops`, its
-payload a Tensor. A graph takes it apart, as the tuple (payload, dtype, shape), of which the last
-two are constants. The payload of a cache is (num_blocks, n_kv_heads, bytes of a page): the number
-and the size of its pages may change from call to call, and are not read from the shape.
+**Quantised tensors.** In PyNative, pass a `Quantized` as in `codellama_rt.ops`, with a Tensor as
+payload. Inside a graph, pass the tuple (payload, dtype, shape), of which the last two are
+constants. A cache's payload is (num_blocks, n_kv_heads, bytes per block): the number and size of
+its blocks may change from call to call, and are not read from the shape.
 
 Example:
     >>> import mindspore, numpy
@@ -54,24 +54,24 @@ __all__ = [*OPS, "primitive"]
 
 
 def embedding(token_ids: Tensor, table: Tensor) -> Tensor:
-    """Rows of a table, in float32."""
+    """Return rows of a table, in float32."""
     return _run("embedding", (token_ids, table))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, statistics in float32."""
+    """Return x / sqrt(mean(x^2) + eps) * weight, statistics in float32."""
     return _run("rms_norm", (x, weight), eps)
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """rms_norm of x + residual, and that sum."""
+    """Return rms_norm of x + residual, and that sum."""
     return _run("add_rms_norm", (x, residual, weight), eps)
 
 
 def linear(x: Tensor, weight: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """x times weight transposed; up to three weights as if they were one of all their rows."""
+    """Return x times weight transposed; up to three weights act as one with all their rows."""
     alone = not isinstance(weight, (tuple, list)) or _is_quantized(weight)
     weights = (weight,) if alone else weight
     return _run("linear", (x, *weights))
@@ -86,14 +86,14 @@ def apply_rotary_pos_emb(
     *,
     interleaved: bool = False,
 ) -> Tensor:
-    """Rotates queries and keys by their positions, in place; returns a token."""
+    """Rotate queries and keys by their positions, in place, and return a token."""
     return _run("apply_rotary_pos_emb", (query, key, cos, sin, positions), interleaved)
 
 
 def reshape_and_cache(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
 ) -> Tensor:
-    """Writes keys and values into their slots of the pages; returns a token."""
+    """Write keys and values into their slots of the cache and return a token."""
     return _run("reshape_and_cache", (key, value, key_cache, value_cache, slot_mapping))
 
 
@@ -108,9 +108,10 @@ def rope_and_cache(
     *,
     interleaved: bool = False,
 ) -> Tensor:
-    """Rotates query and key, writes key and value into their slots; returns the query.
+    """Rotate query and key, write key and value into their slots and return the query.
 
-    What reads these pages must take that query, or something made of it, as `paged_attention` does.
+    Whatever reads these blocks must take that query, or something computed from it, as
+    `paged_attention` does.
     """
     tensors = (qkv, cos, sin, positions, key_cache, value_cache, slot_mapping)
     return _run("rope_and_cache", tensors, interleaved)
@@ -126,7 +127,7 @@ def flash_attention(
     causal: bool = True,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over contiguous keys and values of several sequences, causal from the end."""
+    """Attend over contiguous keys and values of several sequences, causal from the end."""
     return _run("flash_attention", (query, key, value, cu_seqlens_q, cu_seqlens_k), causal, scale)
 
 
@@ -140,7 +141,7 @@ def paged_attention(
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of one to many queries a sequence over the pages of its keys and values."""
+    """Attend causally over the blocks of each sequence's keys and values, one query or many."""
     tensors = (query, key_cache, value_cache, block_tables, seq_lens, cu_seqlens_q)
     return _run("paged_attention", tensors, scale)
 
@@ -148,17 +149,17 @@ def paged_attention(
 def merge_attention(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Joins two attentions of the same queries over disjoint keys."""
+    """Merge two attentions of the same queries over disjoint keys."""
     return _run("merge_attention", (out_a, lse_a, out_b, lse_b))
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up."""
+    """Return silu(gate) * up."""
     return _run("silu_and_mul", (gate_up,))
 
 
 def copy_blocks(key_cache: Tensor, value_cache: Tensor, block_pairs: Tensor) -> Tensor:
-    """Copies pages of both caches, pair after pair; returns a token."""
+    """Copy blocks of both caches, pair after pair, and return a token."""
     return _run("copy_blocks", (key_cache, value_cache, block_pairs))
 
 
@@ -186,7 +187,7 @@ def decoder_layer(
     eps: float = 1e-5,
     interleaved: bool = False,
 ) -> Tensor:
-    """A whole layer as one op: the bits of the single ops one after another."""
+    """Run a whole layer as one op, bit for bit the result of its single ops."""
     tensors = (
         x,
         attention_norm,
@@ -212,36 +213,36 @@ def decoder_layer(
 
 
 def primitive(name: str, *, num_weights: int = 1, **attributes: float | bool | None) -> Custom:
-    """The primitive behind one of the functions above: faster in PyNative, for it checks less.
+    """Return the primitive behind one of the functions above: faster in PyNative, fewer checks.
 
     Args:
-        name: of the op.
-        num_weights: how many weights a `linear` takes after x.
-        **attributes: as of the function; those not given have their defaults.
+        name: the op.
+        num_weights: number of weights that `linear` takes after x.
+        **attributes: the function's attributes; missing ones take their defaults.
 
     Returns:
-        A `mindspore.ops.Custom` to be called with the tensors; the same object for the same
-        arguments.
+        A `mindspore.ops.Custom` to be called with the tensors; equal arguments return the same
+        object.
 
     Raises:
-        ValueError: no such op or attribute, or a value out of range.
-        TypeError: an attribute of a wrong type.
+        ValueError: an unknown op or attribute, or a value out of range.
+        TypeError: an attribute of the wrong type.
 
     Example:
         >>> primitive("rms_norm", eps=1e-6) is primitive("rms_norm", eps=1e-6)
         True
     """
     if name not in OPS:
-        raise ValueError(f"primitive: no op named {name!r}; there are {', '.join(OPS)}")
+        raise ValueError(f"primitive: no op named {name!r}; available: {', '.join(OPS)}")
     known = OPS[name].attributes
     for attribute in attributes.keys() - known.keys():
-        raise ValueError(f"{name} has no attribute {attribute!r}; it has: {', '.join(known)}")
+        raise ValueError(f"{name} has no attribute {attribute!r}; available: {', '.join(known)}")
     num_tensors = 1 + num_weights if name == "linear" else len(OPS[name].inputs)
     values = [attributes.get(key, attribute.default) for key, attribute in known.items()]
     return make_primitive(name, (None,) * num_tensors, *values)
 
 
-_constant_primitive = constexpr(make_primitive)  # a graph evaluates it while it is compiled
+_constant_primitive = constexpr(make_primitive)  # evaluated while a graph is compiled
 
 
 def _run(
@@ -267,18 +268,18 @@ def _as_tuple(tensor: Tensor | Quantized) -> Tensor | tuple:
 
 
 def _is_quantized(tensor: object) -> bool:
-    """Whether it is (payload, dtype, shape): graphs know no other kind of a quantised tensor."""
+    """Return whether this is (payload, dtype, shape), the form of quantised tensors in a graph."""
     return isinstance(tensor, tuple) and len(tensor) == 3 and isinstance(tensor[1], str)
 
 
 @constexpr(check=False)
 def _is_compiling(function: Callable[..., object] | None) -> bool:
-    """Whether a graph is being compiled: only then does a function arrive as None."""
+    """Return whether a graph is being compiled: only then is a function passed as None."""
     return function is None
 
 
 def _document() -> None:
-    """Append to each function's sentence what the schema says of its arguments and results."""
+    """Append to each docstring the schema's description of the arguments and results."""
     for name, op in OPS.items():
         lines = [globals()[name].__doc__.rstrip(), "", "Args:"]
         for key, tensor in op.inputs.items():

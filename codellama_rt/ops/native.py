@@ -1,4 +1,4 @@
-"""What the kernels run on: instruction set, threads, devices."""
+"""What the kernels run on: the instruction set, the threads, the devices."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from codellama_rt.ops.ascend_library import available as ascend_available
 
 
 def available_isas() -> list[str]:
-    """Instruction sets that this CPU and build have, best first."""
+    """Return the instruction sets that both this CPU and this build support, best first."""
     return _core.available_isas()
 
 
 def isa() -> str:
-    """The instruction set in use."""
+    """Return the instruction set in use."""
     return _core.isa()
 
 
@@ -25,35 +25,35 @@ def set_isa(name: str) -> None:
         name: one of `available_isas()`.
 
     Raises:
-        ValueError: this CPU or build lacks it.
+        ValueError: this CPU or this build does not support it.
     """
     _core.set_isa(name)
 
 
 def num_threads() -> int:
-    """Threads that one op uses; the CPUs this process may run on, unless set."""
+    """Return the number of threads per op (default: all CPUs this process may run on)."""
     return _core.num_threads()
 
 
 def set_num_threads(n: int) -> None:
-    """Use `n` threads an op from now on (also: environment CODELLAMA_RT_NUM_THREADS).
+    """Use `n` threads per op from now on (also: environment CODELLAMA_RT_NUM_THREADS).
 
-    No result depends on it, to the last bit.
+    Results do not depend on it: every bit stays the same.
     """
     _core.set_num_threads(n)
 
 
 def available(device: str = "cpu") -> tuple[bool, str]:
-    """Whether a device can be used, and why (not).
+    """Return whether a device can be used, and why or why not.
 
     Args:
         device: "cpu", "cuda" or "ascend".
 
     Returns:
-        (True, what it is) or (False, the reason).
+        (True, a description) or (False, the reason).
 
     Raises:
-        ValueError: no such device name.
+        ValueError: an unknown device name.
 
     Example:
         >>> available("cpu")[0]

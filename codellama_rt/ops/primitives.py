@@ -1,7 +1,7 @@
-"""From the schema to `mindspore.ops.Custom` objects over the kernels' library.
+"""Make `mindspore.ops.Custom` objects over the kernels' library from the schema.
 
-MindSpore dlopens the library that `_core` is linked with, so both roads share its threads and its
-choice of instruction set.
+MindSpore dlopens the library that `_core` is linked with, so direct calls and graph ops share its
+threads and its choice of instruction set.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from codellama_rt import _core
 from codellama_rt.ops.quantized import WEIGHT_DTYPES, cache_row_bytes
 from codellama_rt.ops.schema import OPS, Attribute, Op, Tensor
 
-Format = tuple[str, tuple[int, ...]]  # dtype and shape of what the bytes of an input stand for
+Format = tuple[str, tuple[int, ...]]  # dtype and shape of the tensor that a payload encodes
 LIBRARY = Path(_core.__file__).with_name("libcodellama_rt_cpu.so")
 MAX_WEIGHTS = 3
 _CACHES = ("key_cache", "value_cache")
 
 
-@functools.lru_cache(maxsize=None, typed=True)  # typed: 1 is no True, and is refused
+@functools.lru_cache(maxsize=None, typed=True)  # typed: 1 is not True, and must be rejected
 def make_primitive(
     name: str, formats: tuple[Format | None, ...], *values: float | bool | None
 ) -> Custom:
-    """One op with inputs in `formats`, None being a float one, and attributes as in the schema."""
+    """Return one op for inputs in `formats` (None: float) with attributes as in the schema."""
     op = OPS[name]
     num_tensors = len(formats)
     inputs = _names(name, num_tensors)
@@ -40,15 +40,15 @@ def make_primitive(
         info.output(i, key)
     for (key, attribute), value in zip(op.attributes.items(), values, strict=True):
         info.attr(key, "required", attribute.type, value=_checked(name, key, attribute, value))
-    # In one: all primitives of a symbol must have the same attributes.
+    # One attribute for all formats: primitives of one symbol must have the same attributes.
     info.attr("formats", "required", "str", value=_describe(name, inputs, formats))
-    if name == "linear":  # the ABI's shape inference does not tell
+    if name == "linear":  # the ABI's shape inference is not told
         info.attr("num_weights", "required", "int", value=num_tensors - 1)
     info.dtype_format(*[DataType.None_None] * (len(inputs) + len(outputs))).target("CPU")
     symbol = "".join(part.capitalize() for part in name.split("_"))
     return Custom(
         f"{LIBRARY}:{symbol}",
-        None,  # shapes: the library's <symbol>InferShape, the only kind that takes dynamic ones
+        None,  # shapes: the library's <symbol>InferShape; other kinds reject dynamic shapes
         _type_inference(op, inputs, formats),
         "aot",
         reg_info=info.get_op_info(),
@@ -56,11 +56,11 @@ def make_primitive(
 
 
 def check_tensors(name: str, tensors: tuple[Any, ...]) -> None:
-    """Refuse, in PyNative, what MindSpore would crash on or copy before it is written.
+    """Reject, in PyNative, what would crash MindSpore or be copied before it is written.
 
     Raises:
-        TypeError: an argument that is not a Tensor.
-        ValueError: a view that the op is to write.
+        TypeError: an argument is not a Tensor.
+        ValueError: an argument to be written is a view.
     """
     op = OPS[name]
     for key, tensor in zip(_names(name, len(tensors)), tensors, strict=True):
@@ -71,8 +71,8 @@ def check_tensors(name: str, tensors: tuple[Any, ...]) -> None:
             )
         if key in op.written and (tensor.storage_offset() or not tensor.is_contiguous()):
             raise ValueError(
-                f"{name}: {key} {tensor.shape} is to be written, but it is a view, and MindSpore "
-                "would have a copy of it written; make it with Tensor.from_numpy"
+                f"{name}: {key} {tensor.shape} is written in place, but it is a view, and "
+                "MindSpore would write to a copy instead; make it with Tensor.from_numpy"
             )
 
 
@@ -87,9 +87,9 @@ def _names(name: str, num_tensors: int) -> tuple[str, ...]:
 
 
 def _describe(op: str, names: tuple[str, ...], formats: tuple[Format | None, ...]) -> str:
-    """The formats as `csrc/aot.cc` reads them: of each input dtype, bytes of a token's row, shape.
+    """Encode the formats for `csrc/aot.cc`: dtype, bytes of a token's row and shape per input.
 
-    A cache's pages may change in number and size: they follow from its payload's shape.
+    The number and size of a cache's blocks may change: they follow from its payload's shape.
     """
     entries = [
         "" if format_ is None else _entry(op, name, *format_)
@@ -113,7 +113,7 @@ def _checked(op: str, key: str, attribute: Attribute, value: Any) -> float | boo
         if isinstance(value, bool):
             return value
         raise TypeError(f"{op}: {key} must be a bool, got {value!r}")
-    if value is None and attribute.default == 0:  # the kernels' sign for the usual value
+    if value is None and attribute.default == 0:  # 0 asks the kernels for the usual value
         return 0.0
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {key} must be a float, got {value!r}")
@@ -125,7 +125,7 @@ def _checked(op: str, key: str, attribute: Attribute, value: Any) -> float | boo
 def _type_inference(
     op: Op, names: tuple[str, ...], formats: tuple[Format | None, ...]
 ) -> Callable[..., Any]:
-    """MindSpore's way to the dtypes of the results, which is where it lets us check the inputs'."""
+    """Return the function that MindSpore calls for result dtypes; it also checks the inputs'."""
     inputs = [op.inputs.get(name, op.inputs.get("weight")) for name in names]
 
     def infer(*types: Any) -> Any:
@@ -143,7 +143,7 @@ def _type_inference(
 def _checked_dtype(
     op: Op, name: str, tensor: Tensor, given_as: tuple[Any, Format | None], given: dict[str, str]
 ) -> str:
-    """The name of the dtype (or of what a payload stands for), if the schema allows it."""
+    """Return the name of the dtype (or of the encoded dtype), if the schema allows it."""
     type_, format_ = given_as
     dtype = str(type_.element_type() if hasattr(type_, "element_type") else type_).lower()
     if format_ is not None and dtype == "uint8":
@@ -153,7 +153,7 @@ def _checked_dtype(
         allowed = (given[allowed[1:]],)
     elif name not in op.inputs:  # a further weight
         allowed = (given["weight"],)
-    if not isinstance(tensor.dtypes, str):  # a tensor of int8 is no quantised one
+    if not isinstance(tensor.dtypes, str):  # a plain int8 tensor is not a quantised one
         allowed = tuple(a for a in allowed if (format_ is not None) == (a in WEIGHT_DTYPES))
     if dtype in allowed:
         return dtype

@@ -1,23 +1,23 @@
-"""Quantised tensors: bytes, and what they stand for; `csrc/quantized.h` says the same in C++.
+"""Quantised tensors: the bytes and what they encode; `csrc/quantized.h` is the same in C++.
 
-A cache in int8 or int4: a page of a head is block_size / 16 groups of 16 tokens, each group its
-rows of values, then its scales; so a group is one piece, whatever block_size is.
+An int8 or int4 cache: one head's part of a block is block_size / 16 groups of 16 tokens. A group
+holds its rows of values, then its scales, contiguously and independent of block_size.
 
-* int8: a row is head_dim int8, a scale one float32 a token. x = value * scale.
-* int4, values: a row is head_dim / 2 bytes, element 2 i in the low half of byte i; then a float16
-  scale a token, then a float16 minimum a token. x = value * scale + minimum, value in 0..15.
-* int4, keys: the row times a Hadamard matrix (`rotate_rows`), 5 bits an element: the low four as
-  above, then rows of head_dim / 8 bytes with bit 4 of the elements of even number, then of odd
-  number; scales and minimums as above.
+* int8: a row is head_dim int8 with one float32 scale per token. x = value * scale.
+* int4, values: a row is head_dim / 2 bytes, element 2 i in the low half of byte i; then one float16
+  scale per token, then one float16 minimum per token. x = value * scale + minimum, value in 0..15.
+* int4, keys: the row times a Hadamard matrix (`rotate_rows`), 5 bits per element: the low four as
+  above, then rows of head_dim / 8 bytes with bit 4 of the even elements, then of the odd elements;
+  scales and minimums as above.
 
-A weight (out_features, in_features): int8 and int4 as `quantize` makes them, in tiles of 16 rows,
-groups of 64 (int4: 32) along in_features; q4_0, q4_1, q8_0, q4_k and q6_k as they lie in a GGUF
-file. Elements of a group are in the order in which kernels multiply them: 4 of row 0, 4 of row 1,
+A weight (out_features, in_features): int8 and int4 as `quantize` writes them, in tiles of 16 rows
+and groups of 64 (int4: 32) along in_features; q4_0, q4_1, q8_0, q4_k and q6_k in the layout of GGUF
+files. Elements of a group are in the order in which kernels multiply them: 4 of row 0, 4 of row 1,
 ... of row 15, then the next 4 of each.
 
-* int8: a group is 1024 bytes, value + 128, then 16 bfloat16 scales. The row's 64 elements times a
-  Hadamard matrix (`rotate_rows`, its own inverse) are value * scale.
-* int4: a tile begins with 16 float32 units of scales and 16 of minima, one a row. A group is 256
+* int8: a group is 1024 bytes, value + 128, then 16 bfloat16 scales. value * scale is the row's 64
+  elements times a Hadamard matrix (`rotate_rows`, its own inverse).
+* int4: a tile begins with 16 float32 units of scales and 16 of minima, one per row. A group is 256
   bytes, elements 0 to 15 in the low and 16 to 31 in the high nibbles, then 16 + 16 bytes: scales
   and minima in those units. x = value * scale + minimum, value in 0..15.
 """
@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 
 CACHE_DTYPES = ("int8", "int4")
-OWN_WEIGHT_DTYPES = ("int8", "int4")  # that `quantize` makes
+OWN_WEIGHT_DTYPES = ("int8", "int4")  # written by `quantize`
 WEIGHT_DTYPES = (*OWN_WEIGHT_DTYPES, "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")
 CACHE_GROUP = 16  # tokens
 INT4_STEP = 32  # head_dim is a multiple of this in an int4 cache
 WEIGHT_TILE = 16  # rows
-WEIGHT_GROUPS = {"int8": 64, "int4": 32}  # elements of in_features with one scale
+WEIGHT_GROUPS = {"int8": 64, "int4": 32}  # elements of in_features per scale
 GGUF_BLOCKS = {
     "q4_0": (32, 18),
     "q4_1": (32, 20),
@@ -47,12 +47,12 @@ GGUF_BLOCKS = {
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A quantised cache or weight; ops take it where the float tensor would stand.
+    """A quantised cache or weight; ops accept it in place of a float tensor.
 
     Attributes:
         payload: uint8, contiguous, of any shape: values and scales.
         dtype: a name of `CACHE_DTYPES` or `WEIGHT_DTYPES`.
-        shape: of the float tensor that it stands for.
+        shape: of the float tensor that it encodes.
     """
 
     payload: Any
@@ -61,26 +61,26 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and scales."""
+        """Return the bytes of values and scales."""
         return self.payload.nbytes
 
     def copy(self) -> Quantized:
-        """The same in memory of its own."""
+        """Return a copy in its own memory."""
         return Quantized(self.payload.copy(), self.dtype, self.shape)
 
 
 def cache_row_bytes(dtype: str, head_dim: int) -> tuple[int, int]:
-    """Bytes that one token takes in one head of a quantised cache, scales included.
+    """Return the bytes per token and head of a quantised cache, scales included.
 
     Args:
         dtype: a name of `CACHE_DTYPES`.
         head_dim: elements of a row; a multiple of `INT4_STEP` in int4.
 
     Returns:
-        (of its key, of its value).
+        (bytes of a key, bytes of a value).
 
     Raises:
-        ValueError: a head_dim that int4 does not have.
+        ValueError: int4 with a head_dim that is not a multiple of `INT4_STEP`.
 
     Example:
         >>> cache_row_bytes("int8", 128), cache_row_bytes("int4", 128)
@@ -96,19 +96,19 @@ def cache_row_bytes(dtype: str, head_dim: int) -> tuple[int, int]:
 
 
 def cache_item_size(dtype: str, head_dim: int, *, key: bool) -> float:
-    """Bytes an element of a quantised cache of keys or of values takes, scales included."""
+    """Return the bytes per element of a quantised cache of keys or values, scales included."""
     return cache_row_bytes(dtype, head_dim)[0 if key else 1] / head_dim
 
 
 def empty_caches(dtype: str, shape: tuple[int, int, int, int]) -> tuple[Quantized, Quantized]:
-    """Zeroed pages of keys and of values.
+    """Return zeroed blocks of keys and of values.
 
     Args:
         dtype: a name of `CACHE_DTYPES`.
         shape: (num_blocks, n_kv_heads, block_size, head_dim).
 
     Returns:
-        (key_cache, value_cache), payloads (num_blocks, n_kv_heads, bytes of a page).
+        (key_cache, value_cache), payloads (num_blocks, n_kv_heads, bytes per block).
     """
     num_blocks, n_kv_heads, block_size, head_dim = shape
     key, value = (
@@ -119,7 +119,7 @@ def empty_caches(dtype: str, shape: tuple[int, int, int, int]) -> tuple[Quantize
 
 
 def weight_num_bytes(dtype: str, shape: tuple[int, int]) -> int:
-    """Bytes of a quantised weight (out_features, in_features)."""
+    """Return the bytes of a quantised weight (out_features, in_features)."""
     rows, k = shape
     if dtype in GGUF_BLOCKS:
         elements, num_bytes = GGUF_BLOCKS[dtype]
@@ -132,11 +132,11 @@ def weight_num_bytes(dtype: str, shape: tuple[int, int]) -> int:
 
 
 def read_cache(cache: Quantized, *, key: bool) -> np.ndarray:
-    """The float32 numbers that the pages of a cache stand for: (num_blocks, ..., head_dim).
+    """Return the float32 values that a cache encodes: (num_blocks, ..., head_dim).
 
     Args:
-        cache: pages of keys or of values, as `reshape_and_cache` writes them.
-        key: which of the two they are.
+        cache: blocks of keys or of values, as `reshape_and_cache` writes them.
+        key: True for keys, False for values.
     """
     head_dim = cache.shape[-1]
     row_bytes = cache_row_bytes(cache.dtype, head_dim)[0 if key else 1]
@@ -144,7 +144,7 @@ def read_cache(cache: Quantized, *, key: bool) -> np.ndarray:
     read = _read_int8 if cache.dtype == "int8" else _read_int4
     rows = read(groups, head_dim, key).reshape(-1, head_dim)
     if key and cache.dtype == "int4":
-        rows = rotate_rows(rows, for_query=True)  # the inverse of the keys' own
+        rows = rotate_rows(rows, for_query=True)  # the inverse of the rotation of keys
     return rows.astype(np.float32).reshape(cache.shape)
 
 
@@ -158,7 +158,7 @@ def _read_int4(groups: np.ndarray, head_dim: int, key: bool) -> np.ndarray:
     ends = np.cumsum([CACHE_GROUP * head_dim // 2, CACHE_GROUP * head_dim // 8 if key else 0])
     low, high, scales = np.split(groups, ends, axis=1)
     low = low.reshape(-1, CACHE_GROUP, head_dim // 2)
-    values = np.stack([low & 15, low >> 4], axis=-1)  # of even and odd elements
+    values = np.stack([low & 15, low >> 4], axis=-1)  # even and odd elements
     if key:
         bits = np.unpackbits(high, axis=1, bitorder="little")
         values |= bits.reshape(-1, CACHE_GROUP, 2, head_dim // 2).swapaxes(2, 3) << 4
@@ -169,10 +169,10 @@ def _read_int4(groups: np.ndarray, head_dim: int, key: bool) -> np.ndarray:
 
 
 def rotate_rows(x: np.ndarray, *, for_query: bool) -> np.ndarray:
-    """`x` (..., n) times a Hadamard matrix, in its own dtype: the rotation of int4 keys.
+    """Return `x` (..., n) times a Hadamard matrix, in x's dtype: the rotation of int4 keys.
 
-    Blocks of the greatest power of two that divides n turn each by itself. The rotations of a key
-    and of a query are each other's inverse, and leave their product as it was.
+    Runs of the largest power of two that divides n are rotated independently. The rotations of keys
+    and of queries are inverse to each other and preserve the scores.
     """
     n = x.shape[-1]
     block, half = n & -n, 1

@@ -1,8 +1,8 @@
-"""The NumPy oracle: every operator in float64, as plainly as its definition.
+"""The NumPy reference: every operator in float64, written like its definition.
 
-Same names, arguments and results as `codellama_rt.ops`; dtypes are left to the caller (results are
-float64, in-place arguments are rounded to their own dtype). Slow on purpose: nothing is fused,
-nothing is split.
+Same names, arguments and results as `codellama_rt.ops`; the caller chooses the dtypes (results are
+float64, in-place arguments are rounded to their own dtype). Slow on purpose: nothing is fused or
+split.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "dequantize",
     "embedding",
     "flash_attention",
-    "gather_pages",
+    "gather_blocks",
     "int16_query",
     "linear",
     "merge_attention",
@@ -49,14 +49,14 @@ def _f64(x: Array) -> Array:
 
 
 def embedding(token_ids: Array, table: Array | Quantized) -> Array:
-    """Rows `token_ids` (num_tokens) of `table` (vocab_size, dim)."""
+    """Return rows `token_ids` (num_tokens) of `table` (vocab_size, dim)."""
     if isinstance(table, Quantized):
         table = dequantize(table)
     return _f64(table[token_ids])
 
 
 def rms_norm(x: Array, weight: Array, eps: float = 1e-5) -> Array:
-    """RMSNorm (arXiv:1910.07467) of `x` (num_tokens, dim)."""
+    """Return RMSNorm (arXiv:1910.07467) of `x` (num_tokens, dim)."""
     x = _f64(x)
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * _f64(weight)
 
@@ -64,7 +64,7 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-5) -> Array:
 def add_rms_norm(
     x: Array, residual: Array, weight: Array, eps: float = 1e-5
 ) -> tuple[Array, Array]:
-    """(rms_norm(s), s) of s = x + residual, rounded to x's dtype."""
+    """Return (rms_norm(s), s) for s = x + residual, rounded to x's dtype."""
     total = (_f64(x) + _f64(residual)).astype(x.dtype)
     return rms_norm(total, weight, eps), _f64(total)
 
@@ -72,7 +72,7 @@ def add_rms_norm(
 def linear(
     x: Array, weight: Array | Quantized | tuple[Array, ...] | tuple[Quantized, ...]
 ) -> Array:
-    """`x` (num_tokens, in_features) times `weight` (out_features, in_features) transposed."""
+    """Return `x` (num_tokens, in_features) times the transpose of `weight` (out, in_features)."""
     weights = weight if isinstance(weight, (tuple, list)) else (weight,)
     if isinstance(weights[0], Quantized):
         x = rounded_to_int8(x, weights[0].dtype)
@@ -81,7 +81,7 @@ def linear(
 
 
 def rotate(x: Array, cos: Array, sin: Array, positions: Array, interleaved: bool = False) -> Array:
-    """RoPE (arXiv:2104.09864) of `x` (num_tokens, heads, head_dim) at `positions` (num_tokens)."""
+    """Return RoPE (arXiv:2104.09864) of `x` (num_tokens, heads, head_dim) at `positions`."""
     x, half = _f64(x), x.shape[-1] // 2
     first = (..., slice(0, None, 2)) if interleaved else (..., slice(0, half))
     second = (..., slice(1, None, 2)) if interleaved else (..., slice(half, None))
@@ -95,13 +95,13 @@ def rotate(x: Array, cos: Array, sin: Array, positions: Array, interleaved: bool
 def apply_rotary_pos_emb(
     query: Array, key: Array, cos: Array, sin: Array, positions: Array, *, interleaved: bool = False
 ) -> None:
-    """Rotates `query` and `key` in place."""
+    """Rotate `query` and `key` in place."""
     for x in (query, key):
         x[...] = rotate(x, cos, sin, positions, interleaved).astype(x.dtype)
 
 
 def quantize_int8_rows(x: Array) -> tuple[Array, Array]:
-    """Rows (..., head_dim) of an int8 cache: values int8, and scales (...) float32."""
+    """Quantise rows (..., head_dim) of an int8 cache: values int8, scales (...) float32."""
     x = np.asarray(x, np.float32)
     greatest = np.abs(x).max(axis=-1)
     finite = np.isfinite(greatest)
@@ -113,9 +113,9 @@ def quantize_int8_rows(x: Array) -> tuple[Array, Array]:
 
 
 def quantize_int4_rows(x: Array, *, key: bool) -> tuple[Array, Array, Array]:
-    """Rows (..., head_dim) of an int4 cache: values uint8, scales and minimums (...) float16.
+    """Quantise rows (..., head_dim) of an int4 cache.
 
-    Keys are rotated and have 5 bits.
+    Returns values uint8, scales and minimums (...) float16. Keys are rotated and have 5 bits.
     """
     x = np.asarray(x, np.float32)
     most = np.float32(31 if key else 15)
@@ -135,12 +135,12 @@ def quantize_int4_rows(x: Array, *, key: bool) -> tuple[Array, Array, Array]:
 
 
 def write_row(cache: Quantized, rows: Array, slot: int, *, key: bool) -> None:
-    """Writes one token's `rows` (n_kv_heads, head_dim) into a slot of a quantised cache."""
+    """Write one token's `rows` (n_kv_heads, head_dim) into a slot of a quantised cache."""
     num_blocks, n_kv_heads, block_size, head_dim = cache.shape
     row_bytes = cache_row_bytes(cache.dtype, head_dim)[0 if key else 1]
     block, row = divmod(int(slot), block_size)
     group, row = divmod(row, CACHE_GROUP)
-    pages = cache.payload.reshape(num_blocks, n_kv_heads, -1, CACHE_GROUP * row_bytes)
+    blocks = cache.payload.reshape(num_blocks, n_kv_heads, -1, CACHE_GROUP * row_bytes)
     if cache.dtype == "int8":
         values, scales = quantize_int8_rows(rows)
         parts = [values.view(np.uint8), scales[:, None].view(np.uint8)]
@@ -153,9 +153,9 @@ def write_row(cache: Quantized, rows: Array, slot: int, *, key: bool) -> None:
             parts.append(np.packbits(bits, axis=1, bitorder="little"))
         parts += [scales[:, None].view(np.uint8), minimums[:, None].view(np.uint8)]
     begin = 0
-    for part in parts:  # of each kind, the rows of a group lie side by side
+    for part in parts:  # the rows of a group are contiguous per kind
         width = part.shape[1]
-        pages[block, :, group, begin + row * width : begin + (row + 1) * width] = part
+        blocks[block, :, group, begin + row * width : begin + (row + 1) * width] = part
         begin += CACHE_GROUP * width
 
 
@@ -166,7 +166,7 @@ def reshape_and_cache(
     value_cache: Array | Quantized,
     slot_mapping: Array,
 ) -> None:
-    """Writes `key` and `value` (num_tokens, n_kv_heads, head_dim) into their slots, in place."""
+    """Write `key` and `value` (num_tokens, n_kv_heads, head_dim) into their slots, in place."""
     block_size = key_cache.shape[2]
     for token, slot in enumerate(slot_mapping):
         if slot < 0:
@@ -191,7 +191,7 @@ def rope_and_cache(
     *,
     interleaved: bool = False,
 ) -> Array:
-    """Rotates and caches the keys of `qkv`, caches its values; returns the rotated query."""
+    """Rotate and cache the keys of `qkv`, cache its values and return the rotated query."""
     n_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
     heads = _f64(qkv).reshape(len(qkv), -1, head_dim)
     query, key, value = np.split(heads, [-2 * n_kv_heads, -n_kv_heads], axis=1)
@@ -203,7 +203,7 @@ def rope_and_cache(
 def attend(
     query: Array, key: Array, value: Array, causal: bool, scale: float
 ) -> tuple[Array, Array]:
-    """One sequence: `query` (q, n_heads, d) over `key` and `value` (k, n_kv_heads, d)."""
+    """Attend in one sequence: `query` (q, n_heads, d) over `key`, `value` (k, n_kv_heads, d)."""
     num_queries, n_heads, head_dim = query.shape
     num_keys, n_kv_heads, _ = key.shape
     group = n_heads // n_kv_heads
@@ -231,7 +231,7 @@ def flash_attention(
     causal: bool = True,
     scale: float | None = None,
 ) -> tuple[Array, Array]:
-    """Softmax attention of each sequence; returns (out, lse)."""
+    """Compute softmax attention of each sequence; returns (out, lse)."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     parts = [
         attend(query[q0:q1], key[k0:k1], value[k0:k1], causal, scale)
@@ -242,15 +242,15 @@ def flash_attention(
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
-def gather_pages(cache: Array, block_table: Array, length: int) -> Array:
-    """The first `length` rows of a sequence: (length, n_kv_heads, head_dim)."""
+def gather_blocks(cache: Array, block_table: Array, length: int) -> Array:
+    """Return the first `length` rows of a sequence: (length, n_kv_heads, head_dim)."""
     block_size = cache.shape[2]
-    pages = cache[block_table[: -(-length // block_size)]]
-    return pages.transpose(0, 2, 1, 3).reshape(-1, cache.shape[1], cache.shape[3])[:length]
+    blocks = cache[block_table[: -(-length // block_size)]]
+    return blocks.transpose(0, 2, 1, 3).reshape(-1, cache.shape[1], cache.shape[3])[:length]
 
 
 def int16_query(query: Array, *, rotated: bool) -> Array:
-    """`query` (..., head_dim) as it is multiplied with quantised keys: in int16 with one scale."""
+    """Return `query` (..., head_dim) as multiplied with quantised keys: int16 with one scale."""
     query = np.asarray(query, np.float32)
     limit = np.float32(min(127 * 256, 2**24 // query.shape[-1]))
     if rotated:
@@ -271,7 +271,7 @@ def paged_attention(
     *,
     scale: float | None = None,
 ) -> tuple[Array, Array]:
-    """Causal attention over pages, of the query as it is rounded over such a cache."""
+    """Attend causally over blocks, with the query rounded as the kernels round it."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(key_cache, Quantized):
         query = int16_query(query, rotated=key_cache.dtype == "int4")
@@ -281,8 +281,8 @@ def paged_attention(
     parts = [
         attend(
             query[q0:q1],
-            gather_pages(key_cache, table, length),
-            gather_pages(value_cache, table, length),
+            gather_blocks(key_cache, table, length),
+            gather_blocks(value_cache, table, length),
             True,
             scale,
         )
@@ -294,7 +294,7 @@ def paged_attention(
 
 
 def merge_attention(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
-    """Joins two partial attentions by their log-sum-exps."""
+    """Merge two partial attentions by their log-sum-exps."""
     a, b = _f64(lse_a), _f64(lse_b)
     lse = np.logaddexp(a, b)
     shift = np.where(np.isfinite(lse), lse, 0)
@@ -305,14 +305,14 @@ def merge_attention(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> t
 
 
 def silu_and_mul(gate_up: Array) -> Array:
-    """silu(gate) * up of `gate_up` (num_tokens, 2 * hidden_dim)."""
+    """Return silu(gate) * up of `gate_up` (num_tokens, 2 * hidden_dim)."""
     gate, up = np.split(_f64(gate_up), 2, axis=-1)
     with np.errstate(over="ignore"):
         return gate / (1 + np.exp(-gate)) * up
 
 
 def copy_blocks(key_cache: Array, value_cache: Array, block_pairs: Array) -> None:
-    """Copies pages source -> destination, pair after pair, in place."""
+    """Copy blocks source -> destination, pair after pair, in place."""
     if isinstance(key_cache, Quantized):
         key_cache, value_cache = key_cache.payload, value_cache.payload
     for source, destination in block_pairs:
@@ -344,7 +344,7 @@ def decoder_layer(
     eps: float = 1e-5,
     interleaved: bool = False,
 ) -> Array:
-    """A layer of Llama (arXiv:2302.13971): x + attention, then + mlp; writes the caches."""
+    """Run a layer of Llama (arXiv:2302.13971): x + attention, then + mlp; writes the caches."""
     caches = (key_cache, value_cache)
     qkv = linear(rms_norm(x, attention_norm, eps), (q_proj, k_proj, v_proj))
     query = rope_and_cache(qkv, cos, sin, positions, *caches, slot_mapping, interleaved=interleaved)

@@ -1,6 +1,6 @@
-"""Quantised weights in NumPy: what `quantize` writes, and what the bytes of each format stand for.
+"""Quantised weights in NumPy: what `quantize` writes, and what each format's bytes encode.
 
-Layouts are described in `quantized`; GGUF's blocks follow ggml's quantisation formats.
+The layouts are described in `quantized`; GGUF's blocks follow ggml's formats.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Array = NDArray
 
 
 def quantize(weight: Array, dtype: str) -> Quantized:
-    """`weight` (out_features, in_features) in int8 or int4: the bytes that kernels write."""
+    """Quantise `weight` (out_features, in_features) to int8 or int4, to the kernels' bytes."""
     rows, k = weight.shape
     size = WEIGHT_GROUPS[dtype]
     padded = np.zeros((-(-rows // WEIGHT_TILE) * WEIGHT_TILE, -(-k // size), size), np.float32)
@@ -44,18 +44,18 @@ def quantize(weight: Array, dtype: str) -> Quantized:
 
 
 def _inverse(scale: Array) -> Array:
-    """1 / scale; 0 where that would overflow, and of NaN."""
+    """Return 1 / scale; 0 where that would overflow, and for NaN."""
     usable = np.abs(scale) >= np.float32(2**-120)
     return np.where(usable, np.float32(1) / np.where(usable, scale, np.float32(1)), np.float32(0))
 
 
 def _rounded(x: Array, low: int, high: int) -> Array:
-    """To nearest even, in [low, high]; NaN becomes low."""
+    """Round to nearest even, in [low, high]; NaN becomes low."""
     return np.where(np.isnan(x), np.float32(low), np.clip(np.rint(x), low, high))
 
 
 def _to_int8(groups: Array) -> tuple[Array, Array]:
-    """Values plus 128, and the upper halves of their scales: bfloat16."""
+    """Return the values plus 128, and the scales in bfloat16."""
     import ml_dtypes
 
     largest = np.fmax.reduce(np.abs(groups), axis=-1)
@@ -76,7 +76,7 @@ def _to_int8(groups: Array) -> tuple[Array, Array]:
 
 
 def _to_int4(groups: Array) -> tuple[Array, Array, Array, Array, Array]:
-    """Values, codes of scales and of minima, and a row's units of both."""
+    """Return values, codes of scales and of minima, and each row's units of both."""
     low, high = groups.min(axis=-1), groups.max(axis=-1)
     low, high = np.fmin(low, np.float32(0)), np.fmax(high, np.float32(0))
     step, depth = high / np.float32(15) - low / np.float32(15), -low
@@ -97,11 +97,11 @@ def _to_int4(groups: Array) -> tuple[Array, Array, Array, Array, Array]:
 
 
 def dequantize(weight: Quantized, *, rotated: bool = False) -> Array:
-    """The float64 (out_features, in_features) that `weight` stands for.
+    """Return the float64 (out_features, in_features) that `weight` encodes.
 
     Args:
         weight: of any format.
-        rotated: int8 as it is stored, its groups rotated, up to the end of the last one.
+        rotated: return int8 as stored: groups rotated, the last one whole.
     """
     rows, k = weight.shape
     payload = np.asarray(weight.payload).reshape(-1)
@@ -146,7 +146,7 @@ def _from_int4(payload: Array, groups: int) -> tuple[Array, Array, Array]:
 
 
 def _half(blocks: Array, offset: int) -> Array:
-    """The float16 at a byte, as a column."""
+    """Return the float16 at a byte offset, as a column."""
     return np.ascontiguousarray(blocks[:, offset : offset + 2]).view(np.float16).astype(np.float64)
 
 
@@ -193,10 +193,10 @@ _BLOCKS: dict[str, tuple[int, Callable[[Array], Array]]] = {
 
 
 def rounded_to_int8(x: Array, weight_dtype: str) -> Array:
-    """`x` (num_tokens, in_features) as `linear` takes it over such a weight: in float64.
+    """Return `x` (num_tokens, in_features) as `linear` rounds it for such a weight, in float64.
 
-    Groups of 32 share a scale, max|x| / 127 in float32. One that holds a NaN or an infinity is NaN.
-    Over int8 it is rotated groups of 64, up to the end of the last one.
+    Groups of 32 share a scale, max|x| / 127 in float32; a group that holds a NaN or an infinity is
+    NaN. For int8 weights the groups are 64 long, rotated, and the last one is kept whole.
     """
     num_tokens, k = x.shape
     size = WEIGHT_GROUPS.get(weight_dtype, 32)

@@ -1,4 +1,4 @@
-"""Results that an op makes where the caller gives none."""
+"""Allocate the results of an op when the caller gives none."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import numpy as np
 
 Array = Any  # numpy.ndarray or mindspore.Tensor, contiguous
 
-# Results are made before the arguments are checked: what is no tensor, or lacks an axis, gives some
-# result here, and the op itself then says what is wrong with it.
+# Results are allocated before the arguments are checked. An argument that is not a tensor, or
+# lacks an axis, gets some result here, and the op itself then reports what is wrong with it.
 
 
 def shape_of(argument: Array) -> tuple[int, ...]:
-    """Of a tensor; of anything else, that of a scalar."""
+    """Return the shape of a tensor; anything else counts as a scalar."""
     return getattr(argument, "shape", ())
 
 
 def axis_size(argument: Array, axis: int) -> int:
-    """How long an axis is; 0 where there is none."""
+    """Return the size of an axis, or 0 if the tensor has no such axis."""
     shape = shape_of(argument)
     return shape[axis] if axis < len(shape) else 0
 
 
 def empty_like(argument: Array) -> Array:
-    """An uninitialised result of the same kind, shape and dtype."""
+    """Return an uninitialised result of the same kind, shape and dtype."""
     return empty(argument, shape_of(argument))
 
 
 def empty(like: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
-    """An uninitialised result of the same kind as `like`, and of its dtype unless one is given."""
+    """Return an uninitialised result of `like`'s kind, in its dtype unless one is given."""
     if not hasattr(like, "data_ptr"):
         return np.empty(shape, getattr(like, "dtype", None) if dtype is None else dtype)
     import mindspore

@@ -1,8 +1,8 @@
-"""Every operator, described once: axes, dtypes, what is written, attributes, cost, source.
+"""One description per operator: axes, dtypes, what is written, attributes, cost, source.
 
 The MindSpore registration (`graph.py`), the op table in `csrc/README.md`, the tests of rejected
-arguments and the benchmark rows follow from these descriptions. The module imports nothing of the
-package.
+arguments and the benchmark rows are generated from these descriptions. This module imports no
+other module of the package.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 FLOATS = ("float32", "float16", "bfloat16")
 CACHED = (*FLOATS, "int8", "int4")  # the last two as `Quantized`
-WEIGHTS = (*CACHED, "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")  # but for floats as `Quantized`
+WEIGHTS = (*CACHED, "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")  # all but floats as `Quantized`
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
 
@@ -22,10 +22,10 @@ class Tensor:
 
     Attributes:
         axes: axis names or arithmetic over them; equal names have equal sizes.
-        dtypes: the dtypes allowed; `"=name"` means the dtype of argument `name`.
-        doc: what it holds.
+        dtypes: the allowed dtypes; `"=name"` means the dtype of argument `name`.
+        doc: its contents.
         written: the op writes it in place.
-        repeated: one to three tensors may stand here (as a tuple).
+        repeated: one to three tensors may be given (as a tuple).
     """
 
     axes: tuple[str, ...]
@@ -37,7 +37,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Attribute:
-    """One scalar argument, fixed when the op is made in graph mode."""
+    """One scalar argument; in graph mode, fixed when the op is created."""
 
     type: str
     default: float | bool
@@ -48,7 +48,7 @@ class Attribute:
 class Op:
     """One operator; `num_bytes` and `flops` take axis sizes (and item sizes by argument name).
 
-    The item size of a quantised cache is `quantized.cache_item_size`: a fraction.
+    The item size of a quantised cache is `quantized.cache_item_size`, a fraction.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Op:
 
     @property
     def written(self) -> tuple[str, ...]:
-        """Names of the arguments that the op writes in place."""
+        """Return the names of the arguments that the op writes in place."""
         return tuple(name for name, tensor in self.inputs.items() if tensor.written)
 
 
@@ -77,32 +77,32 @@ SCALE = Attribute("float", 0.0, "factor of the scores; 0 means head_dim ** -0.5"
 ROPE_TABLE = Tensor(("num_positions", "head_dim / 2"), FLOAT32, "row p: position p")
 POSITIONS = Tensor(("num_tokens",), INT32, "absolute positions")
 SLOTS = Tensor(("num_tokens",), INT32, "block_id * block_size + offset; -1: not written")
-PAGES = ("num_blocks", "n_kv_heads", "block_size", "head_dim")
+CACHE_AXES = ("num_blocks", "n_kv_heads", "block_size", "head_dim")
 ROPE_SOURCE = "RoFormer, arXiv:2104.09864"
 PAGED_SOURCE = "PagedAttention, arXiv:2309.06180"
 FLASH_SOURCE = "FlashAttention-2, arXiv:2307.08691; Flash-Decoding"
 HEADS_DIVIDE = "n_heads % n_kv_heads == 0"
-PAGE_SIZE = "block_size % 16 == 0"
+BLOCK_SIZE = "block_size % 16 == 0"
 EVEN = "head_dim % 2 == 0"
 
 
 def _caches(written: bool) -> dict[str, Tensor]:
     return {
-        "key_cache": Tensor(PAGES, CACHED, "pages of keys, head-major", written),
-        "value_cache": Tensor(PAGES, "=key_cache", "pages of values", written),
+        "key_cache": Tensor(CACHE_AXES, CACHED, "blocks of keys, head-major", written),
+        "value_cache": Tensor(CACHE_AXES, "=key_cache", "blocks of values", written),
     }
 
 
 FIRST_QUERIES = Tensor(("num_seqs + 1",), INT32, "first query of each sequence")
 _SEQUENCES = {
-    "block_tables": Tensor(("num_seqs", "max_blocks"), INT32, "unused entries: anything"),
-    "seq_lens": Tensor(("num_seqs",), INT32, "keys, the queries' own tokens included"),
+    "block_tables": Tensor(("num_seqs", "max_blocks"), INT32, "unused entries are not read"),
+    "seq_lens": Tensor(("num_seqs",), INT32, "keys, including those of the queries"),
     "cu_seqlens_q": FIRST_QUERIES,
 }
 
 
 def _layer_weights(a: Mapping[str, int]) -> int:
-    """Elements of the projections of one layer."""
+    """Return the number of elements of one layer's projections."""
     attention = 2 * (a["n_heads"] + a["n_kv_heads"]) * a["head_dim"]
     return a["dim"] * (attention + 3 * a["hidden_dim"])
 
@@ -156,7 +156,7 @@ _OPS = [
     ),
     Op(
         "linear",
-        "x times weight transposed; up to three weights as if they were one of all their rows.",
+        "x times weight transposed; up to three weights act as one with all their rows.",
         {
             "x": Tensor(("num_tokens", "in_features"), FLOATS),
             "weight": Tensor(
@@ -173,7 +173,7 @@ _OPS = [
     ),
     Op(
         "apply_rotary_pos_emb",
-        "Rotates queries and keys by their positions, in place.",
+        "Rotate queries and keys by their positions, in place.",
         {
             "query": Tensor(("num_tokens", "n_heads", "head_dim"), FLOATS, written=True),
             "key": Tensor(("num_tokens", "n_kv_heads", "head_dim"), "=query", written=True),
@@ -194,7 +194,7 @@ _OPS = [
     ),
     Op(
         "reshape_and_cache",
-        "Writes keys and values into their slots of the pages.",
+        "Write keys and values into their slots of the cache.",
         {
             "key": Tensor(("num_tokens", "n_kv_heads", "head_dim"), FLOATS),
             "value": Tensor(("num_tokens", "n_kv_heads", "head_dim"), "=key"),
@@ -210,11 +210,11 @@ _OPS = [
         ),
         lambda a: 0,
         PAGED_SOURCE,
-        constraints=(PAGE_SIZE,),
+        constraints=(BLOCK_SIZE,),
     ),
     Op(
         "rope_and_cache",
-        "Rotates query and key, writes key and value into their slots: one pass over qkv.",
+        "Rotate query and key, write key and value into their slots: one pass over qkv.",
         {
             "qkv": Tensor(("num_tokens", "(n_heads + 2 * n_kv_heads) * head_dim"), FLOATS),
             "cos": ROPE_TABLE,
@@ -236,7 +236,7 @@ _OPS = [
         lambda a: 3 * a["num_tokens"] * (a["n_heads"] + a["n_kv_heads"]) * a["head_dim"],
         f"{ROPE_SOURCE}; {PAGED_SOURCE}",
         {"interleaved": INTERLEAVED},
-        (EVEN, PAGE_SIZE),
+        (EVEN, BLOCK_SIZE),
     ),
     Op(
         "flash_attention",
@@ -266,12 +266,12 @@ _OPS = [
     ),
     Op(
         "paged_attention",
-        "Causal attention of 1 to many queries a sequence over the pages of its keys and values.",
+        "Causal attention of one or more queries per sequence over its blocks of keys and values.",
         {
             "query": Tensor(
                 ("num_tokens", "n_heads", "head_dim"),
                 FLOATS,
-                "taken in bfloat16 over such a cache, in int16 over int8 and int4",
+                "rounded to bfloat16 over a bfloat16 cache, to int16 over int8 and int4",
             ),
             **_caches(written=False),
             **_SEQUENCES,
@@ -287,11 +287,11 @@ _OPS = [
         lambda a: 4 * a["num_scores"] * a["n_heads"] * a["head_dim"],
         f"{PAGED_SOURCE}; {FLASH_SOURCE}",
         {"scale": SCALE},
-        (HEADS_DIVIDE, PAGE_SIZE),
+        (HEADS_DIVIDE, BLOCK_SIZE),
     ),
     Op(
         "merge_attention",
-        "Joins two attentions of the same queries over disjoint keys.",
+        "Merge two attentions of the same queries over disjoint keys.",
         {
             "out_a": Tensor(("num_tokens", "n_heads", "head_dim"), FLOATS),
             "lse_a": _lse(),
@@ -314,7 +314,7 @@ _OPS = [
     ),
     Op(
         "copy_blocks",
-        "Copies pages of both caches, pair after pair (copy-on-write).",
+        "Copy blocks of both caches, pair after pair (copy-on-write).",
         {
             **_caches(written=True),
             "block_pairs": Tensor(("num_pairs", "2"), INT32, "source, destination"),
@@ -333,7 +333,7 @@ _OPS = [
     ),
     Op(
         "decoder_layer",
-        "A whole layer as one op, for graphs: the bits of the single ops one after another.",
+        "A whole layer as one op, for graphs: bit for bit the result of its single ops.",
         {
             "x": Tensor(("num_tokens", "dim"), FLOAT32, "the residual stream"),
             "attention_norm": Tensor(("dim",), FLOATS),
@@ -363,7 +363,7 @@ _OPS = [
         ),
         "Llama, arXiv:2302.13971",
         {"eps": EPS, "interleaved": INTERLEAVED},
-        (HEADS_DIVIDE, EVEN, PAGE_SIZE),
+        (HEADS_DIVIDE, EVEN, BLOCK_SIZE),
     ),
 ]
 

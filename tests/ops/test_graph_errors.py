@@ -133,8 +133,8 @@ def test_number_of_weights(num_weights, mode):
         ("rms_norm", {"eps": -1.0}, ValueError, "eps must be finite and not negative, got -1"),
         ("paged_attention", {"scale": float("nan")}, ValueError, "scale must be finite"),
         ("rope_and_cache", {"interleaved": 1}, TypeError, "interleaved must be a bool, got 1"),
-        ("rms_norm", {"epsilon": 1.0}, ValueError, "has no attribute 'epsilon'; it has: eps"),
-        ("rmsnorm", {}, ValueError, "no op named 'rmsnorm'; there are embedding, rms_norm"),
+        ("rms_norm", {"epsilon": 1.0}, ValueError, "has no attribute 'epsilon'; available: eps"),
+        ("rmsnorm", {}, ValueError, "no op named 'rmsnorm'; available: embedding, rms_norm"),
     ],
 )
 def test_attributes(name, attributes, error, message):

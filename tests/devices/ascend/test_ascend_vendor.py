@@ -58,7 +58,7 @@ def fused_infer_attention_score(query, key, value, **given):
     keys, values = key[0].asnumpy(), value[0].asnumpy()
     for i, length in enumerate(given["actual_seq_lengths_kv"]):
         pages = [
-            reference.gather_pages(c, given["block_table"].asnumpy()[i], length)
+            reference.gather_blocks(c, given["block_table"].asnumpy()[i], length)
             for c in (keys, values)
         ]
         rows = query.asnumpy()[i].transpose(1, 0, 2)
