@@ -1,11 +1,12 @@
-"""Who owns which block of the KV cache: free list, owner counts, copy-on-write, prefix cache.
+"""Ownership of the KV cache's blocks: free list, owner counts, copy-on-write, prefix cache.
 
-Every block is in one of three states: owned (by one or more sequences), free, or idle: unowned but
-still holding keys and values that the prefix cache can give to the next sequence with that prefix.
+Every block is in one of three states: owned (by one or more sequences), free, or idle: without an
+owner, but holding keys and values that the prefix cache can give to the next sequence that begins
+with the same tokens.
 
-The prefix cache is a trie written as one dictionary: (name of the parent prefix, token ids of the
+The prefix cache is a trie stored as one dictionary: (name of the parent prefix, token ids of the
 next full block) -> block. The key holds the tokens themselves and the dictionary compares them, so
-equal hashes of different texts cannot be mistaken; a name is given once and never reused.
+two texts with equal hashes cannot be confused. A name is given once and never reused.
 """
 
 from collections import OrderedDict
@@ -22,7 +23,7 @@ class _CachedPrefix(NamedTuple):
 
 
 class BlockManager:
-    """Gives blocks to sequences; holds no tensor and does O(1) work a block.
+    """Give blocks to sequences; hold no tensor and do O(1) work per block.
 
     Example:
         >>> from codellama_rt.engine.sequence import Sequence, int32_list
@@ -33,12 +34,12 @@ class BlockManager:
     """
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
-        """Starts with every block free.
+        """Start with every block free.
 
         Args:
-            num_blocks: blocks of the KV cache.
-            block_size: tokens a block.
-            prefix_caching: whether sequences share the blocks of equal prefixes.
+            num_blocks: number of blocks in the KV cache.
+            block_size: tokens per block.
+            prefix_caching: whether sequences with equal prefixes share blocks.
         """
         if num_blocks < 1 or block_size < 1:
             raise ValueError(
@@ -48,9 +49,9 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self.num_queried_tokens = 0  # prompt tokens looked up in the prefix cache, and found there
+        self.num_queried_tokens = 0  # prompt tokens looked up in the prefix cache, and hits
         self.num_hit_tokens = 0
-        self._owners = [0] * num_blocks  # block -> sequences that have it in their table
+        self._owners = [0] * num_blocks  # block -> number of sequences with it in their table
         self._free = list(range(num_blocks))[::-1]  # pop() gives block 0 first
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._index: dict[PrefixKey, int] = {}  # prefix -> block
@@ -59,18 +60,18 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Blocks that a sequence can get now, those of idle prefixes included."""
+        """Number of blocks a sequence can get now, those of idle prefixes included."""
         return len(self._free) + len(self._idle)
 
     def num_owners(self, block_id: int) -> int:
-        """How many sequences have the block in their table."""
+        """Return the number of sequences that have the block in their table."""
         return self._owners[block_id]
 
     def allocate(self, sequence: Sequence) -> bool:
-        """Gives blocks for all tokens of a sequence that has none, shared ones where cached.
+        """Give a sequence without blocks room for all its tokens, sharing cached blocks.
 
         Returns:
-            False if they do not fit now; then nothing has changed.
+            False if they do not fit now; nothing has changed then.
         """
         assert not sequence.block_ids
         hits = self._longest_cached_prefix(sequence)
@@ -92,15 +93,15 @@ class BlockManager:
         return True
 
     def grow(self, sequence: Sequence, num_tokens: int, copies: list[tuple[int, int]]) -> bool:
-        """Makes room for the next `num_tokens` tokens, in blocks that nobody else reads.
+        """Make room for the next `num_tokens` tokens, in blocks that no other sequence reads.
 
         Args:
             sequence: a sequence that has been allocated.
-            num_tokens: tokens after `num_computed` that will be written.
-            copies: receives (source, destination) of a block that must be copied before.
+            num_tokens: number of tokens after `num_computed` that will be written.
+            copies: receives (source, destination) of a block that must be copied first.
 
         Returns:
-            False if there is no room; then nothing has changed.
+            False if there is no room; nothing has changed then.
         """
         block_ids = sequence.block_ids
         first = sequence.num_computed // self.block_size
@@ -110,7 +111,7 @@ class BlockManager:
             return True
         if max(missing, 0) + shared > self.num_free:
             return False
-        if shared:  # only a fork's last, partly filled block: full ones are never written again
+        if shared:  # only the last, partly filled block of a fork: full ones are never rewritten
             source, block_ids[first] = block_ids[first], self._take()
             self._disown(source)
             copies.append((source, block_ids[first]))
@@ -118,7 +119,7 @@ class BlockManager:
         return True
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Lets `child`, which has the same tokens, share all blocks of `parent`."""
+        """Let `child`, which has the same tokens, share all blocks of `parent`."""
         assert not child.block_ids
         for block_id in parent.block_ids:
             self._owners[block_id] += 1
@@ -128,11 +129,11 @@ class BlockManager:
         child.prefix_id = parent.prefix_id
 
     def index_full_blocks(self, sequence: Sequence) -> None:
-        """Enters the blocks filled since the last call into the prefix cache.
+        """Enter the blocks filled since the last call into the prefix cache.
 
-        Where another block already holds the same prefix, the sequence takes that one and gives
-        its own back: equal tokens have bitwise equal keys and values, whatever step computed them.
-        So a cached block's parent is always cached too, and goes idle no earlier.
+        If another block already holds the same prefix, the sequence takes that one and returns its
+        own: equal tokens have bitwise equal keys and values, whichever step computed them. So the
+        parent of a cached block is always cached too, and becomes idle no earlier.
         """
         if not self.prefix_caching:
             return
@@ -153,8 +154,8 @@ class BlockManager:
             sequence.num_indexed_blocks += 1
 
     def release(self, sequence: Sequence) -> None:
-        """Takes all blocks back; the cached ones stay findable until their memory is needed."""
-        for block_id in reversed(sequence.block_ids):  # the end of a prefix is evicted first
+        """Take back all blocks; cached ones can still be found until their memory is needed."""
+        for block_id in reversed(sequence.block_ids):  # evict the end of a prefix first
             self._disown(block_id)
         sequence.leave_cache()
 
@@ -164,7 +165,7 @@ class BlockManager:
     def _longest_cached_prefix(self, sequence: Sequence) -> list[int]:
         hits: list[int] = []
         prefix_id, size = sequence.prefix_id, self.block_size
-        # Tokens from first_logit on must be computed even on a hit: their logits are wanted.
+        # Tokens from first_logit on must be computed even on a hit: their logits are needed.
         for start in range(0, sequence.first_logit - size + 1, size):
             key = (prefix_id, sequence.token_ids[start : start + size].tobytes())
             block_id = self._index.get(key)

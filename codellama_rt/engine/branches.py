@@ -1,7 +1,7 @@
-"""Sequences that a caller extends, forks and drops token by token, on an engine's model and pages.
+"""Sequences that a caller extends, forks and drops token by token, on an engine's model and cache.
 
-What `Engine` is to requests that end by themselves, this is to searches that look at every row of
-logits: beam search, scores, criteria of the caller's own. All sequences are computed together.
+`Engine` serves requests that end by themselves; this serves searches that look at every row of
+logits: beam search, scores, the caller's own criteria. All sequences are computed together.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Branch = Sequence
 
 
 class Branches:
-    """The live sequences of one search; leaving the block gives their pages back.
+    """The live sequences of one search; leaving the `with` block frees their cache blocks.
 
     Example:
         >>> with Branches(llm.engine) as branches:  # doctest: +SKIP
@@ -34,18 +34,18 @@ class Branches:
     def __init__(self, engine: Engine) -> None:
         """Start with none; shares the prefix cache with the engine's requests.
 
-        Args:
+        engine: its model and cache are used; it may have unfinished requests.
             engine: whose model and pages are used; its own requests may be unfinished.
         """
         self._engine = engine
         blocks = engine.scheduler.blocks
         limits = engine.scheduler.max_num_running, engine.scheduler.max_num_batched_tokens
         self._scheduler = Scheduler(blocks, *limits)
-        self._rows: dict[Branch, np.ndarray] = {}  # computed ones, which the scheduler must not see
+        self._rows: dict[Branch, np.ndarray] = {}  # computed ones, hidden from the scheduler
         self._numbers = itertools.count()
 
     def add(self, prompt_token_ids: Collection[int], adapter: LoraAdapter | None = None) -> Branch:
-        """A branch that begins with a prompt.
+        """Start a branch from a prompt.
 
         Args:
             prompt_token_ids: at least one.
@@ -61,7 +61,7 @@ class Branches:
         return branch
 
     def fork(self, branch: Branch) -> Branch:
-        """A further branch with the same tokens, whose logits are known; it shares the pages."""
+        """Return another branch with the same tokens and known logits; blocks are shared."""
         child = branch.fork(next(self._numbers))
         if branch.block_ids:
             self._scheduler.blocks.fork(branch, child)
@@ -69,7 +69,7 @@ class Branches:
         return child
 
     def append(self, branch: Branch, token_id: int) -> None:
-        """Extend a branch whose logits are known."""
+        """Extend a branch whose logits are known by one token."""
         del self._rows[branch]
         branch.token_ids.append(token_id)
         waits = not branch.block_ids  # it was preempted
@@ -80,30 +80,30 @@ class Branches:
         )
 
     def drop(self, branch: Branch) -> None:
-        """Forget a branch and free its pages."""
+        """Forget a branch and free its blocks."""
         if self._rows.pop(branch, None) is None:
             self._scheduler.remove(branch)
         else:
             self._scheduler.blocks.release(branch)
 
     def logits(self, branches: Collection[Branch]) -> np.ndarray:
-        """The logits after the last token of each branch.
+        """Return the logits after the last token of each branch.
 
         Args:
-            branches: live ones; all that were extended are computed.
+            branches: live ones; all branches that were extended are computed.
 
         Returns:
             (len(branches), vocab_size) float32.
 
         Raises:
-            RuntimeError: other requests hold all pages.
+            RuntimeError: other requests hold all blocks.
         """
         while self._scheduler.running or self._scheduler.waiting:
             self._step()
         return np.stack([self._rows[branch] for branch in branches])
 
     def __enter__(self) -> Branches:
-        """The branches themselves."""
+        """Return the branches themselves."""
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -126,11 +126,11 @@ class Branches:
                 self._scheduler.running.remove(chunk.sequence)
 
     def _make_room(self) -> None:
-        """Take the pages of the last branch that is computed; it is recomputed when extended."""
+        """Take the blocks of the last computed branch; it is recomputed when extended."""
         holding = [branch for branch in self._rows if branch.block_ids]
         if not holding:
             raise RuntimeError(
-                "the KV cache has no free pages: other requests hold them; end those or raise "
+                "the KV cache has no free blocks: other requests hold them; end those or raise "
                 "kv_memory"
             )
         self._scheduler.blocks.release(max(holding, key=lambda branch: branch.order))

@@ -1,7 +1,7 @@
 """Requests in, tokens out: one step schedules, computes and samples for all of them.
 
 Synchronous and single-threaded. A request's output is a function of its tokens, its parameters and
-its seed; the other requests and the order of the calls do not change it.
+its seed; other requests and the order of calls do not change it.
 """
 
 import secrets
@@ -33,7 +33,7 @@ class _Totals:
 
 
 class Engine:
-    """Runs any number of requests on one model and one KV cache.
+    """Run any number of requests on one model and one KV cache.
 
     Example:
         >>> engine = Engine(model, kv_cache, tokenizer, max_model_len=4096)  # doctest: +SKIP
@@ -55,14 +55,14 @@ class Engine:
         prefix_caching: bool = True,
         generation_config: Mapping | None = None,
     ) -> None:
-        """Starts with nothing queued and an empty prefix cache.
+        """Start with nothing queued and an empty prefix cache.
 
         Args:
             model: `.config`, `.forward(batch, kv_cache)` -> (num_logits, vocab_size) float32.
             kv_cache: `.num_blocks`, `.block_size`, `.copy_blocks(pairs)`, int32 (n, 2).
             tokenizer: `.detokenizer(prompt_ids)`; None: outputs carry no text.
-            max_num_seqs: sequences in one step.
-            max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
+            max_num_seqs: sequences per step.
+            max_num_batched_tokens: tokens per step; longer prompts are computed in chunks.
             max_model_len: tokens of prompt and output together.
             prefix_caching: whether equal prefixes are computed once.
             generation_config: its "eos_token_id" replaces the model's.
@@ -78,7 +78,7 @@ class Engine:
         self._has_dynamic_rope = scaling is not None and scaling.kind == "dynamic"
         self._requests: dict[str, Request] = {}  # unfinished
         self._samples: dict[Sequence, Sample] = {}  # unfinished and forked
-        self._adapter_numbers: dict[LoraAdapter, int] = {}  # never reused: pages outlive requests
+        self._adapter_numbers: dict[LoraAdapter, int] = {}  # never reused: blocks outlive requests
         self._num_arrived = 0
         self._totals = _Totals()
         self._closed = False
@@ -92,18 +92,18 @@ class Engine:
         priority: int = 0,
         adapter: LoraAdapter | None = None,
     ) -> None:
-        """Queues a request; `step` gives its outputs.
+        """Queue a request; `step` returns its outputs.
 
         Args:
             request_id: unique among the unfinished requests.
-            prompt_token_ids: token ids; at least one.
+            prompt_token_ids: at least one token id.
             params: how to sample; None: greedy.
-            priority: smaller goes first; then first come, first served.
-            adapter: applied to the tokens of this request alone.
+            priority: smaller goes first; equal priorities are served in order of arrival.
+            adapter: applied to the tokens of this request only.
 
         Raises:
             ValueError: an id in use, a token outside the vocabulary, a prompt that can never fit.
-            TypeError: a wrong type. Nothing has changed then.
+            TypeError: a wrong type. In both cases nothing has changed.
             RuntimeError: the engine is closed.
         """
         self._check_request(request_id, priority)
@@ -122,10 +122,10 @@ class Engine:
         self._totals.prompt_tokens += len(token_ids)
 
     def step(self) -> list[Output]:
-        """Computes one batch; returns what each sample gained, possibly nothing.
+        """Compute one batch and return what each sample gained, possibly nothing.
 
         Raises:
-            Exception: what the model raised; no request has changed, so the step can be repeated.
+            Exception: the model's own error; no request has changed, so the step can be repeated.
         """
         if not self._requests:
             return []
@@ -141,10 +141,10 @@ class Engine:
         return outputs
 
     def compute(self, schedule: Schedule) -> np.ndarray:
-        """Run the model on a schedule, one of `scheduler` or of another over the same blocks.
+        """Run the model on a schedule of `scheduler`, or of another one over the same blocks.
 
         Returns:
-            (num_logits, vocab_size) float32, the rows of the chunks one after another.
+            (num_logits, vocab_size) float32, the rows of the chunks in order.
         """
         started = perf_counter()
         if schedule.block_copies:
@@ -162,10 +162,10 @@ class Engine:
         return logits
 
     def abort(self, request_id: str) -> list[Output]:
-        """Ends a request now and frees its blocks; an unknown or finished one is ignored.
+        """End a request now and free its blocks; an unknown or finished one is ignored.
 
         Returns:
-            The last output of each of its unfinished samples, with the text that was held back.
+            The last output of each of its unfinished samples, with any text held back so far.
         """
         request = self._requests.get(request_id)
         if request is None:
@@ -174,20 +174,20 @@ class Engine:
         for sample in unfinished:
             self._free(sample)
         del self._requests[request_id]
-        # The samples that wait for the prompt to be computed get their last output, too.
+        # Samples that still wait for the prompt get their last output, too.
         return [sample.end("abort") for sample in (*unfinished, *request.fork())]
 
     def has_unfinished(self) -> bool:
-        """Whether another step is needed."""
+        """Return whether another step is needed."""
         return bool(self._requests)
 
     def progress(self, request_id: str) -> tuple[int, int]:
-        """How far an unfinished request's prompt is: (tokens computed, tokens of the prompt)."""
+        """Return how far an unfinished prompt is: (tokens computed, tokens of the prompt)."""
         sequence = self._requests[request_id].samples[0].sequence
         return min(sequence.num_computed, sequence.prompt_len), sequence.prompt_len
 
     def stats(self) -> dict[str, int | float]:
-        """Gauges of now (running, waiting, KV use) and totals since the start (tokens, seconds)."""
+        """Return current gauges (running, waiting, KV use) and totals since the start."""
         blocks, totals = self.scheduler.blocks, self._totals
         return {
             "running": len(self.scheduler.running),
@@ -204,16 +204,16 @@ class Engine:
     def make_sequence(
         self, token_ids: array, order: tuple[int, int, int], adapter: LoraAdapter | None = None
     ) -> Sequence:
-        """A prompt as a sequence whose last token's logits are wanted."""
+        """Return a prompt as a sequence whose last token's logits are needed."""
         salt = self._cache_salt(prompt_len := len(token_ids))
-        if adapter is not None:  # its keys and values are not those of the model alone
+        if adapter is not None:  # its keys and values differ from those of the plain model
             check_adapter(adapter, self.model)
             number = self._adapter_numbers.setdefault(adapter, len(self._adapter_numbers) + 1)
             salt += number << 32
         return Sequence(token_ids, prompt_len, order, prompt_len - 1, salt, adapter)
 
     def check_length(self, prompt_len: int) -> None:
-        """Raises ValueError if a prompt leaves no room for a token."""
+        """Raise ValueError if a prompt leaves no room for a token."""
         if prompt_len > self.max_model_len - 1:
             raise ValueError(
                 f"prompt of {prompt_len} tokens does not fit max_model_len={self.max_model_len} "
@@ -222,7 +222,7 @@ class Engine:
             )
 
     def close(self) -> None:
-        """Aborts what is unfinished; the engine takes no further requests."""
+        """Abort unfinished requests and accept no further ones."""
         for request_id in list(self._requests):
             self.abort(request_id)
         self._closed = True
@@ -231,7 +231,7 @@ class Engine:
         if self._closed:
             raise RuntimeError("the engine is closed; make a new one")
         if not isinstance(request_id, str) or not request_id:
-            raise TypeError(f"request_id must be a str that is not empty, got {request_id!r}")
+            raise TypeError(f"request_id must be a non-empty str, got {request_id!r}")
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         if not isinstance(priority, int) or isinstance(priority, bool):
@@ -274,7 +274,7 @@ class Engine:
         return outputs
 
     def _take_chunk(self, chunk: Chunk, logits: np.ndarray, outputs: list[Output]) -> None:
-        """Uses the logits of a chunk's last tokens, (num_logits, vocab_size)."""
+        """Use the logits of a chunk's last tokens, (num_logits, vocab_size)."""
         sample = self._samples[chunk.sequence]
         request = sample.request
         num_prompt_logits = len(logits) - chunk.samples
@@ -294,7 +294,7 @@ class Engine:
         try:
             output = sample.accept(logits)
             self._totals.generated_tokens += 1
-        except Exception as error:  # a fault of one request; the others must not lose their tokens
+        except Exception as error:  # ends one request; the others must not lose their tokens
             output = sample.end("error", error)
         if output.finished:
             self._free(sample)

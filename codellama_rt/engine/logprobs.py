@@ -1,4 +1,4 @@
-"""Log-probabilities as vLLM reports them: of the raw logits, before any processor."""
+"""Log-probabilities as vLLM reports them: of the raw logits, before any processing."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,16 +7,16 @@ import numpy as np
 
 
 class Logprob(NamedTuple):
-    """A token's log-probability and its rank, 1 for the likeliest; of equals the lower id leads."""
+    """A token's log-probability and rank (1 = likeliest; ties: the lower id goes first)."""
 
     logprob: float
     rank: int
 
 
 class _RankedTokens(NamedTuple):
-    token_ids: np.ndarray  # (1 + num_top,) int32: the token asked about, then the likeliest ones
+    token_ids: np.ndarray  # (1 + num_top,) int32: the requested token, then the likeliest ones
     logprobs: np.ndarray  # (1 + num_top,) float64
-    rank: int  # of the token asked about
+    rank: int  # of the requested token
 
     def as_dict(self) -> dict[int, Logprob]:
         asked, *top = zip(self.token_ids.tolist(), self.logprobs.tolist(), strict=True)
@@ -27,39 +27,39 @@ class _RankedTokens(NamedTuple):
 
 
 class PromptLogprobs(Sequence):
-    """Per token of the prompt: None for the first, then a dict as for a new token.
+    """One entry per prompt token: None for the first, then a dict as for a new token.
 
-    Kept as arrays and turned into dicts on access: as dicts, 20 tokens for each of 100k positions
-    would take half a gigabyte.
+    Stored as arrays and turned into dicts on access: as dicts, 20 tokens per position would take
+    half a gigabyte for a prompt of 100k tokens.
     """
 
     def __init__(self) -> None:
-        """Starts with the first token, which nothing precedes."""
+        """Start with the first token, which has no log-probability."""
         self._rows: list[_RankedTokens | None] = [None]
 
     def __len__(self) -> int:
-        """Tokens of the prompt recorded so far."""
+        """Return the number of prompt tokens recorded so far."""
         return len(self._rows)
 
     def __getitem__(self, position):  # int -> dict or None, slice -> a list of them
-        """The tokens reported at a position of the prompt."""
+        """Return the tokens reported at a position of the prompt."""
         if isinstance(position, slice):
             return [self[i] for i in range(*position.indices(len(self)))]
         row = self._rows[position]
         return None if row is None else row.as_dict()
 
     def append(self, logits: np.ndarray, token_id: int, num_top: int) -> None:
-        """Adds the next token of the prompt, given the logits before it."""
+        """Add the next token of the prompt, given the logits before it."""
         self._rows.append(_rank_tokens(logits, token_id, num_top))
 
 
 def token_logprobs(logits: np.ndarray, token_id: int, num_top: int) -> dict[int, Logprob]:
-    """The log-probability of a token and of the likeliest ones.
+    """Return the log-probability of a token and of the likeliest ones.
 
     Args:
         logits: (vocab_size,) float32, as the model gave them.
         token_id: the chosen token.
-        num_top: how many likeliest tokens to report besides.
+        num_top: number of likeliest tokens to report besides.
 
     Returns:
         Token id -> Logprob; the chosen token first, then by rank.

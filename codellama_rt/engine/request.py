@@ -1,4 +1,4 @@
-"""A request as the engine follows it: its samples, when each ends, and what the caller gets."""
+"""A request in the engine: its samples, when each one ends, and its outputs."""
 
 from array import array
 from collections.abc import Collection, Iterable
@@ -21,7 +21,7 @@ class Output:
     Args:
         request_id: as given to `add_request`.
         index: which of the request's n samples.
-        token_ids: new tokens; the one that ended the output is among them.
+        token_ids: new tokens, including one that ended the output.
         text: new text that is final; without stop strings, stop tokens and special tokens.
         logprobs: one dict per new token, or None if not asked for.
         prompt_logprobs: with a sample's first output, if asked for; one entry per prompt token.
@@ -58,14 +58,14 @@ class Request:
         vocab_size: int,
         tokenizer: object | None,
     ) -> None:
-        """Starts with the first sample; `fork` adds the others.
+        """Start with the first sample; `fork` adds the others.
 
         Args:
             request_id: unique among the unfinished requests.
             params: how to sample.
             sequence: the prompt.
             seed: of all draws.
-            max_len: tokens of the prompt and the output together at which a sample ends.
+            max_len: tokens of prompt and output at which a sample ends.
             eos_token_ids: the model's ends of sequence.
             vocab_size: of the model.
             tokenizer: for the text; None: tokens only.
@@ -84,14 +84,14 @@ class Request:
         self.samples = [Sample(self, sequence)]
 
     def fork(self) -> list["Sample"]:
-        """Creates the samples that do not exist yet, from the first one's tokens."""
+        """Create the samples that do not exist yet, from the first one's tokens."""
         first = self.samples[0].sequence
         forks = [Sample(self, first.fork(i)) for i in range(len(self.samples), self.params.n)]
         self.samples += forks
         return forks
 
     def take_prompt_logits(self, logits: np.ndarray, first_position: int) -> None:
-        """Records the log-probabilities of the prompt's tokens after the given positions.
+        """Record the log-probabilities of the prompt's tokens after the given positions.
 
         Args:
             logits: (rows, vocab_size) float32 of consecutive prompt tokens.
@@ -106,7 +106,7 @@ class Sample:
     """One of a request's n outputs."""
 
     def __init__(self, request: Request, sequence: Sequence) -> None:
-        """Starts after the prompt.
+        """Start after the prompt.
 
         Args:
             request: what was asked for.
@@ -132,16 +132,16 @@ class Sample:
             self._stream = TextStream(detokenizer, params.stop)
 
     def accept(self, logits: np.ndarray) -> Output:
-        """Chooses the next token from its logits and appends it.
+        """Choose the next token from its logits and append it.
 
         Args:
             logits: (vocab_size,) float32.
 
         Returns:
-            The token, its text, and whether and why it was the last.
+            The token, its text, and whether and why it was the last one.
 
         Raises:
-            RuntimeError: the logits are not numbers.
+            RuntimeError: the logits are NaN or infinite.
         """
         sequence, params = self.sequence, self.request.params
         num_generated = sequence.num_generated
@@ -157,7 +157,7 @@ class Sample:
         return output
 
     def end(self, reason: str, error: Exception | None = None) -> Output:
-        """The last output of a sample that is ended from outside: "abort" or "error"."""
+        """Return the last output of a sample that is ended from outside: "abort" or "error"."""
         text = "" if error is not None or self._stream is None else self._stream.flush()
         return Output(
             self.request.request_id,
@@ -170,7 +170,7 @@ class Sample:
         )
 
     def _read(self, token_id: int, may_stop: bool, output: Output) -> None:
-        """Fills in the text of a new token, and whether it ends the output."""
+        """Fill in the text of a new token, and whether it ends the output."""
         if token_id in self.request.end_ids and may_stop:
             output.finish_reason, output.stop_reason = "stop", token_id
         elif self._stream is not None:
@@ -187,7 +187,7 @@ class Sample:
 
 
 def checked_prompt(prompt_token_ids: object, vocab_size: int) -> array:
-    """The prompt as an int32 list.
+    """Return the prompt as an int32 list.
 
     Args:
         prompt_token_ids: a list or a 1-D integer array.
@@ -216,7 +216,7 @@ def checked_prompt(prompt_token_ids: object, vocab_size: int) -> array:
 
 
 def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -> None:
-    """Checks what SamplingParams cannot know by itself.
+    """Check what SamplingParams alone cannot check.
 
     Raises:
         TypeError: not SamplingParams.
@@ -234,6 +234,6 @@ def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -
 
 
 def check_token_id(token_id: int, vocab_size: int, name: str) -> None:
-    """Raises ValueError if a token is outside the vocabulary."""
+    """Raise ValueError if a token is outside the vocabulary."""
     if not 0 <= token_id < vocab_size:
         raise ValueError(f"{name} must be a token id in [0, {vocab_size}), got {token_id}")

@@ -1,4 +1,4 @@
-"""From a row of logits to a token; every function is pure in its arguments.
+"""Choose a token from a row of logits; every function is pure in its arguments.
 
 Order of the processors as in Transformers: repetition, presence and frequency penalties, bias,
 minimum length, then temperature, top-k, top-p, min-p. All arithmetic in float64.
@@ -13,10 +13,10 @@ from codellama_rt.engine.sampling_params import SamplingParams
 
 
 class TokenCounts:
-    """Which tokens a sequence has, kept up to date token by token."""
+    """The tokens of a sequence with their counts, updated token by token."""
 
     def __init__(self, prompt_ids: Collection[int], vocab_size: int) -> None:
-        """Counts the prompt.
+        """Count the prompt.
 
         Args:
             prompt_ids: int32 (prompt_len,).
@@ -27,13 +27,13 @@ class TokenCounts:
         self.seen[np.asarray(prompt_ids, np.int64)] = True
 
     def add(self, token_id: int) -> None:
-        """Counts a new output token."""
+        """Count a new output token."""
         self.in_output[token_id] += 1
         self.seen[token_id] = True
 
 
 class TokenSampler:
-    """Chooses the tokens of one sample of one request."""
+    """Choose the tokens of one sample of one request."""
 
     def __init__(
         self,
@@ -45,11 +45,11 @@ class TokenSampler:
         end_ids: Collection[int] = (),
         name: str = "",
     ) -> None:
-        """Starts after the prompt.
+        """Start after the prompt.
 
         Args:
             params: what the caller asked for.
-            seed: of the request; draws depend on it, on `index` and on the position, nothing else.
+            seed: of the request; draws depend only on it, on `index` and on the position.
             index: which of the request's n samples.
             prompt_ids: int32 (prompt_len,).
             vocab_size: of the model.
@@ -62,7 +62,7 @@ class TokenSampler:
         self._reads_raw_logits = params.is_greedy and self._counts is None and not params.logit_bias
 
     def sample(self, logits: np.ndarray, position: int, num_generated: int) -> int:
-        """Chooses the token that follows.
+        """Choose the token that follows.
 
         Args:
             logits: (vocab_size,) float32, not changed.
@@ -70,9 +70,9 @@ class TokenSampler:
             num_generated: output tokens before it.
 
         Raises:
-            RuntimeError: the logits are not numbers, or every token is masked.
+            RuntimeError: the logits are NaN or infinite, or every token is masked.
         """
-        best = int(logits.argmax())  # the first NaN, if there is one: this pass finds both
+        best = int(logits.argmax())  # the first NaN, if any: one pass finds both
         self._require_finite(logits, best, position)
         masked = num_generated < self._params.min_tokens
         if self._reads_raw_logits and not masked:
@@ -87,7 +87,7 @@ class TokenSampler:
         return draw(token_ids, probs, uniform(self._seed, self._index, position))
 
     def record(self, token_id: int) -> None:
-        """Notes the token that was chosen, for the penalties."""
+        """Record the chosen token, for the penalties."""
         if self._counts is not None:
             self._counts.add(token_id)
 
@@ -106,13 +106,13 @@ def process_logits(
     counts: TokenCounts | None = None,
     masked_ids: Collection[int] = (),
 ) -> np.ndarray:
-    """Applies what depends on the tokens so far: penalties, bias, minimum length.
+    """Apply what depends on the tokens so far: penalties, bias, minimum length.
 
     Args:
         logits: (vocab_size,) float32, not changed.
         params: with the penalties and the bias.
         counts: the tokens so far; None when no penalty is set.
-        masked_ids: tokens that may not be chosen.
+        masked_ids: tokens that must not be chosen.
 
     Returns:
         (vocab_size,) float64.
@@ -133,23 +133,23 @@ def process_logits(
 
 
 def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
-    """Applies temperature, top-k, top-p and min-p.
+    """Apply temperature, top-k, top-p and min-p.
 
     Args:
         logits: (vocab_size,) float64 with a finite maximum.
         params: with a temperature above 0.
 
     Returns:
-        The tokens that remain, ascending ids, (kept,) int64, and their probabilities, (kept,)
+        The ids of the remaining tokens, ascending, (kept,) int64, and their probabilities, (kept,)
         float64, all positive.
     """
     token_ids = np.flatnonzero(logits > -np.inf)
     if 0 < params.top_k < len(token_ids):
         kth = np.partition(logits, -params.top_k)[-params.top_k]
-        token_ids = np.flatnonzero(logits >= kth)  # equals of the k-th stay, as in Transformers
+        token_ids = np.flatnonzero(logits >= kth)  # ties with the k-th stay, as in Transformers
     scores = logits[token_ids]
     with np.errstate(over="ignore", under="ignore"):
-        # Subtracting the maximum first keeps the tiniest temperature from overflowing to NaN.
+        # Subtracting the maximum first keeps a tiny temperature from overflowing to NaN.
         probs = np.exp((scores - scores.max()) / params.temperature)
     probs /= probs.sum()
     kept = probs > 0
@@ -162,9 +162,9 @@ def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
 
 
 def _nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
-    """Which tokens have at most `top_p` before them; of equal ones the lower id goes first."""
+    """Return which tokens have at most `top_p` before them; ties: the lower id goes first."""
     # Tokens below (1 - p) / size sum to less than 1 - p, so none of them can be kept. On a real
-    # model's logits this leaves some hundred to sort instead of the whole vocabulary.
+    # model's logits this leaves a few hundred to sort instead of the whole vocabulary.
     candidates = probs[probs >= (1.0 - top_p) / len(probs)]
     ordered = np.sort(candidates)[::-1]  # values only: ten times faster than a stable argsort
     before = np.concatenate(([0.0], np.cumsum(ordered)[:-1]))
@@ -176,7 +176,7 @@ def _nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
 
 
 def uniform(seed: int, index: int, position: int) -> float:
-    """A number in [0, 1) that is a pure function of its three arguments.
+    """Return a number in [0, 1) that is a pure function of the three arguments.
 
     Philox4x64-10, a counter-based generator (Salmon et al., "Parallel random numbers: as easy as
     1, 2, 3", SC 2011): key = seed and sample index, counter = position.
@@ -186,7 +186,7 @@ def uniform(seed: int, index: int, position: int) -> float:
 
 
 def draw(token_ids: np.ndarray, probs: np.ndarray, u: float) -> int:
-    """Inverts the cumulative distribution, tokens in ascending order of their ids.
+    """Invert the cumulative distribution over tokens in ascending order of their ids.
 
     Args:
         token_ids: (kept,) int64.
@@ -204,7 +204,7 @@ def probabilities(
     prompt_ids: Collection[int] = (),
     output_ids: Collection[int] = (),
 ) -> np.ndarray:
-    """The distribution the next token is drawn from.
+    """Return the distribution the next token is drawn from.
 
     Args:
         logits: (vocab_size,) float32.

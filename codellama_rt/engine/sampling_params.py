@@ -1,11 +1,11 @@
-"""What a caller may ask of sampling, with vLLM's names; refused here or valid everywhere."""
+"""The sampling parameters, with vLLM's names, validated when they are created."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import NamedTuple
 
-MAX_SAMPLES = 64  # bounds keep one request from taking the machine's memory
+MAX_SAMPLES = 64  # limits that keep one request from exhausting the machine's memory
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 
@@ -13,7 +13,7 @@ MAX_LOGPROBS = 20
 class _Range(NamedTuple):
     low: float
     high: float | None = None
-    above_low: bool = False  # the lower bound itself is not allowed
+    above_low: bool = False  # the lower bound itself is excluded
 
     def holds(self, value: float) -> bool:
         over = value > self.low if self.above_low else value >= self.low
@@ -37,35 +37,35 @@ _REALS = {
     "temperature": _Range(0.0),
     "top_p": _Range(0.0, 1.0, above_low=True),
     "min_p": _Range(0.0, 1.0),
-    "repetition_penalty": _Range(0.01, 100.0),  # wider could overflow every logit to infinity
+    "repetition_penalty": _Range(0.01, 100.0),  # a wider range could overflow all logits
     "presence_penalty": _Range(-2.0, 2.0),
     "frequency_penalty": _Range(-2.0, 2.0),
 }
 _OPTIONAL = frozenset({"max_tokens", "seed", "logprobs", "prompt_logprobs"})
-_LOGIT_BIAS = _Range(-100.0, 100.0)  # OpenAI's range: its ends ban or force a token
+_LOGIT_BIAS = _Range(-100.0, 100.0)  # OpenAI's range: the extremes ban or force a token
 _TOKEN_ID = _Range(0, 2**31 - 1)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to turn logits into tokens and when to end; greedy by default.
+    """How to choose tokens from logits and when to stop; greedy by default.
 
     Args:
         n: samples of one prompt, 1 to 64.
-        max_tokens: new tokens at most; None: as many as the model's length allows.
+        max_tokens: maximum number of new tokens; None: as many as the model's length allows.
         min_tokens: new tokens before end-of-sequence, a stop token or a stop string may end it.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the likeliest tokens whose predecessors sum to at most this probability.
         top_k: keep this many likeliest tokens; 0 or -1: all.
         min_p: drop tokens below this fraction of the likeliest one's probability.
-        repetition_penalty: over 1 makes tokens of the prompt and the output less likely.
+        repetition_penalty: values over 1 make tokens of the prompt and the output less likely.
         presence_penalty: subtracted once from the logit of each token of the output.
-        frequency_penalty: subtracted once for each occurrence in the output.
+        frequency_penalty: subtracted once per occurrence in the output.
         logit_bias: token id -> added to its logit, -100 to 100.
-        seed: fixes the draws; None: a fresh one a request.
-        stop: strings that end the text (a str or up to 16); not part of the text.
+        seed: fixes the draws; None: a fresh seed per request.
+        stop: strings that end the text (a str or up to 16); not included in the text.
         stop_token_ids: token ids that end the output, besides end-of-sequence.
-        ignore_eos: go on after end-of-sequence.
+        ignore_eos: continue after end-of-sequence.
         logprobs: report the log-probability of each new token and of this many likeliest ones.
         prompt_logprobs: the same for the tokens of the prompt.
 
@@ -97,7 +97,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        """Validates, and normalises numbers and lists."""
+        """Validate, and normalise numbers and lists."""
         for name, allowed in (_INTEGERS | _REALS).items():
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
@@ -120,12 +120,12 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken instead of a draw."""
+        """Whether the likeliest token is always taken, without a draw."""
         return self.temperature == 0.0
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether the probabilities depend on which tokens came before."""
+        """Whether the probabilities depend on the tokens before."""
         neutral = (1.0, 0.0, 0.0)
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != neutral
 

@@ -1,9 +1,9 @@
-"""Which tokens the next step computes: continuous batching over a paged cache.
+"""The scheduler: which tokens the next step computes. Continuous batching over a paged cache.
 
-Decodes first, then prompts in chunks within the token budget, both by (priority, arrival). When a
+Decodes first, then prompts in chunks within the token budget, both by (priority, arrival). If a
 decode needs a block and none is free, the last sequence in that order loses its blocks and waits to
-be recomputed, the tokens it has generated included. So the first in order always gets on, alone
-with all blocks if need be, and nothing can deadlock.
+be recomputed, including the tokens it has generated. So the first sequence always makes progress,
+with all blocks to itself if need be, and no deadlock is possible.
 """
 
 from bisect import insort
@@ -25,7 +25,7 @@ class Schedule:
 
 
 class Scheduler:
-    """Forms steps from sequences; owns their queue, and through the block manager their blocks.
+    """Form steps from sequences; owns their queue and, through the block manager, their blocks.
 
     Example:
         >>> from codellama_rt.engine.sequence import int32_list
@@ -38,12 +38,12 @@ class Scheduler:
     def __init__(
         self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int = 512
     ) -> None:
-        """Starts with nothing queued.
+        """Start with nothing queued.
 
         Args:
-            block_manager: of the KV cache the steps run on.
-            max_num_seqs: sequences in one step.
-            max_num_batched_tokens: tokens in one step.
+            block_manager: of the KV cache that the steps use.
+            max_num_seqs: sequences per step.
+            max_num_batched_tokens: tokens per step.
         """
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
             raise ValueError(
@@ -54,20 +54,20 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         # Every running sequence may decode in the same step, so all of them fit the token budget.
         self.max_num_running = min(max_num_seqs, max_num_batched_tokens)
-        self.running: list[Sequence] = []  # with blocks; both lists are in order
+        self.running: list[Sequence] = []  # have blocks; both lists are in order
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
 
     @property
     def max_computed_tokens(self) -> int:
-        """Tokens of one sequence that fit the KV cache when it has all blocks."""
+        """Number of tokens of one sequence that fit the KV cache if it has all blocks."""
         return self.blocks.num_blocks * self.blocks.block_size
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a new sequence.
+        """Queue a new sequence.
 
         Raises:
-            ValueError: the KV cache is too small for it even alone; nothing has changed.
+            ValueError: it can never fit the KV cache, even alone; nothing has changed.
         """
         num_tokens = len(sequence.token_ids)
         if num_tokens > self.max_computed_tokens:
@@ -79,7 +79,7 @@ class Scheduler:
         insort(self.waiting, sequence, key=_by_order)
 
     def add_fork(self, parent: Sequence, child: Sequence) -> None:
-        """Queues a further sample of a running sequence, on the same blocks if it can run now."""
+        """Queue another sample of a running sequence, on the same blocks if it can run now."""
         if len(self.running) < self.max_num_running:
             self.blocks.fork(parent, child)
             insort(self.running, child, key=_by_order)
@@ -87,19 +87,19 @@ class Scheduler:
             insort(self.waiting, child, key=_by_order)
 
     def remove(self, sequence: Sequence) -> None:
-        """Drops a finished or aborted sequence and frees its blocks."""
+        """Drop a finished or aborted sequence and free its blocks."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self.blocks.release(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Takes a running sequence's blocks; it waits in its place in order and is recomputed."""
+        """Take a running sequence's blocks; it keeps its place in the queue and is recomputed."""
         self.running.remove(sequence)
         self.blocks.release(sequence)
         insort(self.waiting, sequence, key=_by_order)
         self.num_preemptions += 1
 
     def schedule(self) -> Schedule:
-        """Chooses the next step's tokens; every chunk has its blocks when this returns."""
+        """Choose the next step's tokens; every chunk has its blocks on return."""
         schedule = Schedule()
         num_preemptions = self.num_preemptions
         self._schedule_decodes(schedule)
@@ -112,7 +112,7 @@ class Scheduler:
         return schedule
 
     def commit(self, chunk: Chunk) -> None:
-        """Notes that a chunk's keys and values are in the cache and its logits delivered."""
+        """Record that a chunk's keys and values are in the cache and its logits delivered."""
         sequence = chunk.sequence
         sequence.num_computed = chunk.stop
         sequence.first_logit = max(sequence.first_logit, chunk.stop)
@@ -120,7 +120,7 @@ class Scheduler:
 
     def _schedule_decodes(self, schedule: Schedule) -> None:
         i = 0
-        while i < len(self.running):  # shrinks at its end by preemption
+        while i < len(self.running):  # preemption shrinks it at its end
             sequence = self.running[i]
             i += 1
             if sequence.num_uncomputed > 1:

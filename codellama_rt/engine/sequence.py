@@ -5,23 +5,23 @@ from dataclasses import dataclass, field
 
 
 def int32_list(values: object = ()) -> array:
-    """A growable list of int32 that NumPy can view without copying its elements one by one."""
+    """Return a growable list of int32 that NumPy can view without copying single elements."""
     return array("i", values)
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """The tokens of one sample and how far they are computed.
+    """The tokens of one sample and how many of them are computed.
 
-    The tokens are the prompt followed by what was generated, in one list: to the scheduler a
-    preempted sequence is only a longer prompt. `prompt_len` stays that of the original prompt.
+    The prompt and the generated tokens are one list: to the scheduler a preempted sequence is just
+    a longer prompt. `prompt_len` stays that of the original prompt.
 
     Args:
         token_ids: int32 array, the prompt; generated tokens are appended.
         prompt_len: tokens of the original prompt.
         order: (priority, arrival, sample index); the smallest goes first and is preempted last.
-        first_logit: the position of the first token whose following-token logits are wanted.
-        cache_salt: sequences share cached prefixes only within one salt (>= 0).
+        first_logit: position of the first token whose logits (of the next token) are needed.
+        cache_salt: sequences share cached prefixes only if their salt (>= 0) is equal.
         adapter: a LoraAdapter applied to all its tokens, or None.
     """
 
@@ -31,25 +31,25 @@ class Sequence:
     first_logit: int
     cache_salt: int = 0
     adapter: object | None = None
-    # Place in the KV cache; BlockManager's business, empty while the sequence waits.
+    # Place in the KV cache, managed by BlockManager; empty while the sequence waits.
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_ids: array = field(default_factory=int32_list)
     num_indexed_blocks: int = 0  # leading full blocks known to the prefix cache
     prefix_id: int = field(init=False)  # the prefix cache's name for the text of those blocks
 
     def __post_init__(self) -> None:
-        """Starts outside the KV cache."""
+        """Start outside the KV cache."""
         self.leave_cache()
 
     def leave_cache(self) -> None:
-        """Forgets the place in the KV cache: every token has to be computed again."""
+        """Forget the place in the KV cache: every token has to be computed again."""
         self.num_computed = 0
         self.num_indexed_blocks = 0
         self.block_ids = int32_list()
         self.prefix_id = -1 - self.cache_salt  # the empty prefix of this salt
 
     def fork(self, index: int) -> "Sequence":
-        """A sample with the same tokens and no place in the KV cache yet."""
+        """Return a sample with the same tokens and no place in the KV cache yet."""
         return Sequence(
             token_ids=self.token_ids[:],
             prompt_len=self.prompt_len,
@@ -61,12 +61,12 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens to compute before the next one can be sampled: 1 while decoding."""
+        """Number of tokens to compute before the next one can be sampled: 1 while decoding."""
         return len(self.token_ids) - self.num_computed
 
     @property
     def num_generated(self) -> int:
-        """Tokens after the original prompt."""
+        """Number of tokens after the original prompt."""
         return len(self.token_ids) - self.prompt_len
 
 
@@ -88,5 +88,5 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Whether the last row of the logits is that of a token to sample."""
+        """Whether the last row of the logits is used to sample a token."""
         return self.stop == len(self.sequence.token_ids)

@@ -1,28 +1,28 @@
-"""The text of a growing sequence, ended by stop strings wherever token boundaries fall."""
+"""Text of a growing sequence, cut at stop strings wherever token boundaries fall."""
 
 from collections.abc import Collection
 from typing import Protocol
 
 
 class Detokenizer(Protocol):
-    """What a tokenizer's `detokenizer(prompt_ids)` returns."""
+    """The object that a tokenizer's `detokenizer(prompt_ids)` returns."""
 
     def push(self, token_id: int) -> str:
-        """Takes a token; returns the text that has become final."""
+        """Take a token and return the text that has become final."""
 
     def flush(self) -> str:
-        """Returns what is left, an incomplete character included."""
+        """Return the remaining text, including an incomplete character."""
 
 
 class TextStream:
-    """Turns tokens into text, holding back what could still become a stop string.
+    """Turn tokens into text, holding back what could still become a stop string.
 
-    A stop string counts once its last character is there; of several that end together, the
-    longest. So the text does not depend on how it was cut into tokens.
+    A stop string counts once its last character has arrived; of several that end together, the
+    longest counts. So the text does not depend on how it was split into tokens.
     """
 
     def __init__(self, detokenizer: Detokenizer, stop: Collection[str]) -> None:
-        """Starts with no text.
+        """Start with no text.
 
         Args:
             detokenizer: of this sequence.
@@ -30,22 +30,22 @@ class TextStream:
         """
         self._detokenizer = detokenizer
         self._stop = stop
-        self._held = ""  # the end of the text so far that begins some stop string
+        self._held = ""  # the end of the text so far that could begin a stop string
 
     def push(self, token_id: int, *, may_stop: bool = True) -> tuple[str, str | None]:
-        """Takes the next token.
+        """Take the next token.
 
         Args:
             token_id: int.
-            may_stop: False before `min_tokens`: stop strings completed now are only text.
+            may_stop: False before `min_tokens`: stop strings completed now are plain text.
 
         Returns:
-            The text that is final now, and the stop string that follows it, if one does.
+            The text that is now final, and the stop string that follows it, if any.
         """
         return self._release(self._detokenizer.push(token_id), may_stop)
 
     def flush(self) -> str:
-        """The text left when the sequence has ended."""
+        """Return the text left when the sequence has ended."""
         text, _ = self._release(self._detokenizer.flush(), may_stop=True)
         text, self._held = text + self._held, ""
         return text
@@ -65,6 +65,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` could be the beginning of `stop`."""
+    """Return how many characters at the end of `text` could begin `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -56,7 +56,7 @@ def test_bad_params_are_refused(params, error, message):
 
 @pytest.mark.parametrize("name", [1, None, "", b"r"])
 def test_a_bad_request_id_is_refused(name):
-    with pytest.raises(TypeError, match="request_id must be a str that is not empty"):
+    with pytest.raises(TypeError, match="request_id must be a non-empty str"):
         engine_of().add_request(name, PROMPT)
 
 

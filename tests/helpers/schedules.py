@@ -71,7 +71,7 @@ class Recorder:
         self.counts = Counter()
 
     def attach(self, engine: Engine) -> None:
-        """Learn from the engine's scheduler whose rows come next, and shuffle its free pages."""
+        """Learn from the engine's scheduler whose rows come next, and shuffle its free blocks."""
         schedule = engine.scheduler.schedule
 
         def remember():
