@@ -1,4 +1,4 @@
-"""Generation as Transformers does it: its configuration, processors, criteria and searches."""
+"""The interface of Transformers: models, tokenizers, configuration, processors, searches."""
 
 from codellama_rt.hf.generation_config import GenerationConfig
 from codellama_rt.hf.outputs import CausalLMOutput, GenerateOutput

@@ -1,4 +1,4 @@
-"""Rows of token ids as Transformers' tokenizers return them: truncated, padded, made arrays."""
+"""Rows of token ids as Transformers' tokenizers return them: truncated, padded, as arrays."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class BatchEncoding(dict):
-    """A dictionary whose entries are attributes too.
+    """A dictionary whose entries are also attributes.
 
     Example:
         >>> BatchEncoding(input_ids=[1, 822]).input_ids
@@ -18,30 +18,30 @@ class BatchEncoding(dict):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"this encoding has {', '.join(self)}, no {name!r}") from None
+            raise AttributeError(f"this encoding has {', '.join(self)}, not {name!r}") from None
 
 
 def row_limit(
     truncation: bool | str | None, max_length: int | None, padding: bool | str
 ) -> int | None:
-    """Returns the tokens a row may have, None for any; a length alone asks for truncation too."""
+    """Return the maximum tokens per row, None for no limit; max_length alone truncates too."""
     if truncation is None:
         truncation = not padding
     return max_length if is_chosen("truncation", truncation, "longest_first") else None
 
 
 def truncate(texts: Sequence[list[int]], excess: int, side: str) -> list[list[int]]:
-    """Takes `excess` ids away ("longest_first"): from the longer text, then from each in turn.
+    """Remove `excess` ids ("longest_first"): from the longer text, then from each in turn.
 
     Args:
         texts: the ids of one text or two.
-        excess: how many are too many; nothing is done unless it is positive.
+        excess: how many to remove; nothing is done unless it is positive.
         side: "right" cuts at the end, "left" at the start.
     """
     kept = [len(ids) for ids in texts]
     for _ in range(min(excess, sum(kept))):
         longest = max(kept)
-        kept[len(kept) - 1 - kept[::-1].index(longest)] -= 1  # the last of equal ones
+        kept[len(kept) - 1 - kept[::-1].index(longest)] -= 1  # ties: the last one
     if check_side(side) == "right":
         return [ids[:count] for ids, count in zip(texts, kept, strict=True)]
     return [ids[len(ids) - count :] for ids, count in zip(texts, kept, strict=True)]
@@ -50,7 +50,7 @@ def truncate(texts: Sequence[list[int]], excess: int, side: str) -> list[list[in
 def padded_length(
     rows: Sequence[list[int]], padding: bool | str, max_length: int | None, multiple: int | None
 ) -> int:
-    """Returns the length to fill rows up to, 0 if they are not to be padded."""
+    """Return the length to pad rows to, 0 if they are not to be padded."""
     if not is_chosen("padding", padding, "longest", "max_length"):
         return 0
     if padding == "max_length" and max_length is None:
@@ -62,7 +62,7 @@ def padded_length(
 def pad(
     rows: Sequence[list[int]], length: int, pad_id: int | None, side: str
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Fills rows up to `length` with `pad_id`, on the "left" or "right".
+    """Pad rows to `length` with `pad_id`, on the "left" or "right".
 
     Returns:
         The rows, and their attention masks: 1 for a token, 0 for padding.
@@ -79,18 +79,18 @@ def pad(
 
 
 def as_tensor(rows: list[list[int]], kind: str | None, single: bool) -> Any:
-    """Turns rows into what a caller of the tokenizer asked for.
+    """Convert rows to the type that the caller asked for.
 
     Args:
         rows: ids or masks.
         kind: None for lists, "np" for a NumPy array, "ms" for a MindSpore tensor.
-        single: there is one row, and as a list it is wanted alone.
+        single: there is one row, and as a list it is returned without the batch axis.
 
     Returns:
-        Lists; or (rows, length), int64 of NumPy or int32 of MindSpore, the type its models take.
+        Lists; or (rows, length) arrays: int64 for NumPy, int32 for MindSpore as its models expect.
 
     Raises:
-        ValueError: another kind, or an array of rows of several lengths.
+        ValueError: an unknown kind, or an array of rows with different lengths.
     """
     if kind not in (None, "np", "ms"):
         raise ValueError(f"return_tensors must be None, 'np' or 'ms', got {kind!r}")
@@ -108,14 +108,14 @@ def as_tensor(rows: list[list[int]], kind: str | None, single: bool) -> Any:
 
 
 def is_chosen(option: str, value: bool | str | None, *names: str) -> bool:
-    """Returns whether an option is on, by True or a name; ValueError if it is unknown."""
+    """Return whether an option is on, by True or a name; ValueError if it is unknown."""
     if value not in (None, False, True, *names):
         raise ValueError(f"{option} must be True, False or in {names}, got {value!r}")
     return bool(value)
 
 
 def check_side(side: str) -> str:
-    """Returns the side if it is one."""
+    """Return the side if it is valid."""
     if side not in ("left", "right"):
         raise ValueError(f"a side is 'left' or 'right', got {side!r}")
     return side

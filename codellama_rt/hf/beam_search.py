@@ -1,7 +1,7 @@
-"""Beam search as Transformers 4.57 does it (`_beam_search`), a prompt at a time.
+"""Beam search like `_beam_search` in Transformers 4.57, one prompt at a time.
 
-Among the continuations of all beams the best are kept; one that ends is a result if it is among
-the num_beams best of its step, scored by its log-probability over length ** length_penalty.
+The best continuations of all beams are kept. One that ends is a result if it is among the
+num_beams best of its step; its score is its log-probability / length ** length_penalty.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from codellama_rt.hf.search import Found, Search
 
 class _Beam(NamedTuple):
     token_ids: tuple[int, ...]  # after the prompt
-    log_prob: float  # of all of them
-    origins: tuple[int, ...]  # the beam each token came of
+    log_prob: float  # their sum
+    origins: tuple[int, ...]  # the beam that each token came from
 
 
 class _Result(NamedTuple):
@@ -28,10 +28,10 @@ class _Result(NamedTuple):
 
 
 def beam_search(search: Search, branches: Branches) -> Found:
-    """Run a search whose config has several beams.
+    """Run a search whose configuration has several beams.
 
     Returns:
-        num_return_sequences results a prompt, the best first.
+        num_return_sequences results per prompt, best first.
     """
     count = search.config.num_return_sequences
     searches = [_PromptSearch(search, branches, i) for i in range(len(search.prompts))]
@@ -77,7 +77,7 @@ class _PromptSearch:
         self._padded = search.padded[index]
         self._room = search.max_model_len - len(self._prompt)
         n_beams = search.config.num_beams
-        # At first all beams are the same; only the first may be continued.
+        # At first all beams are the same; only the first is continued.
         self._beams = [_Beam((), 0.0 if i == 0 else -1e9, ()) for i in range(n_beams)]
         first = branches.add(self._prompt, search.adapter)
         self._live: list[Branch] = [first]
@@ -89,7 +89,7 @@ class _PromptSearch:
         """Compute what may follow each beam: (logits, processed log-probabilities)."""
         n_beams = self._search.config.num_beams
         logits = self._branches.logits(self._live)
-        if len(logits) < n_beams:  # the prompt alone, for all beams
+        if len(logits) < n_beams:  # all beams are still the prompt
             logits = np.repeat(logits, n_beams, axis=0)
         log_probs = _log_softmax(logits)
         input_ids = np.array([[*self._padded, *beam.token_ids] for beam in self._beams])
@@ -115,7 +115,7 @@ class _PromptSearch:
             self._follow(going)
 
     def _candidates(self, count: int) -> list[_Beam]:
-        """The best continuations, the best first; of equal ones the lower beam and token lead."""
+        """Return the best continuations, best first; ties: the lower beam and token go first."""
         vocab_size = self._scores.shape[1]
         flat = self._scores.reshape(-1)
         count = min(count, flat.size)
@@ -150,21 +150,22 @@ class _PromptSearch:
         return beam.log_prob / len(beam.token_ids) ** self._search.config.length_penalty
 
     def _is_settled(self, going: list[_Beam]) -> bool:
-        """Whether no later step can change the results."""
+        """Return whether no later step can change the results."""
         config = self._search.config
         if len(self.results) < config.num_beams:
             return False
         if config.early_stopping is True:
             return True
-        # The score that the best beam would have, were it to end without a further loss.
+        # The score that the best beam would get if it ended without further loss.
         length = len(going[0].token_ids)
         if config.early_stopping == "never" and config.length_penalty > 0.0:
             length = min(self._search.max_new_tokens, self._room)
         return going[0].log_prob / length**config.length_penalty <= self.results[-1].score
 
     def _follow(self, going: list[_Beam]) -> None:
-        """Let the branches follow their beams: the pages of a beam that is not continued go back,
-        those of one that is continued twice are shared.
+        """Let the branches follow their beams.
+
+        Blocks of beams that end here are freed; beams that continue twice share theirs.
         """
         parents = [beam.origins[-1] if len(self._live) > 1 else 0 for beam in going]
         children = [self._branches.fork(self._live[parent]) for parent in parents]

@@ -41,7 +41,7 @@ class LlamaForCausalLM:
     """
 
     def __init__(self, llm: LLM) -> None:
-        """Wrap an LLM; `from_pretrained` makes one."""
+        """Wrap an LLM; use `from_pretrained` to open a checkpoint."""
         self.llm = llm
         self.config = llm.config
         self.generation_config = GenerationConfig.from_dict(llm.generation_config)
@@ -67,12 +67,12 @@ class LlamaForCausalLM:
             model: directory, GGUF file, built-in name or hub id.
             dtype: "auto", "float32", "float16", "bfloat16", or MindSpore's own (`ms.bfloat16`);
                 mindspore_dtype, ms_dtype and torch_dtype are other names for it.
-            attn_implementation: one of Transformers' names; there is one implementation, paged, and
-                the tokens are the same whatever it is called.
-            **llm_options: as `LLM` takes them.
+            attn_implementation: one of Transformers' names, accepted for compatibility: there is
+                one implementation, paged attention, and the tokens are the same under every name.
+            **llm_options: options of `LLM`.
 
         Raises:
-            CheckpointError, ValueError, TypeError, RuntimeError: as `LLM`; or two dtypes.
+            CheckpointError, ValueError, TypeError, RuntimeError: as for `LLM`; or two dtypes.
         """
         if attn_implementation not in (None, *_IMPLEMENTATIONS):
             raise ValueError(
@@ -81,7 +81,7 @@ class LlamaForCausalLM:
             )
         given = [d for d in (dtype, mindspore_dtype, ms_dtype, torch_dtype) if d is not None]
         if len(given) > 1:
-            raise TypeError(f"dtype is given {len(given)} times, by its several names")
+            raise TypeError(f"dtype is given {len(given)} times, under different names")
         return cls(LLM(model, dtype=dtype_name(given[0] if given else "auto"), **llm_options))
 
     def __call__(
@@ -92,21 +92,21 @@ class LlamaForCausalLM:
         labels: Any = None,
         logits_to_keep: int = 0,
     ) -> CausalLMOutput:
-        """Logits after every token, and how well the labels were foretold.
+        """Compute the logits after every token, and the loss if labels are given.
 
         Args:
             input_ids: (batch, length) Tensor of int32 or int64.
             attention_mask: (batch, length), 0 where a row is padded, on either side.
-            labels: (batch, length) token ids to foretell, -100 where none counts; each is compared
+            labels: (batch, length) expected token ids, -100 to ignore a position; each is compared
                 with the logits before it.
-            logits_to_keep: return those of so many last positions only; 0: of all.
+            logits_to_keep: return only those of the last so many positions; 0: of all.
 
         Returns:
             `logits`, (batch, length or logits_to_keep, vocab_size) float32, zeros at padding, and
-            `loss`, with labels.
+            `loss` if labels are given.
 
         Raises:
-            TypeError, ValueError: a tensor of another type or shape; an id out of the vocabulary.
+            TypeError, ValueError: a wrong type or shape; an id outside the vocabulary.
         """
         rows = as_rows(input_ids)
         mask = as_mask(attention_mask, rows)
@@ -135,29 +135,29 @@ class LlamaForCausalLM:
         seed: int | None = None,
         **fields: Any,
     ) -> Any:
-        """Continue every row; explicit arguments win over the configuration.
+        """Continue every row; explicit arguments override the configuration.
 
         Args:
             input_ids: (batch, length) Tensor of int32 or int64; rows are padded on the left.
-            generation_config: the checkpoint's if None.
+            generation_config: None: the checkpoint's.
             logits_processor: called with (input_ids, scores), NumPy (rows, length) int64 and
-                (rows, vocab_size) float64, after our own; returns scores.
+                (rows, vocab_size) float64, after the built-in ones; returns scores.
             stopping_criteria: called with (input_ids, scores) after each token; True, or an array
-                of bool a row, ends rows. Scores are what output_scores collects, or None.
+                with one bool per row, ends rows. Scores are those of output_scores, or None.
             attention_mask: (batch, length), 0 where a row is padded; None: where pad_token_id
-                stands, if that is no end token.
+                stands, unless that is an end token.
             streamer: gets the prompt by `put`, then each token, then `end()`; one row, no beams.
-            tokenizer: decodes rows to look for stop_strings; the checkpoint's own if None.
+            tokenizer: decodes rows to look for stop_strings; None: the checkpoint's own.
             seed: makes sampling repeatable; row i of a batch draws from seed + i.
             **fields: of `GenerationConfig`: max_new_tokens, do_sample, num_beams, ...
 
         Returns:
             Tensor (rows, length + new tokens) in input_ids' dtype, prompts and continuations; a
-            GenerateOutput if return_dict_in_generate. An end token is the checkpoint's by default,
-            and <EOT>, too, in a row that asks for infilling.
+            GenerateOutput if return_dict_in_generate. The default end tokens are the checkpoint's,
+            and <EOT> in a row that asks for infilling.
 
         Raises:
-            TypeError: input_ids is no Tensor of integers, or an argument is not known.
+            TypeError: input_ids is not a Tensor of integers, or an unknown argument.
             ValueError: a shape, mask or parameter out of range.
         """
         rows = as_rows(input_ids)
@@ -181,42 +181,43 @@ class LlamaForCausalLM:
         return self._result(search, found, rows.dtype)
 
     def eval(self) -> LlamaForCausalLM:
-        """The model itself: it is never in training, and has no dropout."""
+        """Return the model itself: it is never in training mode and has no dropout."""
         return self
 
     def load_adapter(self, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
-        """Load a LoRA adapter in PEFT's format, and apply it from now on.
+        """Load a LoRA adapter in PEFT's format and apply it from now on.
 
         Raises:
-            CheckpointError: it is damaged, or for another model.
+            CheckpointError: it is damaged or belongs to another model.
         """
         self._adapters[adapter_name] = self.llm.load_adapter(path)
         self.set_adapter(adapter_name)
 
     def set_adapter(self, adapter_name: str | None) -> None:
-        """Apply another loaded adapter from now on, or none.
+        """Apply another loaded adapter from now on; None: no adapter.
 
         Raises:
             ValueError: no adapter of this name is loaded.
         """
         if adapter_name is not None and adapter_name not in self._adapters:
             raise ValueError(
-                f"no adapter {adapter_name!r} is loaded; there are {sorted(self._adapters)}"
+                f"no adapter {adapter_name!r} is loaded; loaded: {sorted(self._adapters)}"
             )
         self._adapter = None if adapter_name is None else self._adapters[adapter_name]
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
     ) -> None:
-        """Write what `from_pretrained`, also of Transformers, reads: safetensors, configuration
-        and tokenizer.
+        """Write a directory for `from_pretrained`, also that of Transformers.
+
+        It holds safetensors, configuration and tokenizer.
 
         Args:
-            save_directory: made if it is not there; files in it are replaced.
-            max_shard_size: bytes a file of weights may have, an int or a str like "2GB".
+            save_directory: created if it does not exist; files in it are replaced.
+            max_shard_size: maximum bytes per file of weights, an int or a str like "2GB".
 
         Raises:
-            ValueError: the weights are quantised, or their RoPE scaling has no name in config.json.
+            ValueError: the weights are quantised, or config.json cannot express the RoPE scaling.
             OSError: a file cannot be written.
         """
         write_directory(
@@ -237,14 +238,14 @@ class LlamaForCausalLM:
         ends: tuple[int, ...] | None,
         tokenizer: Any,
     ) -> Search:
-        """The search for continuations of rows that end with `ends`; None: the checkpoint's."""
+        """Return the search for continuations that end with `ends` (None: the checkpoint's)."""
         all_ends = self.llm.engine.eos_token_ids if ends is None else ends
         if attention_mask is None and config.pad_token_id not in (None, *all_ends):
             attention_mask = rows != config.pad_token_id
         mask = as_mask(attention_mask, rows)
         if not mask[:, -1].all():
             raise ValueError(
-                "rows to continue are padded on the left; set the tokenizer's padding_side to "
+                "rows to continue must be padded on the left; set the tokenizer's padding_side to "
                 "'left'"
             )
         prompts = [row[kept].tolist() for row, kept in zip(rows, mask, strict=True)]
@@ -267,9 +268,9 @@ class LlamaForCausalLM:
         )
 
     def _reader(self, tokenizer: Any) -> Tokenizer:
-        """What decodes rows: the caller's tokenizer, or the checkpoint's own."""
+        """Return the tokenizer that decodes rows: the caller's, or the checkpoint's own."""
         if tokenizer is None and self.llm.tokenizer is None:
-            raise ValueError("stop_strings need a tokenizer, and this checkpoint brings none")
+            raise ValueError("stop_strings need a tokenizer, and this checkpoint has none")
         found = self.llm.tokenizer if tokenizer is None else getattr(tokenizer, "runtime", None)
         if not isinstance(found, Tokenizer):
             raise TypeError(
@@ -279,7 +280,7 @@ class LlamaForCausalLM:
         return found
 
     def _usual_ends(self, prompt: list[int]) -> tuple[int, ...]:
-        """The checkpoint's end tokens, and <EOT> for a prompt that asks for infilling."""
+        """Return the checkpoint's end tokens, and <EOT> for a prompt that asks for infilling."""
         ends, tokenizer = self.llm.engine.eos_token_ids, self.llm.tokenizer
         if tokenizer is not None and tokenizer.can_infill and tokenizer.middle_id in prompt:
             return (*ends, tokenizer.eot_id)
@@ -287,7 +288,7 @@ class LlamaForCausalLM:
 
     @staticmethod
     def _result(search: Search, found: Found, dtype: np.dtype) -> Any:
-        """What `generate` returns."""
+        """Return the value that `generate` returns."""
         new = padded_rows(found.rows, search.pad_id)
         sequences = to_tensor(np.hstack([search.padded[found.parents], new]).astype(dtype))
         if not search.config.return_dict_in_generate:

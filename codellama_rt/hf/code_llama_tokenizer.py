@@ -1,7 +1,7 @@
-"""`CodeLlamaTokenizer` with the interface and the ids of the slow tokenizer of Transformers 4.
+"""`CodeLlamaTokenizer` with the interface and ids of the slow tokenizer of Transformers 4.
 
-It differs from the runtime's tokenizer in one thing: names of special tokens and <FILL_ME> in a
-text are parsed.
+It differs from the runtime's tokenizer in one way: names of special tokens and <FILL_ME> in a text
+are parsed.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _CLEAN_UPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're
 
 
 class CodeLlamaTokenizer(CodeLlamaVocabulary):
-    """Code Llama's tokenizer as users of Transformers know it.
+    """Code Llama's tokenizer with the interface of Transformers.
 
     Example:
         >>> tok = CodeLlamaTokenizer.from_pretrained("CodeLlama-7b-hf")  # doctest: +SKIP
@@ -37,11 +37,11 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
     def tokenize(
         self, text: str, suffix: str | None = None, suffix_first: bool | None = None
     ) -> list[str]:
-        """Cuts text into pieces; nothing is put around it."""
+        """Split text into pieces, without adding special tokens."""
         return self.convert_ids_to_tokens(self._text_ids(text, suffix, suffix_first))
 
     def encode(self, text: str, text_pair: str | None = None, **options: Any) -> list[int]:
-        """Returns the `input_ids` of calling the tokenizer with these arguments."""
+        """Return the `input_ids` of calling the tokenizer with these arguments."""
         return self(text, text_pair, **options).input_ids
 
     def __call__(
@@ -58,11 +58,11 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         return_tensors: str | None = None,
         **hole: Any,
     ) -> BatchEncoding:
-        """Turns a text, or a batch of texts, into ids; options mean what they do in Transformers.
+        """Encode a text or a batch of texts; options have the meaning of Transformers.
 
         Args:
-            text, text_pair: one or several; a pair text follows with special tokens of its own.
-            truncation, max_length: True or "longest_first", and the tokens a row may have.
+            text, text_pair: one or several; a pair's text follows with its own special tokens.
+            truncation, max_length: True or "longest_first", and the maximum tokens per row.
             padding, pad_to_multiple_of, padding_side: True or "longest", or "max_length".
             return_tensors: None for lists, "np" for int64 arrays, "ms" for int32 tensors.
             hole: `suffix`, the text after a hole that follows `text`, and `suffix_first`.
@@ -71,7 +71,7 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
             `input_ids` and `attention_mask`: lists (of lists), or (batch, length) tensors.
 
         Raises:
-            TypeError, ValueError: a text is not a str; an option or a hole is out of place.
+            TypeError, ValueError: a text is not a str, or an invalid option or hole.
         """
         single = isinstance(text, str)
         pairs = [text_pair] if single else text_pair or [None] * len(text)
@@ -88,7 +88,7 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """Puts bos and eos, as the options say, around one text or each of two."""
+        """Add bos and eos, as the options say, around one text or each of two."""
         head = [self.bos_token_id] * self.add_bos_token
         tail = [self.eos_token_id] * self.add_eos_token
         texts = [token_ids_0] if token_ids_1 is None else [token_ids_0, token_ids_1]
@@ -100,11 +100,11 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         token_ids_1: list[int] | None = None,
         already_has_special_tokens: bool = False,
     ) -> list[int]:
-        """Returns 1 for each special token of an input, 0 for each other.
+        """Return 1 for each special token of an input, 0 for every other token.
 
         Args:
             token_ids_0, token_ids_1: one text or two, to which special tokens would be added.
-            already_has_special_tokens: they are in `token_ids_0`, look for them there.
+            already_has_special_tokens: `token_ids_0` contains them; find them there.
         """
         if already_has_special_tokens:
             special = set(self.all_special_ids)
@@ -115,7 +115,7 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
     def create_token_type_ids_from_sequences(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """Returns 0 for each token of the first text's input, 1 for each of the second's."""
+        """Return 0 for each token of the first text's input, 1 for each of the second's."""
         first = len(self.build_inputs_with_special_tokens(token_ids_0))
         both = len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
         return [0] * first + [1] * (both - first)
@@ -130,23 +130,23 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         return_tensors: str | None = None,
         return_dict: bool = False,
     ) -> Any:
-        """Turns a conversation into a prompt.
+        """Turn a conversation into a prompt.
 
-        With Code Llama's own format, or a template that renders the same, the ids are those of
-        Meta's code, which Transformers misses; Meta's prompts always end where the model begins.
-        Names of control tokens in the messages stay text.
+        Code Llama's own format, or a template that renders the same, gives the ids of Meta's code
+        (unlike Transformers); Meta's prompts always end where the model's answer begins. Names of
+        control tokens inside messages stay plain text.
 
         Args:
             conversation: a list of {"role": ..., "content": ...}.
-            tokenize: return ids, not the rendered text.
-            add_generation_prompt: end a template of another kind where the assistant begins.
-            chat_template: Jinja, "code-llama" or "code-llama-70b"; the tokenizer's own if None.
-            return_tensors: as calling the tokenizer takes it.
+            tokenize: return ids instead of the rendered text.
+            add_generation_prompt: end templates of other formats where the assistant begins.
+            chat_template: Jinja, "code-llama" or "code-llama-70b"; None: the tokenizer's own.
+            return_tensors: as for calling the tokenizer.
             return_dict: return `input_ids` and `attention_mask`, as calling the tokenizer does.
 
         Raises:
-            TypeError, ValueError: a message or the order of the roles is wrong.
-            ChatTemplateError: the template is faulty, forbidden, or refuses the conversation.
+            TypeError, ValueError: an invalid message or order of roles.
+            ChatTemplateError: the template is faulty, forbidden, or rejects the conversation.
         """
         messages = checked_messages(conversation)
         style = find_format(chat_template or self.chat_template, self.runtime)
@@ -169,7 +169,7 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
     ) -> str:
-        """Turns ids (an int, a list, an array or tensor of one axis) into text."""
+        """Decode ids (an int, a list, an array or tensor of one axis) to text."""
         text = self.runtime.decode(token_ids, skip_special_tokens=skip_special_tokens)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
@@ -178,7 +178,7 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         return text
 
     def batch_decode(self, sequences: Any, *args: Any, **options: Any) -> list[str]:
-        """Turns rows of ids (lists, or an array or tensor of two axes) into texts, as `decode`."""
+        """Decode rows of ids (lists, or an array or tensor of two axes) to texts, as `decode`."""
         rows = sequences.asnumpy() if hasattr(sequences, "asnumpy") else sequences
         return [self.decode(row, *args, **options) for row in rows]
 

@@ -1,4 +1,4 @@
-"""The vocabulary and options of `CodeLlamaTokenizer`, and the files they lie in."""
+"""The vocabulary and options of `CodeLlamaTokenizer`, and their files."""
 
 import json
 from collections.abc import Iterable
@@ -24,19 +24,19 @@ _CONFIG_FILE = "tokenizer_config.json"
 
 @dataclass(eq=False, repr=False)
 class CodeLlamaVocabulary:
-    """Pieces, special tokens and options under Transformers' names; options may be set later too.
+    """Pieces, special tokens and options under Transformers' names; options can be set later too.
 
-    Unlike in Transformers a vocabulary is never enlarged: a model has infilling tokens or not.
+    Unlike in Transformers, a vocabulary cannot be extended: a model has infilling tokens or not.
 
     Args:
         vocab_file: a tokenizer.model, or another file or directory with a SentencePiece vocabulary.
 
     Attributes:
-        runtime: the tokenizer with Meta's ids, which the engine uses.
+        runtime: the tokenizer with Meta's ids, used by the engine.
 
     Raises:
         CheckpointError: the vocabulary cannot be loaded, or is not SentencePiece.
-        ValueError: a token is not in the vocabulary, or a side is neither.
+        ValueError: a token is not in the vocabulary, or a side is not "left" or "right".
     """
 
     vocab_file: str | PathLike[str]
@@ -45,15 +45,15 @@ class CodeLlamaVocabulary:
     eos_token: str | None = "</s>"
     unk_token: str | None = "<unk>"
     pad_token: str | None = None  # needed for padding; `eos_token` is a usual choice
-    prefix_token: str | None = INFILL_PIECES["prefix"]  # None, too, if the vocabulary has none
+    prefix_token: str | None = INFILL_PIECES["prefix"]  # None if the vocabulary has none
     middle_token: str | None = INFILL_PIECES["middle"]
     suffix_token: str | None = INFILL_PIECES["suffix"]
     eot_token: str | None = INFILL_PIECES["eot"]
-    fill_token: str | None = FILL_TOKEN  # stands for the hole in a prompt
+    fill_token: str | None = FILL_TOKEN  # marks the hole in a prompt
     suffix_first: bool = False  # put the text after the hole first
     add_bos_token: bool = True
     add_eos_token: bool = False
-    clean_up_tokenization_spaces: bool = False  # no space before English punctuation
+    clean_up_tokenization_spaces: bool = False  # remove spaces before English punctuation
     padding_side: str = "right"
     truncation_side: str = "right"
     chat_template: str | None = None  # Jinja; None: Code Llama's own format
@@ -83,14 +83,14 @@ class CodeLlamaVocabulary:
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike[str], **options: Any) -> "CodeLlamaVocabulary":
-        """Loads a checkpoint's tokenizer.
+        """Load a checkpoint's tokenizer.
 
         Args:
             path: a directory with tokenizer.model, or a model file.
-            options: options of the class; they win over a tokenizer_config.json beside the model.
+            options: options of the class; they override a tokenizer_config.json beside the model.
 
         Raises:
-            CheckpointError, ValueError: as the class.
+            CheckpointError, ValueError: as for the class.
         """
         path = Path(path)
         config_file = (path if path.is_dir() else path.parent) / _CONFIG_FILE
@@ -100,14 +100,14 @@ class CodeLlamaVocabulary:
         return cls(path, **(known | options))
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str = "") -> tuple[str]:
-        """Writes tokenizer.model into a directory; returns its path in a tuple."""
+        """Write tokenizer.model into a directory and return its path in a tuple."""
         name = f"{filename_prefix}-tokenizer.model" if filename_prefix else "tokenizer.model"
         file = Path(save_directory) / name
         file.write_bytes(self.runtime.model_proto)
         return (str(file),)
 
     def save_pretrained(self, save_directory: str) -> tuple[str, ...]:
-        """Writes what `from_pretrained`, also of Transformers, reads; returns the paths."""
+        """Write a directory for `from_pretrained`, also that of Transformers; return the paths."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": type(self).__name__}
@@ -120,22 +120,22 @@ class CodeLlamaVocabulary:
 
     @property
     def bos_token_id(self) -> int | None:
-        """The id that begins a text."""
+        """The id of the token that begins a text."""
         return self._id(self.bos_token)
 
     @property
     def eos_token_id(self) -> int | None:
-        """The id that ends a text."""
+        """The id of the token that ends a text."""
         return self._id(self.eos_token)
 
     @property
     def unk_token_id(self) -> int | None:
-        """The id of what is not in the vocabulary."""
+        """The id of the unknown token."""
         return self._id(self.unk_token)
 
     @property
     def pad_token_id(self) -> int | None:
-        """The id that fills short rows."""
+        """The id of the padding token."""
         return self._id(self.pad_token)
 
     @property
@@ -153,25 +153,25 @@ class CodeLlamaVocabulary:
 
     @property
     def vocab_size(self) -> int:
-        """How many pieces there are."""
+        """Number of pieces."""
         return self.runtime.vocab_size
 
     def __len__(self) -> int:
         return self.runtime.vocab_size
 
     def get_vocab(self) -> dict[str, int]:
-        """Returns the ids by piece."""
+        """Return the ids by piece."""
         return {piece: token_id for token_id, piece in enumerate(self.runtime.pieces)}
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
-        """Returns the id of a piece, or a list of ids; `unk_token_id` for what is not a piece."""
+        """Return the id of a piece, or a list of ids; `unk_token_id` for an unknown piece."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         token_id = self.runtime.piece_id(tokens)
         return self.unk_token_id if token_id is None else token_id
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """Returns the piece of an id, or a list of pieces."""
+        """Return the piece of an id, or a list of pieces."""
         if isinstance(ids, int):
             return self.runtime.piece(ids)
         skipped = self.runtime.special_ids if skip_special_tokens else ()
@@ -183,7 +183,7 @@ class CodeLlamaVocabulary:
         token_id = self.runtime.piece_id(token)
         if token_id is None:
             raise ValueError(
-                f"{token!r} is not in the vocabulary, and a model cannot learn it here"
+                f"{token!r} is not in the vocabulary, and a vocabulary cannot be extended"
             )
         return token_id
 

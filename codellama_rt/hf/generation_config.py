@@ -1,4 +1,4 @@
-"""The fields of Transformers' GenerationConfig that this runtime has."""
+"""The fields of Transformers' GenerationConfig that this runtime supports."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.engine.sampling_params import SamplingParams
 
 _FILE = "generation_config.json"
-_DEFAULT_NEW_TOKENS = 128  # where neither the call nor the checkpoint says how many
-_COUNTS = {  # field: the least it may be
+_DEFAULT_NEW_TOKENS = 128  # if neither the call nor the checkpoint sets a limit
+_COUNTS = {  # field: its minimum
     "max_length": 1,
     "max_new_tokens": 1,
     "min_length": 0,
@@ -31,30 +31,30 @@ _MASSES = ("typical_p", "epsilon_cutoff", "eta_cutoff")
 class GenerationConfig:
     """How to generate, with Transformers' names, meanings and defaults.
 
-    Fields may be set later, too; `generate` checks them again.
+    Fields can be set later, too; `generate` checks them again.
 
     Args:
-        max_new_tokens, max_length: tokens after the prompt, or with it; 128 new ones if neither.
-        min_new_tokens, min_length: no end before so many.
+        max_new_tokens, max_length: limit without or with the prompt; 128 new tokens by default.
+        min_new_tokens, min_length: end tokens are masked until then.
         do_sample: draw tokens instead of taking the likeliest.
-        temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: of the drawing.
-        repetition_penalty: over 1 makes tokens of prompt and output less likely.
-        no_repeat_ngram_size: no run of so many tokens comes twice; 0: any may.
-        bad_words_ids: runs of tokens that may not come.
-        suppress_tokens: tokens that may not come.
-        num_beams: over 1 searches with so many beams.
+        temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: shape the draw.
+        repetition_penalty: values over 1 make tokens of prompt and output less likely.
+        no_repeat_ngram_size: no run of so many tokens occurs twice; 0: no restriction.
+        bad_words_ids: forbidden runs of tokens.
+        suppress_tokens: forbidden tokens.
+        num_beams: values over 1 search with so many beams.
         length_penalty: exponent of the length that a beam's score is divided by.
         early_stopping: end a beam search when num_beams are finished: True, False (when no better
             one is likely) or "never" (when none is possible).
-        num_return_sequences: results a prompt.
-        eos_token_id: what ends a row, one or several; None: as the checkpoint says.
-        pad_token_id: what fills rows that ended early; None: an end token.
-        stop_strings: texts that end a row, and stay in it.
-        return_dict_in_generate, output_scores, output_logits: what is returned.
-        use_cache: keys and values are kept whatever it says; no token depends on it.
+        num_return_sequences: results per prompt.
+        eos_token_id: ids that end a row, one or several; None: the checkpoint's.
+        pad_token_id: fills rows that ended early; None: an end token.
+        stop_strings: texts that end a row, and are kept in it.
+        return_dict_in_generate, output_scores, output_logits: what to return.
+        use_cache: accepted but ignored: keys and values are always cached.
 
     Raises:
-        TypeError, ValueError: a value is not of its type or range.
+        TypeError, ValueError: a value has the wrong type or is out of range.
 
     Example:
         >>> GenerationConfig(num_beams=4, max_new_tokens=16).replaced(num_beams=2).num_beams
@@ -90,7 +90,7 @@ class GenerationConfig:
     use_cache: bool = True
 
     def __post_init__(self) -> None:
-        """Validates, and makes tuples of lists."""
+        """Validate, and turn lists into tuples."""
         for name in ("eos_token_id", "suppress_tokens", "stop_strings"):
             setattr(self, name, _tuple_of(name, getattr(self, name)))
         self.bad_words_ids = _token_runs(self.bad_words_ids)
@@ -100,9 +100,9 @@ class GenerationConfig:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if self.early_stopping not in (True, False, "never"):
-            raise ValueError(f"early_stopping is a bool or 'never', got {self.early_stopping!r}")
+            raise ValueError(f"early_stopping must be bool or 'never', got {self.early_stopping!r}")
         if self.num_beams > 1 and self.do_sample:
-            raise ValueError("beams are searched, not drawn: num_beams > 1 needs do_sample=False")
+            raise ValueError("beam search does not sample: num_beams > 1 needs do_sample=False")
         if self.num_beams == 1 and self.num_return_sequences > 1 and not self.do_sample:
             raise ValueError(
                 "greedy search has one result: num_return_sequences > 1 needs do_sample=True or "
@@ -117,32 +117,32 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> GenerationConfig:
-        """Read generation_config.json of a directory."""
+        """Read generation_config.json from a directory."""
         return cls.from_dict(read_object(Path(path) / _FILE))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
-        """The configuration of a checkpoint; fields of other kinds of models are passed over."""
+        """Read a checkpoint's configuration; fields of other kinds of models are ignored."""
         known = {field.name for field in fields(cls)}
         given = {name: x for name, x in values.items() if name in known and x is not None}
         return cls(**given)
 
     def replaced(self, **given: Any) -> GenerationConfig:
-        """A copy with other values; None leaves a field as it is.
+        """Return a copy with other values; None leaves a field unchanged.
 
         Raises:
-            TypeError: a field is not known.
+            TypeError: an unknown field.
         """
         unknown = sorted(given.keys() - {field.name for field in fields(self)})
         if unknown:
             raise TypeError(f"generate() has no argument {', '.join(unknown)}")
         given = {name: value for name, value in given.items() if value is not None}
         if "max_new_tokens" in given:
-            given.setdefault("max_length", None)  # the checkpoint's own limit, if any, is replaced
+            given.setdefault("max_length", None)  # overrides the checkpoint's own limit, if any
         return replace(self, **given)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
+        """Return the fields that differ from their defaults."""
         return {
             field.name: getattr(self, field.name)
             for field in fields(self)
@@ -155,7 +155,7 @@ class GenerationConfig:
         (Path(path) / _FILE).write_text(text + "\n", "utf-8")
 
     def sampling(self) -> SamplingParams:
-        """The part that the runtime's own sampler has."""
+        """Return the part that the runtime's own sampler supports."""
         return SamplingParams(
             temperature=self.temperature if self.do_sample else 0.0,
             top_k=self.top_k,
@@ -165,10 +165,10 @@ class GenerationConfig:
         )
 
     def new_tokens(self, prompt_len: int) -> int:
-        """How many tokens may follow a prompt.
+        """Return how many tokens may follow a prompt.
 
         Raises:
-            ValueError: max_length leaves none.
+            ValueError: the prompt already fills max_length.
         """
         if self.max_new_tokens is not None:
             return self.max_new_tokens
@@ -183,7 +183,7 @@ class GenerationConfig:
 
 
 def _tuple_of(name: str, value: Any) -> tuple | None:
-    """One id or text, or several, as a tuple."""
+    """Return one id or text, or several, as a tuple."""
     if value is None:
         return None if name == "eos_token_id" else ()
     kind = str if name == "stop_strings" else Integral
@@ -197,7 +197,7 @@ def _tuple_of(name: str, value: Any) -> tuple | None:
 def _token_runs(value: Any) -> tuple[tuple[int, ...], ...]:
     runs = tuple(_tuple_of("bad_words_ids", run) for run in value or ())
     if not all(runs):
-        raise ValueError("bad_words_ids must not hold an empty list, which every text has")
+        raise ValueError("bad_words_ids must not contain an empty list")
     return runs
 
 

@@ -1,4 +1,4 @@
-"""What `LlamaForCausalLM` returns besides plain token ids."""
+"""Results of `LlamaForCausalLM` other than plain token ids."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class _Output(dict):
-    """A dictionary whose entries are attributes, too; an entry that was not asked for is None."""
+    """A dictionary whose entries are also attributes; entries that were not requested are None."""
 
     _fields: tuple[str, ...] = ()
 
@@ -15,7 +15,7 @@ class _Output(dict):
 
     def __getattr__(self, name: str) -> Any:
         if name not in self._fields:
-            raise AttributeError(f"{type(self).__name__} has {', '.join(self._fields)}, no {name}")
+            raise AttributeError(f"{type(self).__name__} has {', '.join(self._fields)}, not {name}")
         return self.get(name)
 
     def __getitem__(self, key: str | int) -> Any:
@@ -27,10 +27,10 @@ class GenerateOutput(_Output):
 
     Attributes:
         sequences: (rows, length) token ids, prompts included.
-        scores: one (rows, vocab_size) float32 a step, after all processors.
-        logits: one (rows, vocab_size) float32 a step, as the model gave them.
+        scores: one (rows, vocab_size) float32 per step, after all processors.
+        logits: one (rows, vocab_size) float32 per step, as the model returned them.
         sequences_scores: (rows,) float32 of a beam search: length-normalised log-probabilities.
-        beam_indices: (rows, steps) int32 of a beam search: which beam each token came of; -1 after.
+        beam_indices: (rows, steps) int32 of a beam search: the beam each token came from, then -1.
     """
 
     _fields = ("sequences", "scores", "logits", "sequences_scores", "beam_indices")
@@ -40,7 +40,7 @@ class CausalLMOutput(_Output):
     """The result of calling the model.
 
     Attributes:
-        loss: mean negative log-probability of the labels, if they were given.
+        loss: mean negative log-probability of the labels, if given.
         logits: (batch, positions, vocab_size) float32.
     """
 

@@ -1,7 +1,7 @@
-"""Changes of the next token's scores that depend on the tokens so far, as in Transformers.
+"""Processors of the next token's scores that depend on the tokens so far, as in Transformers.
 
-A processor is called with (input_ids, scores): (rows, length) int64 and (rows, vocab_size) float64
-arrays of NumPy; it returns scores. Callers may give their own.
+A processor is called with (input_ids, scores), NumPy arrays (rows, length) int64 and
+(rows, vocab_size) float64, and returns scores. Callers may add their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LogitsProcessor = Callable[[Array, Array], Any]
 
 
 class RepetitionPenalty:
-    """Divides positive scores of tokens that were there, multiplies negative ones.
+    """Divide positive scores of tokens that occurred before, multiply negative ones.
 
     CTRL (arXiv:1909.05858), section 4.1.
     """
@@ -27,7 +27,7 @@ class RepetitionPenalty:
         self._penalty = penalty
 
     def __call__(self, input_ids: Array, scores: Array) -> Array:
-        """Take the penalty off."""
+        """Apply the penalty."""
         seen = np.take_along_axis(scores, input_ids, axis=1)
         seen = np.where(seen < 0, seen * self._penalty, seen / self._penalty)
         np.put_along_axis(scores, input_ids, seen, axis=1)
@@ -35,13 +35,13 @@ class RepetitionPenalty:
 
 
 class NoRepeatNGram:
-    """Forbids the token that would complete a run of `size` tokens for the second time."""
+    """Forbid the token that would complete a run of `size` tokens for the second time."""
 
     def __init__(self, size: int) -> None:
         self._size = size
 
     def __call__(self, input_ids: Array, scores: Array) -> Array:
-        """Forbid what would repeat."""
+        """Forbid repetitions."""
         size, length = self._size, input_ids.shape[1]
         if length < size:
             return scores
@@ -53,13 +53,13 @@ class NoRepeatNGram:
 
 
 class BadWords:
-    """Forbids runs of tokens: the last of a run, where those before it stand."""
+    """Forbid runs of tokens: the last one of a run, after those before it."""
 
     def __init__(self, runs: Collection[Sequence[int]]) -> None:
         self._runs = runs
 
     def __call__(self, input_ids: Array, scores: Array) -> Array:
-        """Forbid the ends of the runs that are there but for those."""
+        """Forbid the last tokens of runs that are complete but for them."""
         for *begin, last in self._runs:
             if len(begin) > input_ids.shape[1]:
                 continue
@@ -69,13 +69,13 @@ class BadWords:
 
 
 class Suppress:
-    """Forbids tokens, perhaps only while the rows are shorter than `until`."""
+    """Forbid tokens, optionally only while the rows are shorter than `until`."""
 
     def __init__(self, token_ids: Collection[int], until: float = np.inf) -> None:
         self._token_ids, self._until = list(token_ids), until
 
     def __call__(self, input_ids: Array, scores: Array) -> Array:
-        """Forbid them."""
+        """Forbid the tokens."""
         if input_ids.shape[1] < self._until:
             scores[:, self._token_ids] = -np.inf
         return scores
@@ -84,12 +84,12 @@ class Suppress:
 def make_processors(
     config: GenerationConfig, prompt_len: int, eos_token_ids: Collection[int]
 ) -> list[LogitsProcessor]:
-    """Those that a configuration asks for, in Transformers' order.
+    """Return the processors of a configuration, in Transformers' order.
 
     Args:
-        config: what the caller asked for.
+        config: the caller's configuration.
         prompt_len: tokens before the first new one.
-        eos_token_ids: what ends a row; a bad word that is one of them is passed over.
+        eos_token_ids: tokens that end a row; a bad word that is one of them is ignored.
     """
     processors: list[LogitsProcessor] = []
     if config.repetition_penalty != 1.0:
@@ -111,7 +111,7 @@ def process(processors: Sequence[LogitsProcessor], input_ids: Array, logits: Arr
     """Apply processors one after another.
 
     Args:
-        processors: ours and the caller's.
+        processors: built-in ones and the caller's.
         input_ids: (rows, length) int64.
         logits: (rows, vocab_size), not changed.
 

@@ -1,4 +1,4 @@
-"""Greedy search and sampling: each row goes on by itself until something ends it."""
+"""Greedy search and sampling: each row continues independently until something ends it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from codellama_rt.hf.warping import warped
 
 
 class _Row:
-    """One result on its way."""
+    """One result in progress."""
 
     def __init__(self, search: Search, prompt: int, sample: int) -> None:
         self.prompt, self.sample = prompt, sample
@@ -25,17 +25,17 @@ class _Row:
         self._text: TextStream | None = search.text_watch(search.prompts[prompt])
 
     def append(self, token_id: int) -> None:
-        """Take a token, and see whether the row ends with it."""
+        """Add a token and check whether it ends the row."""
         self.token_ids.append(token_id)
         stop = None if self._text is None else self._text.push(token_id)[1]
         self.ended = token_id in self._ends or stop is not None or len(self.token_ids) >= self._room
 
 
 def sample(search: Search, branches: Branches) -> Found:
-    """Run a search whose config has one beam.
+    """Run a search whose configuration has one beam.
 
     Returns:
-        num_return_sequences results a prompt, those of a prompt together.
+        num_return_sequences results per prompt, grouped by prompt.
     """
     rows = _start(search, branches)
     found = Found([row.token_ids for row in rows], [row.prompt for row in rows])
@@ -66,7 +66,7 @@ def sample(search: Search, branches: Branches) -> Found:
 
 
 def _start(search: Search, branches: Branches) -> list[_Row]:
-    """The rows: a prompt is computed once, however many results it has."""
+    """Return the rows; each prompt is computed once, however many results it has."""
     rows = []
     firsts = [branches.add(prompt, search.adapter) for prompt in search.prompts]
     branches.logits(firsts)
@@ -79,7 +79,7 @@ def _start(search: Search, branches: Branches) -> list[_Row]:
 
 
 def _logits(rows: list[_Row], branches: Branches) -> np.ndarray:
-    """(rows, vocab_size) float32; zeros where a row has ended."""
+    """Return (rows, vocab_size) float32; zeros for rows that have ended."""
     going = [i for i, row in enumerate(rows) if not row.ended]
     for i in going:
         if rows[i].token_ids:
@@ -91,12 +91,12 @@ def _logits(rows: list[_Row], branches: Branches) -> np.ndarray:
 
 
 def _choose(search: Search, row: _Row, scores: np.ndarray) -> int:
-    """The next token; when drawing, `scores` becomes what it is drawn by."""
+    """Choose the next token; when sampling, `scores` becomes the scores it is drawn from."""
     best = int(scores.argmax())
     if not np.isfinite(scores[best]):
         raise ValueError(
             "no token can come next: the highest score is "
-            f"{scores[best]}; look at bad_words_ids, suppress_tokens and logits_processor"
+            f"{scores[best]}; check bad_words_ids, suppress_tokens and logits_processor"
         )
     if not search.config.do_sample or search.config.temperature == 0.0:
         return best
@@ -110,7 +110,7 @@ def _choose(search: Search, row: _Row, scores: np.ndarray) -> int:
 
 
 def _end(rows: list[_Row], stopped: np.ndarray, branches: Branches) -> None:
-    """End the rows that the caller's criteria end, and free the pages of all that ended."""
+    """End the rows that the caller's criteria end, and free the blocks of all ended rows."""
     for row, is_stopped in zip(rows, stopped, strict=True):
         row.ended |= bool(is_stopped)
         if row.ended and row.branch is not None:

@@ -1,4 +1,4 @@
-"""Between MindSpore's tensors and NumPy's arrays."""
+"""Conversion between MindSpore tensors and NumPy arrays, with checks."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ _IGNORED_LABEL = -100
 
 
 def dtype_name(dtype: Any) -> str:
-    """The name of a dtype: "bfloat16" of "bfloat16", `mindspore.bfloat16` or `torch.bfloat16`."""
+    """Return the name of a dtype: "bfloat16" for `mindspore.bfloat16` or `torch.bfloat16`."""
     return str(dtype).lower().removeprefix("torch.")
 
 
 def to_array(tensor: Any) -> np.ndarray:
-    """A MindSpore Tensor, or what NumPy understands, as an array."""
+    """Convert a MindSpore Tensor, or anything NumPy understands, to an array."""
     return tensor.asnumpy() if hasattr(tensor, "asnumpy") else np.asarray(tensor)
 
 
 def to_tensor(array: np.ndarray) -> Any:
-    """An array as a MindSpore Tensor."""
+    """Convert an array to a MindSpore Tensor."""
     import mindspore
 
     return mindspore.Tensor(array)
 
 
 def as_rows(input_ids: Any) -> np.ndarray:
-    """Token ids as (batch, length).
+    """Return token ids as (batch, length).
 
     Raises:
-        TypeError: no integers.
-        ValueError: another number of axes, or nothing in it.
+        TypeError: they are not integers.
+        ValueError: another number of axes, or an empty batch.
     """
     rows = to_array(input_ids)
     if rows.dtype.kind not in "iu":
@@ -42,7 +42,7 @@ def as_rows(input_ids: Any) -> np.ndarray:
 
 
 def as_mask(attention_mask: Any, rows: np.ndarray) -> np.ndarray:
-    """Which tokens count, (batch, length) bool: in each row one run of at least one.
+    """Return which tokens count, (batch, length) bool: one run of at least one per row.
 
     Raises:
         ValueError: another shape, or a gap inside a row.
@@ -59,17 +59,17 @@ def as_mask(attention_mask: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def label_loss(logits: np.ndarray, labels: Any) -> np.ndarray:
-    """Mean negative log-probability of the labels, each from the logits before it.
+    """Compute the mean negative log-probability of the labels, each from the logits before it.
 
     Args:
         logits: (batch, length, vocab_size) float32.
-        labels: (batch, length) integers; -100 does not count.
+        labels: (batch, length) integers; -100 is ignored.
 
     Returns:
         A float32 number; NaN if no label counts, as in Transformers.
 
     Raises:
-        TypeError, ValueError: labels of another type or shape, or outside the vocabulary.
+        TypeError, ValueError: labels of a wrong type or shape, or outside the vocabulary.
     """
     labels = to_array(labels)
     if labels.dtype.kind not in "iu":

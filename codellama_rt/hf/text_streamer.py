@@ -1,7 +1,7 @@
-"""`TextStreamer` and `TextIteratorStreamer` with the protocol and chunks of those in Transformers.
+"""`TextStreamer` and `TextIteratorStreamer`, with the protocol and chunks of Transformers.
 
-They show text word by word, and decode each line anew: like their models they lose the first space
-of a line. Where every character counts use `Tokenizer.detokenizer`.
+They show text word by word and decode each line separately: like the originals they lose the first
+space of a line. Where every character counts, use `Tokenizer.detokenizer`.
 """
 
 import re
@@ -17,7 +17,7 @@ _CJK = re.compile(
 
 
 class TextStreamer:
-    """Prints a generated text while it comes.
+    """Print a generated text as it is produced.
 
     Args:
         tokenizer: anything with `decode(ids, **decode_options)`.
@@ -33,12 +33,12 @@ class TextStreamer:
         self.tokenizer = tokenizer
         self.skip_prompt = skip_prompt
         self.decode_options = decode_options
-        self._line_ids: list[int] = []  # of the line that is not yet complete
-        self._shown = 0  # characters of it that have been handed on
+        self._line_ids: list[int] = []  # of the line that is not complete yet
+        self._shown = 0  # characters of the line already printed
         self._prompt_is_next = True
 
     def put(self, value: Any) -> None:
-        """Takes ids: first the prompt's, then each new one; an int, a list, or an array.
+        """Take ids: first the prompt's, then each new one; an int, a list, or an array.
 
         Raises:
             ValueError: an array with more than one row.
@@ -55,18 +55,18 @@ class TextStreamer:
             self._show(at_end=False)
 
     def end(self) -> None:
-        """Hands on what is left of the text; the next `put` begins another one."""
+        """Print what is left of the text; the next `put` begins a new one."""
         self._prompt_is_next = True
         self._show(at_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Prints text that will not change; override it to send the text elsewhere."""
+        """Print text that will not change; override it to send the text elsewhere."""
         print(text, flush=True, end="\n" if stream_end else "")
 
     def _show(self, at_end: bool) -> None:
         text = self.tokenizer.decode(self._line_ids, **self.decode_options)
         is_whole = at_end or text.endswith("\n")
-        # A word may still grow, unless the script does not part words by spaces.
+        # A word may still grow, unless the script does not separate words by spaces.
         end = len(text) if is_whole or _CJK.match(text[-1:]) else text.rfind(" ") + 1
         chunk = text[self._shown : end]
         self._shown += len(chunk)
@@ -76,11 +76,11 @@ class TextStreamer:
 
 
 class TextIteratorStreamer(TextStreamer):
-    """Gives a generated text piece by piece to another thread than the one that generates.
+    """Pass a generated text piece by piece to a thread other than the generating one.
 
     Args:
         tokenizer, skip_prompt, decode_options: as for `TextStreamer`.
-        timeout: seconds to wait for a piece; None: as long as it takes.
+        timeout: seconds to wait for a piece; None: no limit.
 
     Example:
         >>> streamer = TextIteratorStreamer(tok, skip_prompt=True)  # doctest: +SKIP
@@ -99,10 +99,10 @@ class TextIteratorStreamer(TextStreamer):
     ) -> None:
         super().__init__(tokenizer, skip_prompt, **decode_options)
         self.timeout = timeout
-        self._pieces: Queue[str | None] = Queue()  # None ends it
+        self._pieces: Queue[str | None] = Queue()  # None marks the end
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hands a piece to the reader."""
+        """Pass a piece to the reader."""
         self._pieces.put(text)
         if stream_end:
             self._pieces.put(None)
@@ -111,10 +111,10 @@ class TextIteratorStreamer(TextStreamer):
         return self
 
     def __next__(self) -> str:
-        """Returns the next piece; waits for it.
+        """Return the next piece, waiting for it if necessary.
 
         Raises:
-            queue.Empty: none came within `timeout` seconds.
+            queue.Empty: no piece came within `timeout` seconds.
         """
         piece = self._pieces.get(timeout=self.timeout)
         if piece is None:

@@ -192,7 +192,7 @@ def test_scores_and_logits(model):
         assert processed.argmax() == ids[len(PROMPT) + i]
     assert output["sequences"] is output[0] is output.sequences
     assert output.beam_indices is None
-    with pytest.raises(AttributeError, match="no attentions"):
+    with pytest.raises(AttributeError, match="not attentions"):
         _ = output.attentions
 
 

@@ -120,7 +120,7 @@ def test_options_that_cannot_be(tmp_path):
     ("options", "error", "words"),
     [
         ({"assistant_model": 1}, TypeError, "no argument assistant_model"),
-        ({"num_beams": 2, "do_sample": True}, ValueError, "beams are searched, not drawn"),
+        ({"num_beams": 2, "do_sample": True}, ValueError, "beam search does not sample"),
         ({"num_return_sequences": 2}, ValueError, "greedy search has one result"),
         ({"num_beams": 2, "num_return_sequences": 3}, ValueError, "2 beams cannot give"),
         ({"max_length": 3}, ValueError, "leaves none of max_length=3"),
@@ -128,7 +128,7 @@ def test_options_that_cannot_be(tmp_path):
         ({"max_new_tokens": 1.5}, TypeError, "max_new_tokens must be an int"),
         ({"temperature": -1.0, "do_sample": True}, ValueError, "temperature"),
         ({"typical_p": 2.0}, ValueError, "typical_p must be from 0 to 1"),
-        ({"early_stopping": "soon"}, ValueError, "early_stopping is a bool or 'never'"),
+        ({"early_stopping": "soon"}, ValueError, "early_stopping must be bool or 'never'"),
         ({"bad_words_ids": [[]]}, ValueError, "must not hold an empty list"),
         ({"stop_strings": [1]}, TypeError, "stop_strings must be"),
         ({"eos_token_id": "a"}, TypeError, "eos_token_id must be"),
