@@ -156,7 +156,7 @@ BAD_GGUF = [
     (SPM_FIELDS | {"token_type": [7] * 421}, "token_type: expected numbers from 1 to 6"),
     (bpe_fields() | {"bos_token_id": 5000}, "bos_token_id: expected an integer from 0 to"),
     (without(SPM_FIELDS, "scores"), "scores: expected 421 numbers"),
-    (SPM_FIELDS | {"tokens": ["<unk>"] * 421}, "SentencePiece refuses the model"),
+    (SPM_FIELDS | {"tokens": ["<unk>"] * 421}, "SentencePiece rejects the model"),
     (SPM_FIELDS | {"add_bos_token": "yes"}, "add_bos_token: expected true or false"),
     ({}, "model: expected|tokens: expected"),
 ]

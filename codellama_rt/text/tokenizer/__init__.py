@@ -1,7 +1,8 @@
-"""Finds and loads the tokenizer of a checkpoint, whatever file it lies in.
+"""Find and load the tokenizer of a checkpoint, in whichever file it is stored.
 
-Two semantics, kept apart: what `load_tokenizer` returns gives Meta's ids, a text never becoming a
-control token; `CodeLlamaTokenizer` follows the slow tokenizer of Transformers, which parses them.
+There are two semantics, kept apart: `load_tokenizer` returns a tokenizer with Meta's ids, under
+which a text never becomes a control token; `CodeLlamaTokenizer` follows the slow tokenizer of
+Transformers, which parses control tokens.
 """
 
 from os import PathLike
@@ -30,17 +31,17 @@ _FILES = ("tokenizer.model", "tokenizer.json")
 
 
 def load_tokenizer(path: str | PathLike[str], vocab_size: int | None = None) -> Tokenizer:
-    """Loads the tokenizer of a checkpoint.
+    """Load the tokenizer of a checkpoint.
 
     Args:
         path: a directory with tokenizer.model or tokenizer.json, or such a file, or a GGUF file.
-        vocab_size: rows of the model's embedding, to be checked against.
+        vocab_size: rows of the model's embedding, to check against.
 
     Returns:
-        The tokenizer; ids up to `vocab_size` that it lacks decode to nothing.
+        The tokenizer; ids up to `vocab_size` that it does not have decode to nothing.
 
     Raises:
-        CheckpointError: no tokenizer is there, it is damaged, or it has more pieces than the model.
+        CheckpointError: no tokenizer was found, it is damaged, or has more pieces than the model.
 
     Example:
         >>> load_tokenizer("CodeLlama-7b-hf").encode("def f():")  # doctest: +SKIP
@@ -59,7 +60,7 @@ def load_tokenizer(path: str | PathLike[str], vocab_size: int | None = None) -> 
 
 
 def has_tokenizer(path: str | PathLike[str]) -> bool:
-    """Whether a checkpoint, a directory or a file, brings a tokenizer: some are weights alone."""
+    """Return whether a checkpoint, a directory or a file, has a tokenizer: some do not."""
     path = Path(path)
     if path.is_dir():
         return any((path / name).is_file() for name in _FILES)
@@ -73,13 +74,13 @@ def has_tokenizer(path: str | PathLike[str]) -> bool:
 
 
 def split_fill(prompt: str, fill_token: str = FILL_TOKEN) -> tuple[str, str] | None:
-    """Cuts a prompt at its hole.
+    """Split a prompt at its hole.
 
     Returns:
-        The text before and after it, or None if the prompt has none.
+        The text before and after the hole, or None if the prompt has none.
 
     Raises:
-        ValueError: it is there more than once.
+        ValueError: there is more than one hole.
 
     Example:
         >>> split_fill("def f(<FILL_ME>):")

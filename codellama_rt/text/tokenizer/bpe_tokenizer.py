@@ -1,4 +1,4 @@
-"""GPT-2-style byte-level BPE of GGUF files and tokenizer.json, through the `tokenizers` package."""
+"""GPT-2-style byte-level BPE of GGUF files and tokenizer.json, using the `tokenizers` package."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -18,10 +18,10 @@ _LLAMA3 = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How text is cut before the merges: by each pattern in turn, into matches and the rest."""
+    """How text is split before the merges: by each pattern in turn, into matches and the rest."""
 
     patterns: tuple[str, ...]
-    ignore_merges: bool = False  # a word that is in the vocabulary is taken as it is
+    ignore_merges: bool = False  # a word that is in the vocabulary is taken whole
     adds_bos: bool = False  # unless the file says otherwise
 
 
@@ -35,13 +35,13 @@ PRE_TOKENIZERS = {
 
 
 class BpeTokenizer(Tokenizer):
-    """Text to ids and back by byte-level BPE; no such Llama model has an infilling format.
+    """Text to ids and back by byte-level BPE; Llama models of this kind have no infilling format.
 
     Args:
         backend: a `tokenizers.Tokenizer` that does not know special tokens, or ignores them.
         pieces: the vocabulary by id.
         special_ids: ids of control tokens.
-        literal_ids: ids of further pieces that stand for themselves, not for byte letters.
+        literal_ids: ids of other pieces that are plain text, not byte letters.
         bos_id, eos_id, adds_bos: as for `Tokenizer`.
     """
 
@@ -71,7 +71,7 @@ class BpeTokenizer(Tokenizer):
         self._literal_ids = literal
 
     def as_json(self) -> dict[str, Any]:
-        """The contents of a tokenizer.json."""
+        """Return the contents of a tokenizer.json."""
         contents = json.loads(self._backend.to_str())
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         contents["added_tokens"] = [
@@ -101,12 +101,12 @@ class BpeTokenizer(Tokenizer):
 
 
 def build_bpe(pieces: Sequence[str], merges: Iterable[str], pre: PreTokenizer) -> Any:
-    """Returns a byte-level BPE `tokenizers.Tokenizer`.
+    """Build a byte-level BPE `tokenizers.Tokenizer`.
 
     Args:
         pieces: the vocabulary by id.
         merges: pairs "left right", best first.
-        pre: how text is cut before the merges.
+        pre: how text is split before the merges.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
@@ -120,7 +120,7 @@ def build_bpe(pieces: Sequence[str], merges: Iterable[str], pre: PreTokenizer) -
 
 
 def find_pre_tokenizer(name: object, source: str) -> PreTokenizer:
-    """Returns the pre-tokenizer that GGUF files call `name`; CheckpointError if it is unknown."""
+    """Return the pre-tokenizer that GGUF files call `name`; CheckpointError if it is unknown."""
     if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"{source}: tokenizer.ggml.pre: expected {', '.join(PRE_TOKENIZERS)}, found {name!r}"
@@ -130,7 +130,7 @@ def find_pre_tokenizer(name: object, source: str) -> PreTokenizer:
 
 @cache
 def _byte_letters() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 and on."""
+    """Return GPT-2's alphabet: printable Latin-1 as itself, other bytes from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}
@@ -141,5 +141,5 @@ def _bytes_of(piece: str) -> bytes:
     letters = _byte_letters()
     try:
         return bytes([letters[letter] for letter in piece])
-    except KeyError:  # an added token, which stands for itself
+    except KeyError:  # an added token, which is plain text
         return piece.encode()

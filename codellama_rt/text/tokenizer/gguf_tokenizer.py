@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file: SentencePiece ("llama") or byte-level BPE ("gpt2")."""
+"""The tokenizer in a GGUF file: SentencePiece ("llama") or byte-level BPE ("gpt2")."""
 
 from pathlib import Path
 
@@ -26,10 +26,10 @@ _INFILL_KEYS = {
 
 
 def tokenizer_from_gguf(path: Path) -> Tokenizer:
-    """Returns the tokenizer inside a GGUF file.
+    """Read the tokenizer from a GGUF file.
 
     Raises:
-        CheckpointError: there is none, its fields disagree, or its kind is unknown.
+        CheckpointError: the file has none, its fields disagree, or its kind is unknown.
     """
     vocabulary = _GgufVocabulary(path)
     if vocabulary.kind == "llama":
@@ -40,7 +40,7 @@ def tokenizer_from_gguf(path: Path) -> Tokenizer:
 
 
 class _GgufVocabulary:
-    """The fields under `tokenizer.ggml.`, as far as both kinds share them."""
+    """The fields under `tokenizer.ggml.` that both kinds share."""
 
     def __init__(self, path: Path) -> None:
         from codellama_rt.checkpoint.formats.gguf_file import read_gguf
@@ -64,7 +64,7 @@ class _GgufVocabulary:
         return self.fields.integer(key, None, low=0, high=len(self.pieces) - 1)
 
     def strings(self, key: str) -> list[str]:
-        """Returns a list of strings, which must be UTF-8."""
+        """Return a list of strings, which must be UTF-8."""
         values = self.fields.values.get(key)
         if not isinstance(values, list) or not values:
             raise self.fields.fault(key, "a list of strings")
@@ -75,10 +75,10 @@ class _GgufVocabulary:
         return values
 
     def numbers(self, key: str) -> list[float]:
-        """Returns a list with a number for each piece."""
+        """Return a list with one number per piece."""
         values = self.fields.values.get(key)
         if not hasattr(values, "tolist") or len(values) != len(self.pieces):
-            raise self.fields.fault(key, f"{len(self.pieces)} numbers, one a token")
+            raise self.fields.fault(key, f"{len(self.pieces)} numbers, one per token")
         return values.tolist()
 
 
@@ -86,7 +86,7 @@ def _sentencepiece(vocabulary: _GgufVocabulary) -> SentencePieceTokenizer:
     infill_ids = _infill_ids(vocabulary)
     types = vocabulary.types
     for token_id in infill_ids.values():
-        if types[token_id] == USER_DEFINED:  # such a piece would be found in a user's text
+        if types[token_id] == USER_DEFINED:  # such a piece would match inside a user's text
             types[token_id] = CONTROL
     proto = build_model_proto(
         vocabulary.pieces,
@@ -106,7 +106,7 @@ def _sentencepiece(vocabulary: _GgufVocabulary) -> SentencePieceTokenizer:
 
 
 def _infill_ids(vocabulary: _GgufVocabulary) -> dict[str, int]:
-    """Returns the infilling tokens by the file's keys, or else by the names of pieces."""
+    """Return the infilling tokens by the file's keys, or else by the names of pieces."""
     found = {
         role: token_id
         for role, keys in _INFILL_KEYS.items()
@@ -115,7 +115,7 @@ def _infill_ids(vocabulary: _GgufVocabulary) -> dict[str, int]:
     }
     if "prefix" in found:
         return found
-    # Without the others, `eot_token_id` is the end of a chat model's turn.
+    # Without the other keys, `eot_token_id` is the end of a chat model's turn.
     ids = {piece: token_id for token_id, piece in enumerate(vocabulary.pieces)}
     return {role: ids[piece] for role, piece in INFILL_PIECES.items() if piece in ids}
 
@@ -127,7 +127,7 @@ def _bpe(vocabulary: _GgufVocabulary) -> BpeTokenizer:
     pre = find_pre_tokenizer(fields.values.get("pre", "default"), str(vocabulary.path))
     try:
         backend = build_bpe(pieces, vocabulary.strings("merges"), pre)
-    except Exception as error:  # `tokenizers` raises nothing more precise
+    except Exception as error:  # `tokenizers` raises no more specific type
         raise CheckpointError(f"{fields.source}: merges do not fit the tokens: {error}") from None
     literal_ids = [i for i, kind in enumerate(types) if kind == USER_DEFINED]
     backend.add_tokens([AddedToken(pieces[i], normalized=False) for i in literal_ids])

@@ -1,4 +1,4 @@
-"""The tokenizer of a tokenizer.json: byte-level BPE, or a SentencePiece model converted to it."""
+"""The tokenizer in a tokenizer.json: byte-level BPE, or a SentencePiece model converted to it."""
 
 import json
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ from codellama_rt.text.tokenizer.tokenizer_base import Tokenizer, token_text
 
 
 def tokenizer_from_json(path: Path) -> Tokenizer:
-    """Returns the tokenizer of a tokenizer.json; tokenizer_config.json beside it names bos and eos.
+    """Read the tokenizer from a tokenizer.json; tokenizer_config.json beside it names bos and eos.
 
     Raises:
-        CheckpointError: the file is damaged, or its model is neither kind.
+        CheckpointError: the file is damaged, or its model is of neither kind.
     """
     contents = read_object(path)
     backend = _backend(path, contents)
@@ -40,7 +40,7 @@ def tokenizer_from_json(path: Path) -> Tokenizer:
     bos_id, eos_id = (backend.token_to_id(name or "") for name in names)
     adds_bos = _begins_with(contents.get("post_processor") or {}, names[0])
     if model.get("byte_fallback"):
-        # Running the model in SentencePiece keeps Meta's ids, which a conversion often loses.
+        # Running the model in SentencePiece keeps Meta's ids, which conversion often loses.
         proto = _model_proto(contents, pieces, special_ids, bos_id, eos_id)
         return SentencePieceTokenizer(proto, source=str(path), adds_bos=adds_bos)
     if '"ByteLevel"' not in json.dumps([contents.get("pre_tokenizer"), contents.get("decoder")]):
@@ -61,7 +61,7 @@ def _backend(path: Path, contents: Mapping[str, Any]) -> Any:
 
     try:
         backend = Backend.from_str(json.dumps(contents))
-    except Exception as error:  # `tokenizers` raises nothing more precise
+    except Exception as error:  # `tokenizers` raises no more specific type
         raise CheckpointError(f"{path}: expected a tokenizer: {error}") from None
     kind = contents["model"].get("type", "BPE")
     if kind != "BPE":
@@ -95,7 +95,7 @@ def _model_proto(
     bos_id: int | None,
     eos_id: int | None,
 ) -> bytes:
-    """Turns a converted SentencePiece model back: the rank of its first merge orders the pieces."""
+    """Convert a SentencePiece model back: the rank of its first merge orders the pieces."""
     model = contents["model"]
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
@@ -105,7 +105,7 @@ def _model_proto(
     def kind(token_id: int, piece: str) -> int:
         if token_id == unk_id:
             return UNKNOWN
-        if piece in ranks:  # so are Code Llama's infilling tokens, although they are special
+        if piece in ranks:  # true of Code Llama's infilling tokens, although they are special
             return NORMAL
         if len(piece) == 6 and piece.startswith("<0x"):
             return BYTE

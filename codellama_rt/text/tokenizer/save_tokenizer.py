@@ -1,4 +1,4 @@
-"""Writes a tokenizer as files that `load_tokenizer`, and Transformers, read."""
+"""Write a tokenizer as files that `load_tokenizer` and Transformers read."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from codellama_rt.text.tokenizer.tokenizer_base import Tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path, chat_template: str | None = None) -> None:
-    """Writes tokenizer.model or tokenizer.json, and tokenizer_config.json.
+    """Write tokenizer.model or tokenizer.json, and tokenizer_config.json.
 
     Args:
-        tokenizer: as `load_tokenizer` gives it.
-        directory: where; it exists.
-        chat_template: Jinja, kept with the options.
+        tokenizer: as returned by `load_tokenizer`.
+        directory: an existing directory.
+        chat_template: Jinja, stored with the options.
     """
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     config: dict[str, Any] = {

@@ -1,8 +1,8 @@
 """Code Llama's own tokenizer: SentencePiece, with the infilling format of Meta's reference code.
 
-SentencePiece puts a space in front of a text ("dummy prefix"), so that a first word is the same
-piece as a later one. The text after a hole continues a line and must not get it: Meta's code
-encodes it after a character that it cuts off again, here a second processor does without.
+SentencePiece puts a space in front of a text ("dummy prefix"), so that a word at the start is the
+same piece as elsewhere. The text after a hole continues a line and must not get that space: Meta's
+code encodes it after an extra character that is cut off again; here a second processor omits it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,13 +28,13 @@ class SentencePieceTokenizer(Tokenizer):
     """Text to Meta's ids and back, from a SentencePiece model.
 
     Names of control tokens in a text are plain text. Code Llama's infilling tokens, however, are
-    ordinary pieces of its model: "<EOT>" after a space is that token, here as in Meta's code.
+    ordinary pieces of its model: "<EOT>" after a space is that token, as in Meta's code.
 
     Args:
         model_proto: the bytes of a tokenizer.model file.
         source: the file's name, for messages.
         adds_bos: whether prompts begin with the begin token.
-        infill_ids: ids of "prefix", "middle", "suffix", "eot"; by the pieces' names if None.
+        infill_ids: ids of "prefix", "middle", "suffix", "eot"; None: looked up by name.
 
     Raises:
         CheckpointError: the bytes are not a usable SentencePiece model.
@@ -83,16 +83,16 @@ class SentencePieceTokenizer(Tokenizer):
         )
 
     def encode_infill(self, prefix: str, suffix: str, *, suffix_first: bool = False) -> list[int]:
-        """Turns the text around a hole into Meta's prompt for its filling.
+        """Build Meta's infilling prompt from the text around a hole.
 
         Args:
             prefix: the text before the hole.
             suffix: the text after it.
-            suffix_first: SPM order, `<PRE> <SUF>suffix <MID> prefix`, in place of
+            suffix_first: use SPM order, `<PRE> <SUF>suffix <MID> prefix`, instead of
                 PSM, `<PRE> prefix <SUF>suffix <MID>`.
 
         Returns:
-            The begin token and the prompt; the model ends its filling with `eot_id`.
+            The begin token and the prompt; the model ends the filling with `eot_id`.
 
         Raises:
             TypeError: an argument is not a str.
@@ -107,17 +107,17 @@ class SentencePieceTokenizer(Tokenizer):
         return [self.bos_id, self.prefix_id, *before, self.suffix_id, *after, self.middle_id]
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Turns text that continues a line into ids, without the space that `encode` adds."""
+        """Encode text that continues a line, without the space that `encode` adds."""
         check_text(text)
         return self._continuation.encode(text)
 
     def encode_plain(self, text: str) -> list[int]:
-        """Turns what somebody wrote into ids; unlike `encode`, " <EOT>" does not become <EOT>."""
+        """Encode a user's text; unlike with `encode`, " <EOT>" does not become <EOT>."""
         check_text(text)
         return self._without_special(self._processor.encode(text))
 
     def encode_rendered(self, parts: Iterable[int | str]) -> list[int]:
-        """Turns a rendered chat template into ids as the slow Transformers tokenizer does."""
+        """Encode a rendered chat template as the slow Transformers tokenizer does."""
         ids: list[int] = []
         for i, part in enumerate(parts):
             if isinstance(part, int):
@@ -129,7 +129,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _without_special(self, ids: list[int]) -> list[int]:
-        """Spells infilling tokens that merges have made: ▁<EOT> as ▁< and EOT>."""
+        """Replace infilling tokens that merges have formed by plain pieces: ▁< and EOT>."""
         plain: list[int] = []
         for token_id in ids:
             if token_id in self.special_ids:
@@ -141,10 +141,10 @@ class SentencePieceTokenizer(Tokenizer):
         return plain
 
     def decode_infill(self, ids: Iterable[int]) -> str:
-        """Turns the ids of a filling into text as Meta does; a leading space stays.
+        """Decode the ids of a filling as Meta does; a leading space is kept.
 
         Args:
-            ids: the filling, cut before its end token (an infilling token inside shows as text).
+            ids: the filling, cut before its end token (an infilling token inside appears as text).
 
         Raises:
             ValueError: an id is outside the vocabulary.
@@ -156,7 +156,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(text)
 
     def _encode_special(self, text: str) -> list[int]:
-        """Follows the slow Transformers tokenizer: only the text's start gets a space in front."""
+        """Encode like the slow Transformers tokenizer: only the start gets a space in front."""
         if text and self._has_lead:
             text = SPACE + text.replace(SPACE, " ")
         ids: list[int] = []
@@ -180,11 +180,11 @@ def build_model_proto(
     eos_id: int | None,
     add_dummy_prefix: bool,
 ) -> bytes:
-    """Serializes a SentencePiece BPE model with byte fallback, as Llama's is.
+    """Serialize a SentencePiece BPE model with byte fallback, like Llama's.
 
     Args:
         pieces, scores, types: the vocabulary by id.
-        unk_id, bos_id, eos_id: the tokens with a meaning of their own, or None.
+        unk_id, bos_id, eos_id: ids of the unknown, begin and end tokens, or None.
         add_dummy_prefix: put a space in front of a text.
     """
     from sentencepiece import sentencepiece_model_pb2 as pb
@@ -212,7 +212,7 @@ def _parse(model_proto: bytes, source: str) -> Any:
 
     try:
         proto = pb.ModelProto.FromString(model_proto)
-        pieces = [entry.piece for entry in proto.pieces]  # some protobufs decode UTF-8 only now
+        pieces = [entry.piece for entry in proto.pieces]  # some protobufs decode UTF-8 only here
     except DecodeError as error:
         raise CheckpointError(f"{source} is not a SentencePiece model: {error}") from None
     except UnicodeDecodeError:
@@ -229,7 +229,7 @@ def _processor(model_proto: bytes, source: str) -> Any:
     try:
         processor.LoadFromSerializedProto(model_proto)
     except (RuntimeError, UnicodeDecodeError) as error:  # the second: its message is not UTF-8
-        raise CheckpointError(f"{source}: SentencePiece refuses the model: {error}") from None
+        raise CheckpointError(f"{source}: SentencePiece rejects the model: {error}") from None
     return processor
 
 

@@ -1,7 +1,7 @@
-"""What the runtime needs of a tokenizer: text to ids, ids to text, and text while ids still come.
+"""The tokenizer interface of the runtime: text to ids, ids to text, and incremental decoding.
 
-The vocabulary is held as a table of bytes, one entry an id. Decoding is then one join and one
-UTF-8 decode, whole or incremental, whatever kind of tokenizer made the ids.
+The vocabulary is stored as a table of bytes, one entry per id. Decoding is then one join and one
+UTF-8 decode, whole or incremental, for every kind of tokenizer.
 """
 
 import codecs
@@ -15,11 +15,11 @@ DECODE_LIKE_SENTENCEPIECE = "codellama_rt.replace_one_byte"
 
 
 class TokenIdError(ValueError, IndexError):
-    """A token id lies outside the vocabulary (an IndexError too, as Transformers raises)."""
+    """A token id is outside the vocabulary (also an IndexError, as Transformers raises)."""
 
 
 def _replace_one_byte(error: UnicodeError) -> tuple[str, int]:
-    """Decodes each invalid byte to its own U+FFFD, as SentencePiece does; Python merges several."""
+    """Decode each invalid byte to its own U+FFFD, as SentencePiece does; Python merges several."""
     assert isinstance(error, UnicodeDecodeError)
     return "\ufffd", error.start + 1
 
@@ -28,20 +28,20 @@ codecs.register_error(DECODE_LIKE_SENTENCEPIECE, _replace_one_byte)
 
 
 class Tokenizer:
-    """The interface of all tokenizers; a subclass says how plain text becomes ids.
+    """The interface of all tokenizers; a subclass defines how plain text becomes ids.
 
-    The name of a special token in a text is plain text, unless `parse_special` asks for more.
+    The name of a special token in a text is plain text, unless `parse_special` is set.
 
     Args:
         pieces: the vocabulary's entries as the file names them, by id.
-        piece_bytes: the UTF-8 bytes each stands for in a text, by id; of a special token, its name.
-        special_ids: ids that are control tokens and not text.
+        piece_bytes: the UTF-8 bytes of each entry's text, by id; for a special token, its name.
+        special_ids: ids that are control tokens, not text.
         bos_id, eos_id: begin and end of sequence, or None.
-        adds_bos: whether the model wants `bos_id` before a prompt.
+        adds_bos: whether the model expects `bos_id` before a prompt.
     """
 
     decode_errors = "replace"  # how invalid UTF-8 decodes; SentencePiece differs
-    prefix_id: int | None = None  # the tokens of the infilling format, where there is one
+    prefix_id: int | None = None  # tokens of the infilling format, if the model has one
     middle_id: int | None = None
     suffix_id: int | None = None
     eot_id: int | None = None
@@ -68,7 +68,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """How many pieces the tokenizer has."""
+        """Number of pieces."""
         return len(self.pieces)
 
     @property
@@ -77,34 +77,34 @@ class Tokenizer:
         return None not in (self.prefix_id, self.middle_id, self.suffix_id)
 
     def pad_vocabulary(self, vocab_size: int) -> None:
-        """Lets further ids, up to the model's `vocab_size`, decode to nothing: rows of padding."""
+        """Let further ids, up to the model's `vocab_size`, decode to nothing: padding rows."""
         extra = range(self.vocab_size, vocab_size)
         self._piece_bytes += [b""] * len(extra)
         self.special_ids |= frozenset(extra)
 
     def piece_id(self, piece: str) -> int | None:
-        """Returns the id of a vocabulary entry, None if there is none."""
+        """Return the id of a vocabulary entry, or None if it does not exist."""
         return self._id_of.get(piece)
 
     def piece(self, token_id: int) -> str:
-        """Returns the vocabulary entry of an id, "" for one of padding."""
+        """Return the vocabulary entry of an id, "" for padding."""
         [token_id] = self._checked([token_id])
         return self.pieces[token_id] if token_id < self.vocab_size else ""
 
     # Text to ids
 
     def encode(self, text: str, *, bos: bool = True, parse_special: bool = False) -> list[int]:
-        """Turns text into token ids.
+        """Encode text to token ids.
 
         Args:
             text: any text; special-token names in it are plain text.
-            bos: put the begin token in front, if the model wants one.
-            parse_special: turn the names of special tokens into their ids. For trusted text only,
+            bos: put the begin token in front if the model expects one.
+            parse_special: replace the names of special tokens by their ids. Only for trusted text,
                 such as a rendered chat template.
 
         Raises:
             TypeError: `text` is not a str.
-            ValueError: `text` holds half of a surrogate pair.
+            ValueError: `text` contains half of a surrogate pair.
 
         Example:
             >>> tokenizer.encode("def f():")  # doctest: +SKIP
@@ -115,7 +115,7 @@ class Tokenizer:
         return head + (self._encode_special(text) if parse_special else self._encode_text(text))
 
     def encode_infill(self, prefix: str, suffix: str, *, suffix_first: bool = False) -> list[int]:
-        """Turns the text around a hole into a prompt; here refused, there is no such format."""
+        """Build an infilling prompt; not supported by this tokenizer, so it raises ValueError."""
         raise cannot_infill(self.vocab_size)
 
     def _encode_text(self, text: str) -> list[int]:
@@ -133,40 +133,40 @@ class Tokenizer:
         return [piece for piece in map(self.piece, self.special_ids) if piece]
 
     def encode_plain(self, text: str) -> list[int]:
-        """Turns what somebody wrote into ids of which none is a control token, nor a begin token.
+        """Encode a user's text to ids without any control token, not even the begin token.
 
         Raises:
-            TypeError, ValueError: as `encode`.
+            TypeError, ValueError: as for `encode`.
         """
         check_text(text)
         return self._encode_text(text)
 
     def encode_rendered(self, parts: Iterable[int | str]) -> list[int]:
-        """Turns a rendered chat template, as `split_special` cuts it, into ids."""
+        """Encode a rendered chat template that `split_special` has split."""
         ids: list[int] = []
         for part in parts:
             ids += [part] if isinstance(part, int) else self.encode_plain(part)
         return ids
 
     def split_special(self, text: str) -> list[int | str]:
-        """Cuts text at the names of special tokens, the longest first; each name becomes its id."""
+        """Split text at the names of special tokens, longest first; each name becomes its id."""
         parts = self._special_name.split(text)
-        # A pattern with one group puts the matches at the odd places.
+        # A pattern with one group puts the matches at the odd indices.
         return [self._id_of[part] if i % 2 else part for i, part in enumerate(parts) if part]
 
     # Ids to text
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """Returns a token's UTF-8 bytes, perhaps of part of a character; None if it is special."""
+        """Return a token's UTF-8 bytes, possibly part of a character; None if it is special."""
         [token_id] = self._checked([token_id])
         return None if token_id in self.special_ids else self._piece_bytes[token_id]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Turns the ids of a whole text into the text.
+        """Decode the ids of a whole text.
 
         Args:
             ids: token ids; a list, array or tensor of one axis, or a single id.
-            skip_special_tokens: leave control tokens out; otherwise their names stand in the text.
+            skip_special_tokens: leave control tokens out; otherwise their names appear in the text.
 
         Raises:
             ValueError: an id is outside the vocabulary.
@@ -178,31 +178,31 @@ class Tokenizer:
         return text.decode("utf-8", self.decode_errors)[self._lead_length(shown) :]
 
     def decode_infill(self, ids: Iterable[int]) -> str:
-        """Turns the ids of a filling, up to its end token, into text; a leading space stays."""
+        """Decode the ids of a filling, up to its end token; a leading space is kept."""
         raise cannot_infill(self.vocab_size)
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> "IncrementalDetokenizer":
-        """Returns a decoder for the ids that follow `prompt_ids`, to be given one by one."""
+        """Return an incremental decoder for the ids that follow `prompt_ids`."""
         return IncrementalDetokenizer(self, self._checked(as_id_list(prompt_ids)))
 
     def _lead_length(self, ids: Sequence[int]) -> int:
-        """Returns how many characters at the start of the text of `ids` the encoder has added."""
+        """Return how many leading characters of the text of `ids` were added by the encoder."""
         return 0
 
     def _checked(self, ids: list[int]) -> list[int]:
         if ids and not 0 <= min(ids) <= max(ids) < len(self._piece_bytes):
             bad = next(i for i in ids if not 0 <= i < len(self._piece_bytes))
             raise TokenIdError(
-                f"token id {bad} is out of range; there are ids 0 to {len(self._piece_bytes) - 1}"
+                f"token id {bad} is out of range; expected 0 to {len(self._piece_bytes) - 1}"
             )
         return ids
 
 
 class IncrementalDetokenizer:
-    """Turns ids that come one by one into text, each character as soon as it is complete.
+    """Decode ids one by one, each character as soon as it is complete.
 
-    The pieces of text joined are what the whole continuation decodes to, its leading space kept; no
-    text is taken back, and a push costs the same at any length.
+    The joined pieces equal the decoded continuation, including a leading space; no text is taken
+    back, and the cost of a push does not depend on the length.
 
     Example:
         >>> detokenizer = tokenizer.detokenizer(prompt_ids)  # doctest: +SKIP
@@ -210,16 +210,16 @@ class IncrementalDetokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
-        """Starts after `prompt_ids`; after nothing but the begin token, a text starts here."""
+        """Start after `prompt_ids`; if those are only the begin token, a text starts here."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.decode_errors)
         self._at_start = bool(prompt_ids) and set(prompt_ids) <= {tokenizer.bos_id}
-        # A prompt may end inside a character; its at most three bytes lie in the last three tokens.
+        # A prompt may end inside a character; its at most three bytes are in the last three tokens.
         tail = takewhile(bool, map(tokenizer.token_bytes, reversed(prompt_ids[-3:])))
         self._decoder.decode(b"".join(reversed(list(tail))))
 
     def push(self, token_id: int) -> str:
-        """Takes the next id; returns the text that is now complete, perhaps ""."""
+        """Take the next id and return the text that is now complete, possibly ""."""
         piece = self._tokenizer.token_bytes(token_id)
         if piece is None:
             return ""
@@ -230,12 +230,12 @@ class IncrementalDetokenizer:
         return text
 
     def flush(self) -> str:
-        """Ends the text; bytes that complete no character become U+FFFD."""
+        """End the text; bytes of an incomplete character become U+FFFD."""
         return self._decoder.decode(b"", final=True)
 
 
 def cannot_infill(n_pieces: int) -> ValueError:
-    """Returns the error for infilling with a vocabulary that has no tokens for it."""
+    """Return the error for infilling with a vocabulary that has no infilling tokens."""
     return ValueError(
         f"this model cannot infill: its {n_pieces} pieces include no infilling tokens; Code Llama "
         "7B, 13B and 70B, base and Instruct (32016 pieces), can"
@@ -243,20 +243,20 @@ def cannot_infill(n_pieces: int) -> ValueError:
 
 
 def check_text(text: object) -> None:
-    """Raises TypeError for anything but a str, ValueError (of str.encode) for a lone surrogate."""
+    """Raise TypeError for anything but a str, ValueError (of str.encode) for a lone surrogate."""
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     text.encode("utf-8")
 
 
 def as_id_list(ids: Any) -> list[int]:
-    """Returns ids as a list of int.
+    """Return ids as a list of int.
 
     Args:
         ids: an int, an iterable of ints, or an array or tensor of at most one axis.
 
     Raises:
-        TypeError: something in it is not an integer.
+        TypeError: an element is not an integer.
     """
     if hasattr(ids, "asnumpy"):  # a MindSpore tensor
         ids = ids.asnumpy()
@@ -266,5 +266,5 @@ def as_id_list(ids: Any) -> list[int]:
 
 
 def token_text(token: Any) -> str | None:
-    """Returns the text of a token in tokenizer_config.json: a string, an object, or null."""
+    """Return the text of a token in tokenizer_config.json: a string, an object, or null."""
     return token.get("content") if isinstance(token, dict) else token
