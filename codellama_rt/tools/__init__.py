@@ -1,1 +1,1 @@
-"""Programs around the runtime: benchmarks, evaluation, conversion, limits of the machine."""
+"""Programs built on the runtime: benchmarks, evaluation, conversion, limits of the machine."""

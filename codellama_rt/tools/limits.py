@@ -1,7 +1,7 @@
-"""What this machine gives to any kernel: read bandwidth and arithmetic, measured in this process.
+"""The limits of this machine for any kernel: read bandwidth and arithmetic, measured here and now.
 
-Every figure of speed here is stated as a share of these, taken in the same run, with the threads
-and the instruction set that the operators use.
+Every performance figure is reported as a share of these limits, measured in the same run with the
+threads and the instruction set that the operators use.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _MEASURED = ("float32", "bfloat16", "int8")
 
 @dataclass(frozen=True)
 class Limits:
-    """The roof of every figure of speed.
+    """Upper limits for every performance figure.
 
     Attributes:
         isa: instruction set in use.
         num_threads: threads in use.
-        read_bandwidth: bytes a second that all threads read together.
-        one_thread_bandwidth: bytes a second that one of them reads alone.
+        read_bandwidth: bytes per second read by all threads together.
+        one_thread_bandwidth: bytes per second read by a single thread.
         flops: FLOP/s by dtype of the operands; float16 is computed in float32.
     """
 
@@ -39,7 +39,7 @@ class Limits:
     flops: dict[str, float]
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return the limits as one line of text."""
         flops = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in self.flops.items())
         return (
             f"{self.isa}, {self.num_threads} threads: read {self.read_bandwidth / 1e9:.1f} GB/s "
@@ -52,7 +52,7 @@ def measure_limits(seconds: float = 0.2) -> Limits:
     """Measure all limits.
 
     Args:
-        seconds: spent on each of the five.
+        seconds: time for each of the five measurements.
 
     Example:
         >>> measure_limits(0.01).num_threads >= 1
@@ -70,30 +70,32 @@ def measure_limits(seconds: float = 0.2) -> Limits:
 
 
 def read_bandwidth(seconds: float = 0.2, num_bytes: int = PROBE_BYTES) -> float:
-    """Bytes a second that the threads read from memory together, each byte once; the best pass.
+    """Return bytes per second that all threads read from memory together; the best pass.
+
+    Each byte is read once.
 
     Args:
-        seconds: how long to repeat; three passes at least.
-        num_bytes: of the memory that is read; taken for the length of the call.
+        seconds: how long to repeat; at least three passes.
+        num_bytes: size of the memory that is read; allocated during the call.
     """
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # as the KV cache: the roof pays for no small pages
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # like the KV cache: no cost of small memory pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     view = np.frombuffer(memory, np.uint8)
-    view.fill(1)  # commits the pages; those never written would all be one page of zeros
+    view.fill(1)  # commits the memory; unwritten pages would all map to one page of zeros
     return num_bytes / _shortest(lambda: _core.read_memory(view), seconds)
 
 
 def peak_flops(dtype: str, seconds: float = 0.2) -> float:
-    """FLOP/s of the threads together on registers alone; the best pass.
+    """Return FLOP/s of all threads on registers only; the best pass.
 
     Args:
-        dtype: of the operands: "float32", "bfloat16" (pairs) or "int8" (quadruples); where the CPU
-            does not multiply such at once, float32's rate, which is what remains there.
-        seconds: how long to repeat; three passes at least.
+        dtype: of the operands: "float32", "bfloat16" (pairs) or "int8" (quadruples). On CPUs
+            without such instructions the result is float32's rate, which kernels fall back to.
+        seconds: how long to repeat; at least three passes.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: an unknown dtype.
     """
     if dtype not in _MEASURED:
         raise ValueError(f"dtype must be one of {', '.join(_MEASURED)}, got {dtype!r}")
@@ -102,7 +104,7 @@ def peak_flops(dtype: str, seconds: float = 0.2) -> float:
 
 
 def _shortest(run: Callable[[], object], seconds: float) -> float:
-    """The shortest of the runs that fit into `seconds`: a busy machine only makes them longer."""
+    """Return the shortest of the runs that fit into `seconds`: noise only makes runs longer."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
         started = perf_counter()

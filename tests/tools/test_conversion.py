@@ -116,10 +116,10 @@ def test_large_models_are_cut_into_files(tmp_path, monkeypatch):
         ({"to": "onnx"}, "to must be one of huggingface, meta, got 'onnx'"),
         ({"dtype": "int8"}, "dtype must be one of auto"),
         ({"to": "meta", "quantization": "int8"}, "Meta's layout has no quantised weights"),
-        ({"shards": 2, "quantization": "int8"}, "shards are files of Meta's layout"),
-        ({"to": "meta", "shards": 0}, "shards are files of Meta's layout, 1 or more, got 0"),
-        ({"to": "meta", "shards": 3}, "3 shards cannot be cut: .* n_kv_heads 2"),
-        ({}, "in that layout already; give a quantization, a dtype or to='meta'"),
+        ({"shards": 2, "quantization": "int8"}, "shards must be 1 or more files of Meta's layout"),
+        ({"to": "meta", "shards": 0}, "shards must be 1 or more files of Meta's layout, got 0"),
+        ({"to": "meta", "shards": 3}, "3 shards are not possible: .* n_kv_heads 2"),
+        ({}, "already in that layout; give a quantization, a dtype or to='meta'"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path, options, reason):
@@ -129,14 +129,14 @@ def test_options_that_do_not_fit(tmp_path, options, reason):
 
 
 def test_what_metas_layout_cannot_say(tmp_path):
-    with pytest.raises(ValueError, match=r"params.json has no rope scaling"):
+    with pytest.raises(ValueError, match=r"params.json has does not support RoPE scaling"):
         convert(TINY / "rope_linear4", tmp_path / "out", to="meta")
 
 
 def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match=r"GB are to be written, and the disk has 0\.00 GB"):
+    with pytest.raises(OSError, match=r"GB are needed, and the disk has 0\.00 GB"):
         convert(TINY / "gqa_theta1e6_bf16", tmp_path / "out", to="meta")
     assert not (tmp_path / "out").exists()
 

@@ -57,9 +57,9 @@ def test_it_opens_as_views_of_one_mapping(tmp_path, name):
 def test_opening_with_the_quantization_it_has(tmp_path):
     convert(TINY / NAMES[0], tmp_path / "out", quantization="int8")
     assert open_checkpoint(tmp_path / "out", quantization="int8").weights.lm_head.dtype == "int8"
-    with pytest.raises(CheckpointError, match="quantise to int4, found them in int8 already"):
+    with pytest.raises(CheckpointError, match="quantise to int4, found them already quantised to int8"):
         open_checkpoint(tmp_path / "out", quantization="int4")
-    with pytest.raises(CheckpointError, match="in int8 already; convert the original"):
+    with pytest.raises(CheckpointError, match="already quantised to int8; convert the original"):
         convert(tmp_path / "out", tmp_path / "again", quantization="int4")
 
 
@@ -142,7 +142,7 @@ def test_an_interrupted_run_leaves_nothing_that_opens(tmp_path, when):
 def test_what_is_there_is_not_touched(tmp_path):
     source = write_mini(tmp_path / "in")
     (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError, match="out is there already; give --out another name"):
+    with pytest.raises(FileExistsError, match="out already exists; give --out another name"):
         convert(source, tmp_path / "out", quantization="int4")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_converted(tmp_path):
     for quantization in ("int2", "q4_0"):
         with pytest.raises(ValueError, match="int8"):
             convert(source, tmp_path / "out", quantization=quantization)
-    with pytest.raises(ValueError, match="in that layout already; give a quantization"):
+    with pytest.raises(ValueError, match="already in that layout; give a quantization"):
         convert(source, tmp_path / "out")
     tensors = mini_tensors()
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = np.nan

@@ -1,1 +1,1 @@
-"""Conversion of checkpoints: what is to be written, how far it got, and whether it is right."""
+"""Conversion of checkpoints: what to write, how far it got, and whether the result is right."""

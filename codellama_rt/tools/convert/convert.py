@@ -1,8 +1,8 @@
-"""Writes checkpoints: Meta's files, Hugging Face's, or quantised ones, from any that opens.
+"""Convert any readable checkpoint to Meta's layout, Hugging Face's layout, or a quantised one.
 
-Tensors are read, converted and written one at a time. All of it happens in a directory of another
-name (`conversion.journal`), which takes its own only when it is whole; the file without which no
-checkpoint opens is written last. A run that ended early is taken up by the next.
+Tensors are read, converted and written one at a time. Everything is written to a directory with a
+temporary name (`journal`), which is renamed when it is complete; the file without which no
+checkpoint opens is written last. After an interruption, the next run resumes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from codellama_rt.tools.convert.plan import (
     write_texts,
 )
 
-_FORMAT = 1  # of the work directory: another begins anew
+_FORMAT = 1  # of the work directory: a different format starts over
 _TOKENIZER = (
     "tokenizer.model",
     "tokenizer.json",
@@ -42,7 +42,7 @@ _TOKENIZER = (
     "LICENSE*",
     "USE_POLICY*",
 )
-_COMPANIONS = (  # files that belong to a model and stay as they are
+_COMPANIONS = (  # files that belong to a model and are copied unchanged
     *_TOKENIZER,
     "generation_config.json",
     "special_tokens_map.json",
@@ -65,31 +65,31 @@ def convert(
     verify: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes a checkpoint in another layout or quantised.
+    """Write a checkpoint in another layout or quantised.
 
-    Memory is bounded by the largest tensor, whatever the model; `verify` needs what running the
-    model needs. An interrupted run leaves no `out`, and the same call goes on where it was.
+    Memory is bounded by the largest tensor, whatever the model; `verify` needs as much as running
+    the model. If interrupted, no loadable directory is left behind; repeat the call to resume.
 
     Args:
         model: a directory in Meta's or Hugging Face's layout, a GGUF file, or a name for one.
-        out: the directory to make; nothing may be there.
+        out: the directory to create; it must not exist.
         to: "huggingface" (safetensors) or "meta" (consolidated.00.pth and params.json).
-        quantization: "int8" or "int4", of the projections and the head; in Hugging Face's layout.
-        dtype: of all floats: "float32", "float16", "bfloat16"; "auto" keeps each tensor's own,
-            or is bfloat16 where some are in GGUF's blocks.
-        shards: files of Meta's layout.
-        verify: compare what was written, bit for bit, and the logits, before it takes its name.
-        progress: called with bytes done, bytes in all, and what is being done.
+        quantization: "int8" or "int4", for the projections and the head; not in Meta's layout.
+        dtype: of all floats: "float32", "float16", "bfloat16"; "auto" keeps each tensor's own, or
+            uses bfloat16 if some are in GGUF's blocks.
+        shards: number of files in Meta's layout.
+        verify: compare the result bit for bit, and the logits, before the final rename.
+        progress: called with bytes done, total bytes, and a description.
 
     Returns:
         `out`.
 
     Raises:
-        CheckpointError: the model cannot be read, is quantised already, or verification failed.
-        ValueError: an unknown option, one that does not fit the others, or nothing to convert.
-        FileExistsError: `out` is there.
+        CheckpointError: the model cannot be read, is already quantised, or verification failed.
+        ValueError: an unknown option, options that contradict each other, or nothing to convert.
+        FileExistsError: `out` exists.
         RuntimeError: another process is writing it.
-        OSError: it cannot be written; what is done so far stays for the next run.
+        OSError: it cannot be written; finished work is kept for the next run.
 
     Example:
         >>> convert("CodeLlama-7b", "CodeLlama-7b-hf")  # doctest: +SKIP
@@ -98,7 +98,7 @@ def convert(
     options = _checked(Options(to, quantization, dtype, shards))
     path, out = resolve_model(model), Path(out)
     if out.exists():
-        raise FileExistsError(f"{out} is there already; give --out another name, or remove it")
+        raise FileExistsError(f"{out} already exists; give --out another name, or remove it")
     stored = read_model(path)
     _check_source(stored, options)
     options = with_dtype(stored, options)
@@ -130,42 +130,42 @@ def _checked(options: Options) -> Options:
     if isinstance(options.shards, bool) or not isinstance(options.shards, int):
         raise TypeError(f"shards must be an int, got {type(options.shards).__name__}")
     if options.shards < 1 or (options.shards > 1 and options.to != META):
-        raise ValueError(f"shards are files of Meta's layout, 1 or more, got {options.shards}")
+        raise ValueError(f"shards must be 1 or more files of Meta's layout, got {options.shards}")
     if options.quantization is not None and options.to == META:
-        raise ValueError("Meta's layout has no quantised weights; leave quantization out")
+        raise ValueError("Meta's layout does not support quantised weights; omit quantization")
     return options
 
 
 def _check_source(stored: StoredModel, options: Options) -> None:
     if stored.quantization is not None:
         raise CheckpointError(
-            f"{stored.path}: expected weights to convert, found them in {stored.quantization} "
-            "already; convert the original"
+            f"{stored.path}: expected weights to convert, found them already quantised to "
+            f"{stored.quantization}; convert the original"
         )
     is_file = not stored.path.is_dir()
     found = None if is_file else META if is_meta_directory(stored.path) else HUGGING_FACE
     is_same = found == options.to and options.to != META
     if is_same and options.quantization is None and options.dtype == "auto":
         raise ValueError(
-            f"{stored.path} is in that layout already; give a quantization, a dtype or to='meta'"
+            f"{stored.path} is already in that layout; give a quantization, a dtype or to='meta'"
         )
 
 
 def _identity(path: Path, options: Options) -> dict[str, Any]:
-    """What makes a conversion the same as another."""
+    """Return the facts that identify a conversion."""
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
     described = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return {"format": _FORMAT, "source": str(path.resolve()), "files": described, **vars(options)}
 
 
 def _check_space(plan: Plan, journal: Journal) -> None:
-    """Refuses what the disk will not hold, before hours are spent on it."""
+    """Fail before hours of work if the disk is too small."""
     done = sum(file.stat().st_size for file in journal.output.iterdir())
     free, needed = shutil.disk_usage(journal.output).free, plan.num_bytes - done
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"{needed / 1e9:.2f} GB are to be written, and the disk has {free / 1e9:.2f} GB",
+            f"{needed / 1e9:.2f} GB are needed, and the disk has {free / 1e9:.2f} GB",
             str(journal.output.parent.parent),
         )
 
@@ -190,8 +190,11 @@ def _write_tensors(
 
 
 def _write_companions(stored: StoredModel, folder: Path, options: Options) -> None:
-    """What belongs to a model beside its weights; a tokenizer is written anew where it lies in a
-    GGUF file, or where Hugging Face's options are missing beside Meta's."""
+    """Write the files that belong to a model beside its weights.
+
+    A tokenizer is rewritten if it comes from a GGUF file, or if Hugging Face's options are missing
+    beside Meta's file.
+    """
     if stored.path.is_dir():
         for pattern in _TOKENIZER if options.to == META else _COMPANIONS:
             for file in stored.path.glob(pattern):

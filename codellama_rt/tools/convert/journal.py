@@ -1,8 +1,8 @@
-"""How far a conversion got: a line for some tensors, so that an interrupted one goes on.
+"""The progress of a conversion, recorded so that an interrupted one can resume.
 
-The work lies in a hidden directory beside the output, `.<name>.partial`: the journal, and a
-directory that becomes the output by one rename when it is whole. The first line says what is being
-converted, how, and from which files; another conversion begins anew.
+The work is in a hidden directory beside the output, `.<name>.partial`: the journal, and a
+directory that becomes the output by one rename when it is complete. The journal's first line says
+what is converted, how, and from which files; a different conversion starts over.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from codellama_rt.checkpoint.formats.tensor_file import Layout, sync
 
 
 class Journal:
-    """The journal of one conversion, held against other processes while it is open.
+    """The journal of one conversion, locked against other processes while it is open.
 
     Args:
-        out: the directory that the conversion makes.
-        identity: what is converted and how; JSON.
+        out: the directory that the conversion creates.
+        identity: what is converted and how, as JSON.
 
     Raises:
-        RuntimeError: another process is at it.
+        RuntimeError: another process is writing it.
     """
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
-        """Open the journal, or begin one."""
+        """Open the journal, or start a new one."""
         self.folder = work_folder(out)
         self.output = self.folder / out.name
         self._first = json.dumps(identity, sort_keys=True)
@@ -47,7 +47,7 @@ class Journal:
         self.output.mkdir(exist_ok=True)
 
     def _read(self) -> bool:
-        """Takes what an earlier run wrote, if it did the same; a line cut short is dropped."""
+        """Load an earlier run's progress if it did the same; a truncated line is dropped."""
         self._file.seek(0)
         lines = self._file.read().split(b"\n")[:-1]
         if not lines or lines[0] != self._first.encode():
@@ -72,22 +72,22 @@ class Journal:
         sync(self._file)
 
     def done(self, file: str, layout: Layout) -> list[int]:
-        """The CRC-32 of the tensors that a file of the output has already."""
+        """Return the CRC-32s of the tensors that an output file already has."""
         checksums = self._checksums.get(file, [])
         path = self.output / file
         has_all = path.is_file() and path.stat().st_size >= layout.offset(len(checksums))
         return checksums if has_all else []
 
     def add(self, file: str, checksums: Sequence[int]) -> None:
-        """So many more tensors of a file are on the disk."""
+        """Record that the next tensors of a file are on disk."""
         self._append(json.dumps({"file": file, "crc32": list(checksums)}))
 
     def discard(self) -> None:
-        """Take all of it away: the output is made, or cannot be."""
+        """Remove everything: the output is complete, or cannot be completed."""
         shutil.rmtree(self.folder)
 
     def __enter__(self) -> Journal:
-        """The journal."""
+        """Return the journal."""
         return self
 
     def __exit__(
@@ -96,12 +96,12 @@ class Journal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Let it go; what is written stays."""
+        """Release the lock; written data stays."""
         self._file.close()
 
 
 def work_folder(out: Path) -> Path:
-    """Where a conversion to `out` keeps its work.
+    """Return where a conversion to `out` keeps its work.
 
     Example:
         >>> work_folder(Path("models/new"))

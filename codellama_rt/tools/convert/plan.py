@@ -1,4 +1,4 @@
-"""What a conversion writes: files of tensors, each with what it is made from, and texts."""
+"""What a conversion writes: files of tensors, each tensor with its source, and text files."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ from codellama_rt.ops.dtypes import numpy_dtype
 
 HUGGING_FACE, META = "huggingface", "meta"
 TARGETS = (HUGGING_FACE, META)
-MAX_FILE_BYTES = 5 * 10**9  # of one file of floats, unless a tensor is larger
+MAX_FILE_BYTES = 5 * 10**9  # per file of floats, unless one tensor is larger
 _ENCODING_OF = {dtype: name for name, dtype in ENCODINGS.items()}
 Reorder = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked for.
+    """The options of a conversion.
 
     Attributes:
         to: one of `TARGETS`.
         quantization: "int8", "int4" or None.
-        dtype: of all floats; "auto" keeps each tensor's own, or is bfloat16 where some are in
+        dtype: of all floats; "auto" keeps each tensor's own, or uses bfloat16 if some are in
             GGUF's blocks.
-        shards: files of a checkpoint in Meta's layout.
+        shards: number of files in Meta's layout.
     """
 
     to: str = HUGGING_FACE
@@ -66,12 +66,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written.
+    """What to write.
 
     Attributes:
-        files: layout by name of the file.
-        made_from: the tensor behind each entry, by the entry's name.
-        texts: JSON by name of the file, the one without which nothing opens last.
+        files: layout by file name.
+        made_from: the source tensor of each entry, by the entry's name.
+        texts: JSON by file name; the file without which no checkpoint opens comes last.
     """
 
     files: dict[str, Layout]
@@ -85,21 +85,21 @@ class Plan:
 
 
 def with_dtype(stored: StoredModel, options: Options) -> Options:
-    """The options with a dtype where "auto" cannot keep what is stored.
+    """Return the options with a dtype if "auto" cannot keep the stored one.
 
     Raises:
-        CheckpointError: as `make_plan`.
+        CheckpointError: as for `make_plan`.
     """
     is_kept = all(tensor.is_float for tensor in match_tensors(stored).values())
     return options if options.dtype != "auto" or is_kept else replace(options, dtype="bfloat16")
 
 
 def make_plan(stored: StoredModel, options: Options) -> Plan:
-    """Lays a conversion out; nothing but headers has been read.
+    """Plan a conversion; only headers have been read so far.
 
     Raises:
-        CheckpointError: the model lacks a tensor, or has an unknown one.
-        ValueError: the model cannot be said in that layout.
+        CheckpointError: the model has missing or unknown tensors.
+        ValueError: the layout cannot express the model.
     """
     tensors = match_tensors(stored)
     if options.to == META:
@@ -119,7 +119,7 @@ def make_plan(stored: StoredModel, options: Options) -> Plan:
 def _hf_config(
     stored: StoredModel, tensors: Mapping[str, StoredTensor], options: Options
 ) -> dict[str, Any]:
-    """config.json: the source's own, where it has one."""
+    """Return config.json: the source's own, if it has one."""
     dtype = choose_dtype(tensors).name if options.dtype == "auto" else options.dtype
     file = stored.path / "config.json"
     if not (stored.path.is_dir() and file.exists()):
@@ -132,7 +132,7 @@ def _hf_config(
 
 
 def _order(stored: StoredModel, name: str, to: str) -> Reorder | None:
-    """What puts the rows of a tensor into the order of the target."""
+    """Return what puts a tensor's rows into the target's order."""
     is_interleaved, head_dim = stored.config.rope_interleaved, stored.config.head_dim
     if not rotates(name) or is_interleaved == (to == META):
         return None
@@ -145,7 +145,7 @@ def _float_dtype(tensor: StoredTensor, options: Options) -> np.dtype:
 
 
 def _floats(stored: StoredModel, name: str, tensor: StoredTensor, options: Options) -> np.ndarray:
-    """The tensor in the target's dtype and order of rows."""
+    """Return the tensor in the target's dtype and row order."""
     dtype, reorder = _float_dtype(tensor, options), _order(stored, name, options.to)
     if tensor.is_float and ENCODINGS[tensor.encoding] == dtype:
         array = tensor.view()
@@ -163,7 +163,7 @@ def _entry(
     cut: Reorder | None = None,
     shape: tuple[int, ...] | None = None,
 ) -> Entry:
-    """A tensor in floats, or the piece of it that `cut` makes."""
+    """Return the entry of a float tensor, or of the piece of it that `cut` takes."""
 
     def read() -> np.ndarray:
         array = _floats(stored, name, tensor, options)
@@ -178,7 +178,7 @@ def _entry(
 def _quantized_plan(
     stored: StoredModel, tensors: Mapping[str, StoredTensor], options: Options
 ) -> Plan:
-    """Quantised ones, padded, first: so they begin at cache lines; then floats, wide ones first."""
+    """Put padded quantised tensors first, so that they begin at cache lines, then floats."""
     made_from, kind = sources(tensors), options.quantization
 
     def packed(name: str, tensor: StoredTensor) -> Entry:
@@ -208,7 +208,7 @@ def _quantized_plan(
 def _meta_plan(stored: StoredModel, tensors: Mapping[str, StoredTensor], options: Options) -> Plan:
     params, count = params_of(stored.config), options.shards
     _check_cuts(stored, count)
-    made_from = sources(tensors)  # Meta's layout has no tied heads
+    made_from = sources(tensors)  # Meta's layout does not support tied heads
     entries: list[list[Entry]] = [[] for _ in range(count)]
     for name, tensor in made_from.items():
         theirs, axis = meta_name(name)
@@ -245,12 +245,12 @@ def _check_cuts(stored: StoredModel, count: int) -> None:
     odd = [f"{name} {size}" for name, size in sizes.items() if size % count]
     if odd or count > MAX_SHARDS:
         raise ValueError(
-            f"{count} shards cannot be cut: at most {MAX_SHARDS} of equal size, and this model has "
-            + (", ".join(odd) or "enough for fewer")
+            f"{count} shards are not possible: at most {MAX_SHARDS} of equal size, and this "
+            "model has " + (", ".join(odd) or "enough for fewer")
         )
 
 
 def write_texts(plan: Plan, folder: Path, write: Callable[[Path, bytes], None]) -> None:
-    """Writes the JSON of a plan, in its order."""
+    """Write the JSON files of a plan, in its order."""
     for name, values in plan.texts.items():
         write(folder / name, json.dumps(values, indent=2).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Whether what was written is what was meant: every tensor bit for bit, then the logits."""
+"""Check a conversion: every tensor bit for bit, then the logits."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from codellama_rt.model.llama import Llama
 from codellama_rt.tools.convert.plan import Options, Plan
 
 NUM_TOKENS = 24
-# Rows of q and k in another order are summed in another order, and what is multiplied is rounded
-# after it. Over the 30 layers of SmolLM2-135M that moves logits by 3 % of their spread in bfloat16
-# and 6 % in int4 (root mean square; single ones by 13 % and 33 %), by nothing in float32; rows in a
-# wrong order move them by 68 %.
+# A different row order of q and k changes the order of the sums, and rounding after it. Over the 30
+# layers of SmolLM2-135M this moves logits by 3 % of their spread in bfloat16 and by 6 % in int4
+# (root mean square; single ones by 13 % and 33 %), not at all in float32. A wrong row order moves
+# them by 68 %.
 TOLERANCE = 0.2
 
 
 def verify_tensors(plan: Plan, folder: Path, progress: Progress | None) -> None:
-    """Reads back every tensor and compares it with its source, made anew.
+    """Read back every tensor and compare it with its source, converted again.
 
     Raises:
-        CheckpointError: one differs.
+        CheckpointError: a tensor differs.
     """
     counter = Counter(plan.num_bytes, progress)
     for file, layout in plan.files.items():
@@ -39,7 +39,7 @@ def verify_tensors(plan: Plan, folder: Path, progress: Progress | None) -> None:
             if tensor is None or not np.array_equal(tensor.payload, expected):
                 raise CheckpointError(
                     f"{file}: tensor {entry.name!r}: expected the bytes that were written, found "
-                    "others; the disk or its memory is at fault"
+                    "different ones; the disk or the memory is faulty"
                 )
             del expected
             tensor.release()
@@ -48,17 +48,17 @@ def verify_tensors(plan: Plan, folder: Path, progress: Progress | None) -> None:
 
 
 def verify_logits(source: Path, folder: Path, options: Options) -> None:
-    """Computes with both models, one after the other, and compares.
+    """Run both models, one after the other, and compare the logits.
 
     Raises:
-        CheckpointError: the logits differ by more than rounding does.
+        CheckpointError: the logits differ by more than rounding explains.
     """
     expected = _logits(source, options.dtype, options.quantization)
     found = _logits(folder, "auto", None)
     difference, spread = np.sqrt(np.square(found - expected).mean()), expected.std()
     if not difference <= TOLERANCE * spread:
         raise CheckpointError(
-            f"{folder.name}: expected the logits of {source}, found others: they differ by "
+            f"{folder.name}: expected the logits of {source}, found different ones: they differ by "
             f"{difference:.3g} (root mean square) and spread by {spread:.3g}"
         )
 

@@ -1,5 +1,5 @@
 """Evaluations of the Code Llama paper (arXiv:2308.12950): HumanEval, infilling, perplexity, needle.
 
-Each takes an LLM and returns a dictionary that JSON can hold: `task`, `settings`, `scores`, and
-what each sample gave. Two runs with the same settings give the same samples, bit for bit.
+Each takes an LLM and returns a dictionary that JSON can represent: `task`, `settings`, `scores`,
+and the samples. Two runs with the same settings give the same samples, bit for bit.
 """

@@ -1,4 +1,4 @@
-"""Many prompts through the engine at once, with a count of those that are done."""
+"""Run many prompts through the engine together, with progress reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.completion import Completion, Job
 from codellama_rt.llm.llm import LLM
 
-Progress = Callable[[int, int], None]  # called with samples done and samples in all
+Progress = Callable[[int, int], None]  # called with samples done and total samples
 
 
 def complete(
@@ -22,14 +22,14 @@ def complete(
 
     Args:
         llm: the model.
-        requests: token ids and parameters of each.
+        requests: token ids and sampling parameters of each.
         progress: called as samples finish.
 
     Returns:
-        For each request its samples.
+        The samples of each request.
 
     Raises:
-        ValueError: a prompt that does not fit; nothing is left under way.
+        ValueError: a prompt that does not fit; no request is left unfinished.
     """
     jobs = {f"eval-{i}": Job(f"eval-{i}", list(r[0]), r[1].n) for i, r in enumerate(requests)}
     total = sum(job.unfinished for job in jobs.values())
@@ -49,7 +49,7 @@ def complete(
 
 
 def fingerprint(texts: Sequence[str]) -> str:
-    """A hash of all texts: equal for two runs exactly if every one of them is."""
+    """Return a hash of all texts: two runs have equal hashes only if all their texts are equal."""
     digest = hashlib.sha256()
     for text in texts:
         raw = text.encode("utf-8", "surrogatepass")

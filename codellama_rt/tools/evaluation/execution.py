@@ -1,7 +1,7 @@
-"""Runs programs that a model wrote, in a process with little to take and little to break.
+"""Run programs written by a model in a restricted process.
 
-Limits, and where the system allows namespaces no network; not a jail: such a process reads what its
-user may read. For models that nobody vouches for run the whole evaluation in a container.
+The process has limits and, where the system allows namespaces, no network. This is not a security
+boundary: it can read what its user can read. Evaluate untrusted models in a container.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 _NAMESPACES = ("unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
-# Sets its limits, then runs the program; only after its last line the word that means success is
-# written, so that an early exit does not pass.
+# Sets its limits, then runs the program. The word that means success is written only after the
+# program's last line, so that an early exit does not pass.
 _RUNNER = """
 import os, resource, sys
 seconds, memory, word = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -54,12 +54,12 @@ def run_program(source: str, *, timeout_s: float = 10.0, memory_bytes: int = 2**
     """Run a Python program to its end.
 
     Args:
-        source: what to run; it passes if no exception ends it, not even SystemExit.
-        timeout_s: wall-clock seconds, and seconds of CPU, rounded up.
-        memory_bytes: address space.
+        source: the program; it passes if no exception ends it, not even SystemExit.
+        timeout_s: limit of wall-clock seconds, and of CPU seconds, rounded up.
+        memory_bytes: limit of the address space.
 
     Returns:
-        How it ended; the process and all it started are gone.
+        How it ended; the process and its children have been terminated.
     """
     word = secrets.token_hex(16)
     arguments = [str(int(timeout_s) + 1), str(memory_bytes), word]
@@ -88,7 +88,7 @@ def run_program(source: str, *, timeout_s: float = 10.0, memory_bytes: int = 2**
 
 
 def is_isolated() -> bool:
-    """Whether programs run without network, in namespaces of their own."""
+    """Return whether programs run without network, in their own namespaces."""
     return bool(_prefix())
 
 

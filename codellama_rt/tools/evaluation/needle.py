@@ -1,7 +1,7 @@
-"""Key retrieval (the Code Llama paper, section 3.3): a function in a long file is asked for.
+"""Key retrieval (Code Llama paper, section 3.3): recall a function from a long file.
 
-The file is made of real Python functions and classes; somewhere among them stands one that returns
-a number, and the file ends with `assert key() ==`.
+The file consists of real Python functions and classes; one function among them returns a number,
+and the file ends with `assert key() ==`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from codellama_rt.text.tokenizer import Tokenizer
 from codellama_rt.tools.evaluation.completing import Progress, complete, fingerprint
 
 _ANSWER_TOKENS = 12
-_SLACK, _MOST_SLACK = 0.02, 0.2  # of a prompt's length that stays empty: enough; the most
+_SLACK, _MOST_SLACK = 0.02, 0.2  # unused share of a prompt's length: acceptable, and maximum
 _NEEDLE = '''def key_{name}() -> int:
     """Note that this function is used at the end of the file."""
     return {value}
@@ -31,11 +31,11 @@ _QUESTION = "assert key_{name}() =="
 
 @dataclass(frozen=True)
 class Haystack:
-    """A prompt, and what it asks for."""
+    """A prompt and the value it asks for."""
 
     token_ids: list[int]
     value: int
-    place: int  # tokens before the needle, about
+    place: int  # approximate tokens before the needle
 
 
 def evaluate_needle(
@@ -52,15 +52,15 @@ def evaluate_needle(
 
     Args:
         llm: the model.
-        lengths: tokens of the prompts, at most; the last functions are left out to fit.
-        depths: where the key stands, 0 at the beginning, 1 at the end.
-        trials: keys a length and depth.
+        lengths: maximum tokens of the prompts; the last functions are left out to fit.
+        depths: where the key is, from 0 (beginning) to 1 (end).
+        trials: keys per length and depth.
         seed: of the keys and of the order of the functions.
-        sources: Python files that the long ones are made of; the standard library's if none.
-        progress: called with answers found and answers in all.
+        sources: Python files to build the long files from; default: the standard library.
+        progress: called with answers done and total answers.
 
     Raises:
-        ValueError: a length that the model does not read or the sources do not fill; a depth
+        ValueError: a length over the model's limit, or more than the sources provide; a depth
             outside [0, 1].
         OSError: a source cannot be read.
     """
@@ -122,18 +122,18 @@ def evaluate_needle(
 
 
 def standard_library() -> list[Path]:
-    """The modules that come with Python, in the order of their names."""
+    """Return the modules that come with Python, sorted by name."""
     return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
 
 
 def read_blocks(paths: Sequence[Path]) -> list[str]:
-    """The top-level functions and classes of Python files; files that do not parse are left out."""
+    """Return the top-level functions and classes of Python files; unparsable files are skipped."""
     blocks = []
     for path in paths:
         source = path.read_text("utf-8", errors="replace")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the sources' own strange escapes
+                warnings.simplefilter("ignore")  # of invalid escapes in the sources
                 statements = ast.parse(source).body
         except (SyntaxError, ValueError):
             continue
@@ -155,7 +155,7 @@ class _Blocks:
         self._counts: dict[int, int] = {}  # counted when first needed
 
     def haystack(self, length: int, depth: float, rng: random.Random) -> Haystack:
-        """A file of at most `length` tokens with a key at `depth`."""
+        """Build a file of at most `length` tokens with a key at `depth`."""
         name, value = rng.randrange(100, 1000), rng.randrange(10_000, 100_000)
         needle = _NEEDLE.format(name=name, value=value)
         question = _QUESTION.format(name=name)
@@ -167,10 +167,10 @@ class _Blocks:
             token_ids = self._tokenizer.encode("\n\n".join(parts))
             if len(token_ids) <= length:
                 return Haystack(token_ids, value, sum(self._counts[i] for i in chosen[:place]))
-            chosen.pop()  # the counts do not know what merges where blocks meet
+            chosen.pop()  # counts ignore merges across the borders of blocks
 
     def _fill(self, room: int) -> list[int]:
-        """Blocks that fill so many tokens, but for a little; those that are too long are left out.
+        """Choose blocks that nearly fill so many tokens; those that are too long are skipped.
 
         Raises:
             ValueError: there are not enough.
@@ -194,7 +194,7 @@ class _Blocks:
         return len(self._tokenizer.encode(text, bos=False)) + 1
 
     def _place(self, chosen: list[int], depth: float) -> int:
-        """After how many blocks about `depth` of their tokens have passed."""
+        """Return the number of blocks that hold about `depth` of the tokens."""
         counts = [self._counts[i] for i in chosen]
         wanted, before = depth * sum(counts), 0
         for place, size in enumerate(counts):

@@ -1,4 +1,4 @@
-"""Perplexity of files, with the whole of them as context or a window that slides."""
+"""Perplexity of files, with the whole file as context or a sliding window."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from codellama_rt.llm.llm import LLM
 from codellama_rt.llm.scoring import logits_by_chunk
 from codellama_rt.tools.evaluation.completing import Progress
 
-_FIRST_EDGE = 256  # the curve has a point for positions below it, then for each doubling
+_FIRST_EDGE = 256  # the curve has one point for positions below it, then one per doubling
 
 
 def evaluate_perplexity(
@@ -24,23 +24,23 @@ def evaluate_perplexity(
     stride: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score every token of every file, given those before it.
+    """Score every token of every file, given the tokens before it.
 
     Args:
         llm: the model.
         paths: UTF-8 texts.
-        context: tokens of a window, the begin token among them; None: each file whole.
-        stride: tokens that a window moves on; those scored before are context only. Half of the
-            context if None.
-        progress: called with tokens computed and tokens in all.
+        context: tokens of a window, including the begin token; None: the whole file.
+        stride: tokens between windows; tokens scored before serve as context only. None: half of
+            the context.
+        progress: called with tokens computed and total tokens.
 
     Returns:
-        `scores`: perplexity over all tokens and for each file; `curve`: perplexity by the number of
+        `scores`: perplexity over all tokens and per file; `curve`: perplexity by the number of
         tokens before, as in the paper's figure 4.
 
     Raises:
-        ValueError: a window that cannot be, an empty file, one that is not UTF-8, or one longer
-            than the model reads.
+        ValueError: an invalid window, an empty file, one that is not UTF-8, or one longer than
+            the model's limit.
         OSError: a file cannot be read.
     """
     longest = llm.max_model_len if context is None else context
@@ -57,7 +57,7 @@ def evaluate_perplexity(
         if context is None and len(ids) > longest:
             raise ValueError(
                 f"{path} has {len(ids)} tokens, more than max_model_len={longest}; raise that, or "
-                "give a context to slide"
+                "give a context for a sliding window"
             )
     windows = {path: list(_windows(len(ids), longest, stride)) for path, ids in texts.items()}
     total = sum(end - begin for its in windows.values() for begin, _, end in its)
@@ -96,7 +96,7 @@ def _token_ids(llm: LLM, path: Path) -> list[int]:
 
 
 def _windows(count: int, longest: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, first scored token, end) of each window; together they score all but the first."""
+    """Yield (begin, first scored token, end) per window; together they score all but the first."""
     begin, first, end = 0, 1, min(longest, count)
     yield begin, first, end
     while end < count:
@@ -106,11 +106,11 @@ def _windows(count: int, longest: int, stride: int) -> Iterator[tuple[int, int, 
 
 
 def _losses(llm: LLM, ids: Sequence[int], begin: int, first: int, end: int) -> np.ndarray:
-    """Negative log-probabilities of the tokens first to end, given those from begin on."""
+    """Return the negative log-probabilities of tokens first to end, given those from begin."""
     losses = []
     window = list(ids[begin : end - 1])
     if llm.tokenizer.adds_bos:
-        window[0] = llm.tokenizer.bos_id  # of a later window, too
+        window[0] = llm.tokenizer.bos_id  # of later windows, too
     position = begin
     chunks = logits_by_chunk(
         llm.model,
@@ -130,7 +130,7 @@ def _losses(llm: LLM, ids: Sequence[int], begin: int, first: int, end: int) -> n
 
 
 class _Curve:
-    """Losses by how many tokens stood before."""
+    """Losses by the number of tokens before."""
 
     def __init__(self) -> None:
         self._loss: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""A picture of a result, as a file."""
+"""Plot the results of an evaluation to a file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """Draw bars of scores, perplexity over context, or retrieval over length and depth.
 
     Args:
-        result: of one of the evaluations.
+        result: returned by one of the evaluations.
         path: .png, .svg or .pdf.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: matplotlib does not know the kind of file.
+        ValueError: matplotlib does not support the file type.
     """
     try:
         from matplotlib.figure import Figure
