@@ -1,1 +1,1 @@
-"""The formats of checkpoints, one module each."""
+"""The file formats of checkpoints, one module each."""

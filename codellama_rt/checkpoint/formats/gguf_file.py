@@ -1,6 +1,6 @@
-"""GGUF files (versions 2 and 3): every count and offset is checked against the file.
+"""Read GGUF files (versions 2 and 3); every count and offset is checked against the file.
 
-Quantised tensors that no operator takes as they lie are decoded to float32 by the `gguf` package,
+Quantised tensors of formats that no operator takes are decoded to float32 by the `gguf` package,
 imported on first use.
 """
 
@@ -18,7 +18,7 @@ from codellama_rt.ops.quantized import GGUF_BLOCKS
 
 MAGIC = b"GGUF"
 _FLOAT_TYPES = {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2)}  # ggml type -> name, item bytes
-_BLOCK_TYPES = {2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 12: "Q4_K", 14: "Q6_K"}  # that ops take
+_BLOCK_TYPES = {2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 12: "Q4_K", 14: "Q6_K"}  # supported by ops
 _SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_AXES = 4  # as in ggml
@@ -29,7 +29,7 @@ _MAX_AXIS = 2**48
 class GgufFile:
     """The header of a GGUF file: metadata by key and tensors by name.
 
-    Strings that are not UTF-8 keep their bytes as surrogate escapes; arrays of numbers are NumPy's.
+    Strings that are not UTF-8 keep their bytes as surrogate escapes; numeric arrays are NumPy's.
     """
 
     path: Path
@@ -42,12 +42,12 @@ class QuantizedTensor(StoredTensor):
 
     @property
     def weight_dtype(self) -> str | None:
-        """The name of the format among `ops`' weights, if it is one of them."""
+        """The name of the format among `ops`' weight dtypes, or None."""
         name = self.encoding.lower()
         return name if name in GGUF_BLOCKS and len(self.shape) == 2 else None
 
     def decode(self, begin: int, end: int) -> np.ndarray:
-        """Returns the rows begin..end as float32."""
+        """Return the rows begin..end as float32."""
         gguf = _import_gguf(self.file)
         kind = gguf.GGMLQuantizationType[self.encoding]
         rows = self.payload.reshape(*self.shape[:-1], -1)
@@ -55,7 +55,7 @@ class QuantizedTensor(StoredTensor):
             with np.errstate(
                 all="ignore"
             ):  # a scale of inf becomes NaN, which check="finite" finds
-                if len(self.shape) == 1:  # blocks run along the last axis: decode, then cut
+                if len(self.shape) == 1:  # blocks run along the last axis: decode all, then slice
                     return gguf.dequantize(rows, kind)[begin:end]
                 return gguf.dequantize(rows[begin:end], kind)
         except NotImplementedError:
@@ -67,7 +67,7 @@ class QuantizedTensor(StoredTensor):
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Maps a GGUF file and reads its header.
+    """Map a GGUF file and read its header.
 
     Args:
         path: the file.
@@ -76,8 +76,8 @@ def read_gguf(path: Path) -> GgufFile:
         Its metadata and tensors; no tensor has been read.
 
     Raises:
-        CheckpointError: not GGUF, another version or byte order, truncated, a key or tensor twice,
-            or offsets that leave the file, overlap or are not aligned.
+        CheckpointError: not GGUF, another version or byte order, truncated, a duplicate key or
+            tensor, or offsets that leave the file, overlap or are misaligned.
 
     Example:
         >>> import tempfile
@@ -91,7 +91,7 @@ def read_gguf(path: Path) -> GgufFile:
     if cursor.take(4) != MAGIC:
         raise CheckpointError(
             f"{path}: expected the file to begin with {MAGIC!r}, found {mapped[:4].tobytes()!r}; "
-            "give a GGUF file, or the directory that safetensors files lie in"
+            "give a GGUF file, or the directory with the safetensors files"
         )
     (version,) = cursor.unpack("<I")
     if version not in (2, 3):
@@ -106,7 +106,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 class _Cursor:
-    """Reads forward through the header; running past the end of the file is a fault."""
+    """Read forward through the header; reading past the end of the file is an error."""
 
     def __init__(self, path: Path, mapped: np.ndarray):
         self.path = path
@@ -164,7 +164,7 @@ class _Cursor:
         return self.unpack("<" + _SCALARS[kind])[0]
 
     def _strings(self, count: int) -> list[str]:
-        """Reads strings one by one; a vocabulary has 100,000, so the loop is kept tight."""
+        """Read strings one by one in a tight loop: a vocabulary has 100,000."""
         buffer, position, strings = self._buffer, self.position, []
         for _ in range(count):
             start = position + 8
@@ -192,7 +192,7 @@ def _read_metadata(cursor: _Cursor, n_keys: int) -> dict[str, Any]:
 
 
 def _read_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Reads name, shape (outermost axis first), ggml type and offset of one tensor."""
+    """Read name, shape (outermost axis first), ggml type and offset of one tensor."""
     name = cursor.name("tensor name")
     (n_axes,) = cursor.unpack("<I")
     if not 1 <= n_axes <= _MAX_AXES:
@@ -247,7 +247,7 @@ def _place_tensors(
 
 
 def _encoding(path: Path, name: str, shape: tuple[int, ...], ggml_type: int) -> tuple[str, int]:
-    """Returns the name of a ggml type and the bytes a tensor of it takes."""
+    """Return the name of a ggml type and the bytes of a tensor of it."""
     if ggml_type in _FLOAT_TYPES:
         encoding, item_bytes = _FLOAT_TYPES[ggml_type]
         return encoding, math.prod(shape) * item_bytes
@@ -261,7 +261,7 @@ def _encoding(path: Path, name: str, shape: tuple[int, ...], ggml_type: int) -> 
 
 
 def _block_type(path: Path, name: str, ggml_type: int) -> tuple[str, int, int]:
-    """Returns the name of a format of blocks, and the elements and bytes of one."""
+    """Return the name of a block format, and the elements and bytes per block."""
     if ggml_type in _BLOCK_TYPES:
         encoding = _BLOCK_TYPES[ggml_type]
         return encoding, *GGUF_BLOCKS[encoding.lower()]
@@ -272,7 +272,7 @@ def _block_type(path: Path, name: str, ggml_type: int) -> tuple[str, int, int]:
     except (ValueError, KeyError):
         raise CheckpointError(
             f"{path}: tensor {name!r}: expected a ggml type the gguf package knows, found "
-            f"{ggml_type}; a newer gguf may know it"
+            f"{ggml_type}; a newer gguf may support it"
         ) from None
 
 

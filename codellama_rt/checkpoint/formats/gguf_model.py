@@ -1,7 +1,7 @@
 """Llama models in GGUF files: metadata to ModelConfig, tensor names to Hugging Face's.
 
 llama.cpp stores the rows of q and k so that the pairs (2i, 2i + 1) of a head rotate together. They
-are used as they lie: the configuration says so by `rope_interleaved`.
+are used in that order: the configuration says so by `rope_interleaved`.
 """
 
 import math
@@ -47,7 +47,7 @@ _FACTORS = "rope_freqs.weight"
 
 
 def gguf_name(name: str) -> str:
-    """Returns GGUF's name for a tensor of Hugging Face's layout.
+    """Return GGUF's name for a tensor of Hugging Face's layout.
 
     Example:
         >>> gguf_name("model.layers.3.self_attn.q_proj.weight")
@@ -60,7 +60,7 @@ def gguf_name(name: str) -> str:
 
 
 def read_gguf_model(path: Path) -> StoredModel:
-    """Opens a GGUF file of architecture "llama".
+    """Open a GGUF file of architecture "llama".
 
     Args:
         path: the file.
@@ -69,8 +69,8 @@ def read_gguf_model(path: Path) -> StoredModel:
         The model; no weight has been read.
 
     Raises:
-        CheckpointError: `read_gguf` refuses the file, or it holds another architecture, a part of a
-            split model, or metadata that is missing, out of range or unsupported.
+        CheckpointError: `read_gguf` rejects the file, or it has another architecture, is a part of
+            a split model, or has metadata that is missing, out of range or not supported.
     """
     file = read_gguf(path)
     config = config_from_gguf(file)
@@ -87,10 +87,10 @@ def read_gguf_model(path: Path) -> StoredModel:
 
 
 def config_from_gguf(file: GgufFile) -> ModelConfig:
-    """Builds the model's configuration from the metadata of a GGUF file.
+    """Build the model's configuration from the metadata of a GGUF file.
 
     Raises:
-        CheckpointError: as `read_gguf_model`.
+        CheckpointError: as for `read_gguf_model`.
     """
     fields = ConfigFields(_plain(file.metadata), str(file.path))
     if fields.values.get("general.architecture") != "llama":
@@ -127,7 +127,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
 
 
 def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Replaces per-layer arrays of one repeated number by that number."""
+    """Replace per-layer arrays of one repeated number by that number."""
     plain = dict(metadata)
     for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
         value = metadata.get(f"llama.{key}")
@@ -137,7 +137,7 @@ def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _short_decimal(value: float) -> float:
-    """Undoes GGUF's rounding of 1e-5 to float32: the shortest decimal that rounds to the same."""
+    """Undo the rounding of e.g. 1e-5 to float32: the shortest decimal that rounds to the same."""
     return float(str(np.float32(value)))
 
 
@@ -155,7 +155,7 @@ def _head_dim(fields: ConfigFields, dim: int, n_heads: int) -> int:
 
 
 def _vocab_size(file: GgufFile, fields: ConfigFields) -> int:
-    """Takes the vocabulary size from the embedding; what else states it must agree."""
+    """Take the vocabulary size from the embedding; all other statements of it must agree."""
     embedding = file.tensors.get("token_embd.weight")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     n_tokens = len(tokens) if isinstance(tokens, list) else None
@@ -226,7 +226,7 @@ def _unless_zero(fields: ConfigFields, key: str) -> float | None:
 
 
 def _read_factors(tensor: StoredTensor, head_dim: int) -> tuple[float, ...]:
-    """Reads Llama 3's divisors of the frequencies: the one tensor whose values shape the config."""
+    """Read Llama 3's frequency divisors: the one tensor whose values are part of the config."""
     if tensor.encoding != "F32" or tensor.shape != (head_dim // 2,):
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name!r}: expected F32 ({head_dim // 2},), "

@@ -1,6 +1,6 @@
-"""Hugging Face checkpoint directories: config.json beside safetensors, in one file or in shards.
+"""Hugging Face checkpoint directories: config.json and safetensors, in one file or in shards.
 
-What `convert` writes is such a directory as well: one file, with some tensors in int8 or int4.
+`convert` writes such a directory as well: one file, with some tensors in int8 or int4.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def read_directory(path: Path) -> StoredModel:
-    """Opens a directory in the layout of Hugging Face's transformers.
+    """Open a directory in the layout of Hugging Face's transformers.
 
     Args:
         path: a directory with config.json and model.safetensors, or shards and their index.
@@ -28,7 +28,7 @@ def read_directory(path: Path) -> StoredModel:
         The model; no weight has been read.
 
     Raises:
-        CheckpointError: a file is missing or refused, or the index disagrees with the shards.
+        CheckpointError: a file is missing or rejected, or the index disagrees with the shards.
     """
     if not (path / "config.json").exists():
         raise CheckpointError(
@@ -42,7 +42,7 @@ def read_directory(path: Path) -> StoredModel:
     if quantization is not None:
         file = path / _SINGLE
         tensors = unpack(file, read_safetensors(file), read_metadata(file))
-    elif (path / _SINGLE).exists():  # transformers, too, prefers it to an index beside it
+    elif (path / _SINGLE).exists():  # like transformers, prefer it to an index beside it
         tensors = read_safetensors(path / _SINGLE)
     elif (path / _INDEX).exists():
         tensors = _read_shards(path)
@@ -56,7 +56,7 @@ def read_directory(path: Path) -> StoredModel:
 
 
 def _what_is_there(path: Path) -> str:
-    """Says what a directory without usable weights holds, and the way out."""
+    """Describe a directory without usable weights, and the remedy."""
     names = sorted(entry.name for entry in path.iterdir())
     if not names:
         return "an empty directory"
@@ -99,7 +99,7 @@ def _read_shards(path: Path) -> dict[str, StoredTensor]:
 
 
 def _shard_name(index_path: Path, item: tuple[str, Any]) -> str:
-    """Checks that a shard is a plain file name: an index must not reach outside its directory."""
+    """Check that a shard is a plain file name: an index must not point outside its directory."""
     name, file = item
     if (
         not isinstance(file, str)

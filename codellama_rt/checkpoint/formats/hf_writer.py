@@ -1,4 +1,4 @@
-"""Writes a model as a Hugging Face directory: config.json and safetensors, sharded when large."""
+"""Write a model as a Hugging Face directory: config.json and safetensors, sharded when large."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NAMES = {  # of LayerWeights' fields
 }
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_SCALING_KEYS = {  # beside rope_type and factor, as transformers names them
+_SCALING_KEYS = {  # besides rope_type and factor, with transformers' names
     "linear": (),
     "dynamic": (),
     "yarn": (
@@ -49,22 +49,22 @@ _SCALING_KEYS = {  # beside rope_type and factor, as transformers names them
 def write_directory(
     path: Path, config: ModelConfig, weights: LlamaWeights, *, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Writes config.json and the weights, a tensor at a time.
+    """Write config.json and the weights, one tensor at a time.
 
     Args:
-        path: the directory, made if need be; config.json comes last, so that a part of a model
-            does not open.
-        config: of the model; rows in GGUF's order are put into Hugging Face's.
+        path: the directory, created if needed; config.json is written last, so that an
+            incomplete model does not open.
+        config: of the model; rows in GGUF's order are converted to Hugging Face's.
         weights: float arrays.
-        max_shard_bytes: of one file of weights, unless one tensor is larger.
+        max_shard_bytes: maximum bytes per file, unless one tensor is larger.
 
     Raises:
-        ValueError: quantised weights, or a RoPE scaling that config.json cannot say.
+        ValueError: quantised weights, or a RoPE scaling that config.json cannot express.
         OSError: a file cannot be written.
     """
     values = hf_config(config)
     entries = [_entry(name, array, config) for name, array in _named(config, weights)]
-    stage = path / ".saving"  # the weights may be mapped from the very files that are replaced
+    stage = path / ".saving"  # the weights may be mapped from the files that are replaced
     stage.mkdir(parents=True)
     try:
         _write_weights(stage, split_shards(entries, max_shard_bytes))
@@ -86,7 +86,7 @@ def _write_weights(path: Path, shards: list[list[Entry]]) -> None:
 
 
 def shard_name(i: int, count: int) -> str:
-    """The name of file i of `count`.
+    """Return the name of file i of `count`.
 
     Example:
         >>> shard_name(0, 2)
@@ -96,7 +96,7 @@ def shard_name(i: int, count: int) -> str:
 
 
 def index_of(shards: list[list[Entry]]) -> dict[str, Any]:
-    """The index of several files: which tensor lies in which."""
+    """Return the index of several files: which tensor is in which."""
     total = sum(entry.num_bytes for shard in shards for entry in shard)
     files = {
         entry.name: shard_name(i, len(shards)) for i, shard in enumerate(shards) for entry in shard
@@ -105,10 +105,10 @@ def index_of(shards: list[list[Entry]]) -> dict[str, Any]:
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The configuration with the keys of transformers' LlamaConfig.
+    """Return the configuration with the keys of transformers' LlamaConfig.
 
     Raises:
-        ValueError: a RoPE scaling that it has no name for.
+        ValueError: a RoPE scaling that LlamaConfig does not support.
     """
     ends = list(config.eos_token_ids)
     return {
@@ -139,7 +139,7 @@ def _scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
         return None
     if scaling.kind not in _SCALING_KEYS:
         raise ValueError(
-            f"rope scaling by {scaling.kind!r}, of a GGUF file, has no name in config.json"
+            f"rope scaling {scaling.kind!r} of a GGUF file is not supported by config.json"
         )
     values = {key: getattr(scaling, key) for key in _SCALING_KEYS[scaling.kind]}
     values = {key: value for key, value in values.items() if value is not None}
@@ -162,7 +162,7 @@ def _named(config: ModelConfig, weights: LlamaWeights) -> list[tuple[str, np.nda
 def _entry(name: str, array: np.ndarray, config: ModelConfig) -> Entry:
     if not isinstance(array, np.ndarray):
         raise ValueError(
-            f"{name} is quantised ({array.dtype}), and only floats are written; open the model "
+            f"{name} is quantised ({array.dtype}), and only floats are supported; open the model "
             "with dtype='bfloat16'"
         )
 
@@ -175,7 +175,7 @@ def _entry(name: str, array: np.ndarray, config: ModelConfig) -> Entry:
 
 
 def split_shards(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
-    """Entries in their order, as files of at most `max_bytes` unless one tensor is larger."""
+    """Split entries, in order, into files of at most `max_bytes` unless one tensor is larger."""
     shards: list[list[Entry]] = [[]]
     for entry in entries:
         if shards[-1] and sum(e.num_bytes for e in shards[-1]) + entry.num_bytes > max_bytes:

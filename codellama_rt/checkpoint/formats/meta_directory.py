@@ -1,8 +1,8 @@
 """Meta's own checkpoints: params.json, tokenizer.model and consolidated.00.pth, .01.pth, ...
 
-Each file holds a share of every matrix, cut for model parallelism: wq, wk, wv, w1, w3 and output by
-rows, wo, w2 and the embedding by columns; norms are in all of them. Rows of q and k are in the
-order in which the pairs (2i, 2i + 1) of a head rotate together, and are used so.
+Each file holds a part of every matrix, cut for model parallelism: wq, wk, wv, w1, w3 and output by
+rows, wo, w2 and the embedding by columns; norms are in every file. Rows of q and k are in the order
+in which the pairs (2i, 2i + 1) of a head rotate together, and are used in that order.
 """
 
 import math
@@ -51,11 +51,11 @@ _LAYER_NAMES = {
 _PARTS = {theirs: ours for ours, (theirs, _) in _LAYER_NAMES.items()}
 _TOPS = {theirs: ours for ours, (theirs, _) in _TOP_NAMES.items()}
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
-_LONG_THETA = 1e6  # the base of the models that were trained at 16,384 tokens; others saw 4,096
+_LONG_THETA = 1e6  # base of the models trained on 16,384 tokens; the others saw 4,096
 
 
 def meta_name(name: str) -> tuple[str, int | None]:
-    """Meta's name for a tensor of Hugging Face's layout, and the axis along which it is cut.
+    """Return Meta's name for a tensor of Hugging Face's layout, and the axis that is cut.
 
     Example:
         >>> meta_name("model.layers.3.mlp.down_proj.weight")
@@ -69,7 +69,7 @@ def meta_name(name: str) -> tuple[str, int | None]:
 
 
 def hidden_dim_of(dim: int, multiple_of: int, multiplier: float) -> int:
-    """The width of the feed-forward layers as Meta's model.py computes it.
+    """Compute the width of the feed-forward layers like Meta's model.py.
 
     Example:
         >>> hidden_dim_of(4096, 256, 1.0)
@@ -80,27 +80,27 @@ def hidden_dim_of(dim: int, multiple_of: int, multiplier: float) -> int:
 
 @dataclass(frozen=True)
 class ShardedTensor(StoredTensor):
-    """A matrix in several files; to be used it is put together. `payload` is that of its first."""
+    """A matrix in several files, joined when it is used. `payload` is that of the first part."""
 
     parts: tuple[StoredTensor, ...] = ()
     axis: int = ROWS
 
     @property
     def is_whole(self) -> bool:
-        """No."""
+        """Always False: the matrix is in several parts."""
         return False
 
     @property
     def num_bytes(self) -> int:
-        """Of all parts."""
+        """Bytes of all parts."""
         return sum(part.num_bytes for part in self.parts)
 
     def view(self) -> np.ndarray:
-        """The matrix, put together anew."""
+        """Join the matrix anew and return it."""
         return self.decode(0, self.shape[0])
 
     def decode(self, begin: int, end: int) -> np.ndarray:
-        """Returns the rows begin..end, put together from the files that have some of them."""
+        """Return the rows begin..end, joined from the files that have parts of them."""
         if self.axis == COLUMNS:
             return np.concatenate([part.decode(begin, end) for part in self.parts], axis=COLUMNS)
         rows = self.parts[0].shape[0]
@@ -112,13 +112,13 @@ class ShardedTensor(StoredTensor):
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def release(self) -> None:
-        """Takes the pages of all parts out of this process."""
+        """Release the memory of all parts' mapped pages."""
         for part in self.parts:
             part.release()
 
 
 def is_meta_directory(path: Path) -> bool:
-    """Whether a directory is in Meta's layout, and not in Hugging Face's as well.
+    """Return whether a directory is in Meta's layout, and not also in Hugging Face's.
 
     Example:
         >>> is_meta_directory(Path("."))
@@ -130,16 +130,16 @@ def is_meta_directory(path: Path) -> bool:
 
 
 def read_meta_directory(path: Path) -> StoredModel:
-    """Opens a directory in Meta's layout.
+    """Open a directory in Meta's layout.
 
     Args:
         path: a directory with params.json and consolidated.00.pth, .01.pth, ...
 
     Returns:
-        The model; no weight but the norms has been read, and those only where there are shards.
+        The model; no weights have been read except the norms, and those only if there are shards.
 
     Raises:
-        CheckpointError: a file is missing or refused, or the shards do not fit together.
+        CheckpointError: a file is missing or rejected, or the shards do not fit together.
     """
     shards = [read_pth(file) for file in _shard_files(path)]
     for shard in shards[1:]:
@@ -167,7 +167,7 @@ def _shard_files(path: Path) -> list[Path]:
 
 
 def _hf_name(name: str) -> str:
-    """Hugging Face's name; a name that is none of Meta's stays, to be refused as unknown."""
+    """Return Hugging Face's name; an unknown name is kept, to be rejected later."""
     match = re.fullmatch(r"layers\.(\d{1,4})\.([\w.]+)\.weight", name)
     if match and match[2] in _PARTS:
         return f"model.layers.{match[1]}.{_PARTS[match[2]]}.weight"
@@ -185,7 +185,7 @@ def _join(path: Path, name: str, parts: list[StoredTensor]) -> StoredTensor:
     if axis is None:
         if any(not np.array_equal(part.payload, first.payload) for part in parts[1:]):
             raise CheckpointError(
-                f"{path}: tensor {name!r}: expected the same in every shard, found others"
+                f"{path}: tensor {name!r}: expected the same in every shard, found different ones"
             )
         return first
     if len(first.shape) != 2:
@@ -195,7 +195,7 @@ def _join(path: Path, name: str, parts: list[StoredTensor]) -> StoredTensor:
 
 
 def _vocab_size(path: Path, tensors: dict[str, StoredTensor]) -> int:
-    """Rows of the embedding: params.json has none, or -1."""
+    """Return the rows of the embedding: params.json has no vocab_size, or -1."""
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{path}: expected a matrix 'tok_embeddings.weight', found none")
@@ -203,14 +203,14 @@ def _vocab_size(path: Path, tensors: dict[str, StoredTensor]) -> int:
 
 
 def config_from_params(file: Path, vocab_size: int) -> ModelConfig:
-    """Builds the model's configuration from params.json.
+    """Build the model's configuration from params.json.
 
     Args:
         file: params.json.
-        vocab_size: of the embedding, which the file does not say.
+        vocab_size: rows of the embedding; the file does not state it.
 
     Raises:
-        CheckpointError: a value is missing, out of range or contradicts another.
+        CheckpointError: a value is missing, out of range or contradicts another one.
     """
     fields = ConfigFields(read_object(file), str(file))
     n_heads = fields.integer("n_heads", high=MAX_HEADS)
@@ -246,10 +246,10 @@ def _hidden_dim(fields: ConfigFields, dim: int) -> int:
 
 
 def params_of(config: ModelConfig) -> dict[str, Any]:
-    """params.json of a model.
+    """Return the contents of params.json for a model.
 
     Raises:
-        ValueError: Meta's code has no word for something in the configuration.
+        ValueError: Meta's code does not support something in the configuration.
 
     Example:
         >>> config = ModelConfig(n_layers=1, n_heads=32, n_kv_heads=32, head_dim=128, dim=4096,
@@ -259,8 +259,8 @@ def params_of(config: ModelConfig) -> dict[str, Any]:
     """
     if config.rope_scaling is not None or config.head_dim * config.n_heads != config.dim:
         raise ValueError(
-            "params.json has no rope scaling, and heads of dim / n_heads elements: this model "
-            "cannot be written in Meta's layout"
+            "params.json does not support RoPE scaling or heads other than dim / n_heads: this "
+            "model cannot be written in Meta's layout"
         )
     multiple_of, multiplier = _feed_forward(config.dim, config.hidden_dim)
     return {
@@ -276,12 +276,12 @@ def params_of(config: ModelConfig) -> dict[str, Any]:
 
 
 def _feed_forward(dim: int, hidden_dim: int) -> tuple[int, float]:
-    """The multiple and multiplier that give `hidden_dim`: Meta's own where they do."""
+    """Return the multiple and multiplier that give `hidden_dim`: Meta's own if they do."""
     for multiple_of, multiplier in ((256, 1.0), (4096, 1.3), (16, 1.0), (16, 1.3)):
         if hidden_dim_of(dim, multiple_of, multiplier) == hidden_dim:
             return multiple_of, multiplier
     multiple_of = math.gcd(hidden_dim, 256)
-    # Aims at the middle of what rounds up to hidden_dim.
+    # Aim at the middle of the range that rounds up to hidden_dim.
     multiplier = (hidden_dim - (multiple_of - 1) / 2) / int(2 * 4 * dim / 3)
     assert hidden_dim_of(dim, multiple_of, multiplier) == hidden_dim
     return multiple_of, multiplier

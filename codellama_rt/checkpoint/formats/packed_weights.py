@@ -1,7 +1,7 @@
-"""Weights in our own int8 and int4 inside a safetensors file: the format `convert` writes.
+"""Weights in this runtime's int8 and int4 in safetensors files: the format `convert` writes.
 
 Each is a tensor of dtype U8: the bytes of `ops.Quantized`, padded with zeros to a multiple of
-`ALIGNMENT`. The file's metadata says what they are:
+`ALIGNMENT`. The file's metadata describes them:
 
     "codellama_rt.format_version": "2"
     "codellama_rt.quantized": '{"<tensor>": {"dtype": "int4", "shape": [4096, 11008]}, ...}'
@@ -10,7 +10,7 @@ and config.json beside it has
 
     "quantization_config": {"quant_method": "codellama_rt", "format_version": 2, "dtype": "int4"}
 
-A change of the layout of int8 or int4 weights (csrc/quantized.h) is a new format version.
+Any change to the layout of int8 or int4 weights (csrc/quantized.h) needs a new format version.
 """
 
 import json
@@ -34,42 +34,42 @@ _MAX_AXIS = 2**48
 
 @dataclass(frozen=True)
 class PackedTensor(StoredTensor):
-    """A tensor in int8 or int4, which is its `encoding`; it is used as it lies."""
+    """A tensor in int8 or int4 (its `encoding`), used without conversion."""
 
     @property
     def weight_dtype(self) -> str:
-        """ "int8" or "int4"."""
+        """The dtype, "int8" or "int4"."""
         return self.encoding
 
 
 def padded_bytes(dtype: str, shape: tuple[int, int]) -> int:
-    """Bytes that a weight takes in the file."""
+    """Return the bytes that a weight takes in the file."""
     return -(-weight_num_bytes(dtype, shape) // ALIGNMENT) * ALIGNMENT
 
 
 def file_metadata(shapes: Mapping[str, tuple[int, int]], dtype: str) -> dict[str, str]:
-    """The metadata of a file that holds these weights in `dtype`."""
+    """Return the metadata of a file that holds these weights in `dtype`."""
     tensors = {name: {"dtype": dtype, "shape": list(shape)} for name, shape in shapes.items()}
     return {_VERSION_KEY: str(FORMAT_VERSION), _TENSORS_KEY: json.dumps(tensors)}
 
 
 def config_section(dtype: str) -> dict[str, Any]:
-    """The quantization_config of config.json."""
+    """Return the quantization_config of config.json."""
     return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "dtype": dtype}
 
 
 def read_config_section(values: Mapping[str, Any], source: str) -> str | None:
-    """The quantization that config.json names.
+    """Return the quantization that config.json names.
 
     Args:
         values: config.json.
         source: its path.
 
     Returns:
-        "int8" or "int4"; None where it has no quantization_config or another program's.
+        "int8" or "int4"; None if it has no quantization_config, or another program's.
 
     Raises:
-        CheckpointError: a format version or a dtype that is not known.
+        CheckpointError: an unknown format version or dtype.
     """
     section = values.get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
@@ -77,7 +77,7 @@ def read_config_section(values: Mapping[str, Any], source: str) -> str | None:
     if section.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{source}: quantization_config: expected format_version {FORMAT_VERSION}, found "
-            f"{section.get('format_version')!r:.200}; a newer codellama_rt may read it"
+            f"{section.get('format_version')!r:.200}; a newer codellama_rt may support it"
         )
     if section.get("dtype") not in QUANTIZATIONS:
         raise CheckpointError(
@@ -90,12 +90,12 @@ def read_config_section(values: Mapping[str, Any], source: str) -> str | None:
 def unpack(
     path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]
 ) -> dict[str, StoredTensor]:
-    """Takes the bytes of a file's quantised weights for what its metadata says they are.
+    """Replace the raw tensors of quantised weights by what the file's metadata describes.
 
     Args:
         path: the safetensors file.
-        tensors: of it.
-        metadata: of it.
+        tensors: the file's tensors.
+        metadata: the file's metadata.
 
     Returns:
         The tensors by name, in their order.

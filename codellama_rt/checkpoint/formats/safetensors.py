@@ -1,7 +1,7 @@
-"""safetensors files: every offset of the header is checked before a tensor is handed out.
+"""Read safetensors files; every offset in the header is checked before a tensor is returned.
 
-The format: 8 bytes header length, the header in JSON, then the tensors' bytes without gaps. The
-reference reader accepts a name twice in the header (the last wins); here that is a fault.
+The format: 8 bytes of header length, the header in JSON, then the tensors' bytes without gaps. The
+reference reader accepts duplicate names in the header (the last wins); here they are an error.
 """
 
 import math
@@ -29,7 +29,7 @@ _MAX_AXIS = 2**48
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Maps a safetensors file and lists its tensors.
+    """Map a safetensors file and list its tensors.
 
     Args:
         path: the file.
@@ -38,8 +38,8 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         The tensors by name, in the order of their bytes; none has been read.
 
     Raises:
-        CheckpointError: truncated or oversized file or header, JSON faults, a name twice, an
-            unknown dtype, a shape its bytes contradict, bytes that overlap or are no tensor's.
+        CheckpointError: truncated or oversized file or header, invalid JSON, duplicate names, an
+            unknown dtype, a shape that contradicts the bytes, overlapping or unassigned bytes.
 
     Example:
         >>> import tempfile
@@ -67,10 +67,10 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The free-form metadata of a safetensors file; empty where it has none.
+    """Return the free-form metadata of a safetensors file; empty if it has none.
 
     Raises:
-        CheckpointError: the header is damaged, or the metadata are not strings.
+        CheckpointError: the header is damaged, or metadata values are not strings.
     """
     header, _ = _read_header(path, map_file(path))
     metadata = header.get("__metadata__", {})
@@ -106,7 +106,7 @@ def _check_metadata(path: Path, metadata: Any) -> None:
 
 
 def _read_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """Checks one entry of the header by itself; returns dtype, shape and the range of its bytes."""
+    """Check one entry of the header; return its dtype, shape and byte range."""
 
     def fault(what: str, expected: str, found: Any) -> CheckpointError:
         return CheckpointError(
@@ -133,7 +133,7 @@ def _is_integers(value: Any) -> bool:
 
 
 def _check_contiguous(path: Path, entries: list[tuple], length: int) -> None:
-    """Checks that the tensors, in the order of their bytes, fill the payload exactly."""
+    """Check that the tensors, in the order of their bytes, fill the payload exactly."""
     end, previous = 0, "the header"
     for name, _, _, start, stop in entries:
         if start != end:

@@ -1,4 +1,4 @@
-"""JSON objects from files we do not trust: bounded, no key twice, each fault a CheckpointError."""
+"""Parse JSON objects from untrusted files: bounded size, unique keys, CheckpointError on faults."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from codellama_rt.errors import CheckpointError
 
-MAX_JSON_BYTES = 100_000_000  # the cap safetensors itself puts on a header
+MAX_JSON_BYTES = 100_000_000  # the limit that safetensors itself sets for a header
 
 
 class _DuplicateKeyError(ValueError):
@@ -14,7 +14,7 @@ class _DuplicateKeyError(ValueError):
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Builds one JSON object; Python's json would silently keep the last of two equal keys."""
+    """Build one JSON object; Python's json would silently keep the last of two equal keys."""
     unique = dict(pairs)
     if len(unique) < len(pairs):
         seen: set[str] = set()
@@ -26,17 +26,17 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_object(raw: bytes, source: str) -> dict[str, Any]:
-    """Parses UTF-8 JSON that must be one object.
+    """Parse UTF-8 JSON that must be one object.
 
     Args:
         raw: the JSON text.
-        source: what an error message calls it, for example its path.
+        source: its name in error messages, for example its path.
 
     Returns:
         The object as a dictionary.
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, not an object, nested too deeply, or a key twice.
+        CheckpointError: not UTF-8, not JSON, not an object, nested too deeply, or a duplicate key.
 
     Example:
         >>> parse_object(b'{"a": 1}', "example")
@@ -54,7 +54,7 @@ def parse_object(raw: bytes, source: str) -> dict[str, Any]:
         ) from None
     except (
         ValueError
-    ) as error:  # JSONDecodeError, UnicodeDecodeError, integers of thousands of digits
+    ) as error:  # JSONDecodeError, UnicodeDecodeError, integers with thousands of digits
         raise CheckpointError(f"{source}: expected JSON in UTF-8, found {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(
@@ -64,7 +64,7 @@ def parse_object(raw: bytes, source: str) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that must hold one object.
+    """Read a JSON file that must hold one object.
 
     Args:
         path: the file.
@@ -73,7 +73,7 @@ def read_object(path: Path) -> dict[str, Any]:
         The object as a dictionary.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, too large, or `parse_object` refuses it.
+        CheckpointError: the file is missing, unreadable, too large, or `parse_object` rejects it.
     """
     try:
         size = path.stat().st_size

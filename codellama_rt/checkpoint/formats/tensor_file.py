@@ -1,6 +1,6 @@
-"""Writes files of tensors one after another: what they hold is never in memory at once.
+"""Write files of tensors one after another; their contents are never in memory all at once.
 
-Sizes are known beforehand, so every tensor's place is, too: writing can end anywhere and go on
+Sizes are known beforehand, and so is every tensor's place: writing can stop anywhere and resume
 there later, in another process.
 """
 
@@ -13,7 +13,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-SYNC_BYTES = 2**26  # what a fall of the machine may cost; more often would wait for the disk
+SYNC_BYTES = 2**26  # what a crash of the machine may cost; smaller would wait for the disk
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Entry:
     """A tensor to write."""
 
     name: str
-    dtype: str  # in safetensors' words
+    dtype: str  # safetensors' name
     shape: tuple[int, ...]
     num_bytes: int
-    read: Callable[[], np.ndarray]  # its bytes, uint8; called when its turn has come
+    read: Callable[[], np.ndarray]  # returns its bytes, uint8; called only when they are written
 
     def content(self) -> np.ndarray:
-        """Its bytes, all of them: what is read is padded with zeros."""
+        """Return all its bytes, padded with zeros."""
         content = self.read()
         assert content.nbytes <= self.num_bytes, self.name
         if content.nbytes == self.num_bytes:
@@ -36,7 +36,7 @@ class Entry:
 
 
 class Layout(Protocol):
-    """What a format puts before, between and after tensors.
+    """The bytes that a format puts before, between and after tensors.
 
     Attributes:
         entries: the tensors in the order of their bytes.
@@ -45,16 +45,16 @@ class Layout(Protocol):
     entries: Sequence[Entry]
 
     def offset(self, i: int) -> int:
-        """Where entry i, with what stands before it, begins; of the number of entries: the end."""
+        """Return where entry i begins, with what precedes it; for i = their number, the end."""
 
     def head(self) -> bytes:
-        """What stands before all."""
+        """Return the bytes at the start of the file."""
 
     def before(self, i: int, checksum: int) -> bytes:
-        """What stands before entry i, whose CRC-32 is given."""
+        """Return the bytes before entry i, whose CRC-32 is given."""
 
     def tail(self, checksums: Sequence[int]) -> bytes:
-        """What stands after all."""
+        """Return the bytes after the last entry."""
 
 
 def write_tensor_file(
@@ -64,14 +64,14 @@ def write_tensor_file(
     synced: Callable[[Sequence[int]], None],
     checksums: Sequence[int] = (),
 ) -> None:
-    """Writes a file, or what is missing of one; it is complete, and on the disk, on return.
+    """Write a file, or complete it; on return it is whole and on disk.
 
     Args:
         path: the file.
         layout: its tensors and format.
         written: called after each tensor.
-        synced: called with the CRC-32 of further tensors when they are on the disk.
-        checksums: of the tensors that are in the file already, the first ones.
+        synced: called with the CRC-32 of further tensors once they are on disk.
+        checksums: of the first tensors, which the file already contains.
 
     Raises:
         OSError: the file cannot be written.
@@ -98,7 +98,7 @@ def write_tensor_file(
 
 
 def _write_entry(file: BinaryIO, layout: Layout, i: int) -> int:
-    """Writes one tensor; returns its CRC-32."""
+    """Write one tensor and return its CRC-32."""
     content = layout.entries[i].content()
     checksum = zlib.crc32(content.data)
     file.write(layout.before(i, checksum))
@@ -107,6 +107,6 @@ def _write_entry(file: BinaryIO, layout: Layout, i: int) -> int:
 
 
 def sync(file: BinaryIO) -> None:
-    """Sees to it that what was written survives the machine's fall."""
+    """Make written data survive a crash of the machine."""
     file.flush()
     os.fsync(file.fileno())
