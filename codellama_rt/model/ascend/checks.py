@@ -1,4 +1,4 @@
-"""The schema's axes and dtypes, checked on MindSpore Tensors for the Ascend kernels."""
+"""Check the schema's axes and dtypes on MindSpore Tensors for the Ascend kernels."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ ASCEND_FLOATS = ("float16", "bfloat16")
 
 
 def check(name: str, tensors: Mapping[str, Any], **axes: int) -> None:
-    """Refuse shapes and dtypes that the op's description does not allow.
+    """Reject shapes and dtypes that the op's description does not allow.
 
     Args:
-        name: of the op.
+        name: the op.
         tensors: its tensor arguments by name.
-        axes: sizes that are known already.
+        axes: axis sizes that are already known.
 
     Raises:
-        ValueError: a shape, or a view with strides of its own.
-        TypeError: a dtype, or no Tensor.
+        ValueError: a wrong shape, or a view that is not contiguous.
+        TypeError: a wrong dtype, or not a Tensor.
     """
     op, first = OPS[name], {}
     for key, tensor in tensors.items():
@@ -36,7 +36,7 @@ def check(name: str, tensors: Mapping[str, Any], **axes: int) -> None:
         for axis, size in zip(described.axes, tensor.shape, strict=True):
             if axis.isidentifier() and axes.setdefault(axis, size) != size:
                 _fail(name, key, tensor, described, f"; {axis} is {axes[axis]} elsewhere")
-        if not tensor.is_contiguous():  # the kernels know no strides
+        if not tensor.is_contiguous():  # the kernels do not support strides
             raise ValueError(f"{name}: {key} must be contiguous, it is a view; use .contiguous()")
     _bind_composed(name, tensors, axes)
     for key, tensor in tensors.items():
@@ -51,7 +51,7 @@ def check(name: str, tensors: Mapping[str, Any], **axes: int) -> None:
 def _check_dtype(
     name: str, key: str, tensor: Any, described: Description, first: dict[str, str]
 ) -> None:
-    """Floats: of the first one's dtype, float16 or bfloat16."""
+    """Check that floats have the first one's dtype, float16 or bfloat16."""
     allowed = described.dtypes
     if isinstance(allowed, str) or set(FLOATS) <= set(allowed):
         allowed = (first["float"],) if first else ASCEND_FLOATS
@@ -66,7 +66,7 @@ def _check_dtype(
 
 
 def _bind_composed(name: str, tensors: Mapping[str, Any], axes: dict[str, int]) -> None:
-    """Sizes that stand in no axis by themselves."""
+    """Solve for axis sizes that appear only inside expressions."""
     if name == "rope_and_cache":
         heads = tensors["qkv"].shape[1] // max(axes["head_dim"], 1)
         axes["n_heads"] = max(heads - 2 * axes["n_kv_heads"], 0)

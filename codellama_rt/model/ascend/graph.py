@@ -1,13 +1,13 @@
-"""The Ascend kernels as `mindspore.ops.Custom` primitives: for graphs on an NPU.
+"""The Ascend kernels as `mindspore.ops.Custom` primitives, for graphs on an NPU.
 
-Names, arguments and results are those of `codellama_rt.ops.ascend`. MindSpore takes an operator of
-an installed CANN package by its name; it reads the package's header, compiles a callback for the
+Names, arguments and results are those of `codellama_rt.ops.ascend`. MindSpore finds an operator of
+an installed CANN package by its name: it reads the package's header, compiles a callback for the
 first of aclnn's two phases, and calls both itself. Lengths and attributes are constants of a graph:
-a step with other lengths is another graph. `rope_and_cache` returns the rotated query, which
-`paged_attention` takes, so that their order is given. `reshape_and_cache` has no result, and such
-an operator MindSpore does not take.
+a step with other lengths needs another graph. `rope_and_cache` returns the rotated query, which
+`paged_attention` takes, so their order is fixed. `reshape_and_cache` is not available: it has no
+result, and MindSpore does not support such operators.
 
-`codellama_rt.ops.ascend` is the way in PyNative mode. Importing this module imports MindSpore.
+In PyNative mode use `codellama_rt.ops.ascend`. Importing this module imports MindSpore.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from codellama_rt.ops.ascend_library import AscendUnavailable
 from codellama_rt.ops.schema import FLOAT32, INT32, OPS
 from codellama_rt.ops.schema import Tensor as Description
 
-LENGTHS = ("seq_lens", "cu_seqlens_q")  # on the host: aclIntArray
-HALVES_ONLY = "interleaved"  # no attribute of the Ascend kernels
+LENGTHS = ("seq_lens", "cu_seqlens_q")  # in host memory: aclIntArray
+HALVES_ONLY = "interleaved"  # not an attribute of the Ascend kernels
 
-# What an op gives for the shapes (or dtypes) of what it takes.
+# Result shapes (or dtypes) of each op as functions of its arguments' shapes (or dtypes).
 _SHAPES: dict[str, Callable] = {
     "rms_norm": lambda x, *_: x,
     "add_rms_norm": lambda x, *_: (x, x),
     "silu_and_mul": lambda gate_up: (gate_up[0], gate_up[1] // 2),
-    "rope_and_cache": lambda qkv, cos, sin, positions, pages, *_: (
+    "rope_and_cache": lambda qkv, cos, sin, positions, cache, *_: (
         qkv[0],
-        qkv[1] // pages[3] - 2 * pages[1],
-        pages[3],
+        qkv[1] // cache[3] - 2 * cache[1],
+        cache[3],
     ),
     "paged_attention": lambda query, *_: (query, query[:2]),
 }
@@ -50,19 +50,19 @@ _DTYPES: dict[str, Callable] = {
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight: x (num_tokens, dim), weight (dim)."""
+    """Return x / sqrt(mean(x^2) + eps) * weight: x (num_tokens, dim), weight (dim)."""
     return primitive("rms_norm")(x, weight, eps)
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(s), s) of s = x + residual, rounded to their dtype; both (num_tokens, dim)."""
+    """Return (rms_norm(s), s) of s = x + residual, rounded to their dtype; (num_tokens, dim)."""
     return primitive("add_rms_norm")(x, residual, weight, eps)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up: (num_tokens, 2 * hidden_dim) -> (num_tokens, hidden_dim)."""
+    """Return silu(gate) * up: (num_tokens, 2 * hidden_dim) -> (num_tokens, hidden_dim)."""
     return primitive("silu_and_mul")(gate_up)
 
 
@@ -77,7 +77,7 @@ def rope_and_cache(
     *,
     interleaved: bool = False,
 ) -> Tensor:
-    """Rotates query and key of qkv, writes key and value into their slots; returns the query."""
+    """Rotate query and key of qkv, write key and value to their slots and return the query."""
     require_halves(interleaved)
     return primitive("rope_and_cache")(
         qkv, cos, sin, positions, key_cache, value_cache, slot_mapping
@@ -94,7 +94,7 @@ def paged_attention(
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention over pages, split over the vector cores; (out, lse)."""
+    """Attend causally over blocks, split over the vector cores; returns (out, lse)."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     return primitive("paged_attention")(
         query, key_cache, value_cache, block_tables, tuple(seq_lens), tuple(cu_seqlens_q), factor
@@ -103,17 +103,17 @@ def paged_attention(
 
 @functools.cache
 def primitive(name: str) -> Custom:
-    """The primitive behind one of the functions above; it takes tensors, lengths, attributes.
+    """Return the primitive behind a function above; it takes tensors, lengths, attributes.
 
     Raises:
-        ValueError: no such op.
-        RuntimeError: MindSpore does not run on an NPU, or the package lacks the op.
+        ValueError: an unknown op.
+        RuntimeError: MindSpore does not run on an NPU, or the package does not have the op.
     """
     if name not in _SHAPES:
-        raise ValueError(f"primitive: no Ascend op named {name!r}; there are {', '.join(_SHAPES)}")
+        raise ValueError(f"primitive: no Ascend op named {name!r}; available: {', '.join(_SHAPES)}")
     if mindspore.get_context("device_target") != "Ascend":
         raise AscendUnavailable(
-            "graphs of Ascend kernels need MindSpore on an NPU, its device is "
+            "graphs of Ascend kernels need MindSpore on an NPU, but its device is "
             f"{mindspore.get_context('device_target')}"
         )
     return Custom(
@@ -122,14 +122,14 @@ def primitive(name: str) -> Custom:
 
 
 def aclnn_name(name: str) -> str:
-    """What CANN's op build calls it: "rms_norm" -> "aclnnClrtRmsNorm"."""
+    """Return the op's name in CANN: "rms_norm" -> "aclnnClrtRmsNorm"."""
     return "aclnnClrt" + "".join(part.capitalize() for part in name.split("_"))
 
 
 def describe(name: str) -> dict:
-    """The registration that MindSpore wants of an op of CANN.
+    """Return the registration that MindSpore needs for an op of CANN.
 
-    Not what MindSpore makes of the package's own JSON: that counts a tensor written in place twice.
+    The one that MindSpore derives from the package's JSON counts tensors written in place twice.
     """
     op, registration = OPS[name], CustomRegOp(aclnn_name(name))
     tensors = {key: tensor for key, tensor in op.inputs.items() if key not in LENGTHS}
@@ -148,5 +148,5 @@ def describe(name: str) -> dict:
 
 
 def _dtype(tensor: Description, dtype: str) -> str:
-    """Of a tensor, where the op's floats are `dtype`."""
+    """Return the dtype of a tensor in an op whose floats are `dtype`."""
     return tensor.dtypes[0] if tensor.dtypes in (INT32, FLOAT32) else dtype

@@ -1,7 +1,7 @@
 """Llama on an Ascend NPU: matrix products by MindSpore, the rest by the kernels of csrc/ascend.
 
-Activations are in the weights' dtype, float16 or bfloat16; the step's integers are made on the host
-and sent along. The order of the operators is that of `model.Llama`.
+Activations are in the weights' dtype, float16 or bfloat16; the step's integers are computed on the
+host and copied to the device. The order of the operators is that of `model.Llama`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.rope import RotaryEmbedding
 
 ATTENTIONS = {"custom": ascend, "vendor": ascend_vendor}
-BLOCK_SIZE = 128  # what Huawei's attention wants, and a DMA of 32 KB at head_dim 128
+BLOCK_SIZE = 128  # required by Huawei's attention; a DMA of 32 KB at head_dim 128
 
 
 class AscendKVCache:
-    """Pages of keys and values in device memory, head-major, a pair of Tensors a layer.
+    """Blocks of keys and values in device memory, head-major, one pair of Tensors per layer.
 
     Attributes:
-        num_blocks: pages a layer.
-        block_size: tokens a page.
+        num_blocks: blocks per layer.
+        block_size: tokens per block.
         dtype: "float16" or "bfloat16".
-        num_bytes: of all pages.
+        num_bytes: of all blocks.
         layers: n_layers pairs (key_cache, value_cache), each
             (num_blocks, n_kv_heads, block_size, head_dim).
     """
@@ -45,10 +45,10 @@ class AscendKVCache:
         block_size: int = BLOCK_SIZE,
         dtype: str = "float16",
     ) -> None:
-        """Take memory for `num_blocks` pages.
+        """Allocate memory for `num_blocks` blocks.
 
         Raises:
-            ValueError: sizes or a dtype that the kernels do not take.
+            ValueError: sizes or a dtype that the kernels do not support.
         """
         if dtype not in ASCEND_FLOATS:
             raise ValueError(f"on Ascend kv_dtype must be float16 or bfloat16, got {dtype!r}")
@@ -67,14 +67,14 @@ class AscendKVCache:
         ]
 
     def copy_blocks(self, block_pairs: np.ndarray) -> None:
-        """Copy pages source -> destination in every layer; block_pairs is (n, 2) int32."""
+        """Copy blocks source -> destination in every layer; block_pairs is (n, 2) int32."""
         for caches in self.layers:
             for cache in caches:
                 for source, destination in block_pairs.tolist():
                     cache[destination] = cache[source]
 
     def close(self) -> None:
-        """Forget the pages; MindSpore's pool has the memory then."""
+        """Forget the blocks; their memory returns to MindSpore's pool."""
         self.layers = []
 
 
@@ -88,8 +88,8 @@ class AscendLlama:
             "vendor": MindSpore's own kernels, attention on the cube cores.
 
     Raises:
-        ValueError: weights or RoPE of a kind that the kernels do not take.
-        RuntimeError: there are no Ascend kernels here.
+        ValueError: weights or a RoPE variant that the kernels do not support.
+        RuntimeError: the Ascend kernels are not available.
     """
 
     kv_cache_type = AscendKVCache
@@ -97,7 +97,7 @@ class AscendLlama:
     def __init__(
         self, config: ModelConfig, weights: LlamaWeights, *, attention: str = "custom"
     ) -> None:
-        """Send the weights to the device."""
+        """Copy the weights to the device."""
         if attention not in ATTENTIONS:
             raise ValueError(f"attention must be 'custom' or 'vendor', got {attention!r}")
         ascend.require_halves(config.rope_interleaved)
@@ -116,11 +116,11 @@ class AscendLlama:
         self._matmul = mindspore.ops.MatMul(transpose_b=True)
 
     def forward(self, batch: Batch, kv_cache: AscendKVCache) -> np.ndarray:
-        """Compute one step: write the tokens' keys and values, and return the logits asked for.
+        """Compute one step: write the tokens' keys and values and return the requested logits.
 
         Args:
-            batch: the tokens of this step; its pages must be allocated.
-            kv_cache: the pages.
+            batch: the tokens of this step; their blocks must be allocated.
+            kv_cache: the KV cache.
 
         Returns:
             (num_logits, vocab_size) float32: the rows `batch.logit_rows`, in that order.
@@ -152,7 +152,7 @@ class AscendLlama:
         slot_mapping: Tensor,
         block_tables: Tensor,
     ) -> Tensor:
-        """(num_tokens, dim) normalized -> (num_tokens, dim); writes the caches."""
+        """Map (num_tokens, dim) normalized -> (num_tokens, dim); writes the caches."""
         qkv = self._matmul(x, layer.qkv_proj)
         query = self.ops.rope_and_cache(qkv, *rope, *caches, slot_mapping)
         attended, _ = self.ops.paged_attention(
@@ -161,14 +161,14 @@ class AscendLlama:
         return self._matmul(attended.reshape(x.shape[0], -1), layer.o_proj)
 
     def _rope(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows of this step's positions alone: the tables of 100,000 stay on the host."""
+        """Return the rows of this step's positions; the full tables stay on the host."""
         cos, sin, index = self.rope.lookup(batch.positions, batch.rope_lengths)
         rows = np.arange(len(index), dtype=np.int32)
         return Tensor(cos[index]), Tensor(sin[index]), Tensor(rows)
 
 
 class _Layer:
-    """The weights of one layer as Tensors; those of one input in one."""
+    """The weights of one layer as Tensors; projections of the same input are concatenated."""
 
     def __init__(self, weights: LayerWeights) -> None:
         qkv = np.concatenate([weights.q_proj, weights.k_proj, weights.v_proj])

@@ -1,12 +1,12 @@
 """The operators of an Ascend NPU: MindSpore Tensors in, MindSpore Tensors out.
 
-The names and meanings of `codellama_rt.ops`; the kernels are those of csrc/ascend, reached through
-MindSpore's PyNative mode. Tensors are float16 or bfloat16, all of a call the same; RoPE is in
-halves, not interleaved. Shapes and dtypes are checked here (ValueError, TypeError); what lies in
-device memory (positions, slots, page numbers) is not, for reading it would stop the device. Calls
-are asynchronous: a kernel's failure shows when a result is read.
+Names and meanings are those of `codellama_rt.ops`; the kernels are those of csrc/ascend, called in
+MindSpore's PyNative mode. Tensors are float16 or bfloat16, all of a call the same; RoPE rotates
+halves, not interleaved pairs. Shapes and dtypes are checked here (ValueError, TypeError); indices
+in device memory (positions, slots, block numbers) are not, because reading them would stall the
+device. Calls are asynchronous: a kernel's failure appears when a result is read.
 
-`ops.available("ascend")` says whether these can run; without, each raises RuntimeError.
+`ops.available("ascend")` says whether these ops can run; if not, each raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Lengths = Any  # NumPy array, list or (synchronising) Tensor of int
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight: x (num_tokens, dim), weight (dim)."""
+    """Return x / sqrt(mean(x^2) + eps) * weight: x (num_tokens, dim), weight (dim)."""
     check("rms_norm", {"x": x, "weight": weight})
     return _glue().rms_norm(x, weight, float(eps))
 
@@ -32,14 +32,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(s), s) of s = x + residual, rounded to their dtype; both (num_tokens, dim)."""
+    """Return (rms_norm(s), s) of s = x + residual, rounded to their dtype; (num_tokens, dim)."""
     check("add_rms_norm", {"x": x, "residual": residual, "weight": weight})
     out, total = _glue().add_rms_norm(x, residual, weight, float(eps))
     return out, total
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up: (num_tokens, 2 * hidden_dim) -> (num_tokens, hidden_dim)."""
+    """Return silu(gate) * up: (num_tokens, 2 * hidden_dim) -> (num_tokens, hidden_dim)."""
     check("silu_and_mul", {"gate_up": gate_up})
     return _glue().silu_and_mul(gate_up)
 
@@ -47,7 +47,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 def reshape_and_cache(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
 ) -> None:
-    """Writes key and value (num_tokens, n_kv_heads, head_dim) into their slots; -1: nowhere."""
+    """Write key and value (num_tokens, n_kv_heads, head_dim) into their slots; -1: skip."""
     check(
         "reshape_and_cache",
         {
@@ -72,7 +72,7 @@ def rope_and_cache(
     *,
     interleaved: bool = False,
 ) -> Tensor:
-    """Rotates query and key of qkv, writes key and value into their slots; returns the query.
+    """Rotate query and key of qkv, write key and value to their slots and return the query.
 
     Args:
         qkv: (num_tokens, (n_heads + 2 * n_kv_heads) * head_dim).
@@ -81,15 +81,15 @@ def rope_and_cache(
         positions: (num_tokens) int32, rows of the tables.
         key_cache: (num_blocks, n_kv_heads, block_size, head_dim); written.
         value_cache: like `key_cache`; written.
-        slot_mapping: (num_tokens) int32; -1 writes nothing of that token.
+        slot_mapping: (num_tokens) int32; -1 skips the token.
         interleaved: must be False.
 
     Returns:
         (num_tokens, n_heads, head_dim).
 
     Raises:
-        ValueError: shapes that do not fit, or interleaved pairs.
-        TypeError: dtypes.
+        ValueError: inconsistent shapes, or interleaved pairs.
+        TypeError: a wrong dtype.
     """
     require_halves(interleaved)
     check(
@@ -117,15 +117,15 @@ def paged_attention(
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention over pages, split over the vector cores; (out, lse).
+    """Attend causally over blocks, split over the vector cores; returns (out, lse).
 
     Args:
         query: (num_tokens, n_heads, head_dim).
         key_cache: (num_blocks, n_kv_heads, block_size, head_dim).
         value_cache: like `key_cache`.
         block_tables: (num_seqs, max_blocks) int32.
-        seq_lens: (num_seqs) on the host: how the work is divided depends on them.
-        cu_seqlens_q: (num_seqs + 1) on the host, rising from 0 to num_tokens.
+        seq_lens: (num_seqs) in host memory: the division of work depends on them.
+        cu_seqlens_q: (num_seqs + 1) in host memory, rising from 0 to num_tokens.
         scale: factor of the scores; head_dim ** -0.5 by default.
 
     Returns:
@@ -151,7 +151,7 @@ def paged_attention(
 
 
 def as_ints(lengths: Lengths) -> list[int]:
-    """Python ints of an array, a list or (waiting for the device) a Tensor."""
+    """Return Python ints of an array, a list or (waiting for the device) a Tensor."""
     if hasattr(lengths, "asnumpy"):
         lengths = lengths.asnumpy()
     return [int(n) for n in lengths]
@@ -160,10 +160,10 @@ def as_ints(lengths: Lengths) -> list[int]:
 def check_lengths(
     query: Tensor, key_cache: Tensor, block_tables: Tensor, lens: Sequence[int], ends: Sequence[int]
 ) -> None:
-    """Each sequence's length covers its queries and fits its table.
+    """Check that each sequence's length covers its queries and fits its table.
 
     Raises:
-        ValueError: one that does not.
+        ValueError: one does not.
     """
     rises = all(a <= b for a, b in pairwise(ends))
     if len(ends) != len(lens) + 1 or ends[0] != 0 or ends[-1] != query.shape[0] or not rises:
@@ -181,10 +181,10 @@ def check_lengths(
 
 
 def require_halves(interleaved: bool) -> None:
-    """Refuse RoPE's interleaved pairs.
+    """Reject interleaved RoPE pairs.
 
     Raises:
-        ValueError: they were asked for.
+        ValueError: they were requested.
     """
     if interleaved:
         raise ValueError(

@@ -1,9 +1,9 @@
 """The same operators by MindSpore's own Ascend kernels: attention="vendor".
 
-Huawei's fused attention uses the cube cores, which prefill and grouped heads want; decoding without
-groups is bound by memory on either. MindSpore has no CPU kernel of these: here they are tested for
-what they are called with. Caches are those of `codellama_rt.ops.ascend`, in pages of 128 tokens
-(BnNBsD in CANN's words), of at most 2^31 - 1 elements, which is what CANN's offsets reach.
+Huawei's fused attention uses the cube cores, which helps prefill and grouped heads; decoding
+without groups is bound by memory either way. MindSpore has no CPU version of these kernels: tests
+check the arguments they are called with. Caches are those of `codellama_rt.ops.ascend`, in blocks
+of 128 tokens (BnNBsD in CANN's terms), with at most 2^31 - 1 elements, CANN's range of offsets.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from codellama_rt.model.ascend.ops import Lengths, Tensor, as_ints, check_length
 
 MAX_ELEMENTS = 2**31 - 1
 COS_ROW_A_TOKEN = 2  # cos_format: (num_tokens, head_dim), halves repeated, not interleaved
-CAUSAL_FROM_THE_END = 3  # sparse_mode: the mask is that of the last query on the last key
+CAUSAL_FROM_THE_END = 3  # sparse_mode: the mask aligns the last query with the last key
 MASK_SIZE = 2048  # of the compressed mask that it takes, whatever the lengths
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """`mindspore.ops.rms_norm`."""
+    """Call `mindspore.ops.rms_norm`."""
     check("rms_norm", {"x": x, "weight": weight})
     return _mindspore().ops.rms_norm(x, weight, eps)[0]
 
@@ -30,14 +30,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """`mindspore.ops.add_rms_norm`."""
+    """Call `mindspore.ops.add_rms_norm`."""
     check("add_rms_norm", {"x": x, "residual": residual, "weight": weight})
     out, _, total = _mindspore().ops.add_rms_norm(x, residual, weight, eps)
     return out, total
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """`mindspore.ops.swiglu`."""
+    """Call `mindspore.ops.swiglu`."""
     check("silu_and_mul", {"gate_up": gate_up})
     return _mindspore().ops.swiglu(gate_up, -1)
 
@@ -45,10 +45,10 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 def reshape_and_cache(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
 ) -> None:
-    """MindSpore's reshape_and_cache.
+    """Call MindSpore's reshape_and_cache.
 
-    It knows pages of (block_size, heads, head_dim). A head-major page is such a page for each of
-    its heads, with one head: so each head of a token is written as a token of its own.
+    It expects blocks of (block_size, heads, head_dim). A head-major block is such a block per head,
+    with one head: so each head of a token is written like a token of its own.
     """
     tensors = {
         "key": key,
@@ -60,18 +60,18 @@ def reshape_and_cache(
     check("reshape_and_cache", tensors)
     require_offsets(key_cache)
     num_blocks, n_kv_heads, block_size, head_dim = key_cache.shape
-    pages = (num_blocks * n_kv_heads, block_size, 1, head_dim)
+    blocks = (num_blocks * n_kv_heads, block_size, 1, head_dim)
     _auto_generate().reshape_and_cache(
         key.reshape(-1, 1, head_dim),
         value.reshape(-1, 1, head_dim),
-        key_cache.view(pages),
-        value_cache.view(pages),
+        key_cache.view(blocks),
+        value_cache.view(blocks),
         slots_of_heads(slot_mapping, n_kv_heads, block_size),
     )
 
 
 def slots_of_heads(slot_mapping: Tensor, n_kv_heads: int, block_size: int) -> Tensor:
-    """(num_tokens * n_kv_heads) int32: the slot of each head of each token; -1 stays -1."""
+    """Return the slot of each head of each token, (num_tokens * n_kv_heads) int32; -1 stays -1."""
     ms = _mindspore()
     slots = slot_mapping.reshape(-1, 1)
     heads = ms.ops.arange(n_kv_heads).astype(ms.int32).reshape(1, -1)
@@ -91,7 +91,7 @@ def rope_and_cache(
     *,
     interleaved: bool = False,
 ) -> Tensor:
-    """MindSpore's apply_rotary_pos_emb_, then reshape_and_cache: three launches for one."""
+    """Call MindSpore's apply_rotary_pos_emb_, then reshape_and_cache: three launches in all."""
     require_halves(interleaved)
     tensors = {
         "qkv": qkv,
@@ -110,7 +110,7 @@ def rope_and_cache(
     query, key, value = ms.ops.split(qkv, [width - 2 * kv_dim, kv_dim, kv_dim], axis=1)
     rows = [table[positions].astype(qkv.dtype) for table in (cos, sin)]
     rows = [ms.ops.cat((row, row), axis=1) for row in rows]
-    lengths = ms.ops.ones((num_tokens,), ms.int32)  # each token a sequence of one
+    lengths = ms.ops.ones((num_tokens,), ms.int32)  # each token is a sequence of one
     query, key = _auto_generate().apply_rotary_pos_emb_(
         query.contiguous(), key.contiguous(), *rows, lengths, COS_ROW_A_TOKEN
     )
@@ -131,10 +131,10 @@ def paged_attention(
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """MindSpore's fused_infer_attention_score over the block table.
+    """Call MindSpore's fused_infer_attention_score over the block table.
 
-    Neighbouring sequences with one query each are one call; a sequence with several is a call of
-    its own, so that nothing is padded. Masks are not relied on where lengths say the same.
+    Adjacent sequences with one query each share a call; a sequence with several has a call of its
+    own, so that nothing is padded. Where lengths already exclude keys, no mask is used.
     """
     lens, ends = as_ints(seq_lens), as_ints(cu_seqlens_q)
     tensors = {
@@ -163,7 +163,7 @@ def paged_attention(
 
 
 def _runs(ends: list[int]) -> list[tuple[int, int]]:
-    """Ranges of sequences for a call each; those without queries are in none."""
+    """Return ranges of sequences, one per call; sequences without queries are in none."""
     runs: list[tuple[int, int]] = []
     counts = [b - a for a, b in pairwise(ends)]
     for i, count in enumerate(counts):
@@ -182,7 +182,7 @@ def _attend(
     lens: list[int],
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Sequences with the same number of queries; (tokens, heads, dim) -> the same and its lse."""
+    """Attend for sequences with equal numbers of queries; returns (tokens, heads, dim) and lse."""
     num_tokens, n_heads, head_dim = query.shape
     queries = num_tokens // len(lens)
     mask = {"atten_mask": _mask(), "sparse_mode": CAUSAL_FROM_THE_END} if queries > 1 else {}
@@ -207,16 +207,16 @@ def _attend(
 
 
 def require_offsets(cache: Tensor) -> None:
-    """Refuse a cache that CANN's 32-bit offsets do not reach.
+    """Reject a cache that is beyond the range of CANN's 32-bit offsets.
 
     Raises:
-        ValueError: it is larger.
+        ValueError: it is too large.
     """
     elements = functools.reduce(lambda a, b: a * b, cache.shape)
     if elements > MAX_ELEMENTS:
         raise ValueError(
-            f"a cache of {elements} elements is more than {MAX_ELEMENTS}, as far as CANN's "
-            "attention reaches; use fewer pages or attention='custom'"
+            f"a cache of {elements} elements is more than {MAX_ELEMENTS}, the most CANN's "
+            "attention supports; use fewer blocks or attention='custom'"
         )
 
 

@@ -1,1 +1,1 @@
-"""The CUDA device: its tensors, its operators, and a model that runs on it."""
+"""The CUDA device: tensors, operators, and the model."""

@@ -1,4 +1,4 @@
-"""The pages of the KV cache in device memory."""
+"""The KV cache in device memory."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops.quantized import Quantized
 
 QUANTIZED_DTYPES = ("int8", "fp8")
-MEMORY_SHARE = 0.9  # of what is free beside the weights; the rest is for activations and graphs
+MEMORY_SHARE = 0.9  # of what the weights leave free; the rest is for activations and graphs
 _SCALE_BYTES = 4
 
 
 class DeviceKVCache:
-    """Pages of keys and values as `KVCache` has them, on the device.
+    """Blocks of keys and values as in `KVCache`, on the device.
 
     Attributes:
-        num_blocks: pages a layer.
-        block_size: tokens a page, a multiple of 16.
+        num_blocks: blocks per layer.
+        block_size: tokens per block, a multiple of 16.
         layers: n_layers pairs (key_cache, value_cache): DeviceTensors, or Quantized for int8, fp8.
     """
 
     def __init__(
         self, config: ModelConfig, *, num_blocks: int, block_size: int = 64, dtype: str = "bfloat16"
     ) -> None:
-        """Allocate memory for `num_blocks` pages.
+        """Allocate memory for `num_blocks` blocks.
 
         Raises:
             ValueError: a size that is not positive, or block_size not a multiple of 16.
-            RuntimeError: the device has not the memory.
+            RuntimeError: the device does not have the memory.
         """
         if num_blocks < 1 or block_size < 16 or block_size % 16:
             raise ValueError(
@@ -48,36 +48,36 @@ class DeviceKVCache:
         for layer in range(config.n_layers):
             begin = self._memory.pointer + 2 * layer * bytes_each
             self.layers.append(
-                tuple(self._pages(begin + i * bytes_each, shape, bytes_each) for i in range(2))
+                tuple(self._blocks(begin + i * bytes_each, shape, bytes_each) for i in range(2))
             )
 
-    def _pages(self, pointer: int, shape: tuple[int, ...], num_bytes: int) -> object:
+    def _blocks(self, pointer: int, shape: tuple[int, ...], num_bytes: int) -> object:
         if self.dtype not in QUANTIZED_DTYPES:
             return tensor.DeviceTensor(pointer, shape, self.dtype, self._memory)
         payload = tensor.DeviceTensor(pointer, (num_bytes,), "uint8", self._memory)
         return Quantized(payload, self.dtype, shape)
 
     def copy_blocks(self, block_pairs: np.ndarray) -> None:
-        """Copy pages source -> destination in every layer; block_pairs is (n, 2) int32."""
+        """Copy blocks source -> destination in every layer; block_pairs is (n, 2) int32."""
         pairs = tensor.to_device(block_pairs)
         for key_cache, value_cache in self.layers:
             ops.copy_blocks(key_cache, value_cache, pairs)
-        device.module().synchronize()  # the pairs' memory is given back
+        device.module().synchronize()  # the pairs' memory is freed on return
 
     def close(self) -> None:
-        """Forget the pages; the memory goes back with the last tensor that views it."""
+        """Forget the blocks; the memory is freed with the last tensor that views it."""
         self.layers, self._memory = [], None
 
 
 def row_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes of one token's keys (or values) in one head of one layer, scales included."""
+    """Return the bytes of one token's keys (or values) per head and layer, scales included."""
     if dtype in QUANTIZED_DTYPES:
         return config.head_dim + _SCALE_BYTES
     return config.head_dim * numpy_dtype(dtype).itemsize
 
 
 def require_kv_dtype(dtype: str) -> None:
-    """Refuse what a cache on the device cannot be."""
+    """Reject dtypes that a cache on the device does not support."""
     if dtype not in (*FLOAT_DTYPES, *QUANTIZED_DTYPES):
         allowed = ", ".join((*FLOAT_DTYPES, *QUANTIZED_DTYPES))
         raise ValueError(f"kv_dtype must be one of auto, {allowed} on cuda, got {dtype!r}")
@@ -92,30 +92,30 @@ def plan_num_blocks(
     max_num_seqs: int,
     kv_memory: int | str | None,
 ) -> int:
-    """How many pages to allocate, once the weights are on the device.
+    """Return the number of blocks to allocate, once the weights are on the device.
 
     Args:
         config: of the model.
         dtype: of the cache.
-        block_size: tokens a page.
-        longest: tokens of one sequence that must fit; None: none in particular.
+        block_size: tokens per block.
+        longest: tokens of one sequence that must fit; None: no minimum.
         max_num_seqs: sequences at a time.
-        kv_memory: bytes or a str like "8GB"; None: most of the memory that is free.
+        kv_memory: bytes or a str like "8GB"; None: most of the free memory.
 
     Raises:
         RuntimeError: `longest` tokens do not fit.
     """
-    page_bytes = 2 * config.n_layers * config.n_kv_heads * row_bytes(config, dtype) * block_size
+    block_bytes = 2 * config.n_layers * config.n_kv_heads * row_bytes(config, dtype) * block_size
     free = device.module().memory_info()[0]
     budget = int(MEMORY_SHARE * free) if kv_memory is None else parse_bytes(kv_memory)
     required = -(-(longest or 1) // block_size)
-    if budget // page_bytes < required:
+    if budget // block_bytes < required:
         raise RuntimeError(
             f"the KV cache of {longest or block_size} tokens takes "
-            f"{required * page_bytes / 1e9:.2f} GB in {dtype}, and the device has "
+            f"{required * block_bytes / 1e9:.2f} GB in {dtype}, and the device has "
             f"{budget / 1e9:.2f} GB for it; lower max_model_len, or ask for kv_dtype='fp8'"
         )
     if kv_memory is not None:
-        return budget // page_bytes
+        return budget // block_bytes
     usual = -(-(longest or config.max_position_embeddings) // block_size)
-    return min(budget // page_bytes, usual * max_num_seqs)
+    return min(budget // block_bytes, usual * max_num_seqs)

@@ -1,8 +1,9 @@
 """Llama on the device: the ops of `codellama_rt.model.llama` in the same order, on its own stream.
 
-Steps of one token a sequence run as CUDA graphs, captured once for each bucket of batch sizes and
-table widths; lengths, tables and slots are read on the device, so a graph serves every step of its
-bucket. Other steps put the same ops on the stream one by one. Activations have the weights' dtype.
+Steps of one token per sequence run as CUDA graphs, captured once per bucket of batch sizes and
+table widths. Lengths, tables and slots are read on the device, so one graph serves every step of
+its bucket. Other steps put the same ops on the stream one by one. Activations have the weights'
+dtype.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from codellama_rt.model.cuda.weights import DeviceLayer, DeviceWeights
 from codellama_rt.model.rope import RotaryEmbedding
 from codellama_rt.ops import cuda_device as device
 
-WORKSPACE_BYTES = 64 << 20  # of a model that is told no more; place() knows what a cache needs
+WORKSPACE_BYTES = 64 << 20  # the default; place() computes what a cache needs
 CUBLASLT_VARIABLE = "CODELLAMA_RT_CUBLASLT"
-CUBLASLT_BYTES = 32 << 20  # what NVIDIA recommends for Hopper
+CUBLASLT_BYTES = 32 << 20  # NVIDIA's recommendation for Hopper
 _SMALLEST_WIDTH = 16  # of a bucket's block tables
 _SPLIT_KEYS, _NODE_SPLITS, _TICKET_BYTES = 256, 16, 1 << 20  # of attention_plan.cuh
 
@@ -51,31 +52,31 @@ class DeviceLlama:
         _use_cublaslt(self._device, os.environ.get(CUBLASLT_VARIABLE, ""))
 
     def lend_workspace(self, num_bytes: int) -> None:
-        """Have at least so much room for partial results; without it attention is slow."""
+        """Reserve memory for partial results of attention, which is slow without it."""
         if self._workspace is not None and num_bytes <= self._workspace.num_bytes:
             return
-        self._graphs.clear()  # which know the room there was
+        self._graphs.clear()  # they hold the old workspace's address
         self._workspace = Memory(num_bytes)
         self._enter()
 
     def _enter(self) -> None:
-        """Turn the device to this model: its stream, its room; another model may have been here."""
+        """Select this model's stream and workspace; another model may have run before."""
         ops.set_stream(self._stream)
         if self._device.workspace() != self._workspace.pointer:
             self._device.set_workspace(self._workspace.pointer, self._workspace.num_bytes)
 
     def __del__(self) -> None:
-        """Take the room back before its memory goes."""
+        """Withdraw the workspace before its memory is freed."""
         workspace = getattr(self, "_workspace", None)
         if workspace and self._device.workspace() == workspace.pointer:
             self._device.set_workspace(0, 0)
 
     def forward(self, batch: Batch, kv_cache: DeviceKVCache) -> np.ndarray:
-        """Compute one step: write the tokens' keys and values, and return the logits asked for.
+        """Compute one step: write the tokens' keys and values and return the requested logits.
 
         Args:
-            batch: the tokens of this step; its pages must be allocated.
-            kv_cache: the pages.
+            batch: the tokens of this step; their blocks must be allocated.
+            kv_cache: the KV cache.
 
         Returns:
             (num_logits, vocab_size) float32: the rows `batch.logit_rows`, in that order.
@@ -103,7 +104,7 @@ class DeviceLlama:
     def compute(
         self, inputs: StepInputs, kv_cache: DeviceKVCache, scratch: Scratch, logits: DeviceTensor
     ) -> None:
-        """Put a step on the stream; nothing is allocated or waited for."""
+        """Put a step on the stream without allocating or waiting."""
         weights, eps, inputs_of = self.weights, self.config.norm_eps, inputs.device
         a = scratch.rows(inputs.shape.num_tokens)
         ops.embedding(inputs_of["token_ids"], weights.embedding, out=a["residual"])
@@ -149,7 +150,7 @@ class DeviceLlama:
     def _logits(
         self, logit_rows: DeviceTensor, a: dict, scratch: Scratch, logits: DeviceTensor
     ) -> None:
-        """Only the rows asked for: an embedding is what takes rows of a table."""
+        """Compute the requested rows only: the embedding op is what selects rows of a table."""
         if logits.shape[0] == 0:
             return
         picked = scratch.picked(logits.shape[0])
@@ -161,7 +162,7 @@ class DeviceLlama:
 
     def _scratch_for(self, num_tokens: int) -> Scratch:
         if self._scratch is None or self._scratch.num_tokens < num_tokens:
-            self._scratch = None  # its memory first
+            self._scratch = None  # free the old memory first
             self._scratch = Scratch(self.config, self.weights.dtype, num_tokens)
         return self._scratch
 
@@ -178,7 +179,7 @@ class Scratch:
     """Activations of up to `num_tokens` tokens on the device."""
 
     def __init__(self, config: ModelConfig, dtype: str, num_tokens: int) -> None:
-        """Allocate."""
+        """Allocate the activations."""
         self.num_tokens = num_tokens
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         heads = (config.n_heads, config.head_dim)
@@ -197,22 +198,22 @@ class Scratch:
         self._picked = {n: empty((num_tokens, config.dim), dtype) for n in ("sublayer", "residual")}
 
     def rows(self, num_tokens: int) -> dict[str, DeviceTensor]:
-        """The first rows of every activation."""
+        """Return the first rows of every activation."""
         return {name: tensor.rows(0, num_tokens) for name, tensor in self._tensors.items()}
 
     def picked(self, num_rows: int) -> dict[str, DeviceTensor]:
-        """Room for the rows that logits are asked of."""
+        """Return the buffers for the rows whose logits are requested."""
         return {name: tensor.rows(0, num_rows) for name, tensor in self._picked.items()}
 
 
 class DecodeGraph:
-    """A step of up to `num_seqs` sequences of one token each, captured once."""
+    """A step of up to `num_seqs` sequences with one token each, captured once."""
 
     def __init__(
         self, model: DeviceLlama, kv_cache: DeviceKVCache, num_seqs: int, width: int
     ) -> None:
-        """Allocate what the graph will use; it is captured at the first run."""
-        self._model = weakref.proxy(model)  # which has the graph: both go with its last user
+        """Allocate what the graph uses; it is captured at the first run."""
+        self._model = weakref.proxy(model)  # the model owns the graph: no reference cycle
         self._kv_cache = kv_cache
         self._device = device.module()
         shape = StepShape(num_seqs, num_seqs, width, num_seqs, model.config.head_dim // 2)
@@ -223,12 +224,12 @@ class DecodeGraph:
         self._graph = 0
 
     def run(self, batch: Batch, rope: tuple) -> np.ndarray:
-        """The step's logits."""
+        """Return the step's logits."""
         self._inputs.fill(batch, rope)
         if self._graph:
             self._device.launch_graph(self._graph)
         else:
-            self._step()  # loads the kernels, which a capture must not
+            self._step()  # loads the kernels, which a capture must not do
             self._device.synchronize()
             self._graph = self._capture()
         self._device.synchronize()
@@ -238,7 +239,7 @@ class DecodeGraph:
 
     def _capture(self) -> int:
         collects = gc.isenabled()
-        gc.disable()  # memory that Python gave back in between would break the capture
+        gc.disable()  # memory freed by Python meanwhile would break the capture
         self._device.begin_capture()
         try:
             self._step()
@@ -256,13 +257,15 @@ class DecodeGraph:
         self._device.copy_async(self._pinned.pointer, self._logits.device_ptr, self._logits.nbytes)
 
     def __del__(self) -> None:
-        """Give the graph back."""
+        """Destroy the graph."""
         if getattr(self, "_graph", 0):
             self._device.destroy_graph(self._graph)
 
 
 def workspace_bytes(config: ModelConfig, num_keys: int, num_seqs: int) -> int:
-    """What splitting a step of one token a sequence takes at most (csrc/cuda/attention_plan.cuh).
+    """Return the most memory that splitting a step of one token per sequence takes.
+
+    The splitting is that of csrc/cuda/attention_plan.cuh.
 
     Args:
         config: of the model.
@@ -275,7 +278,7 @@ def workspace_bytes(config: ModelConfig, num_keys: int, num_seqs: int) -> int:
 
 
 def _use_cublaslt(module: ModuleType, wanted: str) -> None:
-    """Large products by cuBLASLt where the variable asks for it: "1", or the library's path.
+    """Use cuBLASLt for large products if the variable asks for it: "1", or the library's path.
 
     Raises:
         RuntimeError: it cannot be loaded.
@@ -292,7 +295,7 @@ def _use_cublaslt(module: ModuleType, wanted: str) -> None:
 
 @lru_cache(maxsize=1)
 def _cublaslt_memory(module: ModuleType) -> Memory:
-    """Its workspace, which all models share: they take turns."""
+    """Return cuBLASLt's workspace, shared by all models: they run one at a time."""
     return Memory(CUBLASLT_BYTES)
 
 

@@ -1,8 +1,8 @@
-"""The operators on DeviceTensors: names, arguments and results of `codellama_rt.ops`.
+"""The operators on DeviceTensors, with the names, arguments and results of `codellama_rt.ops`.
 
-Work goes to the current stream (`set_stream`) and is not waited for. Shapes and dtypes are checked;
-indices in device memory are not looked at: token ids, positions, slots, tables and lengths must be
-right. Weights are `ops.Quantized` in "int8_mma" or "int4_mma", caches in "int8" or "fp8".
+Calls are asynchronous on the current stream (`set_stream`). Shapes and dtypes are checked; indices
+in device memory are not: token ids, positions, slots, tables and lengths must be valid. Weights are
+`ops.Quantized` in "int8_mma" or "int4_mma", caches in "int8" or "fp8".
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Weight = DeviceTensor | Quantized
 
 
 def set_stream(stream: int) -> None:
-    """Put all that follows in this thread on a stream; 0 is CUDA's own."""
+    """Put all later work of this thread on a stream; 0 is CUDA's default stream."""
     module().set_stream(stream)
 
 
 def embedding(token_ids: Tensor, table: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Rows `token_ids` (num_tokens) of `table` (vocab_size, dim); in float32 by default."""
+    """Return rows `token_ids` (num_tokens) of `table` (vocab_size, dim); default: float32."""
     if out is None:
         out = empty((token_ids.shape[0], table.shape[1]), "float32")
     module().embedding(token_ids, table, out)
@@ -31,7 +31,7 @@ def embedding(token_ids: Tensor, table: Tensor, *, out: Tensor | None = None) ->
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, out: Tensor | None = None) -> Tensor:
-    """RMSNorm of `x` (num_tokens, dim)."""
+    """Return RMSNorm of `x` (num_tokens, dim)."""
     if out is None:
         out = empty(x.shape, x.dtype)
     module().rms_norm(x, weight, eps, out)
@@ -46,7 +46,7 @@ def add_rms_norm(
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual)."""
+    """Return (rms_norm(x + residual), x + residual)."""
     if out is None:
         out = (empty(x.shape, x.dtype), empty(x.shape, x.dtype))
     module().add_rms_norm(x, residual, weight, eps, *out)
@@ -54,7 +54,7 @@ def add_rms_norm(
 
 
 def linear(x: Tensor, weight: Weight | tuple[Weight, ...], *, out: Tensor | None = None) -> Tensor:
-    """`x` (num_tokens, in_features) times weight transposed, up to three weights as one."""
+    """Return `x` (num_tokens, in_features) times weight transposed; up to three weights as one."""
     if out is None:
         weights = weight if isinstance(weight, (tuple, list)) else (weight,)
         out = empty((x.shape[0], sum(w.shape[0] for w in weights)), x.dtype)
@@ -71,7 +71,7 @@ def apply_rotary_pos_emb(
     *,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """RoPE in place of `query` and `key` (num_tokens, heads, head_dim)."""
+    """Apply RoPE to `query` and `key` (num_tokens, heads, head_dim), in place."""
     module().apply_rotary_pos_emb(query, key, cos, sin, positions, interleaved)
     return query, key
 
@@ -95,7 +95,7 @@ def rope_and_cache(
     interleaved: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Rotate query and key, cache key and value; returns the rotated query."""
+    """Rotate query and key, cache key and value and return the rotated query."""
     if out is None:
         n_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
         out = empty((qkv.shape[0], qkv.shape[1] // head_dim - 2 * n_kv_heads, head_dim), qkv.dtype)
@@ -116,7 +116,7 @@ def flash_attention(
     scale: float | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of several sequences over contiguous keys and values; (out, lse)."""
+    """Attend over contiguous keys and values of several sequences; returns (out, lse)."""
     if out is None:
         out = (empty(query.shape, query.dtype), empty(query.shape[:2], "float32"))
     module().flash_attention(
@@ -136,7 +136,7 @@ def paged_attention(
     scale: float | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of one to many queries a sequence over its pages; (out, lse)."""
+    """Attend causally over blocks, one or more queries per sequence; returns (out, lse)."""
     if out is None:
         out = (empty(query.shape, query.dtype), empty(query.shape[:2], "float32"))
     module().paged_attention(
@@ -153,7 +153,7 @@ def merge_attention(
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Join two attentions of the same queries over disjoint keys."""
+    """Merge two attentions of the same queries over disjoint keys."""
     if out is None:
         out = (empty(out_a.shape, out_a.dtype), empty(lse_a.shape, "float32"))
     module().merge_attention(out_a, lse_a, out_b, lse_b, *out)
@@ -161,7 +161,7 @@ def merge_attention(
 
 
 def silu_and_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """silu(gate) * up of `gate_up` (num_tokens, 2 * hidden_dim)."""
+    """Return silu(gate) * up of `gate_up` (num_tokens, 2 * hidden_dim)."""
     if out is None:
         out = empty((gate_up.shape[0], gate_up.shape[1] // 2), gate_up.dtype)
     module().silu_and_mul(gate_up, out)
@@ -169,5 +169,5 @@ def silu_and_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def copy_blocks(key_cache: Any, value_cache: Any, block_pairs: Tensor) -> None:
-    """Copy pages source -> destination, pair after pair."""
+    """Copy blocks source -> destination, pair after pair."""
     module().copy_blocks(key_cache, value_cache, block_pairs)

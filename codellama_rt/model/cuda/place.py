@@ -1,4 +1,4 @@
-"""A checkpoint's weights and a KV cache on the device: what LLM needs to run there."""
+"""Put a checkpoint's weights and a KV cache on the device, for LLM to run there."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def place(
     kv_memory: int | str | None,
     quantization: str | None = None,
 ) -> tuple[DeviceLlama, DeviceKVCache]:
-    """The model and its cache, with Engine's interface.
+    """Return the model and its cache, with the interface that Engine expects.
 
     Args:
         config: of the model.
-        weights: on the host.
+        weights: in host memory.
         kv_dtype: of the cache: "float16", "bfloat16", "float32", "int8" or "fp8".
-        block_size: tokens a page.
-        longest: tokens of one sequence that must fit; None: none in particular.
+        block_size: tokens per block.
+        longest: tokens of one sequence that must fit; None: no minimum.
         max_num_seqs: sequences at a time.
-        kv_memory: bytes or a str like "8GB"; None: most of what the weights leave.
-        quantization: None, "int8" or "int4", of the layers' projections.
+        kv_memory: bytes or a str like "8GB"; None: most of what the weights leave free.
+        quantization: None, "int8" or "int4", for the layers' projections.
 
     Raises:
-        ValueError: dtypes that have no kernels there.
-        RuntimeError: not the memory.
+        ValueError: a dtype without kernels for the device.
+        RuntimeError: not enough device memory.
     """
     require_kv_dtype(kv_dtype)
     model = DeviceLlama(config, upload(weights, quantization))

@@ -1,7 +1,7 @@
-"""int8 and int4 weights in the order that the device's matrix instructions take them.
+"""int8 and int4 weights in the order of the device's matrix instructions.
 
-Layout: csrc/cuda/weight_formats.cuh. Along in_features, 32 elements share a float16 scale:
-int8: greatest magnitude / 127; int4: the element of greatest magnitude / -8, so that it is exact.
+Layout: csrc/cuda/weight_formats.cuh. Along in_features, 32 elements share a float16 scale: int8:
+largest magnitude / 127; int4: the element of largest magnitude / -8, so that it is exact.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ _ROWS, _CHUNK, _GROUP = 16, 64, 32
 
 
 def quantize(weight: np.ndarray, name: str) -> np.ndarray:
-    """The payload of an `ops.Quantized` of dtype int8_mma or int4_mma.
+    """Return the payload of an `ops.Quantized` of dtype int8_mma or int4_mma.
 
     Args:
         weight: (out_features, in_features), any float dtype; in_features a multiple of 64.
         name: "int8" or "int4".
 
     Returns:
-        uint8, (tiles of 16 rows, chunks of 64, bytes of a tile).
+        uint8, (tiles of 16 rows, chunks of 64, bytes per tile).
 
     Raises:
-        ValueError: another name, or in_features that no tile fits.
+        ValueError: another name, or in_features not a multiple of 64.
     """
     if name not in FORMATS:
-        raise ValueError(f"weights are quantised to int8 or int4 on cuda, got {name!r}")
+        raise ValueError(f"weights on cuda must be quantised to int8 or int4, got {name!r}")
     if weight.shape[1] % _CHUNK:
         raise ValueError(f"in_features must be a multiple of {_CHUNK}, got {weight.shape[1]}")
     values, scales = _round(weight.astype(np.float32), name)
@@ -42,7 +42,7 @@ def quantize(weight: np.ndarray, name: str) -> np.ndarray:
 
 
 def _round(weight: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Values int8 (rows, k), rows padded to 16 by zeros; scales float16 (rows, groups)."""
+    """Return values int8 (rows, k), padded to 16 rows; scales float16 (rows, groups)."""
     weight = np.pad(weight, ((0, -len(weight) % _ROWS), (0, 0)))
     groups = weight.reshape(len(weight), -1, _GROUP)
     if name == "int8":
@@ -71,7 +71,7 @@ def _tile_scales(scales: np.ndarray) -> np.ndarray:
 
 
 def _pack_nibbles(tiles: np.ndarray) -> np.ndarray:
-    """(tiles, chunks, half, g, group, t, element) to words [g][t][half][group]."""
+    """Reorder (tiles, chunks, half, g, group, t, element) to words [g][t][half][group]."""
     nibbles = (tiles + 8).astype(np.uint32).transpose(0, 1, 3, 5, 2, 4, 6)
     shifts = np.array([4 * (e // 2) + 16 * (e % 2) for e in range(8)], np.uint32)
     words = np.ascontiguousarray((nibbles << shifts).sum(-1, dtype=np.uint32))
@@ -79,7 +79,7 @@ def _pack_nibbles(tiles: np.ndarray) -> np.ndarray:
 
 
 def dequantize(payload: np.ndarray, name: str, shape: tuple[int, int]) -> np.ndarray:
-    """The float32 weight that a payload stands for."""
+    """Return the float32 weight that a payload encodes."""
     num_values = 1024 if name == "int8" else 512
     tiles, chunks = payload.shape[:2]
     body = np.ascontiguousarray(payload[..., :num_values])

@@ -1,4 +1,4 @@
-"""The inputs of a step, in one stretch of pinned memory: one copy takes them to the device."""
+"""The inputs of a step, contiguous in pinned memory: one copy takes them to the device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from codellama_rt.model.batch import Batch
 from codellama_rt.model.cuda.tensor import DeviceTensor, Memory
 from codellama_rt.ops import cuda_device as device
 
-Rope = tuple[np.ndarray, np.ndarray, np.ndarray]  # cos, sin, index, as RotaryEmbedding gives them
+Rope = tuple[np.ndarray, np.ndarray, np.ndarray]  # cos, sin, index, from RotaryEmbedding
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """How much room a step's inputs take."""
+    """The sizes of a step's inputs."""
 
     num_tokens: int
     num_seqs: int
@@ -25,7 +25,7 @@ class StepShape:
     half_head_dim: int
 
     def parts(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of each input, in the order in which they lie."""
+        """Return shape and dtype of each input, in memory order."""
         rotations = ((self.num_tokens, self.half_head_dim), "float32")
         return {
             "cos": rotations,
@@ -41,30 +41,30 @@ class StepShape:
 
 
 class Pinned:
-    """Host memory that copies reach without a detour, as a NumPy array of bytes."""
+    """Host memory that device copies access directly, as a NumPy array of bytes."""
 
     def __init__(self, num_bytes: int) -> None:
-        """Allocate."""
+        """Allocate the memory."""
         self._device = device.module()
         self.pointer = self._device.allocate_pinned(num_bytes)
         buffer = (ctypes.c_uint8 * num_bytes).from_address(self.pointer)
         self.bytes = np.frombuffer(buffer, np.uint8)
 
     def __del__(self) -> None:
-        """Give it back."""
+        """Free the memory."""
         if getattr(self, "pointer", 0):
             self._device.release_pinned(self.pointer)
 
 
 class Room:
-    """Pinned and device memory that steps use one after another; it grows as they need."""
+    """Pinned and device memory that steps use one after another; it grows on demand."""
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Start without memory."""
         self.num_bytes = 0
 
     def grow(self, num_bytes: int) -> None:
-        """Have at least so much; what was there before is done with."""
+        """Provide at least so many bytes; the previous contents are no longer needed."""
         if num_bytes > self.num_bytes:
             self.num_bytes = 1 << (num_bytes - 1).bit_length()
             self.pinned, self.memory = Pinned(self.num_bytes), Memory(self.num_bytes)
@@ -73,12 +73,11 @@ class Room:
 class StepInputs:
     """A step's inputs on the host and on the device, by name.
 
-    A step smaller than the shape fills what is left with tokens that change nothing: slot -1, no
-    keys.
+    A step smaller than the shape fills the rest with tokens that change nothing: slot -1, no keys.
     """
 
     def __init__(self, shape: StepShape, room: Room) -> None:
-        """Lay out both sides in memory that the step before, if any, is done with."""
+        """Lay out both sides in memory that the previous step, if any, no longer uses."""
         self.shape = shape
         parts, self.num_bytes, offsets = shape.parts(), 0, {}
         for name, (sizes, _) in parts.items():
@@ -95,7 +94,7 @@ class StepInputs:
             self.device[name] = DeviceTensor(memory.pointer + begin, sizes, dtype, memory)
 
     def fill(self, batch: Batch, rope: Rope) -> None:
-        """Put a batch into the host's side; the copy before must be done."""
+        """Write a batch to the host side; the previous copy must be complete."""
         host, shape = self.host, self.shape
         num_tokens, num_seqs = len(batch.token_ids), len(batch.seq_lens)
         cos, sin, index = rope
@@ -106,7 +105,7 @@ class StepInputs:
             values = getattr(batch, name)
             host[name][: len(values)] = values
             host[name][len(values) :] = filling
-        padding = shape.num_tokens - num_tokens  # queries that the other sequences have, one each
+        padding = shape.num_tokens - num_tokens  # queries of the unused sequences, one each
         host["cu_seqlens_q"][: num_seqs + 1] = batch.cu_seqlens_q
         host["cu_seqlens_q"][num_seqs + 1 :] = num_tokens + np.minimum(
             np.arange(1, shape.num_seqs - num_seqs + 1), padding
@@ -117,5 +116,5 @@ class StepInputs:
         host["block_tables"][:num_seqs, :width] = batch.block_tables
 
     def copy(self) -> None:
-        """Ask for the copy to the device, on the current stream."""
+        """Start the copy to the device, on the current stream."""
         device.module().copy_async(self._pointer, self._pinned.pointer, self.num_bytes)

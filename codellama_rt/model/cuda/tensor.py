@@ -1,4 +1,4 @@
-"""Tensors in a device's memory, owned by the runtime."""
+"""Tensors in device memory, owned by the runtime."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ _DLPACK_CODE = {"float32": 2, "float16": 2, "bfloat16": 4, "int32": 0, "uint8": 
 
 
 def element(dtype: str) -> np.dtype:
-    """NumPy's dtype of a DeviceTensor's."""
+    """Return the NumPy dtype of a DeviceTensor's dtype name."""
     return np.dtype(dtype) if dtype in ("int32", "uint8") else numpy_dtype(dtype)
 
 
 class Memory:
-    """A stretch of device memory, given back when nothing refers to it any more."""
+    """A range of device memory, freed when nothing refers to it any more."""
 
     def __init__(self, num_bytes: int) -> None:
-        """Allocate; RuntimeError if there is no room."""
+        """Allocate; RuntimeError if there is not enough memory."""
         self.num_bytes = num_bytes
         self.pointer = 0
         self._device = device.module()
         self.pointer = self._device.allocate(max(num_bytes, 1))
 
     def __del__(self) -> None:
-        """Give it back."""
+        """Free the memory."""
         if self.pointer:
             self._device.release(self.pointer)
 
 
 class DeviceTensor:
-    """A contiguous tensor on the device; ops on cuda take and fill it.
+    """A contiguous tensor on the device; the cuda ops read and write it.
 
     Attributes:
         device_ptr: address of its first element.
         shape: sizes of its axes.
         dtype: "float32", "float16", "bfloat16", "int32" or "uint8".
-        owner: what keeps the memory.
+        owner: the object that keeps the memory allocated.
     """
 
     def __init__(self, pointer: int, shape: tuple[int, ...], dtype: str, owner: Any) -> None:
-        """View memory that `owner` keeps."""
+        """View memory that `owner` keeps allocated."""
         self.device_ptr, self.shape, self.dtype, self.owner = pointer, tuple(shape), dtype, owner
 
     @property
@@ -59,18 +59,18 @@ class DeviceTensor:
         return self.size * element(self.dtype).itemsize
 
     def is_contiguous(self) -> bool:
-        """Always: what is not would not be made."""
+        """Return True: every DeviceTensor is contiguous."""
         return True
 
     def reshape(self, *shape: int) -> DeviceTensor:
-        """The same memory in another shape."""
+        """Return the same memory in another shape."""
         view = DeviceTensor(self.device_ptr, shape, self.dtype, self.owner)
         if view.size != self.size:
-            raise ValueError(f"a tensor of shape {self.shape} has no shape {shape}")
+            raise ValueError(f"a tensor of shape {self.shape} cannot be reshaped to {shape}")
         return view
 
     def rows(self, begin: int, end: int) -> DeviceTensor:
-        """Rows [begin, end) of the first axis: the same memory."""
+        """Return rows [begin, end) of the first axis, sharing memory."""
         if not 0 <= begin <= end <= self.shape[0]:
             raise ValueError(f"rows {begin} to {end} of a tensor of shape {self.shape}")
         row_bytes = self.nbytes // self.shape[0]
@@ -78,7 +78,7 @@ class DeviceTensor:
         return DeviceTensor(self.device_ptr + begin * row_bytes, shape, self.dtype, self.owner)
 
     def numpy(self) -> np.ndarray:
-        """A copy on the host, once everything asked for on the current stream is done."""
+        """Return a copy on the host, after all work on the current stream."""
         array = np.empty(self.shape, element(self.dtype))
         module = device.module()
         module.copy_async(array.ctypes.data, self.device_ptr, array.nbytes)
@@ -87,9 +87,9 @@ class DeviceTensor:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Numba's protocol, version 3; it has no word for bfloat16 (DLPack has)."""
+        """Numba's protocol, version 3; it does not support bfloat16 (DLPack does)."""
         if self.dtype not in _TYPESTR:
-            raise AttributeError(f"__cuda_array_interface__ cannot say {self.dtype}")
+            raise AttributeError(f"__cuda_array_interface__ does not support {self.dtype}")
         return {
             "shape": self.shape,
             "typestr": _TYPESTR[self.dtype],
@@ -100,25 +100,25 @@ class DeviceTensor:
         }
 
     def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
-        """The tensor for torch.from_dlpack and others; it keeps this one's memory."""
+        """Return the tensor for torch.from_dlpack and others; memory is shared and kept alive."""
         bits = element(self.dtype).itemsize * 8
         code = _DLPACK_CODE[self.dtype]
         return device.module().dlpack(self.device_ptr, list(self.shape), code, bits, self)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        """A CUDA device, the first visible one."""
+        """Return (CUDA, 0): the first visible device."""
         return 2, 0
 
 
 def empty(shape: tuple[int, ...], dtype: str) -> DeviceTensor:
-    """An uninitialised tensor in memory of its own."""
+    """Return an uninitialised tensor in its own memory."""
     num_bytes = int(np.prod(shape, dtype=np.int64)) * element(dtype).itemsize
     memory = Memory(num_bytes)
     return DeviceTensor(memory.pointer, shape, dtype, memory)
 
 
 def to_device(array: np.ndarray) -> DeviceTensor:
-    """A copy of a host array on the device.
+    """Copy a host array to the device.
 
     Example:
         >>> to_device(np.ones(3, np.float32)).numpy()  # doctest: +SKIP
@@ -133,7 +133,7 @@ def to_device(array: np.ndarray) -> DeviceTensor:
 
 
 def copy(to: DeviceTensor, array: np.ndarray) -> None:
-    """Put a host array into a tensor; done when it returns."""
+    """Copy a host array into a tensor; complete on return."""
     if array.nbytes != to.nbytes:
         raise ValueError(f"{array.nbytes} bytes for a tensor of {to.nbytes}")
     array = np.ascontiguousarray(array)

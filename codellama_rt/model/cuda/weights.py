@@ -17,7 +17,7 @@ Weight = DeviceTensor | Quantized
 
 @dataclass(frozen=True)
 class DeviceLayer:
-    """One layer; products that share their input are multiplied as one."""
+    """One layer; projections of the same input are multiplied as one."""
 
     attention_norm: DeviceTensor
     qkv: tuple[Weight, Weight, Weight]
@@ -43,14 +43,14 @@ class DeviceWeights:
 
 
 def upload(weights: LlamaWeights, quantization: str | None = None) -> DeviceWeights:
-    """Copy a checkpoint's weights to the device, quantised on the way if asked for.
+    """Copy a checkpoint's weights to the device, quantising them if requested.
 
     Args:
         weights: float arrays on the host.
-        quantization: None, "int8" or "int4", of the layers' projections.
+        quantization: None, "int8" or "int4", for the layers' projections.
 
     Raises:
-        ValueError: weights that have no kernels there.
+        ValueError: a dtype without kernels for the device.
     """
     dtype = weights.layers[0].q_proj.dtype.name
     if dtype not in ACTIVATION_DTYPES:
