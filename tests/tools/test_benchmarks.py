@@ -124,7 +124,7 @@ def test_a_row_says_what_and_how_fast():
 
 
 def test_a_selection_without_rows_is_refused():
-    with pytest.raises(ValueError, match="no operator takes this dtype"):
+    with pytest.raises(ValueError, match="no operator supports this dtype"):
         list(op_rows(Selection(ops=("rms_norm",), dtypes=("q4_0",)), [ops.isa()], 0.0))
 
 

@@ -129,7 +129,7 @@ def test_options_that_do_not_fit(tmp_path, options, reason):
 
 
 def test_what_metas_layout_cannot_say(tmp_path):
-    with pytest.raises(ValueError, match=r"params.json has does not support RoPE scaling"):
+    with pytest.raises(ValueError, match=r"params.json does not support RoPE scaling"):
         convert(TINY / "rope_linear4", tmp_path / "out", to="meta")
 
 

@@ -1,5 +1,5 @@
-"""What `codellama-rt bench` and the files of `benchmarks/` run: cases, checks, timings, rows.
+"""Cases, checks, timings and rows for `codellama-rt bench` and the files of `benchmarks/`.
 
 `op_rows` times operators, `generate_rows` a whole model, `peer_rows` pairs with other runtimes. A
-row is a flat dict; it stands beside the limits that were measured in the same run (`limits`).
+row is a flat dict, reported beside the limits measured in the same run (`limits`).
 """

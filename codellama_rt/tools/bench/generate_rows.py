@@ -1,4 +1,4 @@
-"""Rows of whole models: decode steps at any depth, and prompts."""
+"""Benchmark rows of whole models: decode steps at any depth, and prompts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _PYTHON_STEPS = 20
 
 @dataclass(frozen=True)
 class Model:
-    """Which model to run: one that exists, or random weights in a Code Llama's shape.
+    """The model to run: an existing one, or random weights in a Code Llama's shape.
 
     Attributes:
-        path: directory, GGUF file or name; None: `shape` and `layers` say what to write.
+        path: directory, GGUF file or name; None: write a model of `shape` and `layers`.
         shape: a name of `SHAPES`.
-        layers: of it; None: as many as the model has.
-        weights: dtype they are kept in.
+        layers: number of layers of the shape; None: all.
+        weights: dtype of the weights.
         kv_dtype: dtype of the cache; "auto": the model's.
     """
 
@@ -42,7 +42,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """For a row."""
+        """The model's name in a row."""
         if self.path is not None:
             return Path(self.path).name
         layers = self.layers or SHAPES[self.shape].n_layers
@@ -50,7 +50,7 @@ class Model:
 
     @contextlib.contextmanager
     def runner(self, max_depth: int) -> Iterator[Runner]:
-        """The model behind an engine; what was written for it is deleted at the end."""
+        """Yield the model behind an engine; a model written for it is deleted at the end."""
         with tempfile.TemporaryDirectory(prefix="codellama-rt-bench-") as folder:
             path = Path(folder) / "model"
             if self.path is None:
@@ -70,8 +70,8 @@ def decode_row(
     python_share: bool = False,
     watch: Stopwatch = stopwatch,
 ) -> Row:
-    """Decode steps at one depth, beside the read bandwidth before and after them."""
-    runner.decode(depth, 2)  # warms up caches, threads and the weights' pages
+    """Time decode steps at one depth; measure the read bandwidth before and after them."""
+    runner.decode(depth, 2)  # warms up caches, threads and the weights' memory pages
     before = read_bandwidth()
     with runner.at_depth(depth, steps + 1):  # pytest-benchmark may run one more
         timing = Timing(watch(runner.step, _nothing, steps))
@@ -102,7 +102,7 @@ def prefill_row(
     limits: Limits,
     watch: Stopwatch = stopwatch,
 ) -> Row:
-    """Prompts of one length, beside the arithmetic of the weights' dtype."""
+    """Time prompts of one length; measure the arithmetic peak of the weights' dtype."""
     runner.prefill(num_tokens)
     timing = Timing(watch(runner.run_prompt, lambda: runner.add_prompt(num_tokens), repeats))
     rate = runner.prefill_flops(num_tokens) / timing.median
@@ -130,7 +130,7 @@ def generate_rows(
     limits: Limits,
     python_share: bool = False,
 ) -> Iterator[tuple[int, int, Row]]:
-    """All rows, each as (done, of how many, row)."""
+    """Yield all rows as (done, total, row)."""
     done, total = 0, len(models) * (len(depths) + len(prefills))
     for model in models:
         with model.runner(max([*depths, *prefills])) as runner:
@@ -146,12 +146,12 @@ def generate_rows(
             for count in prefills:
                 done += 1
                 yield done, total, prefill_row(model, runner, count, repeats, limits=limits)
-        del runner  # its cache is given back before the next one is made
+        del runner  # frees its cache before the next one is allocated
         gc.collect()
 
 
 def _about(model: Model, runner: Runner, limits: Limits) -> Row:
-    """What was measured, and the memory that the process holds: weights mapped from files, too."""
+    """Return what was measured, and the process's memory, including mapped weights."""
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
     return {
         "model": model.name,
@@ -165,4 +165,4 @@ def _about(model: Model, runner: Runner, limits: Limits) -> Row:
 
 
 def _nothing() -> None:
-    """Decode steps need nothing set up."""
+    """Do nothing: decode steps need no setup."""

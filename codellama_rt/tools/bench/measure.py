@@ -1,4 +1,4 @@
-"""Timings, the rows they become, and the files those are written to."""
+"""Timings, the rows made from them, and the files of rows."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Timing:
 
     @property
     def best(self) -> float:
-        """What the machine can do: others only ever make a run longer."""
+        """The shortest run: noise from other processes only makes runs longer."""
         return min(self.seconds)
 
     @property
     def median(self) -> float:
-        """What one gets."""
+        """The median run: what users see."""
         return median(self.seconds)
 
     def text(self) -> str:
-        """Median (10th to 90th percentile), best."""
+        """Return median (10th to 90th percentile) and best as text."""
         scale, unit = (1e6, "us") if self.median < 1e-3 else (1e3, "ms")
         low, middle, high, best = (
             f"{scale * x:.4g}" for x in (self.low, self.median, self.high, self.best)
@@ -50,7 +50,7 @@ class Timing:
         return f"{middle} ({low}-{high}), best {best} {unit}"
 
     def record(self) -> dict[str, float]:
-        """For a row."""
+        """Return the fields of a row."""
         return {
             "median_us": 1e6 * self.median,
             "p10_us": 1e6 * self.low,
@@ -61,7 +61,7 @@ class Timing:
 
 
 def stopwatch(work: Callable[[], object], setup: Callable[[], object], rounds: int) -> list[float]:
-    """The plain `Stopwatch`; the files of `benchmarks/` use pytest-benchmark's instead."""
+    """Run the plain `Stopwatch`; the files of `benchmarks/` use pytest-benchmark's instead."""
     seconds = []
     for _ in range(rounds):
         setup()
@@ -72,7 +72,7 @@ def stopwatch(work: Callable[[], object], setup: Callable[[], object], rounds: i
 
 
 def save(path: Path, what: str, rows: Sequence[Row]) -> None:
-    """Write rows as JSON, with what they were measured on and by."""
+    """Write rows as JSON, with the machine, versions and command they were measured with."""
     record = {
         "bench": what,
         "command": _command(sys.argv[1:]),
@@ -86,6 +86,6 @@ def save(path: Path, what: str, rows: Sequence[Row]) -> None:
 
 
 def _command(words: Sequence[str]) -> str:
-    """What was typed, without the names of files and interpreters, which are the machine's own."""
+    """Return the command line without file and interpreter names, which depend on the machine."""
     text = re.sub(r" --json[ =]\S+", "", shlex.join(["codellama-rt", *words]))
     return re.sub(r"--peer-python[ =]\S+", "--peer-python PYTHON", text)

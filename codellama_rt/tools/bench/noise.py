@@ -1,4 +1,4 @@
-"""Made-up values: kernels take as long for them as for real ones."""
+"""Random values: kernels take as long for them as for real ones."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from codellama_rt.ops import Quantized
 from codellama_rt.ops.dtypes import numpy_dtype
 from codellama_rt.ops.quantized import GGUF_BLOCKS, weight_num_bytes
 
-_PERIOD = 1_000_003  # elements that repeat in larger arrays; a prime, so that rows differ
-_PAGES = 7  # that repeat in a cache
+_PERIOD = 1_000_003  # larger arrays repeat so many elements; a prime, so that rows differ
+_BLOCKS = 7  # a cache repeats so many blocks
 _SCALES_AT = {"q4_0": (0,), "q4_1": (0, 2), "q8_0": (0,), "q4_k": (0, 2), "q6_k": (208,)}
 
 
 def noise(
     shape: tuple[int, ...], dtype: str, rng: np.random.Generator, width: float = 1.0
 ) -> np.ndarray:
-    """Values in [-width / 2, width / 2)."""
+    """Return values in [-width / 2, width / 2)."""
     values = rng.random(min(int(np.prod(shape)), _PERIOD), np.float32) - np.float32(0.5)
     return np.resize((values * np.float32(width)).astype(numpy_dtype(dtype)), shape)
 
 
 def quantized_noise(shape: tuple[int, int], dtype: str, rng: np.random.Generator) -> Quantized:
-    """A quantised weight: noise that was quantised, or random blocks of a GGUF format."""
+    """Return a quantised weight: quantised noise, or random blocks of a GGUF format."""
     if dtype not in GGUF_BLOCKS:
         return ops.quantize(noise(shape, "bfloat16", rng), dtype)
     _, block_bytes = GGUF_BLOCKS[dtype]
@@ -37,14 +37,14 @@ def quantized_noise(shape: tuple[int, int], dtype: str, rng: np.random.Generator
 def fill_caches(
     key_cache: np.ndarray | Quantized, value_cache: np.ndarray | Quantized, rng: np.random.Generator
 ) -> None:
-    """Fill a layer's pages (num_blocks, n_kv_heads, block_size, head_dim) with noise, in place."""
+    """Fill a layer's caches (num_blocks, n_kv_heads, block_size, head_dim) with noise, in place."""
     num_blocks, n_kv_heads, block_size, head_dim = key_cache.shape
-    count = min(_PAGES, num_blocks)
+    count = min(_BLOCKS, num_blocks)
     rows = noise((2, count * block_size, n_kv_heads, head_dim), "float32", rng)
     slots = np.arange(count * block_size, dtype=np.int32)
     ops.reshape_and_cache(*rows, key_cache, value_cache, slots)
-    for pages in (key_cache, value_cache):
-        stored = pages.payload if isinstance(pages, Quantized) else pages
+    for cache in (key_cache, value_cache):
+        stored = cache.payload if isinstance(cache, Quantized) else cache
         stored = stored.reshape(num_blocks, -1)
         for begin in range(count, num_blocks, count):
             stored[begin : begin + count] = stored[: min(count, num_blocks - begin)]

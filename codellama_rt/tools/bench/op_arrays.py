@@ -1,4 +1,4 @@
-"""What an operator is called with: noise of the right shapes, in buffers that take turns."""
+"""Arguments of operators: noise of the right shapes, in buffers that are used in turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Arrays = dict[str, np.ndarray | Quantized]
 
 
 def make_arrays(case: Case, rng: np.random.Generator) -> Arrays:
-    """All arguments and results of a case by name: one sequence, whose tokens are its last."""
+    """Return all arguments and results of a case by name: one sequence, queries at its end."""
     made = {}
     for name in case.tensors:
         shape, dtype = case.shape_of(name), case.dtype_of(name)
@@ -31,14 +31,14 @@ def make_arrays(case: Case, rng: np.random.Generator) -> Arrays:
         elif name not in CACHES:
             made[name] = quantized_noise(shape, dtype, rng)
     if "key_cache" in case.tensors and "key_cache" not in made:
-        pages = empty_caches(case.dtype, case.shape_of("key_cache"))
-        fill_caches(*pages, rng)
-        made |= zip(CACHES, pages, strict=True)
+        caches = empty_caches(case.dtype, case.shape_of("key_cache"))
+        fill_caches(*caches, rng)
+        made |= zip(CACHES, caches, strict=True)
     return made
 
 
 def bind(op: Op, arrays: Arrays) -> Callable[[], object]:
-    """The call, on preallocated results, as the model does it."""
+    """Return the call, on preallocated results, as the model makes it."""
     inputs = [arrays[name] for name in op.inputs]
     outputs = tuple(arrays[name] for name in op.outputs)
     given = {} if not outputs else {"out": outputs if len(outputs) > 1 else outputs[0]}
@@ -46,9 +46,9 @@ def bind(op: Op, arrays: Arrays) -> Callable[[], object]:
 
 
 class Turns:
-    """Copies of a case's arrays, more in all than any cache holds; each run takes the next.
+    """Copies of a case's arrays, together larger than any cache; each run uses the next copy.
 
-    What is looked up in a table changes with every run as well.
+    Table indices change with every run as well.
     """
 
     def __init__(self, case: Case, arrays: Arrays, num_bytes: int = PROBE_BYTES) -> None:
@@ -61,7 +61,7 @@ class Turns:
         self.advance()
 
     def advance(self) -> None:
-        """Take the next copy."""
+        """Switch to the next copy."""
         arrays = {name: copies[self._next] for name, copies in self._arrays.items()}
         if "token_ids" in arrays:
             ids = arrays["token_ids"]
@@ -70,7 +70,7 @@ class Turns:
         self._next = (self._next + 1) % self._copies
 
     def run(self) -> None:
-        """Call the operator on it."""
+        """Call the operator on the current copy."""
         self._call()
 
 
@@ -84,21 +84,21 @@ def _repeated(array: np.ndarray | Quantized, copies: int) -> Sequence[np.ndarray
 
 
 def _integers(name: str, shape: tuple, sizes: dict, rng: np.random.Generator) -> np.ndarray:
-    """Positions, pages in random order, lengths."""
+    """Return positions, lengths, and blocks in random order."""
     num_tokens = sizes.get("num_tokens", 0)
     num_keys = sizes.get("num_keys", num_tokens)
     positions = np.arange(num_keys - num_tokens, num_keys)
-    pages = np.random.default_rng(3).permutation(sizes.get("num_blocks", 1))
+    blocks = np.random.default_rng(3).permutation(sizes.get("num_blocks", 1))
     values = {
         "token_ids": lambda: rng.integers(0, sizes["vocab_size"], shape),
         "positions": lambda: positions,
         "slot_mapping": lambda: (
-            pages[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+            blocks[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
         ),
-        "block_tables": lambda: pages[None, :],
+        "block_tables": lambda: blocks[None, :],
         "seq_lens": lambda: np.array([num_keys]),
         "cu_seqlens_q": lambda: np.array([0, num_tokens]),
         "cu_seqlens_k": lambda: np.array([0, num_keys]),
-        "block_pairs": lambda: pages[: shape[0] * 2].reshape(shape),
+        "block_pairs": lambda: blocks[: shape[0] * 2].reshape(shape),
     }[name]()
     return values.astype(np.int32).reshape(shape)

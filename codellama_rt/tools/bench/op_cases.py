@@ -50,9 +50,9 @@ class Case:
     """One operator with sizes for its axes.
 
     Attributes:
-        op: of the schema.
+        op: an op of the schema.
         model: a name of `SHAPES`.
-        label: the sizes for people.
+        label: the sizes as text.
         dtype: of weights and cache; activations are float32, as in the model.
         sizes: by axis name.
     """
@@ -69,7 +69,7 @@ class Case:
         return {**self.op.inputs, **self.op.outputs}
 
     def dtype_of(self, name: str) -> str:
-        """The dtype of an argument or a result."""
+        """Return the dtype of an argument or a result."""
         tensor = self.tensors[name]
         if tensor.dtypes in (("int32",), ("float32",)):
             return tensor.dtypes[0]
@@ -83,24 +83,24 @@ class Case:
         return self.dtype if is_stored and self.dtype in FLOAT_DTYPES else "float32"
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """The sizes of an argument's or a result's axes."""
+        """Return the shape of an argument or a result."""
         return tuple(
             int(eval(axis, {"__builtins__": {}}, self.sizes)) for axis in self.tensors[name].axes
         )
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the schema counts; a written byte counts as a read one."""
+        """Bytes by the schema; a written byte counts like a read one."""
         return int(self.op.num_bytes(self.sizes, {n: self._item_size(n) for n in self.tensors}))
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions that the schema counts."""
+        """Multiplications and additions by the schema."""
         return self.op.flops(self.sizes)
 
     @property
     def product_dtype(self) -> str:
-        """The operands whose arithmetic bounds the op: a key of `Limits.flops`."""
+        """The dtype whose arithmetic bounds the op: a key of `Limits.flops`."""
         if self.op.name not in _PRODUCTS:
             return "float32"
         if self.dtype in FLOAT_DTYPES:
@@ -108,7 +108,7 @@ class Case:
         return "int8" if self.op.name in ("linear", "decoder_layer") else "bfloat16"
 
     def _item_size(self, name: str) -> float:
-        """Bytes an element, scales included."""
+        """Return the bytes per element, scales included."""
         dtype = self.dtype_of(name)
         if dtype in ITEM_SIZE:
             return ITEM_SIZE[dtype]
@@ -124,11 +124,11 @@ class Selection:
     """Which rows to measure.
 
     Attributes:
-        ops: names of the schema; empty: all.
+        ops: names in the schema; empty: all.
         models: names of `SHAPES`.
         dtypes: of weights and cache, of `DTYPES`.
-        tokens: tokens of a step: 1 is decoding, 512 a chunk of a prompt.
-        keys: lengths of the context that attention reads.
+        tokens: tokens per step: 1 is decoding, 512 a chunk of a prompt.
+        keys: context lengths that attention reads.
     """
 
     ops: Sequence[str] = ()
@@ -138,7 +138,7 @@ class Selection:
     keys: Sequence[int] = (2048, 16384, 100_000)
 
     def __post_init__(self) -> None:
-        """Refuse names that do not exist.
+        """Reject unknown names.
 
         Raises:
             ValueError: an unknown op, model or dtype, or a size that is not positive.
@@ -152,7 +152,7 @@ class Selection:
             raise ValueError(f"tokens and keys must be positive, got {self.tokens}, {self.keys}")
 
     def cases(self) -> Iterator[Case]:
-        """The rows: what the op does not take in a dtype is left out."""
+        """Yield the cases, without the combinations that an op does not support."""
         for model in self.models:
             for dtype in self.dtypes:
                 for case in _cases(model, dtype, self.tokens, self.keys):
@@ -161,7 +161,7 @@ class Selection:
 
 
 def _accepts(case: Case) -> bool:
-    """Whether the dtype says anything about this op, and its rows are whole blocks of it."""
+    """Return whether the dtype matters to this op, and its rows are whole blocks of it."""
     if case.dtype in FLOAT_DTYPES:
         return True
     stored = [name for name in case.op.inputs if case.dtype_of(name) == case.dtype]
@@ -183,7 +183,7 @@ def _cases(model: str, dtype: str, tokens: Sequence[int], keys: Sequence[int]) -
             sizes = _sizes(config, num_tokens, num_keys)
             for name in ("paged_attention", "flash_attention", "decoder_layer"):
                 yield Case(OPS[name], model, label, dtype, sizes)
-    yield Case(OPS["copy_blocks"], model, "8 pages", dtype, _sizes(config, 1, 32 * BLOCK_SIZE))
+    yield Case(OPS["copy_blocks"], model, "8 blocks", dtype, _sizes(config, 1, 32 * BLOCK_SIZE))
 
 
 def _sizes(config: ModelConfig, num_tokens: int, num_keys: int) -> dict[str, int]:

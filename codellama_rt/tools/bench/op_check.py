@@ -1,4 +1,4 @@
-"""Whether an operator's result is right, before its speed is anyone's concern."""
+"""Check that an operator's result is right before its speed is measured."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from codellama_rt.tools.bench.op_cases import CACHES, Case
 
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}  # of the largest element
 OTHER_TOLERANCE = 1e-2
-# Of a quantised cache that was written: a step, where a sum was rounded to the other side.
+# For a quantised cache that was written: one step, where a sum was rounded the other way.
 STEP = {"int8": 1 / 127, "int4": 1 / 15}
-_ROWS = 64  # of a weight, at least, that are compared
+_ROWS = 64  # minimum number of a weight's rows to compare
 
 
 def check(case: Case, arrays: Arrays) -> None:
-    """Compare the operator with its definition in float64, on a part where the whole takes long.
+    """Compare an operator with its definition in float64, on a part if the whole takes long.
 
-    A whole layer is compared with the single operators it consists of, whose rows are compared
-    with their definitions. Afterwards the arrays hold what the operator wrote.
+    A whole layer is compared with its single operators, whose rows are compared with their
+    definitions. Afterwards the arrays hold what the operator wrote.
 
     Raises:
         RuntimeError: the results differ.
@@ -50,7 +50,7 @@ def _floats(name: str, values: np.ndarray | Quantized) -> np.ndarray:
 
 
 def _reference(case: Case, arrays: Arrays) -> tuple[dict, Arrays]:
-    """Which part of the results to compare, and what it should be."""
+    """Return which part of the results to compare, and its expected values."""
     expected = {name: arrays[name].copy() for name in case.op.written}
     call_with = {name: expected.get(name, arrays[name]) for name in case.op.inputs}
     part, call_with = _part(case, call_with)
@@ -60,7 +60,7 @@ def _reference(case: Case, arrays: Arrays) -> tuple[dict, Arrays]:
 
 
 def _part(case: Case, arrays: Arrays) -> tuple[dict, Arrays]:
-    """The part of the outputs to compare, and the inputs it follows from."""
+    """Return the part of the outputs to compare, and the inputs it depends on."""
     arrays = dict(arrays)
     if case.op.name == "linear":
         weight = arrays["weight"]
@@ -85,7 +85,7 @@ def _part(case: Case, arrays: Arrays) -> tuple[dict, Arrays]:
 
 
 def _rows(weight: np.ndarray | Quantized, tiles: np.ndarray) -> np.ndarray | Quantized:
-    """Those tiles of 16 rows of a weight, one after another."""
+    """Return the given tiles of 16 rows of a weight, concatenated."""
     num_rows, k = weight.shape
     if not isinstance(weight, Quantized):
         return weight.reshape(-1, WEIGHT_TILE, k)[tiles].reshape(-1, k)
@@ -93,15 +93,15 @@ def _rows(weight: np.ndarray | Quantized, tiles: np.ndarray) -> np.ndarray | Qua
     return Quantized(payload.reshape(-1), weight.dtype, (len(tiles) * WEIGHT_TILE, k))
 
 
-def _first_head(pages: np.ndarray | Quantized) -> np.ndarray | Quantized:
-    if not isinstance(pages, Quantized):
-        return pages[:, :1]
-    num_blocks, _, block_size, head_dim = pages.shape
-    return Quantized(pages.payload[:, :1], pages.dtype, (num_blocks, 1, block_size, head_dim))
+def _first_head(cache: np.ndarray | Quantized) -> np.ndarray | Quantized:
+    if not isinstance(cache, Quantized):
+        return cache[:, :1]
+    num_blocks, _, block_size, head_dim = cache.shape
+    return Quantized(cache.payload[:, :1], cache.dtype, (num_blocks, 1, block_size, head_dim))
 
 
 def _layer(case: Case, a: Arrays) -> tuple[dict, Arrays]:
-    """What the single operators make of a layer, one after another."""
+    """Compute a layer from the single operators, one after another."""
     caches = {name: a[name].copy() for name in CACHES}
     x = ops.rms_norm(a["x"], a["attention_norm"])
     qkv = ops.linear(x, (a["q_proj"], a["k_proj"], a["v_proj"]))

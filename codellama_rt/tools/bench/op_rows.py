@@ -1,4 +1,4 @@
-"""Rows of operators: time, GB/s, GFLOP/s, what bounds it, and the share of that limit."""
+"""Benchmark rows of operators: time, GB/s, GFLOP/s, what bounds it, and the share of that limit."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from codellama_rt.tools.bench.op_check import check
 from codellama_rt.tools.limits import peak_flops, read_bandwidth
 
 MIN_RUNS, MAX_RUNS = 20, 2000
-CALL_SECONDS = 2e-6  # below this a call from Python is what takes the time
+CALL_SECONDS = 2e-6  # below this, the call from Python dominates
 LIMITS_SECONDS = 0.03  # spent on each limit, before and after each row
 
 
 def op_row(case: Case, seconds: float, watch: Stopwatch = stopwatch) -> Row:
-    """Check a case, then time it beside the limits of this moment.
+    """Check a case, then time it beside the limits measured at the same moment.
 
     Args:
         case: what to run.
-        seconds: to spend on it, at least `MIN_RUNS` runs.
+        seconds: time to spend, at least `MIN_RUNS` runs.
         watch: times the runs.
     """
     arrays = make_arrays(case, np.random.default_rng(0))
@@ -40,10 +40,10 @@ def op_row(case: Case, seconds: float, watch: Stopwatch = stopwatch) -> Row:
 def op_rows(
     selection: Selection, isas: list[str], seconds: float
 ) -> Iterator[tuple[int, int, Row]]:
-    """All rows of a selection on each instruction set, each as (done, of how many, row)."""
+    """Yield all rows of a selection on each instruction set, each as (done, total, row)."""
     cases, before = list(selection.cases()), ops.isa()
     if not cases:
-        raise ValueError("no operator takes this dtype, or none is selected")
+        raise ValueError("no operator supports this dtype, or none is selected")
     total = len(isas) * len(cases)
     try:
         for i, isa in enumerate(isas):
@@ -55,7 +55,7 @@ def op_rows(
 
 
 def _rounds(turns: Turns, seconds: float) -> int:
-    """Warm up, and see how many runs fit into the time."""
+    """Warm up, and return how many runs fit into the time."""
     once = []
     for _ in range(3):
         turns.advance()
@@ -66,7 +66,7 @@ def _rounds(turns: Turns, seconds: float) -> int:
 
 
 def _roof(case: Case) -> tuple[float, float]:
-    """Bytes and FLOPs a second that the machine gives now; the higher of two is the truer."""
+    """Return the current limits of bytes and FLOPs per second; the higher of two measurements."""
     dtype = case.product_dtype
     peak = peak_flops("float32" if dtype == "float16" else dtype, LIMITS_SECONDS)
     return read_bandwidth(LIMITS_SECONDS), peak

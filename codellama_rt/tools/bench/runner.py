@@ -1,4 +1,4 @@
-"""A model behind an engine, at any depth of context without paying for the prompt."""
+"""A model behind an engine, at any depth of context without computing the prompt."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from codellama_rt.model.llama import Llama
 from codellama_rt.tools.bench.noise import fill_caches
 
 BLOCK_SIZE = 64
-MAX_STEPS = 256  # decode steps of one request, at most
+MAX_STEPS = 256  # maximum decode steps per request
 
 
 class Runner:
-    """Runs steps of the engine: scheduling, the model and greedy sampling together."""
+    """Run steps of the engine: scheduling, the model and greedy sampling together."""
 
     def __init__(self, checkpoint: Checkpoint, max_depth: int, kv_dtype: str = "auto") -> None:
-        """Take a model and a cache of max_depth + MAX_STEPS tokens, full of noise."""
+        """Create an engine with a cache of max_depth + MAX_STEPS tokens, full of noise."""
         self.config = checkpoint.config
         self.kv_dtype = self.config.dtype if kv_dtype == "auto" else kv_dtype
         projection = checkpoint.weights.layers[0].q_proj.dtype
@@ -52,9 +52,9 @@ class Runner:
 
     @contextlib.contextmanager
     def at_depth(self, depth: int, steps: int) -> Iterator[None]:
-        """A request after `depth` tokens, of which `steps` decode steps may run within.
+        """Provide a request at `depth` tokens for up to `steps` decode steps.
 
-        Its prompt is what the pages held before.
+        Its prompt is not computed: the noise in the cache takes its place.
         """
         if steps + 1 > MAX_STEPS:
             raise ValueError(f"steps must be under {MAX_STEPS}, got {steps}")
@@ -70,18 +70,18 @@ class Runner:
             self.engine.abort("bench")
 
     def step(self) -> None:
-        """One decode step."""
+        """Run one decode step."""
         self.engine.step()
 
     def decode(self, depth: int, steps: int) -> list[float]:
-        """Seconds of each of `steps` decode steps after a context of `depth` tokens."""
+        """Return the seconds of each of `steps` decode steps after `depth` tokens of context."""
         with self.at_depth(depth, steps):
             return [_seconds(self.step) for _ in range(steps)]
 
     def python_share(self, depth: int, steps: int) -> float:
-        """The share of a decode step that is neither kernels nor their calls from Python.
+        """Return the share of a decode step that is neither kernels nor their calls from Python.
 
-        The calls of one step are recorded, then replayed between steps: pairs, without drift.
+        The calls of each step are recorded and replayed between steps: paired, so without drift.
         """
         recorder = _Recorder(_core)
         with self.at_depth(depth, steps + 1):
@@ -98,21 +98,21 @@ class Runner:
         self.engine.add_request("bench", self._prompt(num_tokens), params)
 
     def run_prompt(self) -> None:
-        """From a prompt to its first new token."""
+        """Run the submitted prompt up to its first new token."""
         while self.engine.has_unfinished():
             self.engine.step()
 
     def prefill(self, num_tokens: int) -> float:
-        """Seconds from a prompt of `num_tokens` tokens to its first new token."""
+        """Return the seconds from a prompt of `num_tokens` tokens to its first new token."""
         self.add_prompt(num_tokens)
         return _seconds(self.run_prompt)
 
     def decode_bytes(self, depth: int) -> int:
-        """Bytes that a decode step at `depth` has to read."""
+        """Return the bytes that a decode step at `depth` has to read."""
         return self.weight_bytes + depth * bytes_per_token(self.config, self.kv_dtype)
 
     def prefill_flops(self, num_tokens: int) -> int:
-        """Multiplications and additions of a prompt; the head sees its last token alone."""
+        """Return the multiplications and additions of a prompt; only its last token has logits."""
         c = self.config
         per_layer = c.dim * (2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.hidden_dim)
         attention = 2 * num_tokens * c.n_heads * c.head_dim  # causal: half of 4
@@ -120,7 +120,7 @@ class Runner:
         return num_tokens * c.n_layers * (2 * per_layer + attention) + head
 
     def logits(self, token_ids: list[int]) -> np.ndarray:
-        """Logits after the last of the tokens, (vocab_size) float32."""
+        """Return the logits after the last of the tokens, (vocab_size) float32."""
         return sequence_logits(self.model.model, token_ids, kv_dtype=self.kv_dtype)[-1]
 
     def _prompt(self, num_tokens: int) -> np.ndarray:
@@ -128,7 +128,7 @@ class Runner:
 
 
 class _SkippableModel:
-    """A model whose steps can be left out; the cache then keeps what it held."""
+    """A model whose steps can be skipped; the cache then keeps its contents."""
 
     def __init__(self, model: Llama) -> None:
         self.model, self.config, self.is_skipping = model, model.config, False
@@ -140,7 +140,7 @@ class _SkippableModel:
 
 
 class _Recorder:
-    """Passes calls on to a module and keeps them."""
+    """Pass calls on to a module and record them."""
 
     def __init__(self, module: object) -> None:
         self._module, self.calls = module, []
@@ -155,7 +155,7 @@ class _Recorder:
         return record
 
     def replay(self) -> None:
-        """The same calls with nothing of Python between."""
+        """Repeat the recorded calls without any other Python in between."""
         for call, args in self.calls:
             call(*args)
 

@@ -1,11 +1,11 @@
-"""Checkpoints of random weights in Code Llama's shapes, for speed and memory alone.
+"""Checkpoints of random weights in Code Llama's shapes, for measuring speed and memory.
 
     python -m codellama_rt.tools.bench.synthetic --shape 7b --layers 4 --out 7b-4l  # safetensors
     python -m codellama_rt.tools.bench.synthetic --shape 7b --layers 4 --out 7b-4l.gguf  # the same
 
-A weight depends on its name, the seed and its shape, so both forms hold the same model; in GGUF the
-rows of q and k are in that format's order. The directory has no tokenizer unless one is given; the
-GGUF file gets a vocabulary of made-up words, without which llama.cpp does not open it.
+A weight depends on its name, the seed and its shape, so both forms contain the same model; in GGUF
+the rows of q and k are in that format's order. The directory has no tokenizer unless one is given;
+the GGUF file gets a vocabulary of invented words, because llama.cpp needs one to open it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WEIGHTS = (*FLOAT_DTYPES, *QUANTIZATIONS)
 
 
 def make_weight(name: str, shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:
-    """Ones for a norm; noise of variance 1 / in_features for a matrix."""
+    """Return ones for a norm, noise of variance 1 / in_features for a matrix."""
     if len(shape) == 1:
         return np.ones(shape, numpy_dtype(dtype))
     rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
@@ -50,12 +50,12 @@ def make_weight(name: str, shape: tuple[int, ...], dtype: str, seed: int) -> np.
 def write_directory(
     folder: Path, config: ModelConfig, *, dtype: str = "bfloat16", seed: int = 0
 ) -> None:
-    """Write config.json, generation_config.json and model.safetensors, a tensor at a time.
+    """Write config.json, generation_config.json and model.safetensors, one tensor at a time.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         config: of the model.
-        dtype: of the weights; int8 and int4 are quantised as they are written, in the format of
+        dtype: of the weights; int8 and int4 are quantised while writing, in the format of
             `codellama_rt.tools.convert.convert`, with the embedding and the norms in bfloat16.
         seed: of the weights.
     """
@@ -115,7 +115,7 @@ def _hf_config(config: ModelConfig) -> dict:
 
 
 def write_gguf(path: Path, config: ModelConfig, seed: int = 0) -> None:
-    """Write the same model as one GGUF file with a vocabulary of made-up words."""
+    """Write the same model as one GGUF file with a vocabulary of invented words."""
     import gguf
 
     kinds = gguf.GGMLQuantizationType
@@ -170,7 +170,7 @@ def _write_metadata(writer: object, config: ModelConfig) -> None:
 
 
 def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Hugging Face's rows (i, i + head_dim / 2 rotate together) in GGUF's order (2i, 2i + 1)."""
+    """Reorder Hugging Face's rows (i, i + head_dim / 2 rotate together) to GGUF's (2i, 2i + 1)."""
     halves = rows.reshape(heads, 2, -1, rows.shape[1])
     return halves.transpose(0, 2, 1, 3).reshape(rows.shape)
 
@@ -181,9 +181,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--layers", type=int, help="the full model's by default")
+    parser.add_argument("--layers", type=int, help="number of layers (default: the full model's)")
     parser.add_argument(
-        "--dtype", choices=WEIGHTS, default="bfloat16", help="int8 and int4: of a directory alone"
+        "--dtype", choices=WEIGHTS, default="bfloat16", help="int8 and int4: only for a directory"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.model to put into the directory")

@@ -1,4 +1,4 @@
-"""Rows as tables: the same columns on the terminal and in a report."""
+"""Rows as tables, with the same columns on the terminal and in a report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Column = tuple[str, Callable[[Row], str]]
 
 
 def tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """A title, a line of headings and the cells, for each kind of row there is."""
+    """Yield a title, a list of headings and the cells, for each kind of row present."""
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(_kind(row), []).append(row)
@@ -21,7 +21,7 @@ def tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[list[str]
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print them on stdout."""
+    """Print the tables on stdout."""
     import sys
 
     from rich.console import Console
@@ -38,7 +38,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def brief(row: Row) -> str:
-    """What a row is about, in a few words."""
+    """Return a short description of a row."""
     names = ("op", "peer", "what", "shape", "model", "weights", "dtype", "kv", "depth", "tokens")
     return " ".join(str(row[name]) for name in names if name in row)
 
@@ -48,7 +48,7 @@ def _kind(row: Row) -> str:
 
 
 def _time(row: Row) -> str:
-    """Median and the middle eight tenths of the runs, in microseconds."""
+    """Return the median and the 10th to 90th percentile of the runs, in microseconds."""
     return f"{row['median_us']:.4g} ({row['p10_us']:.4g}-{row['p90_us']:.4g})"
 
 
