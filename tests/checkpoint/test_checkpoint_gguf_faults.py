@@ -43,7 +43,7 @@ BAD_FILES = {
     "empty": (b"", "found an empty file"),
     "another file": (
         b"PK\x03\x04" + bytes(64),
-        "b'GGUF', found b'PK.*the directory that safetensors",
+        "b'GGUF', found b'PK.*the directory with the safetensors",
     ),
     "3 bytes": (b"GGU", "expected 4 bytes at offset 0, found 3; the file is truncated"),
     "version 1": (head(1), "GGUF version 2 or 3, little-endian, found version 1"),

@@ -111,7 +111,7 @@ def test_a_truncated_file(folder, cut):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"format_version": 3}, "format_version 2, found 3; a newer codellama_rt may read it"),
+        ({"format_version": 3}, "format_version 2, found 3; a newer codellama_rt may support it"),
         ({"format_version": None}, "format_version 2, found None"),
         ({"dtype": "int3"}, "dtype to be one of int8, int4, found 'int3'"),
         ({"quant_method": "gptq"}, "quantization_config.*unquantised weights"),

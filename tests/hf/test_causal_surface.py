@@ -129,7 +129,7 @@ def test_options_that_cannot_be(tmp_path):
         ({"temperature": -1.0, "do_sample": True}, ValueError, "temperature"),
         ({"typical_p": 2.0}, ValueError, "typical_p must be from 0 to 1"),
         ({"early_stopping": "soon"}, ValueError, "early_stopping must be bool or 'never'"),
-        ({"bad_words_ids": [[]]}, ValueError, "must not hold an empty list"),
+        ({"bad_words_ids": [[]]}, ValueError, "must not contain an empty list"),
         ({"stop_strings": [1]}, TypeError, "stop_strings must be"),
         ({"eos_token_id": "a"}, TypeError, "eos_token_id must be"),
         ({"eos_token_id": 512}, ValueError, "eos_token_id must be a token id in"),

@@ -62,7 +62,7 @@ def test_a_converted_checkpoint_gives_the_same_bits(folder, tmp_path, quantizati
         assert llm.kv_cache.dtype == "float16"
         assert_equal_bits(llm.logits(ids), logits)
         assert llm.generate(PROMPT)[0].text == text
-    with pytest.raises(ValueError, match=f"found them already quantised to {quantization}"):
+    with pytest.raises(ValueError, match=f"found them in {quantization} already"):
         LLM(converted, quantization="int4" if quantization == "int8" else "int8")
 
 

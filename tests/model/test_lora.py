@@ -199,7 +199,7 @@ def test_the_transformers_surface(llm, folders):
     assert outcome() == adapted
     model.set_adapter(None)
     assert outcome() == plain
-    with pytest.raises(ValueError, match=r"no adapter 'third' is loaded; there are \['default'"):
+    with pytest.raises(ValueError, match=r"no adapter 'third' is loaded; loaded: \['default'"):
         model.set_adapter("third")
 
 

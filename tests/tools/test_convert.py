@@ -57,7 +57,7 @@ def test_it_opens_as_views_of_one_mapping(tmp_path, name):
 def test_opening_with_the_quantization_it_has(tmp_path):
     convert(TINY / NAMES[0], tmp_path / "out", quantization="int8")
     assert open_checkpoint(tmp_path / "out", quantization="int8").weights.lm_head.dtype == "int8"
-    with pytest.raises(CheckpointError, match="quantise to int4, found them already quantised to int8"):
+    with pytest.raises(CheckpointError, match="quantise to int4, found them in int8 already"):
         open_checkpoint(tmp_path / "out", quantization="int4")
     with pytest.raises(CheckpointError, match="already quantised to int8; convert the original"):
         convert(tmp_path / "out", tmp_path / "again", quantization="int4")
