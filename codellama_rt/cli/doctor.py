@@ -33,9 +33,10 @@ def examine(seconds: float = 0.2) -> dict[str, Any]:
         "memory_available_bytes": available_bytes(),
     }
     try:
-        from codellama_rt import _core, ops
+        from codellama_rt import ops
         from codellama_rt.model.kv_cache import KV_DTYPES
         from codellama_rt.ops.dtypes import FLOAT_DTYPES
+        from codellama_rt.ops.native import _core
         from codellama_rt.ops.quantized import WEIGHT_DTYPES
         from codellama_rt.tools.limits import measure_limits
     except ImportError as error:

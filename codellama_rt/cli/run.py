@@ -13,8 +13,8 @@ from codellama_rt.cli.progress import ProgressBar
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.completion import Completion, Job
 from codellama_rt.llm.llm import LLM
+from codellama_rt.llm.memory_plan import weight_bytes
 from codellama_rt.llm.prompts import PromptEncoder
-from codellama_rt.llm.traffic import weight_bytes
 from codellama_rt.model.kv_cache import bytes_per_token
 from codellama_rt.text.tokenizer import Tokenizer
 from codellama_rt.tools.limits import read_bandwidth

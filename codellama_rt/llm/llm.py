@@ -9,6 +9,7 @@ import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.checkpoint import Checkpoint, load_checkpoint
+from codellama_rt.checkpoint.adapter import load_adapter
 from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.checkpoint.open import read_model
 from codellama_rt.engine.engine import Engine
@@ -22,7 +23,7 @@ from codellama_rt.llm.placement import default_block_size, place, plan_pages
 from codellama_rt.llm.prompts import PromptEncoder
 from codellama_rt.llm.scoring import sequence_logits
 from codellama_rt.llm.variants import find_variant, require_length
-from codellama_rt.model.lora import LoraAdapter, load_adapter, merged
+from codellama_rt.model.lora import LoraAdapter, merged
 from codellama_rt.text.chat import read_chat_template
 from codellama_rt.text.tokenizer import has_tokenizer, load_tokenizer
 

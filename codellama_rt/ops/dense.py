@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from codellama_rt import _core
+from codellama_rt.ops.native import _core
 from codellama_rt.ops.quantized import OWN_WEIGHT_DTYPES, Quantized, weight_num_bytes
 from codellama_rt.ops.results import Array, axis_size, empty, empty_like
 

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from pathlib import Path
+from types import ModuleType
 
-from codellama_rt import _core
 from codellama_rt.ops.ascend_library import available as ascend_available
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_CUDA = "codellama_rt._cuda"
+
+
+def _absence_of_kernels() -> str:
+    if (_PACKAGE.parent / "CMakeLists.txt").is_file():
+        return (
+            f"{_PACKAGE.parent} is a source tree without compiled kernels: run "
+            "`pip install -e .` in it, or start Python elsewhere to use the installed package"
+        )
+    return "they were built for another Python than this one: install the package again with it"
+
+
+try:
+    from codellama_rt import _core
+except ImportError as error:
+    raise ImportError(
+        f"codellama_rt has no kernels (_core) in {_PACKAGE}: {error}; {_absence_of_kernels()}"
+    ) from None
 
 
 def available_isas() -> list[str]:
@@ -62,12 +84,40 @@ def available(device: str = "cpu") -> tuple[bool, str]:
     if device == "cpu":
         return True, f"{isa()}, {num_threads()} threads"
     if device == "cuda":
-        from codellama_rt.ops.cuda_device import available as cuda_available
-
-        return cuda_available()
+        return _cuda_available()
     if device == "ascend":
         return ascend_available()
     raise ValueError(f"device must be 'cpu', 'cuda' or 'ascend', got {device!r}")
+
+
+def cuda() -> ModuleType:
+    """The compiled module `_cuda`.
+
+    Raises:
+        RuntimeError: this build has none; `available` says the same without raising.
+    """
+    try:
+        return importlib.import_module(_CUDA)
+    except ImportError as error:
+        raise RuntimeError(f"{_absence_of_cuda(error)}; available: cpu") from None
+
+
+def _cuda_available() -> tuple[bool, str]:
+    """Whether the kernels are built and a device is there, and what it is or why not."""
+    try:
+        built = importlib.import_module(_CUDA)
+    except ImportError as error:
+        return False, f"{_absence_of_cuda(error)}; available: cpu"
+    reason = built.unavailable_reason()
+    if reason:
+        return False, f"cuda kernels are built, but {reason}; available: cpu"
+    return True, built.device_name()
+
+
+def _absence_of_cuda(error: ImportError) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name == _CUDA:
+        return "this build has no cuda kernels (no nvcc when it was installed)"
+    return f"the cuda kernels cannot be loaded: {error}"
 
 
 _asked = os.environ.get("CODELLAMA_RT_ISA")

@@ -14,7 +14,7 @@ from typing import Any
 import mindspore
 from mindspore.ops import Custom, CustomRegOp, DataType
 
-from codellama_rt import _core
+from codellama_rt.ops.native import _core
 from codellama_rt.ops.quantized import WEIGHT_DTYPES, cache_row_bytes
 from codellama_rt.ops.schema import OPS, Attribute, Op, Tensor
 

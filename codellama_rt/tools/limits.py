@@ -13,7 +13,8 @@ from time import perf_counter
 
 import numpy as np
 
-from codellama_rt import _core, ops
+from codellama_rt import ops
+from codellama_rt.ops.native import _core
 
 PROBE_BYTES = 2**28  # several times any cache, so that every byte comes from memory
 _ROUNDS = 50_000  # about a millisecond

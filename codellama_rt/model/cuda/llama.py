@@ -23,7 +23,7 @@ from codellama_rt.model.cuda.step import Pinned, Room, StepInputs, StepShape
 from codellama_rt.model.cuda.tensor import DeviceTensor, Memory, empty
 from codellama_rt.model.cuda.weights import DeviceLayer, DeviceWeights
 from codellama_rt.model.rope import RotaryEmbedding
-from codellama_rt.ops import cuda_device as device
+from codellama_rt.ops import native
 
 WORKSPACE_BYTES = 64 << 20  # of a model that is told no more; place() knows what a cache needs
 CUBLASLT_VARIABLE = "CODELLAMA_RT_CUBLASLT"
@@ -41,7 +41,7 @@ class DeviceLlama:
         """Take weights that are on the device."""
         self.config, self.weights = config, weights
         self.rope = RotaryEmbedding(config)
-        self._device = device.module()
+        self._device = native.cuda()
         self._stream = self._device.create_stream()
         self._scratch: Scratch | None = None
         self._room = Room()
@@ -196,7 +196,7 @@ class DecodeGraph:
         """Allocate what the graph will use; it is captured at the first run."""
         self._model = weakref.proxy(model)  # which has the graph: both go with its last user
         self._kv_cache = kv_cache
-        self._device = device.module()
+        self._device = native.cuda()
         shape = StepShape(num_seqs, num_seqs, width, num_seqs, model.config.head_dim // 2)
         self._inputs = StepInputs(shape, Room())
         self._scratch = Scratch(model.config, model.weights.dtype, num_seqs)

@@ -10,7 +10,7 @@ from helpers.builders import ends, int32, normal, paged
 from helpers.tolerances import assert_equal_bits
 
 from codellama_rt.model.cuda import ops
-from codellama_rt.ops import cuda_device as device
+from codellama_rt.ops import native
 
 
 class AotOp:
@@ -31,7 +31,7 @@ class AotOp:
             (ctypes.c_int * count)(*[len(t.shape) for t in tensors]),
             pointers,
             (ctypes.c_char_p * count)(*[t.dtype.encode() for t in tensors]),
-            ctypes.c_void_p(device.module().stream()),
+            ctypes.c_void_p(native.cuda().stream()),
             None,
         )
 
