@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from pathlib import Path
@@ -13,21 +14,25 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _CUDA = "codellama_rt._cuda"
 
 
-def _absence_of_kernels() -> str:
+def _kernels() -> ModuleType:
+    """Import the compiled module beside this file; another installation's would not fit."""
+    with contextlib.suppress(ImportError):
+        module = importlib.import_module("codellama_rt._core")
+        if Path(module.__file__).resolve().parent == _PACKAGE:
+            return module
+    raise ImportError(f"codellama_rt has no kernels (_core) in {_PACKAGE}; {_remedy()}")
+
+
+def _remedy() -> str:
     if (_PACKAGE.parent / "CMakeLists.txt").is_file():
         return (
-            f"{_PACKAGE.parent} is a source tree without compiled kernels: run "
-            "`pip install -e .` in it, or start Python elsewhere to use the installed package"
+            f"{_PACKAGE.parent} is a source tree without compiled kernels: run `pip install -e .` "
+            "in it, or start Python elsewhere to use the installed package"
         )
     return "they were built for another Python than this one: install the package again with it"
 
 
-try:
-    from codellama_rt import _core
-except ImportError as error:
-    raise ImportError(
-        f"codellama_rt has no kernels (_core) in {_PACKAGE}: {error}; {_absence_of_kernels()}"
-    ) from None
+_core = _kernels()
 
 
 def available_isas() -> list[str]:
