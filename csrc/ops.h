@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "common/dtype.h"
 
 namespace codellama_rt {
 

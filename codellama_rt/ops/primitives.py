@@ -87,7 +87,7 @@ def _names(name: str, num_tensors: int) -> tuple[str, ...]:
 
 
 def _describe(op: str, names: tuple[str, ...], formats: tuple[Format | None, ...]) -> str:
-    """The formats as `csrc/aot.cc` reads them: of each input dtype, bytes of a token's row, shape.
+    """The formats as `csrc/bind/mindspore.cc` reads them: dtype, bytes of a row, shape of each.
 
     A cache's pages may change in number and size: they follow from its payload's shape.
     """

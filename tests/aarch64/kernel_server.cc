@@ -13,9 +13,9 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/parallel.h"
-#include "launch.h"
+#include "common/launch.h"
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/parallel.h"
 
 using namespace codellama_rt;
 
