@@ -1,13 +1,15 @@
-// The registered road: each op as symbols of MindSpore's AOT ABI, for mindspore.ops.Custom.
+// Graph ops: each op of ops.def as symbols of MindSpore's AOT ABI, for mindspore.ops.Custom.
 //
-// `Name` runs the op on inputs and outputs; `NameInferShape` gives the shapes of its outputs, where
-// -1 stands for a size not known yet; `NameInit` reads its attributes, once a kernel, possibly with
-// sizes unknown. Parameters are in the order of codellama_rt/ops/schema.py, inputs before outputs.
-// No symbol of MindSpore is used. An exception goes through to MindSpore, which makes a
-// RuntimeError with its text of it (a return value other than 0 would be shown as a bare number).
+// `clrt_name` runs the op on inputs and outputs; `clrt_nameInferShape` gives the shapes of its
+// outputs, where -1 stands for a size not known yet; `clrt_nameInit` reads its attributes, once per
+// kernel, possibly with sizes unknown. Parameters are in the order of codellama_rt/ops/schema.py,
+// inputs before outputs. No symbol of MindSpore is used. An exception goes through to MindSpore,
+// which makes a RuntimeError with its text of it (a return value other than 0 would be shown as a
+// bare number).
 #include <cstring>
 #include <sstream>
 #include <string>
+#include <tuple>
 
 #include "common/launch.h"
 #ifdef CLRT_CUDA
@@ -159,32 +161,68 @@ void put_token(const TensorView& token) { cuda::fill_async(token.data, 0, sizeof
 void put_token(const TensorView& token) { *static_cast<int32_t*>(token.data) = 0; }
 #endif
 
-namespace op {
+// ---- what the tensors of a call are to an op ---------------------------------------------------
 
-struct Embedding {
-  static void run(const Call& c) { launch::embedding(c[0], c[1], c[2]); }
-  static Shape infer(const Inputs& in) { return {in.size(0, 0), in.size(1, 1)}; }
+// Hands a launcher its arguments in order: inputs, attributes, results, the token last.
+class Arguments {
+ public:
+  Arguments(const Call& call, float number, bool flag)
+      : call_(call), number_(number), flag_(flag) {}
+
+  template <typename... T>
+  void pass_to(void (*launch)(T...)) {
+    const std::tuple<T...> arguments{next(static_cast<T*>(nullptr))...};
+    std::apply(launch, arguments);
+    if (next_ < call_.count) put_token(call_[next_]);
+  }
+
+ private:
+  TensorView next(TensorView*) { return call_[next_++]; }
+  Weights next(Weights*) {  // all but the input before them and the result behind
+    Weights weights;
+    for (; next_ < call_.count - 1; ++next_) weights.add(call_[next_]);
+    return weights;
+  }
+  float next(float*) const { return number_; }
+  bool next(bool*) const { return flag_; }
+
+  const Call& call_;
+  float number_;
+  bool flag_;
+  int next_ = 0;
 };
 
-struct RmsNorm {
-  static void run(const Call& c) { launch::rms_norm(c[0], c[1], c.attributes().eps, c[2]); }
+// ---- the ops -----------------------------------------------------------------------------------
+
+namespace tag {
+#define CLRT_OP(name, Params, signature) struct name;
+#define CLRT_COMPOSED_OP(name, signature) struct name;
+#include "ops.def"
+}  // namespace tag
+
+// The usual op: one result of the first input's shape (rows, columns); its number is eps.
+struct Usual {
+  static constexpr float Attributes::* kNumber = &Attributes::eps;
+  static constexpr bool Attributes::* kFlag = &Attributes::interleaved;
   static Shape infer(const Inputs& in) { return in.shape(0, 2); }
 };
 
-struct AddRmsNorm {
-  static void run(const Call& c) {
-    launch::add_rms_norm(c[0], c[1], c[2], c.attributes().eps, c[3], c[4]);
-  }
+// Specialised by the ops that differ.
+template <typename Tag>
+struct Op : Usual {};
+
+template <>
+struct Op<tag::embedding> : Usual {
+  static Shape infer(const Inputs& in) { return {in.size(0, 0), in.size(1, 1)}; }
+};
+
+template <>
+struct Op<tag::add_rms_norm> : Usual {
   static Shapes infer(const Inputs& in) { return {in.shape(0, 2), in.shape(0, 2)}; }
 };
 
-struct Linear {
-  static void run(const Call& c) {
-    TensorView weights[8];
-    const int num_weights = c.count - 2;
-    for (int i = 0; i < num_weights && i < 8; ++i) weights[i] = c[1 + i];
-    launch::linear(c[0], weights, num_weights, c[c.count - 1]);
-  }
+template <>
+struct Op<tag::linear> : Usual {
   static Shape infer(const Inputs& in) {  // the ABI does not say how many inputs there are
     const int64_t num_weights = in.extra->get("num_weights", int64_t{1});
     int64_t out_features = 0;
@@ -196,27 +234,18 @@ struct Linear {
   }
 };
 
-struct ApplyRotaryPosEmb {
-  static void run(const Call& c) {
-    launch::apply_rotary_pos_emb(c[0], c[1], c[2], c[3], c[4], c.attributes().interleaved);
-    put_token(c[5]);
-  }
+struct InPlace : Usual {
   static Shape infer(const Inputs&) { return kToken; }
 };
+template <>
+struct Op<tag::apply_rotary_pos_emb> : InPlace {};
+template <>
+struct Op<tag::reshape_and_cache> : InPlace {};
+template <>
+struct Op<tag::copy_blocks> : InPlace {};
 
-struct ReshapeAndCache {
-  static void run(const Call& c) {
-    launch::reshape_and_cache(c[0], c[1], c[2], c[3], c[4]);
-    put_token(c[5]);
-  }
-  static Shape infer(const Inputs&) { return kToken; }
-};
-
-struct RopeAndCache {
-  static void run(const Call& c) {
-    launch::rope_and_cache(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c.attributes().interleaved,
-                           c[7]);
-  }
+template <>
+struct Op<tag::rope_and_cache> : Usual {
   static Shape infer(const Inputs& in) {
     const int64_t qkv_dim = in.size(0, 1), kv_heads = in.size(4, 1), head_dim = in.size(4, 3);
     const bool known = qkv_dim >= 0 && kv_heads >= 0 && head_dim > 0;
@@ -225,73 +254,59 @@ struct RopeAndCache {
   }
 };
 
-struct FlashAttention {
-  static void run(const Call& c) {
-    launch::flash_attention(c[0], c[1], c[2], c[3], c[4], c.attributes().causal,
-                            c.attributes().scale, c[5], c[6]);
-  }
+struct WithLse : Usual {  // out and the log-sum-exps
+  static constexpr float Attributes::* kNumber = &Attributes::scale;
+  static constexpr bool Attributes::* kFlag = &Attributes::causal;
   static Shapes infer(const Inputs& in) { return {in.shape(0, 3), in.shape(0, 2)}; }
 };
+template <>
+struct Op<tag::flash_attention> : WithLse {};
+template <>
+struct Op<tag::paged_attention> : WithLse {};
+template <>
+struct Op<tag::merge_attention> : WithLse {};
 
-struct PagedAttention {
-  static void run(const Call& c) {
-    launch::paged_attention(c[0], c[1], c[2], c[3], c[4], c[5], c.attributes().scale, c[6], c[7]);
-  }
-  static Shapes infer(const Inputs& in) { return {in.shape(0, 3), in.shape(0, 2)}; }
-};
-
-struct MergeAttention {
-  static void run(const Call& c) { launch::merge_attention(c[0], c[1], c[2], c[3], c[4], c[5]); }
-  static Shapes infer(const Inputs& in) { return {in.shape(0, 3), in.shape(0, 2)}; }
-};
-
-struct SiluAndMul {
-  static void run(const Call& c) { launch::silu_and_mul(c[0], c[1]); }
+template <>
+struct Op<tag::silu_and_mul> : Usual {
   static Shape infer(const Inputs& in) {
     const int64_t both = in.size(0, 1);
     return {in.size(0, 0), both < 0 ? -1 : both / 2};
   }
 };
 
-struct CopyBlocks {
-  static void run(const Call& c) {
-    launch::copy_blocks(c[0], c[1], c[2]);
-    put_token(c[3]);
-  }
-  static Shape infer(const Inputs&) { return kToken; }
-};
+template <typename Tag, typename... T>
+void run(const Call& c, void (*launch)(T...)) {
+  const Attributes& attributes = c.attributes();
+  Arguments(c, attributes.*Op<Tag>::kNumber, attributes.*Op<Tag>::kFlag).pass_to(launch);
+}
 
 #ifndef CLRT_CUDA
-struct DecoderLayer {
-  static void run(const Call& c) {
-    launch::decoder_layer({c[0],
-                           c[1],
-                           c[2],
-                           c[3],
-                           c[4],
-                           c[5],
-                           c[6],
-                           c[7],
-                           c[8],
-                           c[9],
-                           c[10],
-                           c[11],
-                           c[12],
-                           c[13],
-                           c[14],
-                           c[15],
-                           c[16],
-                           c[17],
-                           c[18],
-                           c[19],
-                           c.attributes().eps,
-                           c.attributes().interleaved});
-  }
-  static Shape infer(const Inputs& in) { return in.shape(0, 2); }
-};
+template <typename Tag>
+void run(const Call& c, void (*launch)(const DecoderLayer&)) {
+  launch({c[0],
+          c[1],
+          c[2],
+          c[3],
+          c[4],
+          c[5],
+          c[6],
+          c[7],
+          c[8],
+          c[9],
+          c[10],
+          c[11],
+          c[12],
+          c[13],
+          c[14],
+          c[15],
+          c[16],
+          c[17],
+          c[18],
+          c[19],
+          c.attributes().eps,
+          c.attributes().interleaved});
+}
 #endif
-
-}  // namespace op
 
 int read_attributes(AotExtra* extra) {
   auto* attributes = new Attributes;
@@ -309,11 +324,11 @@ int read_attributes(AotExtra* extra) {
 #ifdef CLRT_CUDA
 thread_local std::string last_error;
 
-template <typename Op>
-int run_op(const Call& call, void* stream) {
+template <typename Tag, typename Launch>
+int run_op(const Call& call, void* stream, Launch* launch) {
   try {
     cuda::set_stream(stream);
-    Op::run(call);
+    run<Tag>(call, launch);
     return 0;
   } catch (const std::exception& error) {
     if (call.extra) throw;
@@ -325,9 +340,9 @@ int run_op(const Call& call, void* stream) {
   }
 }
 #else
-template <typename Op>
-int run_op(const Call& call, void*) {
-  Op::run(call);
+template <typename Tag, typename Launch>
+int run_op(const Call& call, void*, Launch* launch) {
+  run<Tag>(call, launch);
   return 0;
 }
 #endif
@@ -336,38 +351,28 @@ int run_op(const Call& call, void*) {
 
 // dlsym wants plain names, which no template can have.
 #define CLRT_EXPORT extern "C" __attribute__((visibility("default")))
-#define CLRT_AOT(Name)                                                                            \
-  CLRT_EXPORT int Name(int count, void** data, int* ndims, int64_t** shapes, const char** dtypes, \
-                       void* stream, void* extra) {                                               \
-    return run_op<op::Name>(                                                                      \
-        {#Name, count, data, ndims, shapes, dtypes, static_cast<AotExtra*>(extra)}, stream);      \
-  }                                                                                               \
-  CLRT_EXPORT int Name##Init(int*, int64_t**, const char**, AotExtra* extra) {                    \
-    return read_attributes(extra);                                                                \
-  }                                                                                               \
-  CLRT_EXPORT auto Name##InferShape(int* ndims, int64_t** shapes, AotExtra* extra) {              \
-    return op::Name::infer({ndims, shapes, extra});                                               \
+#define CLRT_AOT(name)                                                                      \
+  CLRT_EXPORT int clrt_##name(int count, void** data, int* ndims, int64_t** shapes,         \
+                              const char** dtypes, void* stream, void* extra) {             \
+    return run_op<tag::name>(                                                               \
+        {#name, count, data, ndims, shapes, dtypes, static_cast<AotExtra*>(extra)}, stream, \
+        launch::name);                                                                      \
+  }                                                                                         \
+  CLRT_EXPORT int clrt_##name##Init(int*, int64_t**, const char**, AotExtra* extra) {       \
+    return read_attributes(extra);                                                          \
+  }                                                                                         \
+  CLRT_EXPORT auto clrt_##name##InferShape(int* ndims, int64_t** shapes, AotExtra* extra) { \
+    return Op<tag::name>::infer({ndims, shapes, extra});                                    \
   }
+#define CLRT_OP(name, Params, signature) CLRT_AOT(name)
+#define CLRT_COMPOSED_OP(name, signature) CLRT_AOT(name)
+#include "ops.def"
 
-CLRT_AOT(Embedding)
-CLRT_AOT(RmsNorm)
-CLRT_AOT(AddRmsNorm)
-CLRT_AOT(Linear)
-CLRT_AOT(ApplyRotaryPosEmb)
-CLRT_AOT(ReshapeAndCache)
-CLRT_AOT(RopeAndCache)
-CLRT_AOT(FlashAttention)
-CLRT_AOT(PagedAttention)
-CLRT_AOT(MergeAttention)
-CLRT_AOT(SiluAndMul)
-CLRT_AOT(CopyBlocks)
 #ifdef CLRT_CUDA
 CLRT_EXPORT const char* clrt_cuda_last_error() { return last_error.c_str(); }
 CLRT_EXPORT void clrt_cuda_set_workspace(void* memory, int64_t bytes) {
   cuda::set_workspace(memory, size_t(bytes));
 }
-#else
-CLRT_AOT(DecoderLayer)
 #endif
 
 }  // namespace codellama_rt

@@ -1,4 +1,4 @@
-// Python's direct road: NumPy arrays and MindSpore Tensors to the launchers, nothing else.
+// Direct calls from Python: NumPy arrays and MindSpore Tensors to the launchers, nothing else.
 //
 // An array is read through NumPy's own struct; a MindSpore Tensor through its Python methods
 // (`data_ptr`, `shape`, `dtype`), so that no header or ABI of MindSpore is touched. Kernels run in
@@ -9,6 +9,7 @@
 
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -176,20 +177,56 @@ void run(const Launch& launch) {
   launch();
 }
 
-void linear(py::handle x, py::handle weight, py::handle out) {
-  TensorView weights[8];
-  int num_weights = 0;
-  if (PyTuple_Check(weight.ptr()) || PyList_Check(weight.ptr())) {
-    for (py::handle w : py::reinterpret_borrow<py::sequence>(weight)) {
-      if (num_weights == 8) break;
-      weights[num_weights++] = view(w);
+// What Python passes for a parameter of a launcher: any tensor, or a sequence of them, or a number.
+template <typename T>
+struct Argument {
+  using Type = T;
+  static T read(T value) { return value; }
+};
+template <>
+struct Argument<TensorView> {
+  using Type = py::handle;
+  static TensorView read(py::handle object) { return view(object); }
+};
+template <>
+struct Argument<Weights> {
+  using Type = py::handle;
+  static Weights read(py::handle object) {
+    Weights weights;
+    if (PyTuple_Check(object.ptr()) || PyList_Check(object.ptr())) {
+      for (py::handle weight : py::reinterpret_borrow<py::sequence>(object)) {
+        weights.add(view(weight));
+      }
+    } else {
+      weights.add(view(object));
     }
-  } else {
-    weights[num_weights++] = view(weight);
+    return weights;
   }
-  const TensorView xv = view(x), ov = view(out);
-  run([&] { launch::linear(xv, weights, num_weights, ov); });
+};
+
+// An op of ops.def: its arguments are read in order under the GIL, then it runs without.
+template <typename... T>
+void def(py::module_& m, const char* name, void (*launch)(T...)) {
+  m.def(name, [launch](typename Argument<T>::Type... arguments) {
+    const std::tuple<T...> views{Argument<T>::read(arguments)...};
+    run([&] { std::apply(launch, views); });
+  });
 }
+
+#ifndef CLRT_CUDA
+// Its 19 tensors come as one tuple.
+void def(py::module_& m, const char* name, void (*launch)(const DecoderLayer&)) {
+  m.def(name, [launch](const py::tuple& inputs, float eps, bool interleaved, py::handle out) {
+    if (inputs.size() != 19) throw std::invalid_argument("decoder_layer takes 19 tensors");
+    TensorView t[19];
+    for (size_t i = 0; i < 19; ++i) t[i] = view(inputs[i]);
+    const DecoderLayer layer{t[0],  t[1],  t[2],  t[3],      t[4],  t[5],       t[6],  t[7],
+                             t[8],  t[9],  t[10], t[11],     t[12], t[13],      t[14], t[15],
+                             t[16], t[17], t[18], view(out), eps,   interleaved};
+    run([&] { launch(layer); });
+  });
+}
+#endif
 
 #ifndef CLRT_CUDA
 std::vector<std::string> isa_names() {
@@ -226,79 +263,13 @@ PYBIND11_MODULE(CLRT_MODULE, m) {
       py::set_error(PyExc_TypeError, e.what());
     }
   });
-  using H = py::handle;
-  m.def("embedding", [](H ids, H table, H out) {
-    const auto a = view(ids), b = view(table), c = view(out);
-    run([&] { launch::embedding(a, b, c); });
-  });
-  m.def("rms_norm", [](H x, H weight, float eps, H out) {
-    const auto a = view(x), b = view(weight), c = view(out);
-    run([&] { launch::rms_norm(a, b, eps, c); });
-  });
-  m.def("add_rms_norm", [](H x, H residual, H weight, float eps, H out, H residual_out) {
-    const auto a = view(x), b = view(residual), c = view(weight), d = view(out);
-    const auto e = view(residual_out);
-    run([&] { launch::add_rms_norm(a, b, c, eps, d, e); });
-  });
-  m.def("linear", linear);
-#ifndef CLRT_CUDA  // that device's formats: codellama_rt.cuda.quantize
-  m.def("quantize", [](H weight, H payload) {
-    const auto a = view(weight), b = view(payload);
-    run([&] { launch::quantize(a, b); });
-  });
-#endif
-  m.def("apply_rotary_pos_emb", [](H query, H key, H cos, H sin, H positions, bool interleaved) {
-    const auto a = view(query), b = view(key), c = view(cos), d = view(sin), e = view(positions);
-    run([&] { launch::apply_rotary_pos_emb(a, b, c, d, e, interleaved); });
-  });
-  m.def("reshape_and_cache", [](H key, H value, H key_cache, H value_cache, H slot_mapping) {
-    const auto a = view(key), b = view(value), c = view(key_cache), d = view(value_cache);
-    const auto e = view(slot_mapping);
-    run([&] { launch::reshape_and_cache(a, b, c, d, e); });
-  });
-  m.def("rope_and_cache", [](H qkv, H cos, H sin, H positions, H key_cache, H value_cache,
-                             H slot_mapping, bool interleaved, H query) {
-    const auto a = view(qkv), b = view(cos), c = view(sin), d = view(positions);
-    const auto e = view(key_cache), f = view(value_cache), g = view(slot_mapping), h = view(query);
-    run([&] { launch::rope_and_cache(a, b, c, d, e, f, g, interleaved, h); });
-  });
-  m.def("flash_attention", [](H query, H key, H value, H cu_seqlens_q, H cu_seqlens_k, bool causal,
-                              float scale, H out, H lse) {
-    const auto a = view(query), b = view(key), c = view(value), d = view(cu_seqlens_q);
-    const auto e = view(cu_seqlens_k), f = view(out), g = view(lse);
-    run([&] { launch::flash_attention(a, b, c, d, e, causal, scale, f, g); });
-  });
-  m.def("paged_attention", [](H query, H key_cache, H value_cache, H block_tables, H seq_lens,
-                              H cu_seqlens_q, float scale, H out, H lse) {
-    const auto a = view(query), b = view(key_cache), c = view(value_cache), d = view(block_tables);
-    const auto e = view(seq_lens), f = view(cu_seqlens_q), g = view(out), h = view(lse);
-    run([&] { launch::paged_attention(a, b, c, d, e, f, scale, g, h); });
-  });
-  m.def("merge_attention", [](H out_a, H lse_a, H out_b, H lse_b, H out, H lse) {
-    const auto a = view(out_a), b = view(lse_a), c = view(out_b), d = view(lse_b);
-    const auto e = view(out), f = view(lse);
-    run([&] { launch::merge_attention(a, b, c, d, e, f); });
-  });
-  m.def("silu_and_mul", [](H gate_up, H out) {
-    const auto a = view(gate_up), b = view(out);
-    run([&] { launch::silu_and_mul(a, b); });
-  });
-  m.def("copy_blocks", [](H key_cache, H value_cache, H block_pairs) {
-    const auto a = view(key_cache), b = view(value_cache), c = view(block_pairs);
-    run([&] { launch::copy_blocks(a, b, c); });
-  });
+#define CLRT_OP(name, Params, signature) def(m, #name, launch::name);
+#define CLRT_COMPOSED_OP(name, signature) def(m, #name, launch::name);
+#define CLRT_DIRECT_OP(name, Params, signature) def(m, #name, launch::name);
+#include "ops.def"
 #ifdef CLRT_CUDA
   cuda::add_runtime(m);
 #else
-  m.def("decoder_layer", [](const py::tuple& inputs, float eps, bool interleaved, H out) {
-    if (inputs.size() != 19) throw std::invalid_argument("decoder_layer takes 19 tensors");
-    TensorView t[19];
-    for (size_t i = 0; i < 19; ++i) t[i] = view(inputs[i]);
-    const DecoderLayer layer{t[0],  t[1],  t[2],  t[3],      t[4],  t[5],       t[6],  t[7],
-                             t[8],  t[9],  t[10], t[11],     t[12], t[13],      t[14], t[15],
-                             t[16], t[17], t[18], view(out), eps,   interleaved};
-    run([&] { launch::decoder_layer(layer); });
-  });
   m.def("read_memory", [](const py::array& memory) {
     const void* data = memory.data();
     const int64_t bytes = memory.nbytes();

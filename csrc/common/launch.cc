@@ -1,6 +1,6 @@
 #include "common/launch.h"
 
-#include "common/launch_checks.h"
+#include "common/check.h"
 #ifdef CLRT_CUDA  // compiled once a device
 #include "cuda/runtime/dispatch.h"
 #else
@@ -50,18 +50,18 @@ void add_rms_norm(TensorView x, TensorView residual, TensorView weight, float ep
                       weight.dtype, tokens.size, dim.size, eps});
 }
 
-void linear(TensorView x, const TensorView* weights, int num_weights, TensorView out) {
+void linear(TensorView x, Weights weights, TensorView out) {
   Check check("linear");
-  check.require(num_weights >= 1 && num_weights <= kMaxWeights,
-                "takes 1 to 3 weights, got " + std::to_string(num_weights));
+  check.require(weights.count >= 1 && weights.count <= kMaxWeights,
+                "takes 1 to 3 weights, got " + std::to_string(weights.count));
   Axis tokens{"num_tokens"}, k{"in_features"}, total{"out_features", 0};
   check.rows("x", x, {&tokens, &k});
   LinearParams p{};
-  for (int i = 0; i < num_weights; ++i) {
+  for (int i = 0; i < weights.count; ++i) {
     Axis n{"out_features"};
-    if (i == 0) check.weight("weight", weights[i], {&n, &k});
-    if (i > 0) check.weight("weight", weights[i], {&n, &k}, weights[0].dtype);
-    p.weights[i] = weights[i].data;
+    if (i == 0) check.weight("weight", weights.tensors[i], {&n, &k});
+    if (i > 0) check.weight("weight", weights.tensors[i], {&n, &k}, weights.tensors[0].dtype);
+    p.weights[i] = weights.tensors[i].data;
     p.n[i] = n.size;
     total.size += n.size;
   }
@@ -69,26 +69,15 @@ void linear(TensorView x, const TensorView* weights, int num_weights, TensorView
   check.writable("out", out);
   p.x = x.data;
   p.out = out.data;
-  p.num_weights = num_weights;
+  p.num_weights = weights.count;
   p.num_tokens = tokens.size;
   p.k = k.size;
   p.x_stride = x.strides[0];
   p.out_stride = out.strides[0];
   p.x_dtype = x.dtype;
-  p.weight_dtype = weights[0].dtype;
+  p.weight_dtype = weights.tensors[0].dtype;
   p.out_dtype = out.dtype;
   kernels().linear(p);
-}
-
-void quantize(TensorView weight, TensorView payload) {
-  Check check("quantize");
-  Axis n{"out_features"}, k{"in_features"};
-  check.floats("weight", weight, {&n, &k});
-  check.require(payload.dtype == DType::kInt8 || payload.dtype == DType::kInt4,
-                std::string("dtype must be int8 or int4, got ") + payload.dtype_text);
-  check.weight("payload", payload, {&n, &k});
-  check.writable("payload", payload);
-  kernels().quantize({weight.data, payload.data, weight.dtype, payload.dtype, n.size, k.size});
 }
 
 void apply_rotary_pos_emb(TensorView query, TensorView key, TensorView cos, TensorView sin,
@@ -259,6 +248,19 @@ void copy_blocks(TensorView key_cache, TensorView value_cache, TensorView block_
   kernels().copy_blocks({key_cache.data, value_cache.data, ints(block_pairs), pairs.size,
                          block_bytes(true), block_bytes(false)});
 }
+
+#ifndef CLRT_CUDA  // whose formats are made by Python
+void quantize(TensorView weight, TensorView payload) {
+  Check check("quantize");
+  Axis n{"out_features"}, k{"in_features"};
+  check.floats("weight", weight, {&n, &k});
+  check.require(payload.dtype == DType::kInt8 || payload.dtype == DType::kInt4,
+                std::string("dtype must be int8 or int4, got ") + payload.dtype_text);
+  check.weight("payload", payload, {&n, &k});
+  check.writable("payload", payload);
+  kernels().quantize({weight.data, payload.data, weight.dtype, payload.dtype, n.size, k.size});
+}
+#endif
 
 }  // namespace launch
 }  // namespace codellama_rt

@@ -39,7 +39,7 @@ template <typename T>
 QueryLayout query_layout(const Attention& a, int64_t num_rows) {
   const bool direct = num_rows <= kDirectRows && a.head_dim == a.padded_dim();
   const int spread = direct ? kLanes : num_rows <= kQueryGroups * kLanes / 4 ? 4 : 1;
-  return {Words<T>::num_chunks(a.head_dim), spread};
+  return {Qk<T>::num_chunks(a.head_dim), spread};
 }
 
 // What a task works in, on its thread. Query and states are of all its heads, the rest of one.
@@ -97,14 +97,14 @@ inline void for_rows(int64_t row, int64_t end, const Body& body) {
 }
 
 // How many of a tile's keys each row sees; the tile's first key is number `key`.
-class Seen {
+class VisibleKeys {
  public:
-  Seen(const Block& block, int64_t key)
+  VisibleKeys(const Block& block, int64_t key)
       : block_(block), key_(key), all_(block.visible_keys(0) - key >= kTile) {}
   int operator()(int64_t row) const {
     if (all_) return kTile;  // every tile but one or two on the diagonal
-    const int64_t seen = block_.visible_keys(row) - key_;
-    return seen < 0 ? 0 : int(smaller(kTile, seen));
+    const int64_t visible = block_.visible_keys(row) - key_;
+    return visible < 0 ? 0 : int(smaller(kTile, visible));
   }
 
  private:
@@ -114,20 +114,21 @@ class Seen {
 };
 
 template <typename T>
-void soften_rows(const Block& block, const Tile<T>& tile, const Seen& seen, Fetch& fetch,
-                 const QueryScale* queries, float* scores, float* states) {
+void softmax_rows(const Block& block, const Tile<T>& tile, const VisibleKeys& visible, Fetch& fetch,
+                  const QueryScale* queries, float* scores, float* states) {
   const float scale = block.a.scale * 1.44269504f;  // log2(e)
   const Scales<T> scales(tile);
   for (int64_t row = 0; row < block.num_rows; ++row) {
-    fetch.step(kSoftenShares);
-    if (seen(row) == 0) continue;
-    soften(scales, scores + row * kTile, seen(row), queries[row], scale, block.state(states, row));
+    fetch.step(kSoftmaxShares);
+    if (visible(row) == 0) continue;
+    softmax(scales, scores + row * kTile, visible(row), queries[row], scale,
+            block.state(states, row));
   }
 }
 
 template <bool kDirect, typename V>
-void add_values(const Block& block, const Seen& seen, const V* const* groups, int64_t row_stride,
-                Fetch& fetch, const float* weights, float* states) {
+void add_values(const Block& block, const VisibleKeys& visible, const V* const* groups,
+                int64_t row_stride, Fetch& fetch, const float* weights, float* states) {
   const int64_t vecs = block.a.padded_dim() / kLanes, state_floats = block.a.state_floats();
   const int64_t most = value_panel(block.num_rows);
   for (int64_t vec = 0; vec < vecs;) {
@@ -152,12 +153,12 @@ void add_values(const Block& block, const Seen& seen, const V* const* groups, in
     // Rows that see the tile alike go together; on the diagonal each goes through its own part.
     for_rows<kValueRows>(0, block.num_rows, [&](int64_t row, auto rows) {
       constexpr int n = decltype(rows)::value;
-      if (seen(row) == seen(row + n - 1)) {
-        if (seen(row) > 0) add(row, rows, seen(row));
+      if (visible(row) == visible(row + n - 1)) {
+        if (visible(row) > 0) add(row, rows, visible(row));
         return;
       }
       for (int64_t r = row; r < row + n; ++r) {
-        if (seen(r) > 0) add(r, std::integral_constant<int, 1>(), seen(r));
+        if (visible(r) > 0) add(r, std::integral_constant<int, 1>(), visible(r));
       }
     });
     vec += width;
@@ -165,9 +166,9 @@ void add_values(const Block& block, const Seen& seen, const V* const* groups, in
 }
 
 template <int kSpread, typename T>
-void score_groups_of_rows(const Block& block, const Tile<T>& tile, const Seen& seen, Fetch& fetch,
-                          const float* query, const Workspace& work) {
-  const QueryLayout layout{Words<T>::num_chunks(block.a.head_dim), kSpread};
+void score_groups_of_rows(const Block& block, const Tile<T>& tile, const VisibleKeys& visible,
+                          Fetch& fetch, const float* query, const Workspace& work) {
+  const QueryLayout layout{Qk<T>::num_chunks(block.a.head_dim), kSpread};
   const int64_t rows = block.num_rows, group_rows = layout.rows();
   for (int first = 0; first < tile.num_keys; first += kLanes) {
     with_spread_keys<kSpread>(
@@ -175,7 +176,7 @@ void score_groups_of_rows(const Block& block, const Tile<T>& tile, const Seen& s
           for_rows<kQueryGroups>(0, ceil_div(rows, group_rows), [&](int64_t group, auto groups) {
             const int64_t row = group * group_rows;
             const int64_t left = smaller(rows - row, groups * group_rows);
-            if (seen(row + left - 1) <= first) return;
+            if (visible(row + left - 1) <= first) return;
             score_rows<T, decltype(chunks)::value, kSpread, decltype(groups)::value>(
                 query + group * layout.group_floats(), keys, layout.chunks, left, fetch,
                 work.scores + row * kTile + first);
@@ -186,16 +187,16 @@ void score_groups_of_rows(const Block& block, const Tile<T>& tile, const Seen& s
 
 // What follows the tile's keys in memory, its values, is asked for meanwhile.
 template <typename T>
-void score_tile(const Block& block, const Tile<T>& tile, const Seen& seen,
+void score_tile(const Block& block, const Tile<T>& tile, const VisibleKeys& visible,
                 const QueryLayout& layout, const float* query, const Workspace& work) {
   const int64_t dim = block.a.head_dim, rows = block.num_rows;
   Fetch fetch = fetch_values(tile, dim, ceil_div(rows, layout.rows()) * layout.rows() * kTile);
-  if (layout.spread == 1) return score_groups_of_rows<1>(block, tile, seen, fetch, query, work);
+  if (layout.spread == 1) return score_groups_of_rows<1>(block, tile, visible, fetch, query, work);
   if (layout.spread == 4 && kLanes != 4) {
-    return score_groups_of_rows<4>(block, tile, seen, fetch, query, work);
+    return score_groups_of_rows<4>(block, tile, visible, fetch, query, work);
   }
   for (int64_t row = 0; row < rows; ++row) {
-    score_row(tile, fetch, query + row * layout.group_floats(), seen(row), dim,
+    score_row(tile, fetch, query + row * layout.group_floats(), visible(row), dim,
               work.scores + row * kTile);
   }
 }
@@ -207,20 +208,20 @@ void attend_tile(const Block& block, int64_t key, const Tile<T>& tile, const Til
                  const Workspace& work, float* states) {
   const Attention& a = block.a;
   const int64_t dim = a.padded_dim(), rows = block.num_rows;
-  const Seen seen(block, key);
-  score_tile(block, tile, seen, layout, query, work);
+  const VisibleKeys visible(block, key);
+  score_tile(block, tile, visible, layout, query, work);
   const int64_t panels = ceil_div(dim, value_panel(rows) * kLanes);
   Fetch fetch = fetch_keys(next, a.head_dim,
-                           rows * kSoftenShares + ceil_div(rows, kValueRows) * panels * kTile);
-  soften_rows(block, tile, seen, fetch, scales, work.scores, states);
+                           rows * kSoftmaxShares + ceil_div(rows, kValueRows) * panels * kTile);
+  softmax_rows(block, tile, visible, fetch, scales, work.scores, states);
   if (rows <= kDirectValueRows && a.head_dim == dim) {
-    add_values<true>(block, seen, tile.values, tile.row_stride, fetch, work.scores, states);
+    add_values<true>(block, visible, tile.values, tile.row_stride, fetch, work.scores, states);
     return;
   }
   convert_values(tile, a.head_dim, dim, work.values);
   const float* groups[kGroups];
   for (int g = 0; g < kGroups; ++g) groups[g] = work.values + g * kGroup * dim;
-  add_values<false>(block, seen, groups, dim, fetch, work.scores, states);
+  add_values<false>(block, visible, groups, dim, fetch, work.scores, states);
 }
 
 // The states of the task's heads over one split, of head h at states + (h - first_head) * stride.
@@ -287,9 +288,10 @@ void write_rows(const Block& block, float* totals) {
     const bool empty = block.visible_keys(row) == 0;
     const float weights = empty ? 1.0f : total.weights()[0];
     Q* out = static_cast<Q*>(block.a.out) + to * dim;
-    const float middle = block.a.cache_dtype == DType::kInt4 ? sum_group(total.middles()) : 0.0f;
+    const float zero_point =
+        block.a.cache_dtype == DType::kInt4 ? sum_group(total.zero_points()) : 0.0f;
     for (int64_t d = 0; d < dim; d += kLanes) {
-      const Vec x = (load(total.out + d) + splat(middle)) / splat(weights);
+      const Vec x = (load(total.out + d) + splat(zero_point)) / splat(weights);
       if (dim - d < kLanes) {
         store_first(out + d, x, int(dim - d));
       } else {

@@ -11,9 +11,9 @@ namespace {
 
 // Past the last key, the last one's again; a quantised group's rows are there to be read.
 template <typename T>
-inline typename Words<T>::Row key_row(const Tile<T>& tile, int key) {
+inline typename Qk<T>::Row key_row(const Tile<T>& tile, int key) {
   if (!kQuantized<T> && key >= tile.num_keys) key = tile.num_keys - 1;
-  return Words<T>::key_row(tile.keys[key / kGroup], key % kGroup, tile.row_stride);
+  return Qk<T>::key_row(tile.keys[key / kGroup], key % kGroup, tile.row_stride);
 }
 
 // ---- one row against keys as they lie --------------------------------------------------------
@@ -27,9 +27,9 @@ inline void score_keys(Fetch& fetch, int num_keys, float* scores, const Dot& dot
       fetch.step(kLanes / 4);
       Vec keys[kLanes / 4];
       for (int q = 0; q < kLanes / 4; ++q) keys[q] = dot(first + 4 * q + i);
-      lanes[i] = sum_quads(keys, Words<T>::add);
+      lanes[i] = sum_quads(keys, Qk<T>::add);
     }
-    store(scores + first, sum_lanes(lanes[0], lanes[1], lanes[2], lanes[3], Words<T>::add));
+    store(scores + first, sum_lanes(lanes[0], lanes[1], lanes[2], lanes[3], Qk<T>::add));
   }
 }
 
@@ -37,14 +37,14 @@ inline void score_keys(Fetch& fetch, int num_keys, float* scores, const Dot& dot
 template <typename T, int kChunks>
 void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
                int64_t head_dim, float* scores) {
-  const int64_t chunks = kChunks ? kChunks : Words<T>::num_chunks(head_dim);
+  const int64_t chunks = kChunks ? kChunks : Qk<T>::num_chunks(head_dim);
   score_keys<T>(fetch, num_keys, scores, [&](int key) {
     const auto row = key_row(tile, key);
     Vec chains = splat(0.0f);
     for (int64_t c = 0; c < chunks; ++c) {
       const Vec words =
-          kChunks ? Words<T>::load_whole_chunk(row, c) : Words<T>::load_chunk(row, c, head_dim);
-      chains = Words<T>::multiply_add(load(query + c * kLanes), words, chains);
+          kChunks ? Qk<T>::load_whole_chunk(row, c) : Qk<T>::load_chunk(row, c, head_dim);
+      chains = Qk<T>::multiply_add(load(query + c * kLanes), words, chains);
     }
     return chains;
   });
@@ -95,7 +95,7 @@ void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_ke
     if (head_dim == 128) return score_row_bytes(tile, fetch, query, num_keys, scores);
   }
 #endif
-  const int64_t chunks = Words<T>::has_whole_chunks(head_dim) ? Words<T>::num_chunks(head_dim) : 0;
+  const int64_t chunks = Qk<T>::has_whole_chunks(head_dim) ? Qk<T>::num_chunks(head_dim) : 0;
   const auto score = [&](auto known) {
     constexpr int n = decltype(known)::value;
     score_row<T, n>(tile, fetch, query, num_keys, head_dim, scores);
@@ -169,7 +169,7 @@ inline void score_groups(const float* queries, const Key* keys, int64_t num_chun
         for (int k = 0; k < kKeys; ++k) {
           const Vec key = hold(spread<kSpread>(words + k * stride + c * kLanes * kPerWord));
           for (int g = 0; g < kGroups; ++g) {
-            chains[g][k] = Words<T>::multiply_add(query[g], key, chains[g][k]);
+            chains[g][k] = Qk<T>::multiply_add(query[g], key, chains[g][k]);
           }
         }
       }
@@ -201,7 +201,7 @@ inline void store_scores(Vec (&totals)[kLanes], int64_t num_rows, float* scores)
   for (int key = 0; key < kLanes; key += 4) {
     float quads[kLanes];
     store(quads,
-          sum_lanes(totals[key], totals[key + 1], totals[key + 2], totals[key + 3], Words<T>::add));
+          sum_lanes(totals[key], totals[key + 1], totals[key + 2], totals[key + 3], Qk<T>::add));
     for (int64_t row = 0; row < num_rows; ++row) {
       std::memcpy(scores + row * kTile + key, quads + row * 4, 4 * sizeof(float));
     }
@@ -223,12 +223,11 @@ void score_rows(const float* queries, const Key* keys, int64_t chunks, int64_t n
 // kLanes keys from `first` on as words that lie without gaps.
 template <typename T, int kChunks>
 void convert_keys(const Tile<T>& tile, int first, int64_t head_dim, float* words) {
-  const int64_t chunks = kChunks ? kChunks : Words<T>::num_chunks(head_dim);
+  const int64_t chunks = kChunks ? kChunks : Qk<T>::num_chunks(head_dim);
   for (int i = 0; i < kLanes; ++i) {
     const auto row = key_row(tile, first + i);
     for (int64_t c = 0; c < chunks; ++c, words += kLanes) {
-      store(words,
-            kChunks ? Words<T>::load_whole_chunk(row, c) : Words<T>::load_chunk(row, c, head_dim));
+      store(words, kChunks ? Qk<T>::load_whole_chunk(row, c) : Qk<T>::load_chunk(row, c, head_dim));
     }
   }
 }
@@ -239,7 +238,7 @@ template <int kSpread, typename T, typename Body>
 inline void with_spread_keys(const Tile<T>& tile, int first, int64_t head_dim, float* words,
                              const Body& body) {
   using Key = typename SpreadFrom<T, kSpread>::Type;
-  constexpr int kChunks = Words<T>::num_chunks(128);
+  constexpr int kChunks = Qk<T>::num_chunks(128);
   if (head_dim != 128) {
     convert_keys<T, 0>(tile, first, head_dim, words);
     return body(words, std::integral_constant<int, 0>());

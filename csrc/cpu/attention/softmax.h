@@ -11,11 +11,11 @@ namespace {
 // The state of a query row over the keys of one split, and over the splits so far:
 // [0, width) the weighted sum of values, then kGroup floats that add up to the sum of weights, then
 // the greatest score. Scores are in units of log2. Over an int4 cache the last kGroup columns of
-// the width add up to the weighted sum of the values' middles.
+// the width add up to the weighted sum of the values' zero points.
 struct RowState {
   float* out;
   int64_t width;
-  float* middles() const { return out + width - kGroup; }
+  float* zero_points() const { return out + width - kGroup; }
   float* weights() const { return out + width; }
   float& top() const { return out[width + kGroup]; }
 };
@@ -51,8 +51,8 @@ class Scales<int8_t> {
   const Tile<int8_t>& tile_;
 };
 
-// Values are taken less a middle, about which their sums cancel least; that of the tile's values is
-// kValueMiddle.
+// Values are taken less a zero point, about which their sums cancel least; that of the tile's
+// values is kValueZeroPoint.
 template <>
 class Scales<Nibbles> {
  public:
@@ -60,25 +60,25 @@ class Scales<Nibbles> {
     const int64_t row_bytes = tile.row_stride;
     for (int key = 0; key < kTile; key += kLanes) {
       const int g = key / kGroup;
-      take(tile.keys[g] + kGroup * (row_bytes + row_bytes / 4), key, kKeyMiddle, key_);
-      take(tile.values[g] + kGroup * row_bytes, key, kValueMiddle, value_);
+      take(tile.keys[g] + kGroup * (row_bytes + row_bytes / 4), key, kKeyZeroPoint, key_);
+      take(tile.values[g] + kGroup * row_bytes, key, kValueZeroPoint, value_);
     }
   }
   Vec score(int key, Vec total, float query_sum) const {
-    const Vec about = add_int32(total, splat_int32(int32_t(-kKeyMiddle * query_sum)));
+    const Vec about = add_int32(total, splat_int32(int32_t(-kKeyZeroPoint * query_sum)));
     return fma(int32_to_float(about), load(key_[0] + key), load(key_[1] + key) * splat(query_sum));
   }
   Vec weight(int key, Vec weight) const { return weight * load(value_[0] + key); }
-  Vec middle(int key, Vec weight) const { return weight * load(value_[1] + key); }
+  Vec zero_point(int key, Vec weight) const { return weight * load(value_[1] + key); }
 
  private:
-  static constexpr float kKeyMiddle = 16.0f;
-  using Table = float[2][kTile];  // scales; what the middle stands for
+  static constexpr float kKeyZeroPoint = 16.0f;
+  using Table = float[2][kTile];  // scales; what the zero point stands for
 
-  static void take(const Nibbles* scales, int key, float middle, Table& to) {
+  static void take(const Nibbles* scales, int key, float zero_point, Table& to) {
     const f16* scale = reinterpret_cast<const f16*>(scales) + key % kGroup;
     store(to[0] + key, load(scale));
-    store(to[1] + key, fma(load(scale), splat(middle), load(scale + kGroup)));
+    store(to[1] + key, fma(load(scale), splat(zero_point), load(scale + kGroup)));
   }
 
   Table key_, value_;
@@ -87,8 +87,8 @@ class Scales<Nibbles> {
 // Turns the row's scores into weights 2^(scale * score - top), times the values' scales; lanes past
 // num_keys are never read as numbers, whatever they hold.
 template <typename T>
-__attribute__((noinline)) void soften(const Scales<T>& scales, float* scores, int num_keys,
-                                      QueryScale query, float scale, RowState state) {
+__attribute__((noinline)) void softmax(const Scales<T>& scales, float* scores, int num_keys,
+                                       QueryScale query, float scale, RowState state) {
   constexpr int kVecs = kTile / kLanes;
   const Vec factor = splat(scale * query.scale);
   Vec x[kVecs], greatest = splat(-INFINITY);
@@ -121,10 +121,10 @@ __attribute__((noinline)) void soften(const Scales<T>& scales, float* scores, in
   add_up(sums, state.weights());
   if constexpr (std::is_same_v<T, Nibbles>) {
     for (int j = 0; j < kVecs; ++j) {
-      sums[j] = scales.middle(j * kLanes, sums[j]);
+      sums[j] = scales.zero_point(j * kLanes, sums[j]);
       if (num_keys < kTile) sums[j] = select_first(num_keys - j * kLanes, sums[j], splat(0.0f));
     }
-    add_up(sums, state.middles());
+    add_up(sums, state.zero_points());
   }
 }
 

@@ -7,7 +7,7 @@
 // of some rows, times those words of a key again and again, which takes no step across lanes.
 #pragma once
 
-#include "cpu/attention/words.h"
+#include "cpu/attention/qk.h"
 #include "cpu/runtime/task.h"
 
 namespace codellama_rt {
@@ -31,8 +31,8 @@ constexpr int kValueRows = kLanes == 16 ? 8 : 4;
 // Vectors of values: fewer for many rows, that each is converted once for all of them.
 constexpr int value_panel(int64_t rows) { return rows == 1 ? 2 * kPanel : rows <= 4 ? kPanel : 2; }
 
-constexpr int kSoftenShares = 5;  // what work on a row asks memory for, next to a key and panel of
-                                  // kValueRows rows: about as long
+constexpr int kSoftmaxShares = 5;  // what work on a row asks memory for, next to a key and panel of
+                                   // kValueRows rows: about as long
 
 // Where the tile's groups lie. Groups past the last key stand for the last one again.
 template <typename T>

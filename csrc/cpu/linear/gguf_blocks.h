@@ -12,15 +12,15 @@ namespace {
 
 // ---- 16 rows of blocks ---------------------------------------------------------------------
 
-typedef uint32_t Words __attribute__((vector_size(64)));  // a lane is a row
+typedef uint32_t Uint32x16 __attribute__((vector_size(64)));  // a lane is a row
 typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t SignedWords __attribute__((vector_size(64)));
+typedef int32_t Int32x16 __attribute__((vector_size(64)));
 
 struct Rows {
   const uint8_t* row[kWeightTile];
 
   // Words `offset / 4 .. + 4` of every row.
-  inline void load_four(int64_t offset, Words (&words)[4]) const {
+  inline void load_four(int64_t offset, Uint32x16 (&words)[4]) const {
 #if defined(__AVX512F__)
     __m512i quads[4];  // quads[c], 128-bit lane l: row 4 l + c
     for (int c = 0; c < 4; ++c) {
@@ -36,10 +36,10 @@ struct Rows {
     const __m512i low23 = _mm512_unpacklo_epi32(quads[2], quads[3]);
     const __m512i high01 = _mm512_unpackhi_epi32(quads[0], quads[1]);
     const __m512i high23 = _mm512_unpackhi_epi32(quads[2], quads[3]);
-    words[0] = (Words)_mm512_unpacklo_epi64(low01, low23);
-    words[1] = (Words)_mm512_unpackhi_epi64(low01, low23);
-    words[2] = (Words)_mm512_unpacklo_epi64(high01, high23);
-    words[3] = (Words)_mm512_unpackhi_epi64(high01, high23);
+    words[0] = (Uint32x16)_mm512_unpacklo_epi64(low01, low23);
+    words[1] = (Uint32x16)_mm512_unpackhi_epi64(low01, low23);
+    words[2] = (Uint32x16)_mm512_unpacklo_epi64(high01, high23);
+    words[3] = (Uint32x16)_mm512_unpackhi_epi64(high01, high23);
 #else
     for (int r = 0; r < kWeightTile; ++r) {
       uint32_t four[4];
@@ -69,16 +69,16 @@ struct Rows {
   }
 };
 
-inline void put(const Words& words, uint8_t* group, int quad) {
+inline void put(const Uint32x16& words, uint8_t* group, int quad) {
   std::memcpy(group + quad * kStepBytes, &words, kStepBytes);
 }
 // Words hold small integers.
-inline void to_floats(const Words& words, Floats& floats) {
-  floats = __builtin_convertvector((SignedWords)words, Floats);
+inline void to_floats(const Uint32x16& words, Floats& floats) {
+  floats = __builtin_convertvector((Int32x16)words, Floats);
 }
 
 // The float16 in the low half of each word.
-inline void low_halves(const Words& words, Floats& floats) {
+inline void low_halves(const Uint32x16& words, Floats& floats) {
 #if defined(__AVX512F__)
   floats = (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)words));
 #else
@@ -96,7 +96,7 @@ constexpr uint32_t kNibbles = 0x0f0f0f0f;
 
 // 16 bytes: element i in the low nibble of byte i, i + 16 in the high one.
 inline void unpack_nibbles(const Rows& rows, int64_t offset, uint8_t* to) {
-  Words words[4];
+  Uint32x16 words[4];
   rows.load_four(offset, words);
   for (int c = 0; c < 4; ++c) {
     put(words[c] & kNibbles, to, c);
@@ -129,7 +129,7 @@ struct Q8_0 {
   static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
     rows.load_halves(at, Layout::floats(to, 0));
     for (int half = 0; half < 2; ++half) {
-      Words words[4];
+      Uint32x16 words[4];
       rows.load_four(at + 2 + 16 * half, words);
       for (int c = 0; c < 4; ++c) put(words[c] ^ 0x80808080u, to, 4 * half + c);
     }
@@ -142,14 +142,14 @@ struct Q4_K {
   using Layout = Unpacked<0, 1, true>;
   static constexpr int64_t kBlockBytes = 144, kGroups = 8;
   static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
-    Words head[4];  // d and dmin, then the 12 bytes
+    Uint32x16 head[4];  // d and dmin, then the 12 bytes
     rows.load_four(at, head);
     Floats d, dmin;
     low_halves(head[0], d);
     low_halves(head[0] >> 16, dmin);
     for (int g = 0; g < kGroups; ++g) {
       const int shift = 8 * (g % 4);
-      Words scale = head[1] >> shift & 63, minimum = head[2] >> shift & 63;
+      Uint32x16 scale = head[1] >> shift & 63, minimum = head[2] >> shift & 63;
       if (g >= 4) {  // 4 bits each in the last word, their upper 2 above those of group g - 4
         scale = (head[3] >> shift & 15) | (head[1] >> (shift + 6) & 3) << 4;
         minimum = (head[3] >> (shift + 4) & 15) | (head[2] >> (shift + 6) & 3) << 4;
@@ -163,7 +163,7 @@ struct Q4_K {
       std::memcpy(Layout::floats(to + g * Layout::kBytes, 1), &minima, sizeof(minima));
     }
     for (int i = 0; i < 8; ++i) {  // 16 bytes each
-      Words words[4];
+      Uint32x16 words[4];
       rows.load_four(at + 16 + 16 * i, words);
       uint8_t* low = to + i / 2 * 2 * Layout::kBytes;
       for (int c = 0; c < 4; ++c) {
@@ -183,10 +183,10 @@ struct Q6_K {
   static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
     alignas(64) float d[kWeightTile];
     rows.load_halves(at + 208, d);
-    Words scales[4];
+    Uint32x16 scales[4];
     rows.load_four(at + 192, scales);
     for (int s = 0; s < 16; ++s) {
-      const SignedWords scale = (SignedWords)(scales[s / 4] << (24 - 8 * (s % 4))) >> 24;
+      const Int32x16 scale = (Int32x16)(scales[s / 4] << (24 - 8 * (s % 4))) >> 24;
       Floats factor;
       std::memcpy(&factor, d, sizeof(d));
       factor *= __builtin_convertvector(scale, Floats);
@@ -201,13 +201,13 @@ struct Q6_K {
  private:
   static inline void unpack_sixteen(const Rows& rows, int64_t nibbles, int64_t pairs, uint8_t* to,
                                     int quad) {
-    Words even[4], odd[4], upper[4];
+    Uint32x16 even[4], odd[4], upper[4];
     rows.load_four(nibbles, even);
     rows.load_four(nibbles + 32, odd);
     rows.load_four(pairs, upper);
     for (int c = 0; c < 4; ++c) {
       for (int g = 0; g < 4; ++g) {
-        const Words low = (g % 2 ? odd[c] : even[c]) >> (g / 2 * 4) & kNibbles;
+        const Uint32x16 low = (g % 2 ? odd[c] : even[c]) >> (g / 2 * 4) & kNibbles;
         put(low | (upper[c] >> (2 * g) & 0x03030303u) << 4, to + g * Layout::kBytes, quad + c);
       }
     }

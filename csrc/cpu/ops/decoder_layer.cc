@@ -6,7 +6,7 @@
 //          add_rms_norm makes at the start of the next layer
 #include "cpu/ops/decoder_layer.h"
 
-#include "common/launch_checks.h"
+#include "common/check.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/parallel.h"
 

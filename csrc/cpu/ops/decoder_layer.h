@@ -2,7 +2,7 @@
 // size. It writes the same bits as the single ops one after another.
 #pragma once
 
-#include "common/check.h"
+#include "common/launch.h"
 
 namespace codellama_rt {
 
@@ -25,9 +25,4 @@ struct DecoderLayer {
   bool interleaved;
 };
 
-namespace launch {
-
-__attribute__((visibility("default"))) void decoder_layer(const DecoderLayer& layer);
-
-}  // namespace launch
 }  // namespace codellama_rt

@@ -5,11 +5,14 @@
 
 namespace codellama_rt {
 
-#define CLRT_DECLARE(isa)         \
-  namespace isa {                 \
-  extern const KernelTable table; \
+// Weak: a build may have left one out (CODELLAMA_RT_ISAS), whose table then is null.
+#define CLRT_DECLARE(isa)                               \
+  namespace isa {                                       \
+  extern const KernelTable table __attribute__((weak)); \
   }
-CLRT_DECLARE(baseline)
+namespace baseline {
+extern const KernelTable table;
+}
 #if defined(__x86_64__)
 CLRT_DECLARE(avx2)
 CLRT_DECLARE(avx512)
@@ -31,14 +34,17 @@ struct Available {
         has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512cd");
-    if (has_avx512 && __builtin_cpu_supports("avx512bf16") &&
-        __builtin_cpu_supports("avx512vnni")) {
-      tables[n++] = &avx512_bf16::table;
-    }
-    if (has_avx512) tables[n++] = &avx512::table;
-    if (has_avx2) tables[n++] = &avx2::table;
+    const bool has_avx512_bf16 =
+        has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    add(has_avx512_bf16, &avx512_bf16::table);
+    add(has_avx512, &avx512::table);
+    add(has_avx2, &avx2::table);
 #endif
-    tables[n++] = &baseline::table;
+    add(true, &baseline::table);
+  }
+
+  void add(bool cpu_has_it, const KernelTable* table) {
+    if (cpu_has_it && table) tables[n++] = table;
   }
 
   const KernelTable* find(const char* name) const {

@@ -214,7 +214,7 @@ inline Vec load_first(const int8_t* p, int n) {
 }
 
 // The kLanes elements of even and of odd number among 2 * kLanes; those of an int4 cache less
-// kValueMiddle.
+// kValueZeroPoint.
 #if defined(__AVX512F__)
 inline void load_values(const bf16* p, Vec& even, Vec& odd) {
   const __m512i pairs = _mm512_loadu_si512(p);
@@ -222,7 +222,7 @@ inline void load_values(const bf16* p, Vec& even, Vec& odd) {
   odd = from_bits(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000))));
 }
 #endif
-constexpr float kValueMiddle = 8.0f;
+constexpr float kValueZeroPoint = 8.0f;
 inline void load_values(const Nibbles* p, Vec& even, Vec& odd) {
   const Vec both = load_int32(&p->bits);
 #if defined(__AVX512F__)  // a table, of which VPERMPS reads the four lowest bits
@@ -230,8 +230,8 @@ inline void load_values(const Nibbles* p, Vec& even, Vec& odd) {
   even.v = _mm512_permutexvar_ps(to_bits(both), table);
   odd.v = _mm512_permutexvar_ps(to_bits(shift_right_4(both)), table);
 #else
-  even = int32_to_float(and_bits(both, splat_int32(15))) - splat(kValueMiddle);
-  odd = int32_to_float(shift_right_4(both)) - splat(kValueMiddle);
+  even = int32_to_float(and_bits(both, splat_int32(15))) - splat(kValueZeroPoint);
+  odd = int32_to_float(shift_right_4(both)) - splat(kValueZeroPoint);
 #endif
 }
 

@@ -134,8 +134,8 @@ CLRT_DEVICE void consume(const Attention& a, const Segment& s, const Stages& sta
     if (sees) scores<T>(tile, rows.q, weights);
     if (!last || group == 0) ptx::named_arrive(kTurn + 1 - group, kTotalThreads);
     stages.give_back(count++);
-    const int visible[2] = {rows.seen[0] - key, rows.seen[1] - key};
-    if (sees) soften<kDim>(weights, visible, a.scale_log2, state);
+    const int visible[2] = {rows.visible[0] - key, rows.visible[1] - key};
+    if (sees) softmax<kDim>(weights, visible, a.scale_log2, state);
     tile = stages.wait_full(count);
     if (s.end_key - key < kTile) {
       Values::clear_from(tile, s.end_key - key, threadIdx.x % kGroupThreads, kGroupThreads);

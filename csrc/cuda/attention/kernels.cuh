@@ -19,15 +19,15 @@ constexpr float kLn2 = 0.693147180559945f;
 template <typename T, typename Tile, int kDim>
 struct WarpRows {
   uint32_t q[kDim / 16][4];
-  int seen[2];  // keys that this lane's two rows see
-  int most;     // keys that any row of the warp sees
+  int visible[2];  // keys that this lane's two rows see
+  int most;        // keys that any row of the warp sees
 
   CLRT_DEVICE void load(const Attention& a, const Segment& s, int first) {
     const int end = first + kRows < s.end_row ? first + kRows : s.end_row;
     const T* rows[2];
     for (int i = 0; i < 2; ++i) {
       const int row = first + threadIdx.x % kWarp / 4 + 8 * i;
-      seen[i] = row < end ? visible_keys(a, s.seq, row) : 0;
+      visible[i] = row < end ? visible_keys(a, s.seq, row) : 0;
       rows[i] = row < end ? static_cast<const T*>(a.query) + output_row(a, s, row) * kDim : nullptr;
     }
     most = end > first ? visible_keys(a, s.seq, end - 1) : 0;
@@ -86,8 +86,8 @@ CLRT_DEVICE void attend_tile(const Attention& a, const Segment& s, int key, Ring
   if (sees) Tile::scores(stage, rows.q, scores);
   ring.give_back();
   feed.next(a);
-  const int visible[2] = {rows.seen[0] - key, rows.seen[1] - key};
-  if (sees) soften<kDim>(scores, visible, a.scale_log2, state);
+  const int visible[2] = {rows.visible[0] - key, rows.visible[1] - key};
+  if (sees) softmax<kDim>(scores, visible, a.scale_log2, state);
   stage = ring.take();
   if (s.end_key - key < kTile) ring.clear_from(stage, s.end_key - key);
   if (sees) {

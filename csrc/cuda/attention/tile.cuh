@@ -65,8 +65,8 @@ CLRT_DEVICE void fold(RowState<kDim>& total, const RowState<kDim>& part) {
 // Scores to weights e^(s - max), and what they do to the state. visible: keys of this tile that
 // rows 0 and 1 see, at most kTile.
 template <int kDim>
-CLRT_DEVICE void soften(float (&s)[kGroups][4], const int (&visible)[2], float scale_log2,
-                        RowState<kDim>& state) {
+CLRT_DEVICE void softmax(float (&s)[kGroups][4], const int (&visible)[2], float scale_log2,
+                         RowState<kDim>& state) {
   const int column = threadIdx.x % 4 * 2;
   float before[2];
 #pragma unroll

@@ -8,17 +8,8 @@ const KernelTable& kernels() {
   static const KernelTable table = [] {
     KernelTable t{};
     t.isa = "cuda";
-    t.embedding = cuda::embedding;
-    t.rms_norm = cuda::rms_norm;
-    t.linear = cuda::linear;
-    t.apply_rotary_pos_emb = cuda::apply_rotary_pos_emb;
-    t.reshape_and_cache = cuda::reshape_and_cache;
-    t.rope_and_cache = cuda::rope_and_cache;
-    t.paged_attention = cuda::paged_attention;
-    t.flash_attention = cuda::flash_attention;
-    t.merge_attention = cuda::merge_attention;
-    t.silu_and_mul = cuda::silu_and_mul;
-    t.copy_blocks = cuda::copy_blocks;
+#define CLRT_OP(name, Params, signature) t.name = cuda::name;
+#include "ops.def"
     return t;
   }();
   return table;

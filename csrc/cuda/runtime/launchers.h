@@ -7,17 +7,8 @@
 namespace codellama_rt {
 namespace cuda {
 
-void embedding(const EmbeddingParams&);
-void rms_norm(const RmsNormParams&);
-void linear(const LinearParams&);
-void apply_rotary_pos_emb(const RotaryParams&);
-void reshape_and_cache(const ReshapeAndCacheParams&);
-void rope_and_cache(const RopeAndCacheParams&);
-void paged_attention(const PagedAttentionParams&);
-void flash_attention(const FlashAttentionParams&);
-void merge_attention(const MergeAttentionParams&);
-void silu_and_mul(const SiluAndMulParams&);
-void copy_blocks(const CopyBlocksParams&);
+#define CLRT_OP(name, Params, signature) void name(const Params&);
+#include "ops.def"
 
 }  // namespace cuda
 }  // namespace codellama_rt

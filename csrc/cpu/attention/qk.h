@@ -24,7 +24,7 @@ struct QueryScale {
 // One element a word, multiplied in float32. A query is first rounded to a bfloat16 cache's dtype,
 // so that every instruction set computes the same mathematical function.
 template <typename T>
-struct Words {
+struct Qk {
   using Row = const T*;
   static constexpr int64_t count(int64_t head_dim) { return head_dim; }
   static constexpr int64_t num_chunks(int64_t head_dim) {
@@ -46,7 +46,7 @@ struct Words {
 #if defined(__AVX512BF16__)
 // Two elements a word, as they lie.
 template <>
-struct Words<bf16> {
+struct Qk<bf16> {
   using Row = const bf16*;
   static constexpr int64_t count(int64_t head_dim) { return head_dim / 2; }
   static constexpr int64_t num_chunks(int64_t head_dim) {
@@ -71,7 +71,7 @@ struct Words<bf16> {
 };
 #else
 template <>
-inline void Words<bf16>::store_query(float* words, int64_t element, Vec x) {
+inline void Qk<bf16>::store_query(float* words, int64_t element, Vec x) {
   bf16 rounded[kLanes];
   store(rounded, x);
   store(words + element, load(rounded));
@@ -80,7 +80,7 @@ inline void Words<bf16>::store_query(float* words, int64_t element, Vec x) {
 
 // Pairs of neighbours.
 template <>
-struct Words<int8_t> {
+struct Qk<int8_t> {
   using Row = const int8_t*;
   static constexpr int64_t num_chunks(int64_t head_dim) { return ceil_div(head_dim, 2 * kLanes); }
   static bool has_whole_chunks(int64_t head_dim) { return head_dim % (2 * kLanes) == 0; }
@@ -103,7 +103,7 @@ struct Words<int8_t> {
 
 // Chunk 2 c has the elements of even number of kLanes * 4, chunk 2 c + 1 the others.
 template <>
-struct Words<Nibbles> {
+struct Qk<Nibbles> {
   struct Row {
     const Nibbles* low;         // head_dim / 2 bytes: bits 0 to 3
     const uint8_t *even, *odd;  // head_dim / 16 bytes each: bit 4 of the elements of that number
@@ -175,8 +175,8 @@ QueryScale pack_query(const Q* query, int64_t head_dim, float* words) {
   for (int64_t d = 0; d < head_dim; d += kLanes) store(words + d, splat(0.0f));
   for (int64_t d = 0; d < head_dim; d += kLanes) {
     const int64_t left = head_dim - d;
-    Words<T>::store_query(words, d,
-                          left < kLanes ? load_first(query + d, int(left)) : load(query + d));
+    Qk<T>::store_query(words, d,
+                       left < kLanes ? load_first(query + d, int(left)) : load(query + d));
   }
   return {};
 }
@@ -197,7 +197,7 @@ QueryScale pack_quantized_query(const Q* query, int64_t head_dim, float* words, 
   if (range.finite) {
     for (int64_t d = 0; d < head_dim; ++d) {
       const int16_t element = int16_t(std::nearbyint(floats[d] * inverse));
-      out[Words<T>::place(d)] = element;
+      out[Qk<T>::place(d)] = element;
       sum += element;
     }
   }
