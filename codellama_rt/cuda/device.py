@@ -34,5 +34,5 @@ def available() -> tuple[bool, str]:
 
 def _absence(error: ImportError) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name == _NAME:
-        return "this build has no cuda kernels (no nvcc when it was installed)"
+        return "this build has no cuda kernels (no nvcc or driver when it was installed)"
     return f"the cuda kernels cannot be loaded: {error}"

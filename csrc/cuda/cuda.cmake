@@ -1,8 +1,17 @@
-# libcodellama_rt_cuda.so and _cuda, where an nvcc is: on the path, or of the pip wheels of the extra
-# [cuda-build]. CMake's own CUDA language is not used: it does not find the wheels' parts.
-set(CODELLAMA_RT_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO (where an nvcc is found)")
+# libcodellama_rt_cuda.so and _cuda, where an NVIDIA driver and an nvcc are, or on request. nvcc is
+# taken from the path, or from the pip wheels of the extra [cuda-build]. CMake's own CUDA language is
+# not used: it does not find the wheels' parts.
+set(CODELLAMA_RT_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO (with a driver and nvcc)")
 if(CODELLAMA_RT_CUDA STREQUAL "OFF")
   return()
+endif()
+if(CODELLAMA_RT_CUDA STREQUAL "AUTO")
+  find_program(CODELLAMA_RT_NVIDIA_SMI nvidia-smi)
+  find_library(CODELLAMA_RT_CUDA_DRIVER libcuda.so.1)
+  if(NOT CODELLAMA_RT_NVIDIA_SMI AND NOT CODELLAMA_RT_CUDA_DRIVER AND NOT EXISTS /proc/driver/nvidia)
+    message(STATUS "No NVIDIA driver: no CUDA kernels (CODELLAMA_RT_CUDA=ON compiles them anyway)")
+    return()
+  endif()
 endif()
 
 find_program(CODELLAMA_RT_NVCC nvcc HINTS ENV CUDA_HOME PATH_SUFFIXES bin)
@@ -56,7 +65,8 @@ list(TRANSFORM host_sources PREPEND ${csrc}/)
 add_library(codellama_rt_cuda SHARED ${cuda_objects} ${host_sources})
 target_compile_definitions(codellama_rt_cuda PRIVATE CLRT_CUDA)
 target_link_libraries(codellama_rt_cuda PRIVATE ${CODELLAMA_RT_CUDART} Threads::Threads dl rt)
-target_link_options(codellama_rt_cuda PRIVATE -Wl,-Bsymbolic -Wl,--exclude-libs,ALL)
+target_link_options(codellama_rt_cuda PRIVATE -Wl,-Bsymbolic -Wl,--exclude-libs,ALL
+                    -Wl,--no-undefined)
 
 pybind11_add_module(_cuda MODULE csrc/bind/python.cc csrc/cuda/runtime/module.cc)
 target_compile_definitions(_cuda PRIVATE CLRT_CUDA)
@@ -64,11 +74,12 @@ target_link_libraries(_cuda PRIVATE codellama_rt_cuda)
 set_target_properties(_cuda PROPERTIES INSTALL_RPATH "$ORIGIN" BUILD_WITH_INSTALL_RPATH ON)
 install(TARGETS codellama_rt_cuda _cuda LIBRARY DESTINATION .)
 
-# What the compiler said of registers and spills, for tools/inspect_cuda.py.
+# What the compiler said of registers and spills, for tools/inspect_cuda.py: of no use in a wheel.
 install(CODE "file(GLOB logs \"${CMAKE_CURRENT_BINARY_DIR}/cuda/*/*.log\")
   file(WRITE \"${CMAKE_CURRENT_BINARY_DIR}/cuda/ptxas.txt\" \"\")
   foreach(log IN LISTS logs)
     file(READ \"\${log}\" text)
     file(APPEND \"${CMAKE_CURRENT_BINARY_DIR}/cuda/ptxas.txt\" \"\${text}\")
-  endforeach()")
-install(FILES ${CMAKE_CURRENT_BINARY_DIR}/cuda/ptxas.txt DESTINATION . RENAME cuda_ptxas.txt)
+  endforeach()" COMPONENT development EXCLUDE_FROM_ALL)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/cuda/ptxas.txt DESTINATION . RENAME cuda_ptxas.txt
+        COMPONENT development EXCLUDE_FROM_ALL)
