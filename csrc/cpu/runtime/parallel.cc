@@ -88,7 +88,10 @@ class Pool {
     }
     std::unique_lock<std::mutex> lock(sleep_);
     sleepers_.fetch_add(1);
-    wake_.wait(lock, [&] { return changed(seen) || stop_.load(); });
+    // Not wake_.wait(lock): GCC 12's asks for a libstdc++ newer than that of manylinux_2_34.
+    while (!changed(seen) && !stop_.load()) {
+      pthread_cond_wait(wake_.native_handle(), sleep_.native_handle());
+    }
     sleepers_.fetch_sub(1);
     return !stop_.load();
   }
