@@ -139,8 +139,7 @@ def _custom_ops(library: Path) -> str:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
         return f"cannot be loaded: {error}"
-    symbols = {name: "".join(part.capitalize() for part in name.split("_")) for name in OPS}
-    missing = [name for name, symbol in symbols.items() if not hasattr(loaded, symbol)]
+    missing = [name for name in OPS if not hasattr(loaded, f"clrt_{name}")]
     if missing:
         return f"{library} lacks {', '.join(missing)}"
-    return f"{len(symbols)} in {library.name}"
+    return f"{len(OPS)} in {library.name}"

@@ -24,6 +24,7 @@ def _kernels() -> ModuleType:
 
 
 def _remedy() -> str:
+    """Return what the user can do about missing kernels."""
     if (_PACKAGE.parent / "CMakeLists.txt").is_file():
         return (
             f"{_PACKAGE.parent} is a source tree without compiled kernels: run `pip install -e .` "
@@ -120,8 +121,9 @@ def _cuda_available() -> tuple[bool, str]:
 
 
 def _absence_of_cuda(error: ImportError) -> str:
+    """Return why the CUDA kernels cannot be imported."""
     if isinstance(error, ModuleNotFoundError) and error.name == _CUDA:
-        return "this build has no cuda kernels (no nvcc when it was installed)"
+        return "this build has no cuda kernels (no nvcc or driver when it was installed)"
     return f"the cuda kernels cannot be loaded: {error}"
 
 

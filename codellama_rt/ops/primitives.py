@@ -45,10 +45,9 @@ def make_primitive(
     if name == "linear":  # the ABI's shape inference does not tell
         info.attr("num_weights", "required", "int", value=num_tensors - 1)
     info.dtype_format(*[DataType.None_None] * (len(inputs) + len(outputs))).target("CPU")
-    symbol = "".join(part.capitalize() for part in name.split("_"))
     return Custom(
-        f"{LIBRARY}:{symbol}",
-        None,  # shapes: the library's <symbol>InferShape, the only kind that takes dynamic ones
+        f"{LIBRARY}:clrt_{name}",
+        None,  # shapes: the library's clrt_<name>InferShape, the only kind that takes dynamic ones
         _type_inference(op, inputs, formats),
         "aot",
         reg_info=info.get_op_info(),
@@ -87,7 +86,7 @@ def _names(name: str, num_tensors: int) -> tuple[str, ...]:
 
 
 def _describe(op: str, names: tuple[str, ...], formats: tuple[Format | None, ...]) -> str:
-    """The formats as `csrc/aot.cc` reads them: of each input dtype, bytes of a token's row, shape.
+    """The formats as `csrc/bind/mindspore.cc` reads them: dtype, bytes of a row, shape of each.
 
     A cache's pages may change in number and size: they follow from its payload's shape.
     """

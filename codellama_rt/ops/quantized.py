@@ -1,4 +1,4 @@
-"""Quantised tensors: bytes, and what they stand for; `csrc/quantized.h` says the same in C++.
+"""Quantised tensors: bytes and what they stand for; in C++ `csrc/common/quantized.h`.
 
 A cache in int8 or int4: a page of a head is block_size / 16 groups of 16 tokens, each group its
 rows of values, then its scales; so a group is one piece, whatever block_size is.

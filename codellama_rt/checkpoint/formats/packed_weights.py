@@ -10,7 +10,7 @@ and config.json beside it has
 
     "quantization_config": {"quant_method": "codellama_rt", "format_version": 2, "dtype": "int4"}
 
-A change of the layout of int8 or int4 weights (csrc/quantized.h) is a new format version.
+A change of the layout of int8 or int4 weights (csrc/common/quantized.h) is a new format version.
 """
 
 import json

@@ -29,7 +29,7 @@ WORKSPACE_BYTES = 64 << 20  # of a model that is told no more; place() knows wha
 CUBLASLT_VARIABLE = "CODELLAMA_RT_CUBLASLT"
 CUBLASLT_BYTES = 32 << 20  # what NVIDIA recommends for Hopper
 _SMALLEST_WIDTH = 16  # of a bucket's block tables
-_SPLIT_KEYS, _NODE_SPLITS, _TICKET_BYTES = 256, 16, 1 << 20  # of attention_plan.cuh
+_SPLIT_KEYS, _NODE_SPLITS, _TICKET_BYTES = 256, 16, 1 << 20  # of attention/plan.cuh
 
 
 class DeviceLlama:
@@ -244,7 +244,7 @@ class DecodeGraph:
 
 
 def workspace_bytes(config: ModelConfig, num_keys: int, num_seqs: int) -> int:
-    """What splitting a step of one token a sequence takes at most (csrc/cuda/attention_plan.cuh).
+    """What splitting a step of one token a sequence takes at most (csrc/cuda/attention/plan.cuh).
 
     Args:
         config: of the model.

@@ -1,6 +1,6 @@
 """int8 and int4 weights in the order that the device's matrix instructions take them.
 
-Layout: csrc/cuda/weight_formats.cuh. Along in_features, 32 elements share a float16 scale:
+Layout: csrc/cuda/linear/formats.cuh. Along in_features, 32 elements share a float16 scale:
 int8: greatest magnitude / 127; int4: the element of greatest magnitude / -8, so that it is exact.
 """
 

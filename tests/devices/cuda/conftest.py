@@ -29,7 +29,7 @@ def emulated_module():
     """`_cuda` with the emulator in CUDA's place, compiled when its sources changed."""
     build = REPOSITORY / "build" / "cuda_emulated"
     _run(
-        "cmake", "-S", str(REPOSITORY / "csrc/cuda/emu"), "-B", str(build), "-G", "Ninja",
+        "cmake", "-S", str(REPOSITORY / "tests/emulators/cuda"), "-B", str(build), "-G", "Ninja",
         f"-DPython3_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
     )  # fmt: skip
     _run("cmake", "--build", str(build), "--parallel", str(min(os.cpu_count() or 1, 4)))
