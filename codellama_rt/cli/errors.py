@@ -32,11 +32,12 @@ _OPTIONS = {
         *("n", "logprobs", "prompt_logprobs", "shards", "context", "batch", "chat_template"),
     )
 }
+_ASSIGNED = "|".join(name for name in _OPTIONS if name != "n")
 _UNLIKE_PROSE = "|".join(name for name in _OPTIONS if "_" in name)
 _PARAMETER = re.compile(
-    rf"(?<![\w/.\\-])(?:(?P<assigned>{'|'.join(_OPTIONS)})=(?P<value>'[^']*'|[\w.+-]*[\w])"
+    rf"(?<![\w/.\\-])(?:(?P<assigned>{_ASSIGNED})(?:=| (?='))(?P<value>'[^']*'|[\w.+-]*\w)"
     rf"|(?P<named>{_UNLIKE_PROSE})(?![\w/\\])"
-    rf"|^(?P<subject>{'|'.join(_OPTIONS)})(?= must))"
+    rf"|^(?:SamplingParams: )?(?P<subject>{'|'.join(_OPTIONS)})(?= must))"
 )
 
 
@@ -52,7 +53,7 @@ class CommandGroup(TyperGroup):
         except _UsageError as error:
             message = error.format_message().replace(": Value error, ", ": ")  # of newer typers
             is_help = "\n" in message  # what is printed where no command is given
-            tell(message if is_help else f"codellama-rt: {message}{_hint(error)}")
+            tell(message if is_help else f"codellama-rt: {message.rstrip('.')}{_hint(error)}")
             sys.exit(error.exit_code)
         except typer.Abort:
             tell("codellama-rt: aborted")
@@ -60,7 +61,7 @@ class CommandGroup(TyperGroup):
 
 
 def _hint(error: Any) -> str:
-    return f" See {error.ctx.command_path} --help." if error.ctx is not None else ""
+    return f"; see {error.ctx.command_path} --help" if error.ctx is not None else ""
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from codellama_rt.cli.options import (
     KvDtypeOption,
     QuantizationName,
     QuantizationOption,
+    checked_size,
 )
 
 
@@ -90,12 +91,18 @@ def estimate(
     kv_dtype: KvDtypeOption = "auto",
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory to fit into, such as 80GB (default: free here)."),
+        typer.Option(
+            metavar="SIZE",
+            callback=checked_size,
+            help="Memory to fit into, such as 80GB (default: free here).",
+        ),
     ] = None,
     bandwidth: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Read bandwidth per second, such as 3350GB (default: measured)."
+            metavar="SIZE",
+            callback=checked_size,
+            help="Read bandwidth per second, such as 3350GB (default: measured).",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,

@@ -6,11 +6,29 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from codellama_rt.engine.sampling_params import SamplingParams
+
+
+def checked_size(text: str | None) -> str | None:
+    """Refuse what is not a size such as 8GB, before anything is opened.
+
+    Raises:
+        typer.BadParameter: it is not.
+    """
+    from codellama_rt.llm.memory import parse_bytes
+
+    try:
+        if text is not None:
+            parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
 
 # Parameters that say which token comes next.
 CHOOSING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -57,7 +75,10 @@ class ModelOptions:
         typer.Option(help="Tokens of prompt and output together (default: the checkpoint's)."),
     ] = None
     kv_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory for the KV cache, such as 8GB.")
+        str | None,
+        typer.Option(
+            metavar="SIZE", callback=checked_size, help="Memory for the KV cache, such as 8GB."
+        ),
     ] = None
     block_size: Annotated[
         int | None,
@@ -71,7 +92,10 @@ class ModelOptions:
         int | None, typer.Option(help="Threads per operator (default: all CPUs).")
     ] = None
     adapter: Annotated[
-        str | None, typer.Option(metavar="DIR", help="LoRA adapter to merge into the weights.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", exists=True, file_okay=False, help="LoRA adapter to merge into weights."
+        ),
     ] = None
 
 

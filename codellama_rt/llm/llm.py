@@ -11,12 +11,12 @@ from codellama_rt import ops
 from codellama_rt.checkpoint import Checkpoint, load_checkpoint
 from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.checkpoint.open import read_model
+from codellama_rt.engine.completion import Completion, Job
 from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.follow import Jobs
 from codellama_rt.engine.request import check_params
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.arguments import Prompt, as_prompts, default_params, require_options
-from codellama_rt.engine.completion import Completion, Job
 from codellama_rt.llm.memory_plan import float_dtype
 from codellama_rt.llm.placement import default_block_size, place, plan_pages
 from codellama_rt.llm.prompts import PromptEncoder

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from types import ModuleType
 
 _NAME = "codellama_rt._cuda"
+_DRIVER = "libcuda.so.1"
 
 
 def module() -> ModuleType:
@@ -27,9 +29,20 @@ def available() -> tuple[bool, str]:
     except ImportError as error:
         return False, f"{_absence(error)}; available: cpu"
     reason = built.unavailable_reason()
+    if reason and not has_driver():
+        reason = "no NVIDIA driver found"  # CUDA calls a missing driver one of a too low version
     if reason:
         return False, f"cuda kernels are built, but {reason}; available: cpu"
     return True, built.device_name()
+
+
+def has_driver() -> bool:
+    """Return whether NVIDIA's driver is installed: its library is what CUDA's runtime opens."""
+    try:
+        ctypes.CDLL(_DRIVER)
+    except OSError:
+        return False
+    return True
 
 
 def _absence(error: ImportError) -> str:

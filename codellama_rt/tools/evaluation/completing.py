@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 
-from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.completion import Completion, Job
+from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.llm import LLM
 
 Progress = Callable[[int, int], None]  # called with samples done and samples in all
