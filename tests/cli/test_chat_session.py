@@ -14,7 +14,10 @@ from codellama_rt.llm.llm import LLM
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 DIALOG = [{"role": "user", "content": "add"}]
-OPTIONS = ("--max-new-tokens", "6", "--ignore-eos", "--kv-memory", KV_MEMORY)
+OPTIONS = (
+    *("--max-new-tokens", "6", "--ignore-eos", "--temperature", "0", "--kv-memory", KV_MEMORY),
+)
+CUT = "[cut after 6 tokens; /set max_tokens null removes this limit]\n"
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +150,7 @@ def test_commands(llm, tmp_path):
         ("/set x 1", "no sampling parameter 'x'"),
         ("/set n 2", "no sampling parameter 'n'"),
         ("/set temperature -1", "temperature must be"),
-        ("/load EMPTY", "is no conversation"),
+        ("/load EMPTY", "does not hold a conversation"),
         ("/load ODD", "the assistant spoke last"),
     ],
 )
@@ -167,19 +170,20 @@ def test_lines_of_stdin_are_messages(chat, llm):
     code, out, err = chat(stdin)
     assert code == 0
     assert out == f"{first}\n{second}\n{third}\n"
-    assert err == f"[user] add\n[assistant] {first.rstrip()}\n"
+    assert err == f"{CUT}[user] add\n[assistant] {first.rstrip()}\n{CUT}{CUT}"
 
 
 def test_a_mistake_does_not_end_the_conversation(chat, llm):
     code, out, err = chat("[INST]\n/foo\nadd")
     assert (code, out) == (0, answers(llm, "add")[0] + "\n")
-    assert err.count("\n") == 2
+    assert err.count("\n") == 3
+    assert err.endswith(CUT)
 
 
 def test_one_message(chat, llm):
     expected = answers(llm, "add", system="s")[0] + "\n"
-    assert chat("print", "-m", "add", "--system", "s") == (0, expected, "")
-    assert chat("add", "-m", "-", "--system", "s") == (0, expected, "")
+    assert chat("print", "-m", "add", "--system", "s") == (0, expected, CUT)
+    assert chat("add", "-m", "-", "--system", "s") == (0, expected, CUT)
 
 
 def test_history_is_kept_in_a_file(chat, llm, tmp_path):
@@ -191,7 +195,7 @@ def test_history_is_kept_in_a_file(chat, llm, tmp_path):
     file.write_text("{}")
     code, out, err = chat("print", "--history", file)
     assert (code, out) == (2, "")
-    assert "is no conversation" in err
+    assert "does not hold a conversation" in err
 
 
 def test_a_template_file(chat, tmp_path):
