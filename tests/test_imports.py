@@ -20,7 +20,8 @@ ROOMS = [
     ["text"],
     ["llm"],
     ["hf", "serve", "tools"],
-    ["cli", "__main__"],
+    ["cli"],
+    ["__main__"],
 ]
 STEP = {room: step for step, rooms in enumerate(ROOMS) for room in rooms}
 MAX_TOP_LEVEL_ENTRIES = 12

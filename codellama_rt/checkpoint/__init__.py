@@ -149,11 +149,9 @@ def check_choices(dtype: str, check: str | None = None) -> None:
         ValueError: it is none.
     """
     if dtype not in ("auto", *FLOAT_DTYPES):
-        raise ValueError(
-            f"open_checkpoint: dtype must be one of auto, {', '.join(FLOAT_DTYPES)}, got {dtype!r}"
-        )
+        raise ValueError(f"dtype must be one of auto, {', '.join(FLOAT_DTYPES)}, got {dtype!r}")
     if check not in (None, "finite"):
-        raise ValueError(f"open_checkpoint: check must be None or 'finite', got {check!r}")
+        raise ValueError(f"check must be None or 'finite', got {check!r}")
 
 
 _LAYER_PARTS = {

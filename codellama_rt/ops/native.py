@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from codellama_rt.ops.ascend_library import available as ascend_available
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _CUDA = "codellama_rt._cuda"
+_DRIVER = "libcuda.so.1"
 
 
 def _kernels() -> ModuleType:
@@ -115,9 +117,20 @@ def _cuda_available() -> tuple[bool, str]:
     except ImportError as error:
         return False, f"{_absence_of_cuda(error)}; available: cpu"
     reason = built.unavailable_reason()
+    if reason and not has_nvidia_driver():
+        reason = "no NVIDIA driver found"  # CUDA calls a missing driver one of a too low version
     if reason:
         return False, f"cuda kernels are built, but {reason}; available: cpu"
     return True, built.device_name()
+
+
+def has_nvidia_driver() -> bool:
+    """Return whether NVIDIA's driver is installed: its library is what CUDA's runtime opens."""
+    try:
+        ctypes.CDLL(_DRIVER)
+    except OSError:
+        return False
+    return True
 
 
 def _absence_of_cuda(error: ImportError) -> str:

@@ -49,6 +49,19 @@ class Limits:
         )
 
 
+def of_roof(share: float) -> str:
+    """Return a share of a measured limit as text.
+
+    More than the limit is not a result but a limit that moved: the machine was slower while it was
+    measured than during the run, or the run's bytes came from a cache. Such a share is marked.
+
+    Example:
+        >>> of_roof(0.83), of_roof(2.63)
+        ('83%', '>100%')
+    """
+    return f"{share:.0%}" if share <= 1.005 else ">100%"
+
+
 def measure_limits(seconds: float = 0.2) -> Limits:
     """Measure all limits.
 
