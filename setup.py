@@ -27,7 +27,8 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         cmake = find_cmake()
         require_compiler()
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        ninja = shutil.which("ninja")  # named anew each time: pip's build environment has moved
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         subprocess.run(
             [
                 cmake,
@@ -46,8 +47,11 @@ class CMakeBuild(build_ext):
         )
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
-        for folder in (package, ROOT / "codellama_rt"):
+        tree = ROOT / "codellama_rt"
+        for folder in (package, tree):
             subprocess.run([cmake, "--install", str(build), "--prefix", str(folder)], check=True)
+        reports = ["--prefix", str(tree), "--component", "development"]  # not for a wheel
+        subprocess.run([cmake, "--install", str(build), *reports], check=True)
 
 
 def find_cmake() -> str:

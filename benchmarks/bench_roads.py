@@ -26,12 +26,12 @@ import mindspore
 import numpy as np
 
 from codellama_rt import _core, ops
-from codellama_rt.checkpoint import LayerWeights, LlamaWeights
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.kv_cache import KVCache
 from codellama_rt.model.llama import Llama
 from codellama_rt.model.llama_graph import LlamaCell
+from codellama_rt.model.weights import LayerWeights, LlamaWeights
 from codellama_rt.ops.schema import OPS, Op
 from codellama_rt.tools.bench.measure import Timing, save
 from codellama_rt.tools.bench.op_arrays import bind, make_arrays

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "generate": "llm.generate",
     "LLM": "llm.llm",
-    "Completion": "llm.completion",
+    "Completion": "engine.completion",
     "SamplingParams": "engine.sampling_params",
     "Engine": "engine.engine",
     "Output": "engine.request",

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "common/dtype.h"
 
 namespace codellama_rt {
 
@@ -141,18 +141,9 @@ struct CopyBlocksParams {
 // One table an instruction set (or device): the ops' entry points.
 struct KernelTable {
   const char* isa;
-  void (*embedding)(const EmbeddingParams&);
-  void (*rms_norm)(const RmsNormParams&);
-  void (*linear)(const LinearParams&);
-  void (*quantize)(const QuantizeParams&);
-  void (*apply_rotary_pos_emb)(const RotaryParams&);
-  void (*reshape_and_cache)(const ReshapeAndCacheParams&);
-  void (*rope_and_cache)(const RopeAndCacheParams&);
-  void (*paged_attention)(const PagedAttentionParams&);
-  void (*flash_attention)(const FlashAttentionParams&);
-  void (*merge_attention)(const MergeAttentionParams&);
-  void (*silu_and_mul)(const SiluAndMulParams&);
-  void (*copy_blocks)(const CopyBlocksParams&);
+#define CLRT_OP(name, Params, signature) void (*name)(const Params&);
+#define CLRT_DIRECT_OP(name, Params, signature) void (*name)(const Params&);
+#include "ops.def"
   // Probes of the machine, no operators: read `bytes` once; do `num_rounds` of a dtype's arithmetic
   // a thread and return the FLOPs of all.
   void (*read_memory)(const void* memory, int64_t bytes);

@@ -1,4 +1,4 @@
-"""Imports go one way, and importing the package costs little."""
+"""Every module stands in one room, rooms import downwards only, and importing costs little."""
 
 import ast
 import subprocess
@@ -10,29 +10,38 @@ import pytest
 import codellama_rt
 
 PACKAGE = Path(codellama_rt.__file__).parent
-# From the top down. A module may import what stands below it, at any distance, never above it;
-# `+` are further modules on the same step.
-STEPS = [
-    ["cli"],
-    ["api", "causal_lm"],
+# From the bottom up. A room imports itself and lower rooms, at any distance; two rooms of one step
+# never import each other. Imports inside functions and under TYPE_CHECKING count.
+ROOMS = [
+    ["errors"],
+    ["ops"],
+    ["model"],
+    ["engine", "checkpoint"],
+    ["text"],
     ["llm"],
-    ["engine"],
-    ["scheduler"],
-    ["block_manager"],
-    ["sequence"],
+    ["hf", "serve", "tools"],
+    ["cli"],
+    ["__main__"],
 ]
-COMPUTATION = [["engine"], ["model", "graph_model"], ["kv_cache", "batch"], ["ops"]]
-LEAVES = ["_core", "config", "dtypes", "errors", "memory", "rope", "sampling_params", "sampler",
-          "cuda.device"]  # fmt: skip
-LEAF_PACKAGES = {  # and what they use
-    "ops": (), "checkpoint": ("ops", "quantize"), "chat": ("checkpoint", "ops", "quantize"),
-    "tokenizer": ("checkpoint", "chat", "ops", "quantize"),
-}  # fmt: skip
+STEP = {room: step for step, rooms in enumerate(ROOMS) for room in rooms}
+MAX_TOP_LEVEL_ENTRIES = 12
+MAX_MODULES_OF_ENGINE = 30
+DEVICES = ("codellama_rt.model.cuda", "codellama_rt.model.ascend", "codellama_rt.model.llama_graph")
 WITHOUT_TENSORS = ["scheduler", "block_manager", "sequence"]
 HEAVY = [
-    "mindspore", "sentencepiece", "tokenizers", "gguf", "jinja2", "typer", "rich", "protobuf",
-    "huggingface_hub", "safetensors", "transformers", "torch",
-]  # fmt: skip
+    "mindspore",
+    "sentencepiece",
+    "tokenizers",
+    "gguf",
+    "jinja2",
+    "typer",
+    "rich",
+    "protobuf",
+    "huggingface_hub",
+    "safetensors",
+    "transformers",
+    "torch",
+]
 
 
 def module_name(path):
@@ -59,9 +68,11 @@ def imported_by(name):
     return names
 
 
-def graph():
-    """Each module's direct imports within the package."""
-    return {name: (imported_by(name) & MODULES.keys()) - {"codellama_rt"} for name in MODULES}
+GRAPH = {name: (imported_by(name) & MODULES.keys()) - {"codellama_rt"} for name in MODULES}
+
+
+def room(name):
+    return name.split(".")[1]
 
 
 def reachable(start, edges):
@@ -72,54 +83,78 @@ def reachable(start, edges):
     return found
 
 
-def full(name):
-    return f"codellama_rt.{name}"
+def run(code):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-@pytest.mark.parametrize("steps", [STEPS, COMPUTATION])
-def test_nobody_imports_upwards(steps):
-    edges = graph()
-    for i, step in enumerate(steps):
-        above = {full(name) for upper in steps[:i] for name in upper}
-        for name in step:
-            if full(name) in MODULES:
-                assert not reachable(full(name), edges) & above, name
+def loaded_by(statement):
+    """The package's modules that a statement loads in a fresh interpreter."""
+    listing = "[n for n in sys.modules if n.split('.')[0] == 'codellama_rt']"
+    return run(f"import sys\n{statement}\nprint(*{listing})").split()
 
 
-def test_each_step_imports_the_next():
-    """The chain is the one DESIGN.md draws; a step that lost its neighbour would prove nothing."""
-    edges = graph()
-    for upper, lower in [("api", "llm"), ("llm", "engine"), ("engine", "scheduler"),
-                         ("scheduler", "block_manager"), ("block_manager", "sequence"),
-                         ("model", "ops"), ("kv_cache", "ops")]:  # fmt: skip
-        assert full(lower) in edges[full(upper)], (upper, lower)
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "codellama_rt"])
+def test_a_room_imports_itself_and_lower_rooms(name):
+    assert room(name) in STEP, f"{name}: {room(name)} is in no step of the table above"
+    for imported in GRAPH[name]:
+        is_lower = STEP[room(imported)] < STEP[room(name)]
+        assert is_lower or room(imported) == room(name), f"{name} imports {imported}"
+
+
+def test_the_top_level_can_be_seen_at_a_glance():
+    entries = {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    entries -= {"__pycache__", "__main__.py"}  # the latter is a line that calls cli
+    assert len(entries) <= MAX_TOP_LEVEL_ENTRIES, sorted(entries)
+
+
+def test_every_room_is_used_by_the_one_above():
+    """A room that lost its neighbour would prove nothing."""
+    edges = {(room(a), room(b)) for a in GRAPH if a != "codellama_rt" for b in GRAPH[a]}
+    chain = [("model", "ops"), ("engine", "model"), ("checkpoint", "model"), ("llm", "engine"),
+             ("llm", "checkpoint"), ("llm", "text"), ("hf", "llm"), ("cli", "llm")]  # fmt: skip
+    assert set(chain) <= edges
 
 
 def test_there_is_no_cycle():
-    edges = graph()
     for name in MODULES:
-        assert not any(name in reachable(other, edges) for other in edges[name] - {name}), name
+        assert not any(name in reachable(other, GRAPH) for other in GRAPH[name] - {name}), name
 
 
-@pytest.mark.parametrize("name", LEAVES)
-def test_leaves_import_leaves_only(name):
-    allowed = {full(leaf) for leaf in [*LEAVES, "config_fields"]}
-    assert reachable(full(name), graph()) <= allowed
-
-
-@pytest.mark.parametrize("package", LEAF_PACKAGES)
-def test_leaf_packages_import_themselves_and_leaves(package):
-    edges, allowed = graph(), {full(leaf) for leaf in [*LEAVES, "config_fields"]}
-    inside = tuple(full(name) + "." for name in (package, *LEAF_PACKAGES[package]))
+def test_the_model_knows_no_device_but_the_cpu():
     for name in MODULES:
-        if f"{name}.".startswith(full(package) + "."):
-            outside = {m for m in reachable(name, edges) if not f"{m}.".startswith(inside)}
-            assert outside <= allowed, name
+        if name.startswith("codellama_rt.model.") and not name.startswith(DEVICES):
+            assert not [n for n in GRAPH[name] if n.startswith(DEVICES)], name
+    users = {name for name in MODULES if any(n.startswith(DEVICES) for n in GRAPH[name])}
+    users -= {name for name in users if name.startswith(DEVICES)}
+    assert users <= {"codellama_rt.llm.placement"}, users
+
+
+def test_the_compiled_modules_have_one_importer():
+    for name, path in MODULES.items():
+        imported = {
+            n for n in imported_by(name) if n in ("codellama_rt._core", "codellama_rt._cuda")
+        }
+        allowed = {"codellama_rt._core"} if path.name == "native.py" else set()
+        assert imported <= allowed, name
 
 
 @pytest.mark.parametrize("name", WITHOUT_TENSORS)
 def test_scheduling_knows_no_tensors(name):
-    assert not {n.split(".")[0] for n in imported_by(full(name))} & {"numpy", "mindspore"}
+    names = {n.split(".")[0] for n in imported_by(f"codellama_rt.engine.{name}")}
+    assert not names & {"numpy", "mindspore"}
+
+
+def test_importing_the_engine_loads_the_core_alone():
+    loaded = loaded_by("import codellama_rt.engine.engine")
+    assert len(loaded) <= MAX_MODULES_OF_ENGINE, sorted(loaded)
+    assert {room(name) for name in loaded if "." in name} <= {
+        "errors",
+        "ops",
+        "model",
+        "engine",
+        "_core",
+    }
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -128,20 +163,11 @@ def test_importing_the_package_imports_nothing_heavy():
         "codellama_rt.text.tokenizer, codellama_rt.text.chat;"
         f"print(sorted(set({HEAVY}) & set(sys.modules)))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"
+    assert run(code) == "[]"
 
 
 def test_importing_the_package_alone_imports_no_module_of_it():
-    code = (
-        "import sys, codellama_rt; print([n for n in sys.modules if n.startswith('codellama_rt.')])"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"
+    assert loaded_by("import codellama_rt") == ["codellama_rt"]
 
 
 def test_public_names():

@@ -110,7 +110,8 @@ def size(num_bytes: int) -> str:
 def source_file(name: str) -> str:
     """The kernel's file, beside csrc/README.md; `add_rms_norm` lives with `rms_norm`."""
     for stem in (name, name.partition("_")[2]):
-        for path in (f"cpu/{stem}.cc", f"{stem}.cc"):
+        for folder in ("ops", "attention", "linear"):
+            path = f"cpu/{folder}/{stem}.cc"
             if (REPOSITORY / "csrc" / path).is_file():
                 return path
     raise FileNotFoundError(f"no kernel file for {name} in csrc")

@@ -38,7 +38,7 @@ from cuda_timing import Graph, Row, random_tensor, timed
 
 from codellama_rt.model.cuda import ops
 from codellama_rt.model.cuda.tensor import Memory, empty, to_device
-from codellama_rt.ops import cuda_device as device
+from codellama_rt.ops import native
 
 WORKSPACE_BYTES = 512 << 20
 # name -> its part of the time
@@ -129,10 +129,10 @@ def section_rows(name: str, smoke: bool, seconds: float) -> Iterator[Row]:
 
 def run_section(name: str, folder: Path, *, smoke: bool, seconds: float) -> None:
     """Measure a section; each row is in the folder as soon as it is known."""
-    usable, text = device.available()
+    usable, text = native.available("cuda")
     if not usable:
         sys.exit(f"bench_cuda: {text}")
-    module = device.module()
+    module = native.cuda()
     print(f"== {name}: {text}", flush=True)
     stream, workspace = module.create_stream(), Memory((8 << 20) if smoke else WORKSPACE_BYTES)
     ops.set_stream(stream)

@@ -11,8 +11,7 @@ from cuda_timing import Graph, Row, Timing, Work, copy_roof, random_tensor, read
 from codellama_rt.model.cuda import ops
 from codellama_rt.model.cuda.quantize import FORMATS, quantize
 from codellama_rt.model.cuda.tensor import Memory, empty, to_device
-from codellama_rt.ops import Quantized
-from codellama_rt.ops import cuda_device as device
+from codellama_rt.ops import Quantized, native
 
 BLOCK_SIZE, HEAD_DIM = 64, 128
 Heads = tuple[int, int]
@@ -96,7 +95,7 @@ def _pages(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> obje
     if dtype == "bfloat16":
         return random_tensor(rng, shape)
     payload = empty((int(np.prod(shape[:3])) * (HEAD_DIM + 4),), "uint8")
-    device.module().fill_async(payload.device_ptr, 0x11, payload.nbytes)
+    native.cuda().fill_async(payload.device_ptr, 0x11, payload.nbytes)
     return Quantized(payload, dtype, shape)
 
 
@@ -172,7 +171,7 @@ def _bytes_of(weight: object) -> int:
 
 def _by_cublaslt(work: Callable[[], object]) -> dict[str, Work]:
     """The same call with cuBLASLt switched on around it; {} and a line where it is not there."""
-    module = device.module()
+    module = native.cuda()
     memory = Memory(32 << 20)
     reason = module.use_cublaslt("", memory.pointer, memory.num_bytes)
     module.leave_cublaslt()

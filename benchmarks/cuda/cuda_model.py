@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from cuda_timing import Row, Timing, random_tensor, repeat, summary
 
+from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
-from codellama_rt.model.batch import Batch, build_batch
+from codellama_rt.model.batch import Batch
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.cuda.kv_cache import DeviceKVCache
 from codellama_rt.model.cuda.llama import DeviceLlama, workspace_bytes

@@ -15,7 +15,7 @@ from cuda_cases import BLOCK_SIZE, HEAD_DIM, DecodeCase
 from cuda_timing import Work
 
 from codellama_rt.model.cuda.tensor import DeviceTensor
-from codellama_rt.ops import cuda_device as device
+from codellama_rt.ops import native
 
 FA3_PAGE = 256  # tokens: what its copies by TMA want; the memory is the same, taken in other pages
 DIFFERENCE = 2.0**-5  # of two libraries' bfloat16 results
@@ -50,7 +50,7 @@ def torch_there() -> ModuleType | None:
 @contextlib.contextmanager
 def on_our_stream(torch: ModuleType) -> Iterator[object]:
     """torch's work goes where ours goes."""
-    stream = torch.cuda.ExternalStream(device.module().stream())
+    stream = torch.cuda.ExternalStream(native.cuda().stream())
     with torch.cuda.stream(stream):
         yield stream
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from codellama_rt.model.cuda.tensor import DeviceTensor, Memory, empty, to_device
-from codellama_rt.ops import cuda_device as device
+from codellama_rt.ops import native
 
 Work = Callable[[], object]
 WARM_UP = 3
@@ -54,7 +54,7 @@ class Graph:
 
     def __init__(self, work: Work) -> None:
         """Run once (kernels are loaded then, which a capture must not), then capture."""
-        self._module = device.module()
+        self._module = native.cuda()
         work()
         self._module.synchronize()
         self._module.begin_capture()
@@ -81,7 +81,7 @@ def timed(contenders: dict[str, Work], repeats: int, runs: int = 1) -> dict[str,
         repeats: of each.
         runs: of the operator in one call; the times are of one.
     """
-    module = device.module()
+    module = native.cuda()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats + WARM_UP):
         for name, work in contenders.items():
@@ -98,7 +98,7 @@ def summary(times: list[float]) -> Timing:
 def read_roof(num_bytes: int, repeats: int) -> float:
     """Bytes a second of a kernel that only reads."""
     memory, out = Memory(num_bytes), empty((1,), "float32")
-    module = device.module()
+    module = native.cuda()
     module.fill_async(memory.pointer, 1, num_bytes)
     work = Graph(lambda: module.read_sum(memory.pointer, num_bytes, out.device_ptr))
     return num_bytes / timed({"ours": work}, repeats)["ours"].us * 1e6
@@ -107,7 +107,7 @@ def read_roof(num_bytes: int, repeats: int) -> float:
 def copy_roof(num_bytes: int, repeats: int) -> float:
     """Bytes a second, read and written, of the driver's own copy."""
     source, target = Memory(num_bytes // 2), Memory(num_bytes // 2)
-    module = device.module()
+    module = native.cuda()
     module.fill_async(source.pointer, 1, source.num_bytes)
     work = Graph(lambda: module.copy_async(target.pointer, source.pointer, source.num_bytes))
     return 2 * source.num_bytes / timed({"ours": work}, repeats)["ours"].us * 1e6
@@ -115,7 +115,7 @@ def copy_roof(num_bytes: int, repeats: int) -> float:
 
 def repeat(pointer: int, num_bytes: int, stretch: np.ndarray) -> None:
     """Fill device memory with a host array, over and over."""
-    module = device.module()
+    module = native.cuda()
     source = to_device(np.ascontiguousarray(stretch).view(np.uint8).reshape(-1))
     done = min(source.nbytes, num_bytes)
     module.copy_async(pointer, source.device_ptr, done)

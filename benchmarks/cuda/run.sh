@@ -40,8 +40,8 @@ export python build
 
 "$python" -c 'import numpy, ml_dtypes, pybind11, pytest' || exit
 part build 120 bash -c configure_and_build
-"$python" -c 'from codellama_rt.cuda import device
-usable, text = device.available()
+"$python" -c 'from codellama_rt import ops
+usable, text = ops.available("cuda")
 print(text)
 raise SystemExit(not usable)' || exit
 # FlashInfer compiles its kernels at the first use: beside the tests, which need one core

@@ -17,40 +17,13 @@ from codellama_rt.checkpoint.finiteness import check_finite
 from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.checkpoint.open import read_model
 from codellama_rt.checkpoint.quantize import check_quantization
-from codellama_rt.checkpoint.stored_tensor import Progress, StoredModel, StoredTensor, Weight
+from codellama_rt.checkpoint.stored_tensor import Progress, StoredModel, StoredTensor
 from codellama_rt.checkpoint.weight_loading import choose_dtype, load_arrays, match_tensors
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.weights import LayerWeights, LlamaWeights, Weight
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.ops.quantized import Quantized
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """The weights of one decoder layer; projections are (out, in), as in the file.
-
-    Each is an array, or a `Quantized` in a dtype of its own.
-    """
-
-    attention_norm: np.ndarray  # (dim)
-    q_proj: Weight  # (n_heads * head_dim, dim)
-    k_proj: Weight  # (n_kv_heads * head_dim, dim)
-    v_proj: Weight  # (n_kv_heads * head_dim, dim)
-    o_proj: Weight  # (dim, n_heads * head_dim)
-    mlp_norm: np.ndarray  # (dim)
-    gate_proj: Weight  # (hidden_dim, dim)
-    up_proj: Weight  # (hidden_dim, dim)
-    down_proj: Weight  # (dim, hidden_dim)
-
-
-@dataclass(frozen=True)
-class LlamaWeights:
-    """All weights of a model; bfloat16 is `ml_dtypes.bfloat16`."""
-
-    embedding: Weight  # (vocab_size, dim); quantised only as a GGUF file has it
-    layers: list[LayerWeights]
-    norm: np.ndarray  # (dim)
-    lm_head: Weight  # (vocab_size, dim); the same object as embedding when tied and not quantised
 
 
 @dataclass(frozen=True)
@@ -176,11 +149,9 @@ def check_choices(dtype: str, check: str | None = None) -> None:
         ValueError: it is none.
     """
     if dtype not in ("auto", *FLOAT_DTYPES):
-        raise ValueError(
-            f"open_checkpoint: dtype must be one of auto, {', '.join(FLOAT_DTYPES)}, got {dtype!r}"
-        )
+        raise ValueError(f"dtype must be one of auto, {', '.join(FLOAT_DTYPES)}, got {dtype!r}")
     if check not in (None, "finite"):
-        raise ValueError(f"open_checkpoint: check must be None or 'finite', got {check!r}")
+        raise ValueError(f"check must be None or 'finite', got {check!r}")
 
 
 _LAYER_PARTS = {

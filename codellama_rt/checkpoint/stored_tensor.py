@@ -11,10 +11,10 @@ import numpy as np
 
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.weights import Weight
 from codellama_rt.ops.dtypes import numpy_dtype
 from codellama_rt.ops.quantized import Quantized
 
-Weight = np.ndarray | Quantized
 Progress = Callable[[int, int, str], None]  # done bytes, total bytes, what is being done
 
 ENCODINGS = {  # of plain floats, by safetensors' names

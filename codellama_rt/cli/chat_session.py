@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
+from codellama_rt.engine.completion import Completion
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.llm import LLM
+from codellama_rt.model.config import ModelConfig
 from codellama_rt.text.chat import Message, checked_messages
+
+_SMALL = 10**9  # weights; below, greedy answers soon repeat themselves
+SMALL_MODEL_SAMPLING = {"temperature": 0.3, "top_p": 0.9, "repetition_penalty": 1.1}
+
+_HELP = {
+    "/help, /?": "list the commands",
+    "/exit, /bye": "end the conversation",
+    "/reset": "forget everything but the system message",
+    "/undo": "forget the last message and its answer",
+    "/system [TEXT]": "set another system message, or none",
+    "/set [NAME VALUE]": "set a sampling parameter, such as temperature 0.2; alone: show all",
+    "/show": "show the conversation",
+    "/stats": "show the tokens and speed of the last answer, and how full the context is",
+    "/save FILE": "keep the conversation as JSON",
+    "/load FILE": "continue a conversation that was kept",
+}
+_SETTABLE = tuple(field.name for field in fields(SamplingParams) if field.name != "n")
+
+
+def chat_defaults(llm: LLM, *, greedy_is_meant: bool = False) -> SamplingParams:
+    """Return how to sample answers where no option says it.
+
+    That is what the checkpoint's generation_config.json says. Without one, answers are as long as
+    the model makes them, and a model under 1B parameters samples with `SMALL_MODEL_SAMPLING`.
+
+    Args:
+        llm: the model.
+        greedy_is_meant: an option says how tokens are chosen, so a small model gets no defaults.
+    """
+    params = llm.default_params()
+    if not llm.generation_config.get("max_new_tokens"):
+        params = replace(params, max_tokens=None)
+    is_greedy = params.temperature == 0.0 and params.repetition_penalty == 1.0
+    if is_greedy and not greedy_is_meant and _layer_weights(llm.config) < _SMALL:
+        params = replace(params, **SMALL_MODEL_SAMPLING)
+    return params
+
+
+def _layer_weights(config: ModelConfig) -> int:
+    attention = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim * config.dim
+    return config.n_layers * (attention + 3 * config.dim * config.hidden_dim)
 
 
 class ChatSession:
@@ -23,8 +67,11 @@ class ChatSession:
         chat_template: as `LLM.chat` takes it.
         history: a JSON file; the conversation is read from it if it exists, and kept in it.
 
+    Attributes:
+        notice: what the user should know about the last answer; "" if nothing.
+
     Raises:
-        ValueError, TypeError: the history is no conversation.
+        ValueError, TypeError: the history does not hold a conversation.
 
     Example:
         >>> session = ChatSession(llm, SamplingParams())  # doctest: +SKIP
@@ -32,43 +79,66 @@ class ChatSession:
     """
 
     def __init__(
-        self, llm: LLM, params: SamplingParams, *, system: str | None = None,
-        chat_template: str | None = None, history: Path | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        *,
+        system: str | None = None,
+        chat_template: str | None = None,
+        history: Path | None = None,
+    ) -> None:
+        self.notice = ""
         self._llm, self._params, self._chat_template = llm, params, chat_template
-        self._system, self._messages = system, []
+        self._messages: list[Message] = []
+        self._system_message = system
         self._history = history
+        self._last: Completion | None = None
         self._commands: dict[str, Callable[[str], str | None]] = {
-            "/help": self._help, "/exit": self._exit, "/reset": self._reset, "/undo": self._undo,
-            "/system": self._set_system, "/set": self._set, "/show": self._show,
-            "/save": self._save, "/load": self._load,
-        }  # fmt: skip
+            "/help": self._help,
+            "/?": self._help,
+            "/exit": self._exit,
+            "/bye": self._exit,
+            "/reset": self._reset,
+            "/undo": self._undo,
+            "/system": self._system,
+            "/set": self._set,
+            "/show": self._show,
+            "/stats": self._stats,
+            "/save": self._save,
+            "/load": self._load,
+        }
         if history is not None and history.exists():
             self._load(str(history))
             if system is not None:
-                self._system = system
+                self._system_message = system
 
     @property
     def messages(self) -> list[Message]:
         """The conversation so far."""
-        system = [] if self._system is None else [Message("system", self._system)]
-        return [*system, *self._messages]
+        said = self._system_message
+        return [*([] if said is None else [Message("system", said)]), *self._messages]
 
     def answer(self, text: str) -> Iterator[str]:
         """Say something; the answer comes in pieces, without white space before it.
 
-        A message that cannot be said is not remembered; an answer that is cut is, as far as it
-        came.
+        A message that is refused is not remembered; an answer that is cut is, as far as it came.
 
         Raises:
             ValueError, TypeError: as `LLM.chat_prompt`, or the conversation is too long; when
                 called, not when iterated.
         """
         question = Message("user", text)
-        prompt = self._llm.chat_prompt(
+        prompt, params = self._llm.chat_prompt(
             [*self.messages, question], self._params, chat_template=self._chat_template
         )
-        return self._remembered(question, self._llm.stream(*prompt))
+        self._require_room(len(prompt))
+        job = self._llm.jobs.submit(prompt, params)
+        pieces = self._llm.jobs.stream(job)
+        return self._remembered(question, job.completions[0], pieces, params.max_tokens)
+
+    def is_command(self, line: str) -> bool:
+        """Return whether a line is a command that exists."""
+        return "\n" not in line and line.partition(" ")[0].rstrip() in self._commands
 
     def command(self, line: str) -> str | None:
         """Do what a line such as "/set temperature 0.2" says.
@@ -81,17 +151,49 @@ class ChatSession:
         """
         name, _, rest = line.strip().partition(" ")
         if name not in self._commands:
-            raise ValueError(f"no command {name}; there are {', '.join(self._commands)}")
+            close = difflib.get_close_matches(name, self._commands, n=1)
+            meant = f", did you mean {close[0]}?" if close else ""
+            raise ValueError(f"no command {name}{meant}; there are {', '.join(self._commands)}")
         return self._commands[name](rest.strip())
 
-    def _remembered(self, question: Message, pieces: Iterator[str]) -> Iterator[str]:
-        said = ""
+    def complete(self, line: str) -> list[str]:
+        """Return what the beginning of a command may become."""
+        known = (
+            [f"/set {name} " for name in _SETTABLE] if line.startswith("/set ") else self._commands
+        )
+        return [words for words in known if words.startswith(line)]
+
+    def _require_room(self, prompt_len: int) -> None:
+        """Refuse a conversation that leaves no room for an answer, and say what helps."""
+        max_model_len = self._llm.max_model_len
+        in_cache = self._llm.engine.scheduler.max_computed_tokens
+        if prompt_len > min(max_model_len - 1, in_cache):
+            limit = f"max_model_len={max_model_len}"
+            if prompt_len < max_model_len:
+                limit = f"the KV cache, which holds {in_cache}"
+            remedy = "shorten the message"
+            if self._messages:
+                remedy += ", or forget the last exchange with /undo or everything with /reset"
+            raise ValueError(
+                f"the conversation of {prompt_len} tokens does not fit {limit}; {remedy}"
+            )
+
+    def _remembered(
+        self,
+        question: Message,
+        completion: Completion,
+        pieces: Iterator[str],
+        max_tokens: int | None,
+    ) -> Iterator[str]:
+        said, self.notice, self._last = "", "", completion
         try:
             for piece in pieces:
                 shown = piece if said else piece.lstrip()
                 said += shown
                 if shown:
                     yield shown
+            if completion.finish_reason == "length":
+                self.notice = _why_cut(completion, max_tokens)
         finally:
             pieces.close()
             self._messages += [question, Message("assistant", said.rstrip())]
@@ -99,49 +201,58 @@ class ChatSession:
                 self._save(str(self._history))
 
     def _help(self, rest: str) -> str:
-        """/help: this."""
-        return "\n".join(str(command.__doc__) for command in self._commands.values())
+        return "\n".join(f"{usage:<18}{what}" for usage, what in _HELP.items())
 
     def _exit(self, rest: str) -> None:
-        """/exit: end the conversation."""
+        """Tell the caller to end."""
 
     def _reset(self, rest: str) -> str:
-        """/reset: forget everything but the system message."""
         self._messages.clear()
+        self._last = None
         return "forgotten"
 
     def _undo(self, rest: str) -> str:
-        """/undo: forget the last message and its answer."""
         if not self._messages:
             raise ValueError("there is nothing to undo")
         question = self._messages[-2]
         del self._messages[-2:]
         return f"forgotten: {question.content:.60}"
 
-    def _set_system(self, rest: str) -> str:
-        """/system [TEXT]: another system message, or none."""
-        self._system = rest or None
-        return f"system message: {self._system or 'none'}"
+    def _system(self, rest: str) -> str:
+        self._system_message = rest or None
+        return f"system message: {self._system_message or 'none'}"
 
     def _set(self, rest: str) -> str:
-        """/set [NAME VALUE]: a sampling parameter, such as temperature 0.2; alone: all of them."""
+        name, _, value = rest.partition(" ")
         if rest:
-            name, _, value = rest.partition(" ")
-            if name not in {field.name for field in fields(SamplingParams)} - {"n"}:
+            if name not in _SETTABLE:
                 raise ValueError(f"no sampling parameter {name!r}; /set alone names them")
             self._params = replace(self._params, **{name: _parsed(value)})
         return "\n".join(
-            f"{field.name} = {json.dumps(getattr(self._params, field.name))}"
-            for field in fields(SamplingParams)
-            if not rest or field.name == name
+            f"{shown} = {json.dumps(getattr(self._params, shown))}"
+            for shown in _SETTABLE
+            if not rest or shown == name
         )
 
+    def _stats(self, rest: str) -> str:
+        last = self._last
+        if last is None:
+            raise ValueError("nothing has been answered yet")
+        prompt, new, stats = len(last.prompt_token_ids), len(last.token_ids), last.stats
+        lines = [f"context      {prompt + new} of {self._llm.max_model_len} tokens"]
+        first_s = stats.get("first_token_s", 0.0)
+        lines.append(f"prompt       {prompt} tokens, {first_s:.2f} s to the first token")
+        speed = ""
+        if "total_s" in stats and new > 1:
+            seconds = stats["total_s"] - first_s
+            speed = f" in {seconds:.2f} s, {(new - 1) / seconds:.1f} tokens/s"
+        lines.append(f"last answer  {new} tokens{speed}, ended by {last.finish_reason or 'Ctrl-C'}")
+        return "\n".join(lines)
+
     def _show(self, rest: str) -> str:
-        """/show: the conversation."""
         return "\n".join(f"[{message.role}] {message.content}" for message in self.messages)
 
     def _save(self, rest: str) -> str:
-        """/save FILE: keep the conversation as JSON."""
         path = _path(rest)
         if not self._messages:
             raise ValueError("nothing has been said yet")
@@ -152,18 +263,28 @@ class ChatSession:
         return f"{len(self.messages)} messages in {path}"
 
     def _load(self, rest: str) -> str:
-        """/load FILE: go on with a conversation that was kept."""
         path = _path(rest)
         try:
             messages = checked_messages(json.loads(path.read_text("utf-8")))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is no conversation: {error}") from None
+            raise ValueError(f"{path} does not hold a conversation: {error}") from None
         begins = messages[0].role == "system"
         if [message.role for message in messages[begins::2]] != ["user"] * (len(messages) // 2):
-            raise ValueError(f"{path} is no conversation in which the assistant spoke last")
-        self._system = messages[0].content if begins else None
+            raise ValueError(
+                f"{path} does not hold a conversation in which the assistant spoke last"
+            )
+        self._system_message = messages[0].content if begins else None
         self._messages = messages[begins:]
+        self._last = None
         return f"{len(messages)} messages from {path}"
+
+
+def _why_cut(completion: Completion, max_tokens: int | None) -> str:
+    num_tokens = len(completion.token_ids)
+    if num_tokens == max_tokens:
+        return f"[cut after {num_tokens} tokens; /set max_tokens null removes this limit]"
+    total = len(completion.prompt_token_ids) + num_tokens
+    return f"[cut: the context of {total} tokens is full; /undo or /reset makes room]"
 
 
 def _path(rest: str) -> Path:
@@ -174,7 +295,7 @@ def _path(rest: str) -> Path:
 
 
 def _parsed(value: str) -> object:
-    """A number, list, true, false or null; anything else is a text."""
+    """Read a number, list, true, false or null; anything else is a text."""
     try:
         return json.loads(value)
     except json.JSONDecodeError:

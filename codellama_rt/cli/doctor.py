@@ -33,9 +33,10 @@ def examine(seconds: float = 0.2) -> dict[str, Any]:
         "memory_available_bytes": available_bytes(),
     }
     try:
-        from codellama_rt import _core, ops
+        from codellama_rt import ops
         from codellama_rt.model.kv_cache import KV_DTYPES
         from codellama_rt.ops.dtypes import FLOAT_DTYPES
+        from codellama_rt.ops.native import _core
         from codellama_rt.ops.quantized import WEIGHT_DTYPES
         from codellama_rt.tools.limits import measure_limits
     except ImportError as error:
@@ -138,8 +139,7 @@ def _custom_ops(library: Path) -> str:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
         return f"cannot be loaded: {error}"
-    symbols = {name: "".join(part.capitalize() for part in name.split("_")) for name in OPS}
-    missing = [name for name, symbol in symbols.items() if not hasattr(loaded, symbol)]
+    missing = [name for name in OPS if not hasattr(loaded, f"clrt_{name}")]
     if missing:
         return f"{library} lacks {', '.join(missing)}"
-    return f"{len(symbols)} in {library.name}"
+    return f"{len(OPS)} in {library.name}"

@@ -1,8 +1,8 @@
 """The command line: `codellama-rt generate | infill | chat | eval | convert | estimate | doctor |
 bench`.
 
-Text goes to stdout, everything else to stderr. What cannot be done ends in one line and exit code
-2; Ctrl-C in exit code 130.
+Text goes to stdout, everything else to stderr. A mistake ends in one line and exit code 2; Ctrl-C
+in exit code 130.
 """
 
 from __future__ import annotations
@@ -16,21 +16,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from codellama_rt import __version__
 from codellama_rt.cli import evaluate as cli_eval
 from codellama_rt.cli import models as cli_models
 from codellama_rt.cli.bench import bench_app
 from codellama_rt.cli.chat import chat
-from codellama_rt.cli.errors import reported_errors, tell
-from codellama_rt.cli.options import ModelOptions, OutputOptions, SamplingOptions, with_options
+from codellama_rt.cli.errors import CommandGroup, reported_errors, tell
+from codellama_rt.cli.options import (
+    DebugOption,
+    ModelOptions,
+    OutputOptions,
+    SamplingOptions,
+    with_options,
+)
 from codellama_rt.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from codellama_rt.cli.run import Prompt, Report
 
 app = typer.Typer(
-    help="Run Code Llama models.", add_completion=False, no_args_is_help=True,
-    pretty_exceptions_enable=False, rich_markup_mode=None,
-)  # fmt: skip
+    cls=CommandGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 app.add_typer(bench_app, name="bench")
 Write = Callable[[str], None]
 
@@ -40,16 +49,35 @@ def main() -> None:
     app(prog_name="codellama-rt")
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"codellama-rt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_tell_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Run Code Llama models."""
+
+
 @app.command()
 @with_options
 def generate(
+    *,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The text to continue; -: stdin.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read that text from a file.")] = None,
     model: ModelOptions,
     sampling: SamplingOptions,
     output: OutputOptions,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The text to continue; - is stdin.")
-    ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file with that text.")] = None,
 ) -> None:
     """Continue a text, or fill it in where it says <FILL_ME>.
 
@@ -58,36 +86,44 @@ def generate(
     with reported_errors(output.debug):
         from codellama_rt.cli.run import Prompt
 
-        request = Prompt(_read_prompt(prompt, prompt_file))
+        source = "--prompt-file" if prompt_file is not None else "--prompt"
+        request = Prompt(source, _read_prompt(prompt, prompt_file))
         _run(model, sampling, output, request, _to_stdout)
 
 
 @app.command()
 @with_options
 def infill(
-    model: ModelOptions,
-    sampling: SamplingOptions,
-    output: OutputOptions,
-    file: Annotated[
-        Path | None, typer.Argument(help="A file with <FILL_ME> where text is missing; - is stdin.")
+    *,
+    prefix: Annotated[
+        Path | None, typer.Option(help="A file with the text before the gap.")
     ] = None,
-    prefix: Annotated[Path | None, typer.Option(help="A file: the text before the gap.")] = None,
-    suffix: Annotated[Path | None, typer.Option(help="A file: the text after the gap.")] = None,
+    suffix: Annotated[Path | None, typer.Option(help="A file with the text after the gap.")] = None,
     suffix_first: Annotated[
         bool, typer.Option("--suffix-first", help="Prompt in the order suffix, prefix (SPM).")
     ] = False,
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Write the filling into FILE, not to stdout.")
     ] = False,
+    model: ModelOptions,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE", help="A file with <FILL_ME> where text is missing; -: stdin."
+        ),
+    ] = None,
+    sampling: SamplingOptions,
+    output: OutputOptions,
 ) -> None:
-    """Write what is missing in a text; the filling alone goes to stdout."""
+    """Write what is missing in a text; only the filling goes to stdout."""
     with reported_errors(output.debug):
         from codellama_rt.cli.run import Prompt
 
         before, after = _read_gap(file, prefix, suffix)
         if in_place and (file is None or str(file) == "-" or output.json):
             raise ValueError("--in-place takes a FILE with <FILL_ME>, and no --json")
-        request = Prompt(prefix=before, suffix=after, suffix_first=suffix_first)
+        source = "--prefix and --suffix" if file is None else str(file)
+        request = Prompt(source, prefix=before, suffix=after, suffix_first=suffix_first)
         report = _run(model, sampling, output, request, _discard if in_place else _to_stdout)
         if in_place:
             _replace_file(file, before + report.completions[0].text + after)
@@ -103,8 +139,8 @@ app.command()(cli_models.estimate)
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Errors with their traceback.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Tell what is installed, what the kernels run on, and what this machine gives them."""
     with reported_errors(debug):
@@ -118,9 +154,12 @@ def doctor(
 
 
 def _run(
-    model: ModelOptions, sampling: SamplingOptions, output: OutputOptions, prompt: Prompt,
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    prompt: Prompt,
     write: Write,
-) -> Report:  # fmt: skip
+) -> Report:
     """Open the model, answer the prompt, and tell what was asked about it."""
     from codellama_rt.cli import run as cli_run
 
@@ -156,7 +195,7 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
 
 
 def _read_gap(file: Path | None, prefix: Path | None, suffix: Path | None) -> tuple[str, str]:
-    """The text before and after the gap."""
+    """Return the text before and after the gap."""
     if (file is None) == (prefix is None and suffix is None):
         raise ValueError("infill takes a FILE with <FILL_ME>, or --prefix and --suffix")
     if file is None:
@@ -170,7 +209,7 @@ def _read_gap(file: Path | None, prefix: Path | None, suffix: Path | None) -> tu
 
 
 def _read_text(path: Path) -> str:
-    """A UTF-8 file, or stdin for -, as it is: no line ending is changed."""
+    """Read a UTF-8 file, or stdin for -, without changing line endings."""
     raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     try:
         return raw.decode()

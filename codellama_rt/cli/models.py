@@ -4,38 +4,53 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from codellama_rt.cli.errors import reported_errors, tell
-
-_Debug = Annotated[bool, typer.Option("--debug", help="Errors with their traceback.")]
+from codellama_rt.cli.options import (
+    DebugOption,
+    DeviceOption,
+    DtypeName,
+    DtypeOption,
+    KvDtypeOption,
+    QuantizationName,
+    QuantizationOption,
+    checked_size,
+)
 
 
 def convert(
     model: Annotated[
-        str, typer.Argument(help="Directory in Meta's or Hugging Face's layout, GGUF file or name.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Directory in Meta's or Hugging Face's layout, GGUF file, hub id or short name.",
+            show_default=False,
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="The directory to write; nothing may be there.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; must not exist yet.")],
     to: Annotated[
-        str, typer.Option(help="Layout: huggingface (safetensors), meta (consolidated.*.pth).")
+        Literal["huggingface", "meta"],
+        typer.Option(help="Layout: huggingface (safetensors) or meta (consolidated.*.pth)."),
     ] = "huggingface",
     quantization: Annotated[
-        str | None, typer.Option(help="Of the weights: int8, int4; it opens as it lies.")
+        QuantizationName | None,
+        typer.Option(help="Quantize the weights; the result opens as it lies."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the floats: auto (their own), float32, float16, bfloat16.")
+        DtypeName, typer.Option(help="Dtype of the floats; auto: as stored.")
     ] = "auto",
-    shards: Annotated[int, typer.Option(help="Files of Meta's layout.")] = 1,
+    shards: Annotated[int, typer.Option(help="Number of files of Meta's layout.")] = 1,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare tensors and logits with the source.")
     ] = False,
-    debug: _Debug = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Write a checkpoint in another layout, or with quantised weights.
+    """Write a checkpoint in another layout, or with quantized weights.
 
-    Interrupted, it leaves no checkpoint, and the same command goes on where it was.
+    If interrupted, no loadable directory is left behind; rerun the command to resume.
     """
     with reported_errors(debug):
         from codellama_rt.cli.progress import ProgressBar
@@ -43,9 +58,15 @@ def convert(
 
         with ProgressBar(f"converting {model}") as bar:
             written = write_converted(
-                model, out, to=to, quantization=quantization, dtype=dtype, shards=shards,
-                verify=verify, progress=bar.update,
-            )  # fmt: skip
+                model,
+                out,
+                to=to,
+                quantization=quantization,
+                dtype=dtype,
+                shards=shards,
+                verify=verify,
+                progress=bar.update,
+            )
         size = sum(file.stat().st_size for file in written.iterdir())
         verified = "; tensors and logits are those of the source" if verify else ""
         tell(f"{written}: {size / 1e9:.2f} GB{verified}")
@@ -53,32 +74,43 @@ def convert(
 
 def estimate(
     model: Annotated[
-        str, typer.Argument(help="A checkpoint, a config.json, or a name such as CodeLlama-34b.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A checkpoint, a config.json, or a name such as CodeLlama-34b.",
+            show_default=False,
+        ),
     ],
     context: Annotated[
-        int | None, typer.Option(help="Tokens a sequence; what the model was trained at.")
+        int | None, typer.Option(help="Tokens per sequence (default: what the model says).")
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, ascend; for a GPU see --memory.")] = "cpu",
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights: auto, float32, float16, bfloat16.")
-    ] = "auto",
-    quantization: Annotated[str | None, typer.Option(help="Of the weights: int8, int4.")] = None,
-    kv_dtype: Annotated[
-        str, typer.Option(help="Of the KV cache: auto, float32, float16, bfloat16, int8, int4.")
-    ] = "auto",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
+    kv_dtype: KvDtypeOption = "auto",
     memory: Annotated[
-        str | None, typer.Option(help="To fit into, such as 80GB; by default what is free here.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            callback=checked_size,
+            help="Memory to fit into, such as 80GB (default: free here).",
+        ),
     ] = None,
     bandwidth: Annotated[
-        str | None, typer.Option(help="Read in a second, such as 3350GB; by default measured here.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            callback=checked_size,
+            help="Read bandwidth per second, such as 3350GB (default: measured).",
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, in bytes.")] = False,
-    debug: _Debug = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Tell what a model takes of memory, what of it fits here, and how fast it can be at most.
+    """Estimate a model's memory, what of it fits here, and its highest possible speed.
 
-    Nothing but headers is read, and for a published name or a config.json no file is needed. With
+    Only headers are read; a published name or a config.json needs no checkpoint at all. With
     --memory and --bandwidth the figures are those of another machine.
     """
     with reported_errors(debug):
@@ -91,8 +123,8 @@ def estimate(
 
         if device == "cuda":
             raise ValueError(
-                "estimate counts what runs on the host take; for a GPU give its --memory and "
-                "--bandwidth: weights and caches in floats take the same bytes there"
+                "--device cuda: estimate counts what a run on the host takes; for a GPU give its "
+                "--memory and --bandwidth: weights and caches in floats take the same bytes there"
             )
         require_options(device, kv_dtype, quantization, context=context, batch=batch)
         require_length(find_variant(model), context)
@@ -101,9 +133,15 @@ def estimate(
         available = available_bytes() if memory is None else parse_bytes(memory)
         speed = read_bandwidth() if bandwidth is None else parse_bytes(bandwidth)
         ways = estimate_report.compare(
-            stored, context=length, num_seqs=batch, dtype=dtype, quantization=quantization,
-            kv_dtype=kv_dtype, available=available, bandwidth=speed,
-        )  # fmt: skip
+            stored,
+            context=length,
+            num_seqs=batch,
+            dtype=dtype,
+            quantization=quantization,
+            kv_dtype=kv_dtype,
+            available=available,
+            bandwidth=speed,
+        )
         if as_json:
             print(json.dumps(estimate_report.as_json(ways, available, speed), indent=1))
         else:

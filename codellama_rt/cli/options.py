@@ -6,38 +6,96 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from typing import Annotated, Any, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from codellama_rt.engine.sampling_params import SamplingParams
 
 
+def checked_size(text: str | None) -> str | None:
+    """Refuse what is not a size such as 8GB, before anything is opened.
+
+    Raises:
+        typer.BadParameter: it is not.
+    """
+    from codellama_rt.llm.memory import parse_bytes
+
+    try:
+        if text is not None:
+            parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
+# Parameters that say which token comes next.
+CHOOSING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+# The choices are written out here because the modules that define them load NumPy; a test compares.
+DeviceName = Literal["cpu", "cuda", "ascend"]
+DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+QuantizationName = Literal["int8", "int4"]
+KvDtypeName = Literal["auto", "float32", "float16", "bfloat16", "int8", "int4", "fp8"]
+
+DeviceOption = Annotated[
+    DeviceName, typer.Option(help="Where to run; `codellama-rt doctor` says which are usable.")
+]
+DtypeOption = Annotated[DtypeName, typer.Option(help="Dtype of the weights; auto: as stored.")]
+QuantizationOption = Annotated[
+    QuantizationName | None, typer.Option(help="Quantize the weights while they are loaded.")
+]
+KvDtypeOption = Annotated[
+    KvDtypeName,
+    typer.Option(help="Dtype of the KV cache; auto: that of the weights; fp8: cuda only."),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show errors with their traceback.")]
+
+
 @dataclass
 class ModelOptions:
-    """Which model, and how it is held."""
+    """Which model, and how it is held; the names are those of `LLM`."""
 
     model: Annotated[
-        str, typer.Argument(help="Directory, GGUF file, 'smollm2-135m-instruct' or hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Directory, GGUF file, hub id, or a short name: smollm2-135m-instruct, "
+            "CodeLlama-7b-hf.",
+            show_default=False,
+        ),
     ]
-    device: Annotated[str, typer.Option(help="cpu.")] = "cpu"
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights: auto, float32, float16, bfloat16.")
-    ] = "auto"
-    quantization: Annotated[
-        str | None, typer.Option(help="Of the weights, made when loaded: int8, int4.")
-    ] = None
-    kv_dtype: Annotated[
-        str, typer.Option(help="Of the KV cache: auto, float32, float16, bfloat16, int8, int4.")
-    ] = "auto"
+    device: DeviceOption = "cpu"
+    dtype: DtypeOption = "auto"
+    quantization: QuantizationOption = None
+    kv_dtype: KvDtypeOption = "auto"
     max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and output; the checkpoint's by default.")
+        int | None,
+        typer.Option(help="Tokens of prompt and output together (default: the checkpoint's)."),
     ] = None
-    kv_memory: Annotated[str | None, typer.Option(help="Memory for the KV cache, such as 8GB.")] = (
-        None
-    )
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", callback=checked_size, help="Memory for the KV cache, such as 8GB."
+        ),
+    ] = None
+    block_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens per block of the KV cache (default: 64; ascend: 128)."),
+    ] = None
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences per step.")] = 64
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Tokens per step; longer prompts are computed in chunks.")
+    ] = 512
     num_threads: Annotated[
-        int | None, typer.Option(help="Threads an operator; the CPUs by default.")
+        int | None, typer.Option(help="Threads per operator (default: all CPUs).")
+    ] = None
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", exists=True, file_okay=False, help="LoRA adapter to merge into weights."
+        ),
     ] = None
 
 
@@ -45,52 +103,70 @@ class ModelOptions:
 class SamplingOptions:
     """How tokens are chosen and when the output ends; None: as the checkpoint says."""
 
-    max_new_tokens: Annotated[int | None, typer.Option(help="At most; 128 by default.")] = None
-    min_tokens: Annotated[int | None, typer.Option(help="No end before so many.")] = None
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None
-    top_p: Annotated[
-        float | None, typer.Option(help="Likeliest tokens of this total probability.")
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the output at most (default: 128; chat: no limit)")
     ] = None
-    top_k: Annotated[int | None, typer.Option(help="So many likeliest tokens; 0: all.")] = None
+    min_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the output at least, before it may end.")
+    ] = None
+    temperature: Annotated[
+        float | None, typer.Option(help="Randomness; 0: always the likeliest token.")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens of this probability.")
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from this many likeliest tokens; 0: all.")
+    ] = None
     min_p: Annotated[
         float | None, typer.Option(help="Least probability, as a fraction of the likeliest's.")
     ] = None
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Over 1: tokens of prompt and output are less likely.")
+        float | None, typer.Option(help="Above 1: tokens that occurred become less likely.")
     ] = None
     presence_penalty: Annotated[
-        float | None, typer.Option(help="Subtracted once from tokens of the output.")
+        float | None, typer.Option(help="Subtract once from the logits of output tokens.")
     ] = None
     frequency_penalty: Annotated[
-        float | None, typer.Option(help="Subtracted for each occurrence in the output.")
+        float | None, typer.Option(help="Subtract per occurrence in the output.")
     ] = None
     logit_bias: Annotated[
-        list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a token's logit.")
+        list[str] | None,
+        typer.Option(metavar="ID=BIAS", help="Add to a token's logit; may be repeated."),
     ] = None
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
-    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Ends the output.")] = None
+    seed: Annotated[int | None, typer.Option(help="Make sampling repeatable.")] = None
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End the output before this text; may be repeated."),
+    ] = None
     stop_token_id: Annotated[
-        list[int] | None, typer.Option(metavar="ID", help="Token id that ends the output.")
+        list[int] | None,
+        typer.Option(metavar="ID", help="End the output at this token id; may be repeated."),
     ] = None
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after end-of-sequence.")
+        bool, typer.Option("--ignore-eos", help="Continue after end-of-sequence.")
     ] = False
     n: Annotated[int | None, typer.Option(help="Samples of the prompt; needs --json.")] = None
     logprobs: Annotated[
-        int | None, typer.Option(help="Report so many likeliest tokens; needs --json.")
+        int | None, typer.Option(help="Report this many likeliest tokens; needs --json.")
     ] = None
     prompt_logprobs: Annotated[
         int | None, typer.Option(help="The same for the prompt; needs --json.")
     ] = None
 
     @property
+    def chooses_tokens(self) -> bool:
+        """Whether an option says how tokens are chosen."""
+        return any(getattr(self, name) is not None for name in CHOOSING)
+
+    @property
     def needs_json(self) -> list[str]:
-        """Options given whose results are no text."""
+        """The options given whose results need more than text."""
         names = ("logprobs", "prompt_logprobs")
         return ["n"] * ((self.n or 1) > 1) + [x for x in names if getattr(self, x) is not None]
 
     def resolve(self, defaults: SamplingParams) -> SamplingParams:
-        """The checkpoint's parameters, with those replaced that were given.
+        """Return the checkpoint's parameters, with those replaced that were given.
 
         Raises:
             ValueError: one is out of range.
@@ -111,12 +187,12 @@ class OutputOptions:
     """What is told besides the text."""
 
     stats: Annotated[
-        bool, typer.Option("--stats", help="Tokens, speed and bandwidth, on stderr.")
+        bool, typer.Option("--stats", help="Report tokens, speed and bandwidth on stderr.")
     ] = False
     json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a sample instead of the text.")
+        bool, typer.Option("--json", help="Print one JSON object per sample instead of the text.")
     ] = False
-    debug: Annotated[bool, typer.Option("--debug", help="Errors with their traceback.")] = False
+    debug: DebugOption = False
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

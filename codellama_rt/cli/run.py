@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 from codellama_rt.cli.options import ModelOptions
 from codellama_rt.cli.progress import ProgressBar
+from codellama_rt.engine.completion import Completion
+from codellama_rt.engine.request import Output
 from codellama_rt.engine.sampling_params import SamplingParams
-from codellama_rt.llm.completion import Completion, Job
 from codellama_rt.llm.llm import LLM
+from codellama_rt.llm.memory_plan import weight_bytes
 from codellama_rt.llm.prompts import PromptEncoder
-from codellama_rt.llm.traffic import weight_bytes
 from codellama_rt.model.kv_cache import bytes_per_token
 from codellama_rt.text.tokenizer import Tokenizer
-from codellama_rt.tools.limits import read_bandwidth
-
-_REQUEST = "command-line"
+from codellama_rt.tools.limits import of_roof, read_bandwidth
 
 
 @dataclass
 class Prompt:
-    """What to complete: a text, or the gap between two."""
+    """What to complete: a text, or the gap between two.
 
+    Attributes:
+        source: the option or argument that gave it, for errors.
+        text: what to continue; None: fill the gap between `prefix` and `suffix`.
+        suffix_first: the SPM order of the prompt instead of PSM.
+    """
+
+    source: str
     text: str | None = None
     prefix: str = ""
     suffix: str = ""
@@ -34,14 +39,20 @@ class Prompt:
     def encode(
         self, encoder: PromptEncoder, params: SamplingParams
     ) -> tuple[list[int], SamplingParams]:
-        """Token ids, and parameters that end a filling at its end.
+        """Return token ids, and parameters that end a filling at its end.
 
         Raises:
-            ValueError: two gaps, or a model that cannot fill in.
+            ValueError: two gaps, a text that is not Unicode, or a model that cannot fill in; the
+                message begins with the source.
         """
-        if self.text is not None:
-            return encoder.completion(self.text, params)
-        return encoder.infilling(self.prefix, self.suffix, params, suffix_first=self.suffix_first)
+        try:
+            if self.text is not None:
+                return encoder.completion(self.text, params)
+            return encoder.infilling(
+                self.prefix, self.suffix, params, suffix_first=self.suffix_first
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from error
 
 
 @dataclass
@@ -49,7 +60,7 @@ class Report:
     """The outputs of a request and what they cost.
 
     Attributes:
-        completions: one a sample.
+        completions: one per sample.
         load_s: seconds to open the model.
         prefill_s: seconds from the request to its first token.
         decode_s: seconds of the steps after it.
@@ -67,17 +78,14 @@ class Report:
 
 def open_model(options: ModelOptions) -> LLM:
     """Open the model behind a progress bar."""
-    with ProgressBar(f"opening {options.model}") as bar:
-        return LLM(
-            options.model, device=options.device, dtype=options.dtype,
-            quantization=options.quantization, kv_dtype=options.kv_dtype,
-            max_model_len=options.max_model_len, kv_memory=options.kv_memory,
-            num_threads=options.num_threads, progress=bar.update,
-        )  # fmt: skip
+    given = dict(vars(options))
+    model = given.pop("model")
+    with ProgressBar(f"opening {model}") as bar:
+        return LLM(model, **given, progress=bar.update)
 
 
 def require_tokenizer(llm: LLM, model: str) -> Tokenizer:
-    """The model's tokenizer.
+    """Return the model's tokenizer.
 
     Raises:
         ValueError: it has none.
@@ -99,54 +107,57 @@ def follow(
         write: called with the text of the first sample as it comes.
 
     Raises:
-        ValueError, TypeError: the request cannot be.
+        ValueError, TypeError: the request is not valid.
     """
-    job = Job(_REQUEST, token_ids, params.n)
+    job = llm.jobs.submit(token_ids, params)
     report = Report(job.completions)
-    llm.engine.add_request(_REQUEST, token_ids, params)
+    steps = _timed(llm.jobs.follow([job]))
     try:
-        outputs = _prefill(llm, report)
-        while True:
-            write("".join(output.text for output in outputs if output.index == 0))
-            job.take(outputs)
-            if not job.unfinished:
-                return report
-            outputs = _decode(llm, report, len(token_ids))
+        with ProgressBar("reading the prompt") as bar:
+            for outputs, seconds in steps:
+                report.prefill_s += seconds
+                if outputs:
+                    break
+                bar.update(*llm.engine.progress(job.name))
+        write(_first_text(outputs))
+        for outputs, seconds in steps:
+            report.decode_s += seconds
+            report.decode_steps += 1
+            report.decode_keys += sum(_keys_read(report, output) for output in outputs)
+            write(_first_text(outputs))
     finally:
-        llm.engine.abort(_REQUEST)
+        llm.jobs.dismiss(job)
+    return report
 
 
-def _prefill(llm: LLM, report: Report) -> deque:
-    """Compute the prompt behind a progress bar; the first outputs."""
+def _timed(steps: Iterator[list[Output]]) -> Iterator[tuple[list[Output], float]]:
+    """Yield each step's outputs and its seconds, without the time the caller takes for them."""
     started = perf_counter()
-    with ProgressBar("reading the prompt") as bar:
-        while not (outputs := deque(llm.engine.step())):
-            bar.update(*llm.engine.progress(_REQUEST))
-    report.prefill_s = perf_counter() - started
-    return outputs
+    for outputs in steps:
+        yield outputs, perf_counter() - started
+        started = perf_counter()
 
 
-def _decode(llm: LLM, report: Report, prompt_len: int) -> deque:
-    """One more step, and what it read."""
-    started = perf_counter()
-    outputs = deque(llm.engine.step())
-    report.decode_s += perf_counter() - started
-    report.decode_steps += 1
-    report.decode_keys += sum(
-        prompt_len + len(report.completions[output.index].token_ids) for output in outputs
-    )
-    return outputs
+def _first_text(outputs: Sequence[Output]) -> str:
+    return "".join(output.text for output in outputs if output.index == 0)
+
+
+def _keys_read(report: Report, output: Output) -> int:
+    """Return how many tokens came before the one that a decode step gave."""
+    completion = report.completions[output.index]
+    before = len(completion.token_ids) - len(output.token_ids)
+    return len(completion.prompt_token_ids) + before
 
 
 def describe(llm: LLM, report: Report) -> str:
-    """Lines for --stats; measures the read bandwidth."""
+    """Return the lines of --stats; measures the read bandwidth."""
     prompt = len(report.completions[0].prompt_token_ids)
     new = sum(len(completion.token_ids) for completion in report.completions)
     decoded = max(0, new - len(report.completions))
+    prompt_speed = prompt / report.prefill_s
     lines = [
         f"opened in {report.load_s:.2f} s",
-        f"prompt {prompt} tokens in {report.prefill_s:.2f} s, "
-        f"{prompt / report.prefill_s:.1f} tok/s",
+        f"prompt {prompt} tokens in {report.prefill_s:.2f} s, {prompt_speed:.1f} tok/s",
         f"output {new} tokens, ended by {_endings(report.completions)}",
     ]
     if report.decode_steps:
@@ -155,9 +166,14 @@ def describe(llm: LLM, report: Report) -> str:
         speed, roof = num_bytes / report.decode_s, read_bandwidth()
         lines.append(
             f"decode {decoded} tokens in {report.decode_s:.2f} s, "
-            f"{decoded / report.decode_s:.1f} tok/s, "
-            f"{speed / 1e9:.1f} GB/s = {speed / roof:.0%} of the {roof / 1e9:.1f} GB/s read here"
+            f"{decoded / report.decode_s:.1f} tok/s, {speed / 1e9:.1f} GB/s = "
+            f"{of_roof(speed / roof)} of the {roof / 1e9:.1f} GB/s read here"
         )
+        if speed > roof:
+            lines.append(
+                f"{of_roof(speed / roof)}: this machine's speed changed between the run and the "
+                "measurement of its limit, or the weights fit its caches"
+            )
     return "\n".join(lines)
 
 
@@ -172,7 +188,7 @@ def _endings(completions: list[Completion]) -> str:
 
 
 def as_json(completion: Completion) -> str:
-    """One line; token ids are keys of the logprobs."""
+    """Return one line of JSON; token ids are keys of the logprobs."""
     values = dict(vars(completion))
     for name in ("logprobs", "prompt_logprobs"):
         if values[name] is not None:

@@ -12,12 +12,12 @@ from time import perf_counter
 
 import numpy as np
 
+from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.block_manager import BlockManager
 from codellama_rt.engine.request import Output, Request, Sample, check_params, checked_prompt
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.scheduler import Schedule, Scheduler
 from codellama_rt.engine.sequence import Chunk, Sequence
-from codellama_rt.model.batch import build_batch
 from codellama_rt.model.lora import LoraAdapter, check_adapter
 
 

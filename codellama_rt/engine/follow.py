@@ -7,14 +7,21 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from codellama_rt.engine.completion import Job
 from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.request import Output
 from codellama_rt.engine.sampling_params import SamplingParams
-from codellama_rt.llm.completion import Job
 
 
 class Jobs:
-    """What is under way; each step of the engine brings all of it on."""
+    """What is under way; each step of the engine brings all of it on.
+
+    Example:
+        >>> jobs = Jobs(llm.engine)  # doctest: +SKIP
+        >>> job = jobs.submit([1, 15043], SamplingParams())  # doctest: +SKIP
+        >>> for outputs in jobs.follow([job]):  # doctest: +SKIP
+        ...     print("".join(output.text for output in outputs), end="")
+    """
 
     def __init__(self, engine: Engine) -> None:
         """Start with nothing under way."""
@@ -33,15 +40,28 @@ class Jobs:
         self._inbox[name] = deque()
         return Job(name, [int(token_id) for token_id in prompt], params.n)
 
-    def finish(self, jobs: Sequence[Job]) -> None:
-        """Run jobs to their ends."""
+    def follow(self, jobs: Sequence[Job]) -> Iterator[list[Output]]:
+        """Run jobs to their ends, a step of the engine each time the iterator is asked.
+
+        Yields:
+            What the jobs gained in the step, already added to their completions; possibly nothing.
+        """
         while any(job.unfinished for job in jobs):
-            self._step()
+            for output in self._engine.step():
+                if output.request_id in self._inbox:
+                    self._inbox[output.request_id].append(output)
+            gained = [output for job in jobs for output in self._inbox[job.name]]
             for job in jobs:
                 job.take(self._inbox[job.name])
+            yield gained
+
+    def finish(self, jobs: Sequence[Job]) -> None:
+        """Run jobs to their ends at once."""
+        for _ in self.follow(jobs):
+            pass
 
     def stream(self, job: Job) -> Iterator[str]:
-        """The job's text as it comes; it ends with the iterator, however that is dropped."""
+        """Return the job's text as it comes; the job ends with the iterator, however dropped."""
         pieces = self._stream(job)
         next(pieces)  # begun: now its `finally` will be reached
         return pieces
@@ -51,21 +71,11 @@ class Jobs:
         self._engine.abort(job.name)
         self._inbox.pop(job.name, None)
 
-    def _step(self) -> None:
-        """One step of the engine; its outputs go to whoever asked for them."""
-        for output in self._engine.step():
-            if output.request_id in self._inbox:
-                self._inbox[output.request_id].append(output)
-
     def _stream(self, job: Job) -> Iterator[str]:
         try:
             yield ""
-            while job.unfinished:
-                self._step()
-                inbox = self._inbox[job.name]
-                text = "".join(output.text for output in inbox)
-                job.take(inbox)
-                if text:
+            for outputs in self.follow([job]):
+                if text := "".join(output.text for output in outputs):
                     yield text
         finally:
             self.dismiss(job)

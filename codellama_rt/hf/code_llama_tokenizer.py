@@ -56,7 +56,8 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
         return_tensors: str | None = None,
-        **hole: Any,
+        suffix: str | None = None,
+        suffix_first: bool | None = None,
     ) -> BatchEncoding:
         """Encode a text or a batch of texts; options have the meaning of Transformers.
 
@@ -65,7 +66,8 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
             truncation, max_length: True or "longest_first", and the maximum tokens per row.
             padding, pad_to_multiple_of, padding_side: True or "longest", or "max_length".
             return_tensors: None for lists, "np" for int64 arrays, "ms" for int32 tensors.
-            hole: `suffix`, the text after a hole that follows `text`, and `suffix_first`.
+            suffix: the text after a hole that follows `text`.
+            suffix_first: the order of such a prompt; None: that of the tokenizer.
 
         Returns:
             `input_ids` and `attention_mask`: lists (of lists), or (batch, length) tensors.
@@ -76,10 +78,10 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         single = isinstance(text, str)
         pairs = [text_pair] if single else text_pair or [None] * len(text)
         limit = row_limit(truncation, max_length, padding)
-        rows = [
-            self._row(self._text_ids(first, **hole), second, add_special_tokens, limit)
-            for first, second in zip([text] if single else text, pairs, strict=True)
-        ]
+        rows = []
+        for first, second in zip([text] if single else text, pairs, strict=True):
+            ids = self._text_ids(first, suffix, suffix_first)
+            rows.append(self._row(ids, second, add_special_tokens, limit))
         length = padded_length(rows, padding, max_length, pad_to_multiple_of)
         filled = pad(rows, length, self.pad_token_id, padding_side or self.padding_side)
         rows, masks = (as_tensor(part, return_tensors, single) for part in filled)

@@ -9,20 +9,21 @@ import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.checkpoint import Checkpoint, load_checkpoint
+from codellama_rt.checkpoint.adapter import load_adapter
 from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.checkpoint.open import read_model
+from codellama_rt.engine.completion import Completion, Job
 from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.follow import Jobs
 from codellama_rt.engine.request import check_params
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.arguments import Prompt, as_prompts, default_params, require_options
-from codellama_rt.llm.completion import Completion, Job
 from codellama_rt.llm.memory_plan import float_dtype
 from codellama_rt.llm.placement import default_block_size, place, plan_pages
 from codellama_rt.llm.prompts import PromptEncoder
 from codellama_rt.llm.scoring import sequence_logits
 from codellama_rt.llm.variants import find_variant, require_length
-from codellama_rt.model.lora import LoraAdapter, load_adapter, merged
+from codellama_rt.model.lora import LoraAdapter, merged
 from codellama_rt.text.chat import read_chat_template
 from codellama_rt.text.tokenizer import has_tokenizer, load_tokenizer
 
@@ -116,7 +117,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens, max_model_len=self.max_model_len,
             prefix_caching=prefix_caching, generation_config=self.generation_config,
         )  # fmt: skip
-        self._jobs = Jobs(self.engine)
+        self.jobs = Jobs(self.engine)  # whoever steps this engine takes its outputs from here
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt],
@@ -146,10 +147,10 @@ class LLM:
         try:
             for prompt, its_params in zip(prompts, params, strict=True):
                 jobs.append(self._submit(prompt, its_params, adapter))
-            self._jobs.finish(jobs)
+            self.jobs.finish(jobs)
         finally:
             for job in jobs:
-                self._jobs.dismiss(job)
+                self.jobs.dismiss(job)
         return [completion for job in jobs for completion in job.completions]
 
     def stream(
@@ -164,7 +165,7 @@ class LLM:
         params = self._checked(params)
         if params.n != 1:
             raise ValueError(f"a stream has one sample, got params.n={params.n}")
-        return self._jobs.stream(self._submit(prompt, params, adapter))
+        return self.jobs.stream(self._submit(prompt, params, adapter))
 
     def infill(
         self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
@@ -287,7 +288,7 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None, adapter: LoraAdapter | None
     ) -> Job:
         prompt, params = self.prompt_encoder.completion(prompt, self._checked(params))
-        return self._jobs.submit(prompt, params, adapter=adapter)
+        return self.jobs.submit(prompt, params, adapter=adapter)
 
     def _checked(self, params: SamplingParams | None) -> SamplingParams:
         params = self.default_params() if params is None else params

@@ -25,12 +25,14 @@ from codellama_rt.checkpoint.weight_loading import (
     used_as_stored,
     used_in_place,
 )
+from codellama_rt.llm.kv_plan import REQUIRED_SHARE
 from codellama_rt.llm.memory import HUGE_PAGE_BYTES
 from codellama_rt.llm.variants import find_variant
 from codellama_rt.model.config import ModelConfig
-from codellama_rt.model.kv_cache import REQUIRED_SHARE, bytes_per_token
+from codellama_rt.model.kv_cache import bytes_per_token
 from codellama_rt.model.llama import Activations
 from codellama_rt.model.rope import table_bytes
+from codellama_rt.model.weights import LlamaWeights
 from codellama_rt.ops.dtypes import numpy_dtype
 from codellama_rt.ops.quantized import weight_num_bytes
 from codellama_rt.text.tokenizer import has_tokenizer
@@ -243,3 +245,13 @@ def require_memory(needed: Estimate, available: int) -> None:
             f"{needed.activations / 1e9:.2f}), and {available / 1e9:.2f} GB are available; "
             "use quantization='int4', or a model that `codellama-rt convert` quantised"
         )
+
+
+def weight_bytes(weights: LlamaWeights) -> int:
+    """Bytes of weights that every step reads: all but the embedding, of which it takes few rows.
+
+    Args:
+        weights: of the model; a tied embedding is read whole, as the head.
+    """
+    layers = sum(array.nbytes for layer in weights.layers for array in vars(layer).values())
+    return layers + weights.norm.nbytes + weights.lm_head.nbytes

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from codellama_rt.checkpoint import LlamaWeights
 from codellama_rt.checkpoint.stored_tensor import StoredModel
+from codellama_rt.llm.kv_plan import plan_cuda_blocks, plan_num_blocks
 from codellama_rt.llm.memory import available_bytes
 from codellama_rt.llm.memory_plan import estimate, require_memory
 from codellama_rt.model.config import ModelConfig
-from codellama_rt.model.kv_cache import KVCache, plan_num_blocks
+from codellama_rt.model.kv_cache import KVCache
 from codellama_rt.model.llama import Llama
+from codellama_rt.model.weights import LlamaWeights
 
 
 def default_block_size(device: str) -> int:
@@ -76,9 +77,7 @@ def place(
     if attention != "custom" and device != "ascend":
         raise ValueError(f"attention={attention!r} is there on Ascend, not on device {device!r}")
     if device == "cuda":
-        from codellama_rt.model.cuda.place import place as place_on_cuda
-
-        return place_on_cuda(
+        return _place_on_cuda(
             config, weights, kv_dtype=kv_dtype, block_size=block_size, longest=longest,
             max_num_seqs=max_num_seqs, kv_memory=kv_memory, quantization=quantization,
         )  # fmt: skip
@@ -116,3 +115,28 @@ def _within_offsets(config: ModelConfig, num_blocks: int, block_size: int, longe
             f"({MAX_ELEMENTS} elements), not max_model_len={longest}; use attention='custom'"
         )
     return min(num_blocks, most)
+
+
+def _place_on_cuda(
+    config: ModelConfig, weights: LlamaWeights, *, kv_dtype: str, block_size: int,
+    longest: int | None, max_num_seqs: int, kv_memory: int | str | None, quantization: str | None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Upload the weights first: the cache gets what they leave of the device's memory."""
+    from codellama_rt.model.cuda.kv_cache import DeviceKVCache, require_kv_dtype, row_bytes
+    from codellama_rt.model.cuda.llama import DeviceLlama, workspace_bytes
+    from codellama_rt.model.cuda.weights import upload
+
+    require_kv_dtype(kv_dtype)
+    model = DeviceLlama(config, upload(weights, quantization))
+    num_blocks = plan_cuda_blocks(
+        config,
+        kv_dtype,
+        block_size,
+        row_bytes(config, kv_dtype),
+        longest=longest,
+        max_num_seqs=max_num_seqs,
+        kv_memory=kv_memory,
+    )
+    cache = DeviceKVCache(config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
+    model.lend_workspace(workspace_bytes(config, num_blocks * block_size, max_num_seqs))
+    return model, cache

@@ -11,11 +11,11 @@ import itertools
 import numpy as np
 
 from codellama_rt import ops
-from codellama_rt.checkpoint import LayerWeights, LlamaWeights, Weight
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.kv_cache import KVCache, Pages
 from codellama_rt.model.rope import RotaryEmbedding
+from codellama_rt.model.weights import LayerWeights, LlamaWeights, Weight
 
 Array = np.ndarray
 

@@ -17,11 +17,11 @@ import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from codellama_rt.checkpoint import LayerWeights, LlamaWeights
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.kv_cache import KVCache
 from codellama_rt.model.rope import RotaryEmbedding
+from codellama_rt.model.weights import LayerWeights, LlamaWeights
 from codellama_rt.ops import Quantized, graph
 from codellama_rt.ops.quantized import CACHE_DTYPES
 

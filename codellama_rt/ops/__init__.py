@@ -18,15 +18,8 @@ from codellama_rt.ops.cache import (
     reshape_and_cache,
     rope_and_cache,
 )
-from codellama_rt.ops.dense import (
-    add_rms_norm,
-    decoder_layer,
-    embedding,
-    linear,
-    quantize,
-    rms_norm,
-    silu_and_mul,
-)
+from codellama_rt.ops.dense import *  # noqa: F403 (its __all__: a new op there is one here)
+from codellama_rt.ops.dense import __all__ as _dense
 from codellama_rt.ops.native import (
     available,
     available_isas,
@@ -38,27 +31,21 @@ from codellama_rt.ops.native import (
 from codellama_rt.ops.quantized import Quantized
 
 __all__ = [
+    *_dense,
     "Quantized",
-    "add_rms_norm",
     "apply_rotary_pos_emb",
     "available",
     "available_isas",
     "copy_blocks",
-    "decoder_layer",
-    "embedding",
     "flash_attention",
     "isa",
-    "linear",
     "merge_attention",
     "num_threads",
     "paged_attention",
-    "quantize",
     "reshape_and_cache",
-    "rms_norm",
     "rope_and_cache",
     "set_isa",
     "set_num_threads",
-    "silu_and_mul",
 ]
 
 _FACES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from codellama_rt import _core
+from codellama_rt.ops.native import _core
 from codellama_rt.ops.results import Array, empty, empty_like, shape_of
 
 

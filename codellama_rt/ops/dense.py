@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from codellama_rt import _core
+from codellama_rt.ops.native import _core
 from codellama_rt.ops.quantized import OWN_WEIGHT_DTYPES, Quantized, weight_num_bytes
 from codellama_rt.ops.results import Array, axis_size, empty, empty_like
+
+__all__ = [  # which codellama_rt.ops hands on
+    "add_rms_norm",
+    "decoder_layer",
+    "embedding",
+    "linear",
+    "quantize",
+    "rms_norm",
+    "silu_and_mul",
+]
 
 
 def embedding(token_ids: Array, table: Array, *, out: Array = None) -> Array:

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import importlib
 import os
+from pathlib import Path
+from types import ModuleType
 
-from codellama_rt import _core
 from codellama_rt.ops.ascend_library import available as ascend_available
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_CUDA = "codellama_rt._cuda"
+_DRIVER = "libcuda.so.1"
+
+
+def _kernels() -> ModuleType:
+    """Import the compiled module beside this file; another installation's would not fit."""
+    with contextlib.suppress(ImportError):
+        module = importlib.import_module("codellama_rt._core")
+        if Path(module.__file__).resolve().parent == _PACKAGE:
+            return module
+    raise ImportError(f"codellama_rt has no kernels (_core) in {_PACKAGE}; {_remedy()}")
+
+
+def _remedy() -> str:
+    """Return what the user can do about missing kernels."""
+    if (_PACKAGE.parent / "CMakeLists.txt").is_file():
+        return (
+            f"{_PACKAGE.parent} is a source tree without compiled kernels: run `pip install -e .` "
+            "in it, or start Python elsewhere to use the installed package"
+        )
+    return "they were built for another Python than this one: install the package again with it"
+
+
+_core = _kernels()
 
 
 def available_isas() -> list[str]:
@@ -62,12 +92,52 @@ def available(device: str = "cpu") -> tuple[bool, str]:
     if device == "cpu":
         return True, f"{isa()}, {num_threads()} threads"
     if device == "cuda":
-        from codellama_rt.ops.cuda_device import available as cuda_available
-
-        return cuda_available()
+        return _cuda_available()
     if device == "ascend":
         return ascend_available()
     raise ValueError(f"device must be 'cpu', 'cuda' or 'ascend', got {device!r}")
+
+
+def cuda() -> ModuleType:
+    """Return the compiled module `_cuda`.
+
+    Raises:
+        RuntimeError: this build has no CUDA kernels; `available` says the same without raising.
+    """
+    try:
+        return importlib.import_module(_CUDA)
+    except ImportError as error:
+        raise RuntimeError(f"{_absence_of_cuda(error)}; available: cpu") from None
+
+
+def _cuda_available() -> tuple[bool, str]:
+    """Return whether the kernels are built and a device is present, with its name or the reason."""
+    try:
+        built = importlib.import_module(_CUDA)
+    except ImportError as error:
+        return False, f"{_absence_of_cuda(error)}; available: cpu"
+    reason = built.unavailable_reason()
+    if reason and not has_nvidia_driver():
+        reason = "no NVIDIA driver found"  # CUDA itself reports a missing driver as an insufficient version
+    if reason:
+        return False, f"cuda kernels are built, but {reason}; available: cpu"
+    return True, built.device_name()
+
+
+def has_nvidia_driver() -> bool:
+    """Return whether NVIDIA's driver is installed: its library is what CUDA's runtime opens."""
+    try:
+        ctypes.CDLL(_DRIVER)
+    except OSError:
+        return False
+    return True
+
+
+def _absence_of_cuda(error: ImportError) -> str:
+    """Return why the CUDA kernels cannot be imported."""
+    if isinstance(error, ModuleNotFoundError) and error.name == _CUDA:
+        return "this build has no cuda kernels (no nvcc or driver when it was installed)"
+    return f"the cuda kernels cannot be loaded: {error}"
 
 
 _asked = os.environ.get("CODELLAMA_RT_ISA")

@@ -14,7 +14,7 @@ from typing import Any
 import mindspore
 from mindspore.ops import Custom, CustomRegOp, DataType
 
-from codellama_rt import _core
+from codellama_rt.ops.native import _core
 from codellama_rt.ops.quantized import WEIGHT_DTYPES, cache_row_bytes
 from codellama_rt.ops.schema import OPS, Attribute, Op, Tensor
 
@@ -45,10 +45,9 @@ def make_primitive(
     if name == "linear":  # the ABI's shape inference is not told
         info.attr("num_weights", "required", "int", value=num_tensors - 1)
     info.dtype_format(*[DataType.None_None] * (len(inputs) + len(outputs))).target("CPU")
-    symbol = "".join(part.capitalize() for part in name.split("_"))
     return Custom(
-        f"{LIBRARY}:{symbol}",
-        None,  # shapes: the library's <symbol>InferShape; other kinds reject dynamic shapes
+        f"{LIBRARY}:clrt_{name}",
+        None,  # shapes: the library's clrt_<name>InferShape; other kinds reject dynamic shapes
         _type_inference(op, inputs, formats),
         "aot",
         reg_info=info.get_op_info(),
@@ -87,7 +86,7 @@ def _names(name: str, num_tensors: int) -> tuple[str, ...]:
 
 
 def _describe(op: str, names: tuple[str, ...], formats: tuple[Format | None, ...]) -> str:
-    """Encode the formats for `csrc/aot.cc`: dtype, bytes of a token's row and shape per input.
+    """Encode the formats for `csrc/bind/mindspore.cc`: dtype, bytes of a token's row, shape.
 
     The number and size of a cache's blocks may change: they follow from its payload's shape.
     """

@@ -1,4 +1,4 @@
-"""Quantised tensors: the bytes and what they encode; `csrc/quantized.h` is the same in C++.
+"""Quantised tensors: the bytes and what they encode; in C++ `csrc/common/quantized.h`.
 
 An int8 or int4 cache: one head's part of a block is block_size / 16 groups of 16 tokens. A group
 holds its rows of values, then its scales, contiguously and independent of block_size.

@@ -13,7 +13,8 @@ from time import perf_counter
 
 import numpy as np
 
-from codellama_rt import _core, ops
+from codellama_rt import ops
+from codellama_rt.ops.native import _core
 
 PROBE_BYTES = 2**28  # several times any cache, so that every byte comes from memory
 _ROUNDS = 50_000  # about a millisecond
@@ -46,6 +47,19 @@ class Limits:
             f"(one thread alone {self.one_thread_bandwidth / self.read_bandwidth:.0%} of it); "
             f"GFLOP/s: {flops}"
         )
+
+
+def of_roof(share: float) -> str:
+    """Return a share of a measured limit as text.
+
+    More than the limit is not a result but a limit that moved: the machine was slower while it was
+    measured than during the run, or the run's bytes came from a cache. Such a share is marked.
+
+    Example:
+        >>> of_roof(0.83), of_roof(2.63)
+        ('83%', '>100%')
+    """
+    return f"{share:.0%}" if share <= 1.005 else ">100%"
 
 
 def measure_limits(seconds: float = 0.2) -> Limits:

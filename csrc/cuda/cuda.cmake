@@ -1,8 +1,17 @@
-# libcodellama_rt_cuda.so and _cuda, where an nvcc is: on the path, or of the pip wheels of the extra
-# [cuda-build]. CMake's own CUDA language is not used: it does not find the wheels' parts.
-set(CODELLAMA_RT_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO (where an nvcc is found)")
+# libcodellama_rt_cuda.so and _cuda, where an NVIDIA driver and an nvcc are, or on request. nvcc is
+# taken from the path, or from the pip wheels of the extra [cuda-build]. CMake's own CUDA language is
+# not used: it does not find the wheels' parts.
+set(CODELLAMA_RT_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO (with a driver and nvcc)")
 if(CODELLAMA_RT_CUDA STREQUAL "OFF")
   return()
+endif()
+if(CODELLAMA_RT_CUDA STREQUAL "AUTO")
+  find_program(CODELLAMA_RT_NVIDIA_SMI nvidia-smi)
+  find_library(CODELLAMA_RT_CUDA_DRIVER libcuda.so.1)
+  if(NOT CODELLAMA_RT_NVIDIA_SMI AND NOT CODELLAMA_RT_CUDA_DRIVER AND NOT EXISTS /proc/driver/nvidia)
+    message(STATUS "No NVIDIA driver: no CUDA kernels (CODELLAMA_RT_CUDA=ON compiles them anyway)")
+    return()
+  endif()
 endif()
 
 find_program(CODELLAMA_RT_NVCC nvcc HINTS ENV CUDA_HOME PATH_SUFFIXES bin)
@@ -32,13 +41,14 @@ endif()
 message(STATUS "CUDA kernels by ${CODELLAMA_RT_NVCC}")
 
 include(${CMAKE_CURRENT_LIST_DIR}/sources.cmake)
-file(GLOB cuda_headers ${CMAKE_CURRENT_LIST_DIR}/*.h ${CMAKE_CURRENT_LIST_DIR}/*.cuh
-     ${CMAKE_CURRENT_LIST_DIR}/../*.h)
+set(csrc ${CMAKE_CURRENT_SOURCE_DIR}/csrc)
+file(GLOB cuda_headers ${csrc}/cuda/*/*.h ${csrc}/cuda/*/*.cuh ${csrc}/common/*.h ${csrc}/*.h)
 # Machine code for Ampere and for Hopper apart; what comes after them compiles the former's PTX.
-set(nvcc_flags -O3 -std=c++17 -DCLRT_CUDA -Xcompiler=-fPIC,-fvisibility=hidden -Xptxas=-v -diag-suppress=177
+set(nvcc_flags -O3 -std=c++17 -DCLRT_CUDA -I${csrc} -Xcompiler=-fPIC,-fvisibility=hidden -Xptxas=-v
+    -diag-suppress=177
     -gencode=arch=compute_80,code=[sm_80,compute_80] -gencode=arch=compute_90a,code=sm_90a)
 set(cuda_objects)
-foreach(stem ${cuda_kernels} runtime)
+foreach(stem ${cuda_kernels} runtime/runtime)
   set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda/${stem}.o)
   add_custom_command(
     OUTPUT ${object}
@@ -51,23 +61,25 @@ set_source_files_properties(${cuda_objects} PROPERTIES EXTERNAL_OBJECT ON GENERA
 
 # The host's part is compiled a second time, for this device.
 set(host_sources ${cuda_host_sources})
-list(TRANSFORM host_sources PREPEND ${CMAKE_CURRENT_LIST_DIR}/../)
+list(TRANSFORM host_sources PREPEND ${csrc}/)
 add_library(codellama_rt_cuda SHARED ${cuda_objects} ${host_sources})
 target_compile_definitions(codellama_rt_cuda PRIVATE CLRT_CUDA)
 target_link_libraries(codellama_rt_cuda PRIVATE ${CODELLAMA_RT_CUDART} Threads::Threads dl rt)
-target_link_options(codellama_rt_cuda PRIVATE -Wl,-Bsymbolic -Wl,--exclude-libs,ALL)
+target_link_options(codellama_rt_cuda PRIVATE -Wl,-Bsymbolic -Wl,--exclude-libs,ALL
+                    -Wl,--no-undefined)
 
-pybind11_add_module(_cuda MODULE csrc/binding.cc csrc/cuda/module.cc)
+pybind11_add_module(_cuda MODULE csrc/bind/python.cc csrc/cuda/runtime/module.cc)
 target_compile_definitions(_cuda PRIVATE CLRT_CUDA)
 target_link_libraries(_cuda PRIVATE codellama_rt_cuda)
 set_target_properties(_cuda PROPERTIES INSTALL_RPATH "$ORIGIN" BUILD_WITH_INSTALL_RPATH ON)
 install(TARGETS codellama_rt_cuda _cuda LIBRARY DESTINATION .)
 
-# What the compiler said of registers and spills, for tools/inspect_cuda.py.
-install(CODE "file(GLOB logs \"${CMAKE_CURRENT_BINARY_DIR}/cuda/*.log\")
+# What the compiler said of registers and spills, for tools/inspect_cuda.py: of no use in a wheel.
+install(CODE "file(GLOB logs \"${CMAKE_CURRENT_BINARY_DIR}/cuda/*/*.log\")
   file(WRITE \"${CMAKE_CURRENT_BINARY_DIR}/cuda/ptxas.txt\" \"\")
   foreach(log IN LISTS logs)
     file(READ \"\${log}\" text)
     file(APPEND \"${CMAKE_CURRENT_BINARY_DIR}/cuda/ptxas.txt\" \"\${text}\")
-  endforeach()")
-install(FILES ${CMAKE_CURRENT_BINARY_DIR}/cuda/ptxas.txt DESTINATION . RENAME cuda_ptxas.txt)
+  endforeach()" COMPONENT development EXCLUDE_FROM_ALL)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/cuda/ptxas.txt DESTINATION . RENAME cuda_ptxas.txt
+        COMPONENT development EXCLUDE_FROM_ALL)

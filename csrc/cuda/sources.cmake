@@ -1,6 +1,10 @@
 # The device's sources: compiled by nvcc for the library, by the host's compiler for the emulator.
 set(cuda_kernels
-    apply_rotary_pos_emb attention attention_any attention_bf16 attention_f16 attention_quantized
-    attention_wgmma copy_blocks cublaslt embedding flash_attention limits linear linear_many merge_attention
-    paged_attention reshape_and_cache rms_norm rope_and_cache silu_and_mul tensor_map)
-set(cuda_host_sources aot.cc check.cc launch.cc cuda/dispatch.cc cuda/runtime.cc)
+    attention/attention attention/attention_any attention/attention_bf16 attention/attention_f16
+    attention/attention_quantized attention/attention_wgmma attention/flash_attention
+    attention/paged_attention linear/cublaslt linear/linear linear/linear_many
+    ops/apply_rotary_pos_emb ops/copy_blocks ops/embedding ops/merge_attention ops/reshape_and_cache
+    ops/rms_norm ops/rope_and_cache ops/silu_and_mul runtime/limits runtime/tensor_map)
+set(cuda_host_sources
+    bind/mindspore.cc common/check.cc common/launch.cc cuda/runtime/dispatch.cc
+    cuda/runtime/runtime.cc)

@@ -9,8 +9,14 @@ import pytest
 from helpers.checkpoint_files import write_mini
 
 from codellama_rt.checkpoint import model_names, open_checkpoint
-from codellama_rt.checkpoint.model_names import BUILT_IN_NAME, cache_dir, resolve_model
+from codellama_rt.checkpoint.model_names import (
+    BUILT_IN_NAME,
+    SHORT_NAMES,
+    cache_dir,
+    resolve_model,
+)
 from codellama_rt.errors import CheckpointError
+from codellama_rt.llm.variants import VARIANTS
 
 GGUF = b"GGUF, or so it says"
 
@@ -130,6 +136,42 @@ def test_hub_ids(tmp_path, monkeypatch):
     assert not any(pattern.endswith((".bin", ".py", ".pth")) for pattern in patterns)
 
 
+@pytest.mark.parametrize("name", ["CodeLlama-7b-hf", "codellama-70B-instruct-hf"])
+def test_short_names_are_hub_ids_of_codellama(tmp_path, monkeypatch, name):
+    asked = []
+    hub(monkeypatch, lambda hub_id, allow_patterns: asked.append(hub_id) or str(tmp_path))
+    assert resolve_model(name) == tmp_path
+    (hub_id,) = asked
+    assert hub_id.startswith("codellama/CodeLlama-")
+    assert hub_id.lower() == f"codellama/{name.lower()}"
+
+
+def test_a_local_path_goes_before_a_short_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "CodeLlama-7b-hf").mkdir()
+    assert resolve_model("CodeLlama-7b-hf").samefile(tmp_path / "CodeLlama-7b-hf")
+
+
+def test_the_short_names_are_those_of_the_published_models():
+    assert {f"{name}-hf" for name in VARIANTS} == set(SHORT_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "suggested"),
+    [
+        ("CodeLlama-7b", "CodeLlama-7b-hf"),
+        ("CodeLama-7b-Python-hf", "CodeLlama-7b-Python-hf"),
+        ("smollm2-135m", BUILT_IN_NAME),
+        ("./models/My-Modle", "models/my-model"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_suggested(tmp_path, monkeypatch, name, suggested):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "my-model").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=rf"no such file; did you mean {suggested}\b"):
+        resolve_model(name)
+
+
 def test_hub_that_refuses(monkeypatch):
     def download(name, allow_patterns):
         raise OSError("404")
@@ -137,6 +179,17 @@ def test_hub_that_refuses(monkeypatch):
     hub(monkeypatch, download)
     with pytest.raises(RuntimeError, match=r"org/name: no such local path.*404.*local path"):
         resolve_model("org/name")
+
+
+def test_a_mistyped_folder_that_looks_like_a_hub_id(tmp_path, monkeypatch):
+    def download(name, allow_patterns):
+        raise OSError("404")
+
+    hub(monkeypatch, download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "my-model").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match=r"404.*did you mean models/my-model\?"):
+        resolve_model("models/my-modle")
 
 
 def test_hub_without_its_package(monkeypatch):

@@ -8,13 +8,18 @@ import pytest
 from helpers.tiny_llm import KV_MEMORY, make_folder
 
 from codellama_rt.cli import main as cli
-from codellama_rt.cli.chat_session import ChatSession
+from codellama_rt.cli.chat_input import completer
+from codellama_rt.cli.chat_session import SMALL_MODEL_SAMPLING, ChatSession, chat_defaults
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.llm import LLM
+from codellama_rt.llm.variants import VARIANTS
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 DIALOG = [{"role": "user", "content": "add"}]
-OPTIONS = ("--max-new-tokens", "6", "--ignore-eos", "--kv-memory", KV_MEMORY)
+OPTIONS = (
+    *("--max-new-tokens", "6", "--ignore-eos", "--temperature", "0", "--kv-memory", KV_MEMORY),
+)
+CUT = "[cut after 6 tokens; /set max_tokens null removes this limit]\n"
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +122,10 @@ def test_an_answer_that_is_cut_is_remembered(llm):
 def test_commands(llm, tmp_path):
     session = ChatSession(llm, PARAMS, system="s")
     help_text = session.command("/help")
-    for name in ("/help", "/exit", "/reset", "/undo", "/system", "/set", "/show", "/save", "/load"):
-        assert f"\n{name}" in f"\n{help_text}"
+    for name in session.complete("/"):
+        assert name in help_text
+    assert session.command("/?") == help_text
+    assert session.command("/bye") is None
     "".join(session.answer("add"))
     file = tmp_path / "a file.json"
     assert session.command(f"/save '{file}'") == f"3 messages in {file}"
@@ -141,13 +148,15 @@ def test_commands(llm, tmp_path):
     ("line", "words"),
     [
         ("/nothing", "no command /nothing; there are /help"),
+        ("/halp", "no command /halp, did you mean /help"),
+        ("/stats", "nothing has been answered yet"),
         ("/undo", "nothing to undo"),
         ("/save", "one file name"),
         ("/save x", "nothing has been said"),
         ("/set x 1", "no sampling parameter 'x'"),
         ("/set n 2", "no sampling parameter 'n'"),
         ("/set temperature -1", "temperature must be"),
-        ("/load EMPTY", "is no conversation"),
+        ("/load EMPTY", "does not hold a conversation"),
         ("/load ODD", "the assistant spoke last"),
     ],
 )
@@ -167,19 +176,20 @@ def test_lines_of_stdin_are_messages(chat, llm):
     code, out, err = chat(stdin)
     assert code == 0
     assert out == f"{first}\n{second}\n{third}\n"
-    assert err == f"[user] add\n[assistant] {first.rstrip()}\n"
+    assert err == f"{CUT}[user] add\n[assistant] {first.rstrip()}\n{CUT}{CUT}"
 
 
 def test_a_mistake_does_not_end_the_conversation(chat, llm):
     code, out, err = chat("[INST]\n/foo\nadd")
     assert (code, out) == (0, answers(llm, "add")[0] + "\n")
-    assert err.count("\n") == 2
+    assert err.count("\n") == 3
+    assert err.endswith(CUT)
 
 
 def test_one_message(chat, llm):
     expected = answers(llm, "add", system="s")[0] + "\n"
-    assert chat("print", "-m", "add", "--system", "s") == (0, expected, "")
-    assert chat("add", "-m", "-", "--system", "s") == (0, expected, "")
+    assert chat("print", "-m", "add", "--system", "s") == (0, expected, CUT)
+    assert chat("add", "-m", "-", "--system", "s") == (0, expected, CUT)
 
 
 def test_history_is_kept_in_a_file(chat, llm, tmp_path):
@@ -191,7 +201,7 @@ def test_history_is_kept_in_a_file(chat, llm, tmp_path):
     file.write_text("{}")
     code, out, err = chat("print", "--history", file)
     assert (code, out) == (2, "")
-    assert "is no conversation" in err
+    assert "does not hold a conversation" in err
 
 
 def test_a_template_file(chat, tmp_path):
@@ -256,3 +266,97 @@ def test_ctrl_c_drops_what_is_being_typed(chat, llm, monkeypatch):
     first, second = answers(llm, "add", "print")
     code, out, _ = chat(None)
     assert (code, out) == (0, f"{first}\n{second}\n")
+
+
+def test_tab_knows_commands_and_parameters(llm):
+    session = ChatSession(llm, PARAMS)
+    assert session.complete("/s") == ["/system", "/set", "/show", "/stats", "/save"]
+    assert session.complete("/set top") == ["/set top_p ", "/set top_k "]
+    assert session.complete("/set n") == []
+    find = completer(session.complete)
+    assert [find("/unk", 0), find("/und", 0), find("/und", 1)] == [None, "/undo", None]
+    assert [find("def f", 0), find("def f", 1)] == ["def f\t", None]
+
+
+def test_stats_of_the_last_answer(llm):
+    session = ChatSession(llm, PARAMS)
+    "".join(session.answer("add"))
+    told = session.command("/stats")
+    prompt = len(llm.chat_prompt(DIALOG)[0])
+    assert f"{prompt + 6} of {llm.max_model_len} tokens" in told
+    assert "6 tokens in " in told
+    assert "tokens/s, ended by length" in told
+    pieces = session.answer("print")
+    next(pieces)
+    pieces.close()
+    assert "ended by Ctrl-C" in session.command("/stats")
+    session.command("/reset")
+    with pytest.raises(ValueError, match="nothing has been answered"):
+        session.command("/stats")
+
+
+def test_an_answer_that_is_cut_says_so(llm):
+    session = ChatSession(llm, PARAMS)
+    "".join(session.answer("add"))
+    assert session.notice == CUT.strip()
+    end = llm.generate(llm.chat_prompt(DIALOG)[0], PARAMS)[0].token_ids[2]
+    session.command(f"/set stop_token_ids [{end}]")
+    session.command("/reset")
+    "".join(session.answer("add"))
+    assert session.notice == ""
+
+
+def test_a_full_context_says_what_makes_room(folder):
+    with LLM(folder, kv_memory=KV_MEMORY, max_model_len=64) as llm:
+        session = ChatSession(llm, SamplingParams(max_tokens=None, ignore_eos=True))
+        "".join(session.answer("add"))
+        assert (
+            session.notice == "[cut: the context of 64 tokens is full; /undo or /reset makes room]"
+        )
+        with pytest.raises(ValueError, match=r"max_model_len=64; .* with /undo or .* /reset"):
+            "".join(session.answer("print"))
+        session.command("/undo")
+        "".join(session.answer("print"))
+        assert session.messages[0].content == "print"
+
+
+def test_a_full_cache_says_so(folder):
+    with LLM(folder, kv_memory="64kB") as llm:
+        longest = llm.engine.scheduler.max_computed_tokens
+        assert longest < llm.max_model_len
+        with pytest.raises(ValueError, match=f"the KV cache, which holds {longest}"):
+            ChatSession(llm, PARAMS).answer("add " * longest)
+
+
+def test_an_answer_has_no_limit_unless_one_is_given(tmp_path, llm):
+    assert chat_defaults(llm).max_tokens is None
+    config = {"max_new_tokens": 7, "do_sample": True, "temperature": 0.6}
+    folder = make_folder(tmp_path / "model", generation_config=config)
+    with LLM(folder, kv_memory=KV_MEMORY) as other:
+        params = chat_defaults(other)
+        assert (params.max_tokens, params.temperature) == (7, 0.6)
+        assert params.repetition_penalty == 1.0
+
+
+def test_small_models_are_sampled(llm, monkeypatch):
+    params = chat_defaults(llm)
+    assert {name: getattr(params, name) for name in SMALL_MODEL_SAMPLING} == SMALL_MODEL_SAMPLING
+    assert chat_defaults(llm, greedy_is_meant=True).temperature == 0.0
+    assert llm.default_params().temperature == 0.0
+    config = VARIANTS["CodeLlama-7b-Instruct"].config
+    monkeypatch.setattr(llm, "config", config)
+    assert chat_defaults(llm).temperature == 0.0
+
+
+def test_the_help_names_the_defaults_of_small_models(chat):
+    code, out, _ = chat("", "--help")
+    assert code == 0
+    for value in SMALL_MODEL_SAMPLING.values():
+        assert str(value) in out
+
+
+def test_several_lines_are_never_a_command(chat, llm):
+    text = "//3\n/bye"
+    code, out, _ = chat(f'"""\n{text}\n"""\nadd')
+    assert code == 0
+    assert out == "".join(f"{answer}\n" for answer in answers(llm, text, "add"))

@@ -32,6 +32,9 @@ def test_doctor_speaks_json(run):
 
 def test_doctor_says_that_the_kernels_are_not_built(run, monkeypatch):
     monkeypatch.delattr(clrt, "_core")
+    monkeypatch.delattr(clrt, "ops", raising=False)
+    for name in [name for name in sys.modules if name.startswith("codellama_rt.ops")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "codellama_rt._core", None)
     code, out, _ = run("doctor")
     assert code == 0

@@ -8,9 +8,9 @@ import pytest
 from helpers.cli_calls import assert_one_line_error
 
 import codellama_rt as clrt
+from codellama_rt.llm import kv_plan
 from codellama_rt.llm import placement as devices
 from codellama_rt.llm.memory_plan import estimate, find_model
-from codellama_rt.model import kv_cache
 
 ELSEWHERE = ("--memory", "80GB", "--bandwidth", "3350GB")
 
@@ -49,13 +49,13 @@ def test_json_has_bytes(run, model):
     [
         (("CodeLlama-8b",), ["found no such file"]),
         (("CodeLlama-70b-Instruct", "--context", 16384), ["makes sense of 4096 tokens"]),
-        (("CodeLlama-7b", "--context", 0), ["context must be at least 1"]),
-        (("CodeLlama-7b", "--batch", 0), ["batch must be at least 1"]),
-        (("CodeLlama-7b", "--quantization", "q4"), ["int8, int4, got 'q4'"]),
-        (("CodeLlama-7b", "--kv-dtype", "fp8"), ["kv_dtype must be one of"]),
-        (("CodeLlama-7b", "--memory", "much"), ["memory size", "much"]),
+        (("CodeLlama-7b", "--context", 0), ["--context must be at least 1"]),
+        (("CodeLlama-7b", "--batch", 0), ["--batch must be at least 1"]),
+        (("CodeLlama-7b", "--quantization", "q4"), ["--quantization", "'q4' is not one of"]),
+        (("CodeLlama-7b", "--kv-dtype", "fp8"), ["--kv-dtype must be one of"]),
+        (("CodeLlama-7b", "--memory", "much"), ["--memory", "memory size", "much"]),
         (("CodeLlama-7b", "--device", "cuda"), ["--memory", "--bandwidth"]),
-        (("CodeLlama-7b", "--device", "tpu"), ["tpu"]),
+        (("CodeLlama-7b", "--device", "tpu"), ["--device", "tpu"]),
     ],
 )
 def test_a_mistake_in_one_line(run, args, words):
@@ -70,7 +70,7 @@ def test_llm_opens_what_fits_and_refuses_what_does_not(model, monkeypatch, optio
     around = range(figures.weights, 2 * figures.added, figures.added // 40)
     seen = set()
     for available in around:
-        for module in (devices, kv_cache):
+        for module in (devices, kv_plan):
             monkeypatch.setattr(module, "available_bytes", lambda amount=available: amount)
         opened = False
         with contextlib.suppress(RuntimeError):

@@ -144,6 +144,45 @@ def test_all_finish_when_each_may_take_the_whole_cache():
     assert scheduler.num_preemptions > 0
 
 
+def test_a_step_that_preempts_admits_nobody():
+    """What was just freed is for those who still run; else they would take it back at once."""
+    scheduler = scheduler_of(num_blocks=4, block_size=4)
+    for arrival in range(2):
+        add(scheduler, 7, arrival)
+    run(scheduler)  # both have two blocks, tokens 0 to 6
+    urgent = add(scheduler, 1, 2, priority=-1)  # first in order; a block that is freed is enough
+    run(scheduler)  # token 7 fills the last slot
+    assert spans(run(scheduler)) == [(0, 8, 9)]
+    assert scheduler.num_preemptions == 1
+    assert spans(run(scheduler)) == [(0, 9, 10), (2, 0, 1)]
+    assert urgent in scheduler.running
+
+
+def test_preemptions_and_recomputed_tokens_are_bounded():
+    """A crowded cache costs recomputation; how much is a figure of this fixed load.
+
+    Each request is more urgent than those before it, so a step that admits one with the blocks it
+    has just freed makes the next step preempt again.
+    """
+    scheduler = scheduler_of(num_blocks=16, block_size=4, tokens=64)
+    target = {arrival: 4 + arrival % 13 + 24 for arrival in range(32)}
+    arrivals = iter(target)
+    computed = 0
+    for step in range(2000):
+        if step % 3 == 0 and (arrival := next(arrivals, None)) is not None:
+            add(scheduler, 4 + arrival % 13, arrival, priority=-arrival)
+        for chunk in run(scheduler).chunks:
+            computed += chunk.stop - chunk.start
+            if len(chunk.sequence.token_ids) == target[chunk.sequence.order[1]]:
+                scheduler.remove(chunk.sequence)
+    assert not scheduler.running
+    assert not scheduler.waiting
+    needed = sum(target.values()) - len(target)  # the last token of each is never computed
+    assert needed == 1035
+    assert scheduler.num_preemptions <= 39
+    assert computed - needed <= 820
+
+
 def test_forks_share_the_prompt_and_copy_its_last_block():
     scheduler = scheduler_of()
     parent = add(scheduler, 6, 0)

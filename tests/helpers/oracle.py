@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from codellama_rt.checkpoint import LlamaWeights
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.rope import RotaryEmbedding
+from codellama_rt.model.weights import LlamaWeights
 
 _QUERY_BLOCK = 512  # bounds the scores of a long prompt to 512 rows at a time
 

@@ -224,3 +224,8 @@ def test_streamer_prints(tok, capsys):
     assert capsys.readouterr().out == "漢def add\n"
     with pytest.raises(ValueError, match="shows one text"):
         streamer.put(np.array([ids, ids]))
+
+
+def test_an_unknown_option_is_refused_by_the_name_of_what_was_called(tok):
+    with pytest.raises(TypeError, match=r"__call__\(\) got an unexpected keyword argument 'sufix'"):
+        tok("def f(", sufix="x")

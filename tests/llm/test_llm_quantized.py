@@ -14,8 +14,8 @@ from codellama_rt.cli.run import describe, follow
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm import placement as devices
 from codellama_rt.llm.llm import LLM
+from codellama_rt.llm.memory_plan import weight_bytes
 from codellama_rt.llm.scoring import sequence_logits
-from codellama_rt.llm.traffic import weight_bytes
 from codellama_rt.model.kv_cache import bytes_per_token
 from codellama_rt.tools.convert.convert import convert
 

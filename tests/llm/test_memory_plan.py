@@ -24,8 +24,8 @@ from codellama_rt.llm.memory_plan import (
     kv_bytes,
     require_memory,
     stored_from_config,
+    weight_bytes,
 )
-from codellama_rt.llm.traffic import weight_bytes
 from codellama_rt.llm.variants import VARIANTS
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.kv_cache import bytes_per_token

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
-from codellama_rt.model.batch import build_batch
 
 
 def placed(tokens, blocks, prompt_len=None):

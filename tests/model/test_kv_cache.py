@@ -8,9 +8,10 @@ import pytest
 from helpers.builders import int32
 from helpers.tolerances import assert_equal_bits
 
-from codellama_rt.model import kv_cache as kv_cache_module
+from codellama_rt.llm import kv_plan
+from codellama_rt.llm.kv_plan import plan_num_blocks
 from codellama_rt.model.config import ModelConfig
-from codellama_rt.model.kv_cache import KVCache, bytes_per_token, plan_num_blocks
+from codellama_rt.model.kv_cache import KVCache, bytes_per_token
 from codellama_rt.ops import Quantized
 from codellama_rt.ops.quantized import CACHE_DTYPES, cache_row_bytes
 
@@ -30,9 +31,7 @@ def plan(**changes):
 @pytest.fixture
 def free_memory(monkeypatch):
     """Sets what the machine has free."""
-    return lambda num_bytes: monkeypatch.setattr(
-        kv_cache_module, "available_bytes", lambda: num_bytes
-    )
+    return lambda num_bytes: monkeypatch.setattr(kv_plan, "available_bytes", lambda: num_bytes)
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])

@@ -5,6 +5,7 @@ import pytest
 from helpers.builders import running_on
 from helpers.checkpoint_files import TINY_NAMES
 from helpers.goldens import GOLDEN_NAMES, SHARED_NAMES, load_golden, make_engine, run, tiny_golden
+from helpers.oracle import forward
 from helpers.tolerances import LOGITS_ATOL
 
 from codellama_rt import ops
@@ -82,6 +83,23 @@ def test_far_positions(which):
     logits = sequence_logits(golden.model("float32"), prompt, first_position=case["offset"])
     expected = golden.arrays[case["npz_key"]]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=LOGITS_ATOL)
+
+
+@pytest.mark.parametrize("first_position", [1, 200, 5000])  # below, across and far above 128
+def test_far_positions_of_a_dynamic_rope(first_position):
+    """The base follows the position of the last token, not the number of tokens."""
+    golden = tiny_golden(DYNAMIC)
+    model, prompt = golden.model("float32"), golden.cases[3]["prompt"]
+    logits = sequence_logits(model, prompt, first_position=first_position)
+    expected = forward(
+        model.weights, model.config, prompt, first_position=first_position,
+        prompt_length=first_position + len(prompt),
+    )  # fmt: skip
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=LOGITS_ATOL)
+    near = sequence_logits(model, prompt)
+    assert np.abs(logits - near).max() > 100 * LOGITS_ATOL
+    chunked = sequence_logits(model, prompt, first_position=first_position, chunk_size=7)
+    assert chunked.tobytes() == logits.tobytes()
 
 
 @pytest.mark.parametrize("which", range(2))

@@ -11,13 +11,14 @@ from helpers.tiny_llm import KV_MEMORY, make_folder
 
 import codellama_rt as clrt
 from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.checkpoint.adapter import load_adapter
 from codellama_rt.checkpoint.formats.hf_writer import halves_first
 from codellama_rt.engine.branches import Branches
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.errors import CheckpointError
 from codellama_rt.llm.scoring import sequence_logits
 from codellama_rt.model.llama import Llama
-from codellama_rt.model.lora import load_adapter, merged
+from codellama_rt.model.lora import merged
 
 NAME = "gqa_theta1e6_bf16"
 PROMPT = [1, 309, 103, 28, 67, 9, 44]

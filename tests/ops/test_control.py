@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from helpers.builders import normal, paged, running_on
 from helpers.tolerances import assert_equal_bits
 
 from codellama_rt import ops
+from codellama_rt.ops import native
 
 KNOWN_ISAS = ["avx512_bf16", "avx512", "avx2", "baseline"]  # best first
 
@@ -150,3 +152,25 @@ def test_sets_agree_where_nothing_is_rounded(rng):
     for name in ops.available_isas():
         with running_on(isa=name):
             assert_equal_bits(ops.linear(x, identity), x)
+
+
+@pytest.mark.parametrize(
+    ("has_driver", "words"),
+    [(False, "no NVIDIA driver found; available: cpu"), (True, "version is insufficient")],
+)
+def test_a_missing_driver_is_not_called_an_old_one(monkeypatch, has_driver, words):
+    built = types.SimpleNamespace(
+        unavailable_reason=lambda: "no CUDA device: CUDA driver version is insufficient"
+    )
+    monkeypatch.setattr(native.importlib, "import_module", lambda name: built)
+    monkeypatch.setattr(native, "has_nvidia_driver", lambda: has_driver)
+    usable, reason = ops.available("cuda")
+    assert not usable
+    assert words in reason
+
+
+def test_the_driver_is_looked_for_by_its_library(monkeypatch):
+    monkeypatch.setattr(native, "_DRIVER", "libc.so.6")
+    assert native.has_nvidia_driver()
+    monkeypatch.setattr(native, "_DRIVER", "lib-of-no-driver.so.1")
+    assert not native.has_nvidia_driver()

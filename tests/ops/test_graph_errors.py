@@ -71,7 +71,7 @@ def test_dtypes(name, argument, dtype, expected, mode):
         ("embedding", "token_ids", lambda a: a - 11, "embedding: token_ids[0] must be in [0, "),
         ("paged_attention", "seq_lens", lambda a: a + 99, "paged_attention: seq_lens[0]="),
         ("decoder_layer", "block_tables", lambda a: a - 6, "decoder_layer: block_tables[0, 0]="),
-        ("rms_norm", "x", lambda a: a[None, None, None], "RmsNorm: tensor 0 has 5 dimensions"),
+        ("rms_norm", "x", lambda a: a[None, None, None], "rms_norm: tensor 0 has 5 dimensions"),
     ],
 )
 def test_shapes_and_values(name, argument, change, message, mode):

@@ -4,6 +4,7 @@ What it measures is not asserted: speed belongs to the machine.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -277,7 +278,9 @@ def test_pytest_benchmark_carries_the_rows(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", str(BENCHMARKS / "bench_ops.py"),
                "--shape", "tiny", "--op", "rms_norm,copy_blocks", "--tokens", "1", "--keys", "64",
                "--seconds", "0.001", f"--benchmark-json={file}"]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    # The child is a session of its own: what xdist tells its workers is not for it.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment)
     infos = [one["extra_info"] for one in json.loads(file.read_text())["benchmarks"]]
     assert [info["op"] for info in infos] == ["rms_norm", "copy_blocks"]
     for info in infos:

@@ -15,7 +15,7 @@ from codellama_rt.checkpoint.tensor_names import halves_first, rotates
 from codellama_rt.model.config import ModelConfig, RopeScaling
 
 if TYPE_CHECKING:
-    from codellama_rt.checkpoint import LlamaWeights
+    from codellama_rt.model.weights import LlamaWeights
 
 _NAMES = {  # of LayerWeights' fields
     "attention_norm": "input_layernorm",

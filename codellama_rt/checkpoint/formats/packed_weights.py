@@ -10,7 +10,8 @@ and config.json beside it has
 
     "quantization_config": {"quant_method": "codellama_rt", "format_version": 2, "dtype": "int4"}
 
-Any change to the layout of int8 or int4 weights (csrc/quantized.h) needs a new format version.
+Any change to the layout of int8 or int4 weights (csrc/common/quantized.h) needs a new format
+version.
 """
 
 import json

@@ -13,13 +13,13 @@ import mindspore
 import numpy as np
 from mindspore import Tensor, mint
 
-from codellama_rt.checkpoint import LayerWeights, LlamaWeights
 from codellama_rt.model.ascend import ops as ascend
 from codellama_rt.model.ascend import vendor as ascend_vendor
 from codellama_rt.model.ascend.checks import ASCEND_FLOATS
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.rope import RotaryEmbedding
+from codellama_rt.model.weights import LayerWeights, LlamaWeights
 
 ATTENTIONS = {"custom": ascend, "vendor": ascend_vendor}
 BLOCK_SIZE = 128  # required by Huawei's attention; a DMA of 32 KB at head_dim 128

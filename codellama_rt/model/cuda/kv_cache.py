@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from codellama_rt.llm.memory import parse_bytes
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.cuda import ops, tensor
-from codellama_rt.ops import cuda_device as device
+from codellama_rt.ops import native
 from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops.quantized import Quantized
 
 QUANTIZED_DTYPES = ("int8", "fp8")
-MEMORY_SHARE = 0.9  # of what the weights leave free; the rest is for activations and graphs
 _SCALE_BYTES = 4
 
 
@@ -62,7 +60,7 @@ class DeviceKVCache:
         pairs = tensor.to_device(block_pairs)
         for key_cache, value_cache in self.layers:
             ops.copy_blocks(key_cache, value_cache, pairs)
-        device.module().synchronize()  # the pairs' memory is freed on return
+        native.cuda().synchronize()  # the pairs' memory is freed on return
 
     def close(self) -> None:
         """Forget the blocks; the memory is freed with the last tensor that views it."""
@@ -81,41 +79,3 @@ def require_kv_dtype(dtype: str) -> None:
     if dtype not in (*FLOAT_DTYPES, *QUANTIZED_DTYPES):
         allowed = ", ".join((*FLOAT_DTYPES, *QUANTIZED_DTYPES))
         raise ValueError(f"kv_dtype must be one of auto, {allowed} on cuda, got {dtype!r}")
-
-
-def plan_num_blocks(
-    config: ModelConfig,
-    dtype: str,
-    block_size: int,
-    *,
-    longest: int | None,
-    max_num_seqs: int,
-    kv_memory: int | str | None,
-) -> int:
-    """Return the number of blocks to allocate, once the weights are on the device.
-
-    Args:
-        config: of the model.
-        dtype: of the cache.
-        block_size: tokens per block.
-        longest: tokens of one sequence that must fit; None: no minimum.
-        max_num_seqs: sequences at a time.
-        kv_memory: bytes or a str like "8GB"; None: most of the free memory.
-
-    Raises:
-        RuntimeError: `longest` tokens do not fit.
-    """
-    block_bytes = 2 * config.n_layers * config.n_kv_heads * row_bytes(config, dtype) * block_size
-    free = device.module().memory_info()[0]
-    budget = int(MEMORY_SHARE * free) if kv_memory is None else parse_bytes(kv_memory)
-    required = -(-(longest or 1) // block_size)
-    if budget // block_bytes < required:
-        raise RuntimeError(
-            f"the KV cache of {longest or block_size} tokens takes "
-            f"{required * block_bytes / 1e9:.2f} GB in {dtype}, and the device has "
-            f"{budget / 1e9:.2f} GB for it; lower max_model_len, or ask for kv_dtype='fp8'"
-        )
-    if kv_memory is not None:
-        return budget // block_bytes
-    usual = -(-(longest or config.max_position_embeddings) // block_size)
-    return min(budget // block_bytes, usual * max_num_seqs)

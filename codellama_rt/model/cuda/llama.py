@@ -24,13 +24,13 @@ from codellama_rt.model.cuda.step import Pinned, Room, StepInputs, StepShape
 from codellama_rt.model.cuda.tensor import DeviceTensor, Memory, empty
 from codellama_rt.model.cuda.weights import DeviceLayer, DeviceWeights
 from codellama_rt.model.rope import RotaryEmbedding
-from codellama_rt.ops import cuda_device as device
+from codellama_rt.ops import native
 
 WORKSPACE_BYTES = 64 << 20  # the default; place() computes what a cache needs
 CUBLASLT_VARIABLE = "CODELLAMA_RT_CUBLASLT"
 CUBLASLT_BYTES = 32 << 20  # NVIDIA's recommendation for Hopper
 _SMALLEST_WIDTH = 16  # of a bucket's block tables
-_SPLIT_KEYS, _NODE_SPLITS, _TICKET_BYTES = 256, 16, 1 << 20  # of attention_plan.cuh
+_SPLIT_KEYS, _NODE_SPLITS, _TICKET_BYTES = 256, 16, 1 << 20  # of attention/plan.cuh
 
 
 class DeviceLlama:
@@ -42,7 +42,7 @@ class DeviceLlama:
         """Take weights that are on the device."""
         self.config, self.weights = config, weights
         self.rope = RotaryEmbedding(config)
-        self._device = device.module()
+        self._device = native.cuda()
         self._stream = self._device.create_stream()
         self._scratch: Scratch | None = None
         self._room = Room()
@@ -215,7 +215,7 @@ class DecodeGraph:
         """Allocate what the graph uses; it is captured at the first run."""
         self._model = weakref.proxy(model)  # the model owns the graph: no reference cycle
         self._kv_cache = kv_cache
-        self._device = device.module()
+        self._device = native.cuda()
         shape = StepShape(num_seqs, num_seqs, width, num_seqs, model.config.head_dim // 2)
         self._inputs = StepInputs(shape, Room())
         self._scratch = Scratch(model.config, model.weights.dtype, num_seqs)
@@ -265,7 +265,7 @@ class DecodeGraph:
 def workspace_bytes(config: ModelConfig, num_keys: int, num_seqs: int) -> int:
     """Return the most memory that splitting a step of one token per sequence takes.
 
-    The splitting is that of csrc/cuda/attention_plan.cuh.
+    The splitting is that of csrc/cuda/attention/plan.cuh.
 
     Args:
         config: of the model.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from codellama_rt.model.cuda.tensor import DeviceTensor, empty
-from codellama_rt.ops.cuda_device import module
+from codellama_rt.ops.native import cuda
 from codellama_rt.ops.quantized import Quantized
 
 Tensor = DeviceTensor
@@ -19,14 +19,14 @@ Weight = DeviceTensor | Quantized
 
 def set_stream(stream: int) -> None:
     """Put all later work of this thread on a stream; 0 is CUDA's default stream."""
-    module().set_stream(stream)
+    cuda().set_stream(stream)
 
 
 def embedding(token_ids: Tensor, table: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Return rows `token_ids` (num_tokens) of `table` (vocab_size, dim); default: float32."""
     if out is None:
         out = empty((token_ids.shape[0], table.shape[1]), "float32")
-    module().embedding(token_ids, table, out)
+    cuda().embedding(token_ids, table, out)
     return out
 
 
@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, out: Tensor | None
     """Return RMSNorm of `x` (num_tokens, dim)."""
     if out is None:
         out = empty(x.shape, x.dtype)
-    module().rms_norm(x, weight, eps, out)
+    cuda().rms_norm(x, weight, eps, out)
     return out
 
 
@@ -49,7 +49,7 @@ def add_rms_norm(
     """Return (rms_norm(x + residual), x + residual)."""
     if out is None:
         out = (empty(x.shape, x.dtype), empty(x.shape, x.dtype))
-    module().add_rms_norm(x, residual, weight, eps, *out)
+    cuda().add_rms_norm(x, residual, weight, eps, *out)
     return out
 
 
@@ -58,7 +58,7 @@ def linear(x: Tensor, weight: Weight | tuple[Weight, ...], *, out: Tensor | None
     if out is None:
         weights = weight if isinstance(weight, (tuple, list)) else (weight,)
         out = empty((x.shape[0], sum(w.shape[0] for w in weights)), x.dtype)
-    module().linear(x, weight, out)
+    cuda().linear(x, weight, out)
     return out
 
 
@@ -72,7 +72,7 @@ def apply_rotary_pos_emb(
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Apply RoPE to `query` and `key` (num_tokens, heads, head_dim), in place."""
-    module().apply_rotary_pos_emb(query, key, cos, sin, positions, interleaved)
+    cuda().apply_rotary_pos_emb(query, key, cos, sin, positions, interleaved)
     return query, key
 
 
@@ -80,7 +80,7 @@ def reshape_and_cache(
     key: Tensor, value: Tensor, key_cache: Any, value_cache: Any, slot_mapping: Tensor
 ) -> None:
     """Write keys and values into their slots; -1 skips a token."""
-    module().reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
+    cuda().reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
 
 
 def rope_and_cache(
@@ -99,7 +99,7 @@ def rope_and_cache(
     if out is None:
         n_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
         out = empty((qkv.shape[0], qkv.shape[1] // head_dim - 2 * n_kv_heads, head_dim), qkv.dtype)
-    module().rope_and_cache(
+    cuda().rope_and_cache(
         qkv, cos, sin, positions, key_cache, value_cache, slot_mapping, interleaved, out
     )
     return out
@@ -119,7 +119,7 @@ def flash_attention(
     """Attend over contiguous keys and values of several sequences; returns (out, lse)."""
     if out is None:
         out = (empty(query.shape, query.dtype), empty(query.shape[:2], "float32"))
-    module().flash_attention(
+    cuda().flash_attention(
         query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale or 0.0, *out
     )
     return out
@@ -139,7 +139,7 @@ def paged_attention(
     """Attend causally over blocks, one or more queries per sequence; returns (out, lse)."""
     if out is None:
         out = (empty(query.shape, query.dtype), empty(query.shape[:2], "float32"))
-    module().paged_attention(
+    cuda().paged_attention(
         query, key_cache, value_cache, block_tables, seq_lens, cu_seqlens_q, scale or 0.0, *out
     )
     return out
@@ -156,7 +156,7 @@ def merge_attention(
     """Merge two attentions of the same queries over disjoint keys."""
     if out is None:
         out = (empty(out_a.shape, out_a.dtype), empty(lse_a.shape, "float32"))
-    module().merge_attention(out_a, lse_a, out_b, lse_b, *out)
+    cuda().merge_attention(out_a, lse_a, out_b, lse_b, *out)
     return out
 
 
@@ -164,10 +164,10 @@ def silu_and_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Return silu(gate) * up of `gate_up` (num_tokens, 2 * hidden_dim)."""
     if out is None:
         out = empty((gate_up.shape[0], gate_up.shape[1] // 2), gate_up.dtype)
-    module().silu_and_mul(gate_up, out)
+    cuda().silu_and_mul(gate_up, out)
     return out
 
 
 def copy_blocks(key_cache: Any, value_cache: Any, block_pairs: Tensor) -> None:
     """Copy blocks source -> destination, pair after pair."""
-    module().copy_blocks(key_cache, value_cache, block_pairs)
+    cuda().copy_blocks(key_cache, value_cache, block_pairs)

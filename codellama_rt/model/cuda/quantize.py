@@ -1,6 +1,6 @@
 """int8 and int4 weights in the order of the device's matrix instructions.
 
-Layout: csrc/cuda/weight_formats.cuh. Along in_features, 32 elements share a float16 scale: int8:
+Layout: csrc/cuda/linear/formats.cuh. Along in_features, 32 elements share a float16 scale: int8:
 largest magnitude / 127; int4: the element of largest magnitude / -8, so that it is exact.
 """
 

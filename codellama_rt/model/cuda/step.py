@@ -9,7 +9,7 @@ import numpy as np
 
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.cuda.tensor import DeviceTensor, Memory
-from codellama_rt.ops import cuda_device as device
+from codellama_rt.ops import native
 
 Rope = tuple[np.ndarray, np.ndarray, np.ndarray]  # cos, sin, index, from RotaryEmbedding
 
@@ -45,7 +45,7 @@ class Pinned:
 
     def __init__(self, num_bytes: int) -> None:
         """Allocate the memory."""
-        self._device = device.module()
+        self._device = native.cuda()
         self.pointer = self._device.allocate_pinned(num_bytes)
         buffer = (ctypes.c_uint8 * num_bytes).from_address(self.pointer)
         self.bytes = np.frombuffer(buffer, np.uint8)
@@ -117,4 +117,4 @@ class StepInputs:
 
     def copy(self) -> None:
         """Start the copy to the device, on the current stream."""
-        device.module().copy_async(self._pointer, self._pinned.pointer, self.num_bytes)
+        native.cuda().copy_async(self._pointer, self._pinned.pointer, self.num_bytes)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from codellama_rt.ops import cuda_device as device
+from codellama_rt.ops import native
 from codellama_rt.ops.dtypes import numpy_dtype
 
 _TYPESTR = {"float32": "<f4", "float16": "<f2", "int32": "<i4", "uint8": "|u1"}
@@ -25,7 +25,7 @@ class Memory:
         """Allocate; RuntimeError if there is not enough memory."""
         self.num_bytes = num_bytes
         self.pointer = 0
-        self._device = device.module()
+        self._device = native.cuda()
         self.pointer = self._device.allocate(max(num_bytes, 1))
 
     def __del__(self) -> None:
@@ -80,7 +80,7 @@ class DeviceTensor:
     def numpy(self) -> np.ndarray:
         """Return a copy on the host, after all work on the current stream."""
         array = np.empty(self.shape, element(self.dtype))
-        module = device.module()
+        module = native.cuda()
         module.copy_async(array.ctypes.data, self.device_ptr, array.nbytes)
         module.synchronize()
         return array
@@ -103,7 +103,7 @@ class DeviceTensor:
         """Return the tensor for torch.from_dlpack and others; memory is shared and kept alive."""
         bits = element(self.dtype).itemsize * 8
         code = _DLPACK_CODE[self.dtype]
-        return device.module().dlpack(self.device_ptr, list(self.shape), code, bits, self)
+        return native.cuda().dlpack(self.device_ptr, list(self.shape), code, bits, self)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """Return (CUDA, 0): the first visible device."""
@@ -126,7 +126,7 @@ def to_device(array: np.ndarray) -> DeviceTensor:
     """
     array = np.ascontiguousarray(array)
     tensor = empty(array.shape, array.dtype.name)
-    module = device.module()
+    module = native.cuda()
     module.copy_async(tensor.device_ptr, array.ctypes.data, array.nbytes)
     module.synchronize()
     return tensor
@@ -137,6 +137,6 @@ def copy(to: DeviceTensor, array: np.ndarray) -> None:
     if array.nbytes != to.nbytes:
         raise ValueError(f"{array.nbytes} bytes for a tensor of {to.nbytes}")
     array = np.ascontiguousarray(array)
-    module = device.module()
+    module = native.cuda()
     module.copy_async(to.device_ptr, array.ctypes.data, array.nbytes)
     module.synchronize()

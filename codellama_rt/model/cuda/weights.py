@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from codellama_rt.checkpoint import LayerWeights, LlamaWeights
 from codellama_rt.model.cuda.quantize import FORMATS, quantize
 from codellama_rt.model.cuda.tensor import DeviceTensor, to_device
+from codellama_rt.model.weights import LayerWeights, LlamaWeights
 from codellama_rt.ops.quantized import Quantized
 
 ACTIVATION_DTYPES = ("bfloat16", "float16")

@@ -33,16 +33,7 @@ MATRICES = (
 )
 NORMS = ("attention_norm", "mlp_norm")
 _PRODUCTS = ("linear", "flash_attention", "paged_attention", "decoder_layer")
-_ROW_WISE = (
-    "embedding",
-    "rms_norm",
-    "add_rms_norm",
-    "silu_and_mul",
-    "rope_and_cache",
-    "apply_rotary_pos_emb",
-    "reshape_and_cache",
-    "merge_attention",
-)
+_ROW_WISE = tuple(name for name in OPS if name not in (*_PRODUCTS, "copy_blocks"))
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from unittest.mock import patch
 
 import numpy as np
 
-from codellama_rt import _core, ops
+from codellama_rt import ops
 from codellama_rt.checkpoint import Checkpoint
 from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.llm.memory_plan import weight_bytes
 from codellama_rt.llm.scoring import sequence_logits
-from codellama_rt.llm.traffic import weight_bytes
 from codellama_rt.model.kv_cache import KVCache, bytes_per_token
 from codellama_rt.model.llama import Llama
+from codellama_rt.ops.native import _core
 from codellama_rt.tools.bench.noise import fill_caches
 
 BLOCK_SIZE = 64

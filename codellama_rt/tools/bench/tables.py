@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from codellama_rt.tools.bench.measure import Row
+from codellama_rt.tools.limits import of_roof
 
 Column = tuple[str, Callable[[Row], str]]
 
@@ -53,7 +54,7 @@ def _time(row: Row) -> str:
 
 
 def _share(row: Row) -> str:
-    return f"{row['share']:.0%}" if "share" in row else ""
+    return of_roof(row["share"]) if "share" in row else ""
 
 
 def _decimals(name: str, digits: int) -> Callable[[Row], str]:

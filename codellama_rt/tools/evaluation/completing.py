@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Sequence
 
+from codellama_rt.engine.completion import Completion, Job
 from codellama_rt.engine.sampling_params import SamplingParams
-from codellama_rt.llm.completion import Completion, Job
 from codellama_rt.llm.llm import LLM
 
 Progress = Callable[[int, int], None]  # called with samples done and total samples
@@ -31,21 +30,18 @@ def complete(
     Raises:
         ValueError: a prompt that does not fit; no request is left unfinished.
     """
-    jobs = {f"eval-{i}": Job(f"eval-{i}", list(r[0]), r[1].n) for i, r in enumerate(requests)}
-    total = sum(job.unfinished for job in jobs.values())
+    jobs: list[Job] = []
     try:
-        for name, (prompt, params) in zip(jobs, requests, strict=True):
-            llm.engine.add_request(name, prompt, params)
-        while any(job.unfinished for job in jobs.values()):
-            for output in llm.engine.step():
-                if output.request_id in jobs:
-                    jobs[output.request_id].take(deque([output]))
+        for prompt, params in requests:
+            jobs.append(llm.jobs.submit(prompt, params))
+        total = sum(job.unfinished for job in jobs)
+        for _ in llm.jobs.follow(jobs):
             if progress is not None:
-                progress(total - sum(job.unfinished for job in jobs.values()), total)
+                progress(total - sum(job.unfinished for job in jobs), total)
     finally:
-        for name in jobs:
-            llm.engine.abort(name)
-    return [job.completions for job in jobs.values()]
+        for job in jobs:
+            llm.jobs.dismiss(job)
+    return [job.completions for job in jobs]
 
 
 def fingerprint(texts: Sequence[str]) -> str:

@@ -188,7 +188,7 @@ class PagedAttention {
     for (int64_t g = 0; g < group_; ++g) score(g, count);
     Cast(rows, pages[t_->tile * dim_], RoundMode::CAST_NONE, uint32_t(count * dim_));
     pages_.FreeTensor(pages);
-    soften(count);
+    softmax(count);
     for (int64_t g = 0; g < group_; ++g) add_values(g, count);
   }
 
@@ -212,7 +212,7 @@ class PagedAttention {
   }
 
   // Online softmax of all heads of the group: scores become weights.
-  __aicore__ inline void soften(int64_t count) {
+  __aicore__ inline void softmax(int64_t count) {
     LocalTensor<float> scores = scores_.Get<float>(), numbers = numbers_.Get<float>();
     LocalTensor<float> max = max_.Get<float>(), sum = sum_.Get<float>();
     LocalTensor<float> next = next_.Get<float>(), old = old_.Get<float>();

@@ -16,12 +16,9 @@ import subprocess
 import numpy as np
 
 from codellama_rt import _core
+from codellama_rt.ops import schema
 
-OPS = (
-    "add_rms_norm", "apply_rotary_pos_emb", "copy_blocks", "embedding", "flash_attention", "linear",
-    "merge_attention", "paged_attention", "quantize", "reshape_and_cache", "rms_norm",
-    "rope_and_cache", "silu_and_mul",
-)  # fmt: skip
+OPS = ("quantize", *(name for name in schema.OPS if name != "decoder_layer"))
 
 
 class Server:

@@ -6,16 +6,15 @@
 // exception, its length and its text. Run under qemu-user by kernel_proxy.py.
 #include <cstdio>
 #include <cstring>
-#include <functional>
 #include <iostream>
-#include <map>
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/parallel.h"
-#include "launch.h"
+#include "common/launch.h"
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/parallel.h"
 
 using namespace codellama_rt;
 
@@ -73,43 +72,39 @@ TensorView read_tensor(Buffers* buffers) {
   return t;
 }
 
-const std::map<std::string, std::function<void(const Call&)>>& ops() {
-  using C = const Call&;
-  static const std::map<std::string, std::function<void(C)>> all = {
-      {"embedding", [](C c) { launch::embedding(c.t[0], c.t[1], c.t[2]); }},
-      {"rms_norm", [](C c) { launch::rms_norm(c.t[0], c.t[1], float(c.s[0]), c.t[2]); }},
-      {"add_rms_norm",
-       [](C c) { launch::add_rms_norm(c.t[0], c.t[1], c.t[2], float(c.s[0]), c.t[3], c.t[4]); }},
-      {"linear", [](C c) { launch::linear(c.t[0], &c.t[1], int(c.t.size()) - 2, c.t.back()); }},
-      {"quantize", [](C c) { launch::quantize(c.t[0], c.t[1]); }},
-      {"apply_rotary_pos_emb",
-       [](C c) {
-         launch::apply_rotary_pos_emb(c.t[0], c.t[1], c.t[2], c.t[3], c.t[4], c.s[0] != 0);
-       }},
-      {"reshape_and_cache",
-       [](C c) { launch::reshape_and_cache(c.t[0], c.t[1], c.t[2], c.t[3], c.t[4]); }},
-      {"rope_and_cache",
-       [](C c) {
-         launch::rope_and_cache(c.t[0], c.t[1], c.t[2], c.t[3], c.t[4], c.t[5], c.t[6], c.s[0] != 0,
-                                c.t[7]);
-       }},
-      {"flash_attention",
-       [](C c) {
-         launch::flash_attention(c.t[0], c.t[1], c.t[2], c.t[3], c.t[4], c.s[0] != 0, float(c.s[1]),
-                                 c.t[5], c.t[6]);
-       }},
-      {"paged_attention",
-       [](C c) {
-         launch::paged_attention(c.t[0], c.t[1], c.t[2], c.t[3], c.t[4], c.t[5], float(c.s[0]),
-                                 c.t[6], c.t[7]);
-       }},
-      {"merge_attention",
-       [](C c) { launch::merge_attention(c.t[0], c.t[1], c.t[2], c.t[3], c.t[4], c.t[5]); }},
-      {"silu_and_mul", [](C c) { launch::silu_and_mul(c.t[0], c.t[1]); }},
-      {"copy_blocks", [](C c) { launch::copy_blocks(c.t[0], c.t[1], c.t[2]); }},
-      {"set_num_threads", [](C c) { set_num_threads(int(c.s[0])); }},
-  };
-  return all;
+// A launcher's arguments in order, from the call's tensors and scalars.
+struct Arguments {
+  const Call& call;
+  size_t tensor = 0, scalar = 0;
+
+  TensorView next(TensorView*) { return call.t[tensor++]; }
+  Weights next(Weights*) {
+    Weights weights;
+    while (tensor + 1 < call.t.size()) weights.add(call.t[tensor++]);
+    return weights;
+  }
+  template <typename Number>
+  Number next(Number*) {
+    return Number(call.s[scalar++]);
+  }
+};
+
+template <typename... T>
+void run(void (*launch)(T...), const Call& call) {
+  Arguments from{call};
+  const std::tuple<T...> arguments{from.next(static_cast<T*>(nullptr))...};
+  std::apply(launch, arguments);
+}
+void run(void (*)(const DecoderLayer&), const Call&) { throw std::logic_error("not served"); }
+
+void call_op(const std::string& op, const Call& call) {
+  if (op == "set_num_threads") return set_num_threads(int(call.s[0]));
+#define CLRT_OP(name, Params, signature) \
+  if (op == #name) return run(launch::name, call);
+#define CLRT_COMPOSED_OP(name, signature) CLRT_OP(name, , signature)
+#define CLRT_DIRECT_OP(name, Params, signature) CLRT_OP(name, Params, signature)
+#include "ops.def"
+  throw std::logic_error("no op is called " + op);
 }
 
 void serve_one() {
@@ -127,7 +122,7 @@ void serve_one() {
   }
   for (size_t i = 0; i < tensors; ++i) call.t.push_back(read_tensor(&buffers));
   try {
-    ops().at(name)(call);
+    call_op(name, call);
   } catch (const DtypeError& e) {
     kind = "TypeError", error = e.what();
   } catch (const std::invalid_argument& e) {

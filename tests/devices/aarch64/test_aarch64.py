@@ -29,7 +29,7 @@ def server() -> str:
     if missing:
         pytest.skip(f"no {', '.join(missing)}: apt-get install g++-aarch64-linux-gnu qemu-user")
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={REPOSITORY / 'csrc' / 'aarch64.cmake'}"
+    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={REPOSITORY / 'csrc' / 'cpu' / 'aarch64.cmake'}"
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2")
     for command in (
         ["cmake", "-S", REPOSITORY, "-B", BUILD, *generator, toolchain],

@@ -16,7 +16,9 @@ import pytest
 
 from codellama_rt.ops import ascend_library
 
-SOURCES = Path(__file__).resolve().parents[3] / "csrc" / "ascend"
+REPOSITORY = Path(__file__).resolve().parents[3]
+SOURCES = REPOSITORY / "csrc" / "ascend"
+EMULATOR = REPOSITORY / "tests" / "emulators" / "ascend"
 PRESETS = {
     "configurePresets": [
         {"cacheVariables": {name: {"value": ""} for name in (
@@ -28,8 +30,8 @@ PRESETS = {
 BUILD = f"""
 set -e
 mkdir -p build_out
-g++ -std=c++11 -shared -fPIC -Wl,-z,defs -I {SOURCES}/emu op_host/*.cpp -o build_out/tiling.so
-for kernel in op_kernel/*.cpp; do g++ -std=c++17 -fsyntax-only -I {SOURCES}/emu $kernel; done
+g++ -std=c++11 -shared -fPIC -Wl,-z,defs -I {EMULATOR} op_host/*.cpp -o build_out/tiling.so
+for kernel in op_kernel/*.cpp; do g++ -std=c++17 -fsyntax-only -I {EMULATOR} $kernel; done
 cat > build_out/custom_opp.run <<'END'
 presets=CustomProject/CMakePresets.json
 vendor=$(grep -A1 '"vendor_name"' $presets | sed -n 's/.*"value": "\\(.*\\)"/\\1/p')

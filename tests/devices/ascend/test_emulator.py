@@ -67,7 +67,7 @@ SAYS = {
     "tiling_of_another_struct": "REGISTER_TILING_DEFAULT declares another struct, or none",
     "tiling_longer_than_the_hosts": "GET_TILING_DATA_WITH_STRUCT reads global memory outside",
 }  # fmt: skip
-EMULATOR = Path(__file__).resolve().parents[3] / "csrc" / "ascend" / "emu"
+EMULATOR = Path(__file__).resolve().parents[3] / "tests" / "emulators" / "ascend"
 GOOD = ["good_queues", "good_events", "good_exchange"]
 
 

@@ -1,7 +1,7 @@
-// How attention's work is cut (csrc/cuda/attention_plan.cuh), as plain C++ for Python: every unit
+// How attention's work is cut (csrc/cuda/attention/plan.cuh), as plain C++ for Python: every unit
 // of the split kernel and every block of the unsplit ones, for lengths that no emulated run
 // reaches.
-#include "../../csrc/cuda/attention_plan.cuh"
+#include "cuda/attention/plan.cuh"
 
 using namespace codellama_rt::cuda;
 

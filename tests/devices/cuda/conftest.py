@@ -11,7 +11,7 @@ import pybind11
 import pytest
 
 from codellama_rt.model.cuda import tensor
-from codellama_rt.ops import cuda_device as device
+from codellama_rt.ops import native
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path.append(str(REPOSITORY / "benchmarks" / "cuda"))
@@ -29,7 +29,7 @@ def emulated_module():
     """`_cuda` with the emulator in CUDA's place, compiled when its sources changed."""
     build = REPOSITORY / "build" / "cuda_emulated"
     _run(
-        "cmake", "-S", str(REPOSITORY / "csrc/cuda/emu"), "-B", str(build), "-G", "Ninja",
+        "cmake", "-S", str(REPOSITORY / "tests/emulators/cuda"), "-B", str(build), "-G", "Ninja",
         f"-DPython3_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
     )  # fmt: skip
     _run("cmake", "--build", str(build), "--parallel", str(min(os.cpu_count() or 1, 4)))
@@ -47,10 +47,10 @@ def cuda(request, monkeypatch):
         module = request.getfixturevalue("emulated_module")
     else:
         monkeypatch.delitem(sys.modules, NAME, raising=False)
-        usable, reason = device.available()
+        usable, reason = native.available("cuda")
         if not usable:
             pytest.skip(reason)
-        module = device.module()
+        module = native.cuda()
     monkeypatch.setitem(sys.modules, NAME, module)
     memory = tensor.Memory(WORKSPACE_BYTES)
     module.set_stream(0)

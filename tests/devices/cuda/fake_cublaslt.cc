@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../../csrc/cuda/cublaslt_abi.h"
+#include "cuda/linear/cublaslt_abi.h"
 
 using namespace codellama_rt::cuda::cublaslt;
 

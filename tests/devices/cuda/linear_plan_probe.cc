@@ -1,5 +1,5 @@
-// Which rows of which weight a block of linear takes (csrc/cuda/linear.cuh), for Python.
-#include "../../csrc/cuda/linear.cuh"
+// Which rows of which weight a block of linear takes (csrc/cuda/linear/linear.cuh), for Python.
+#include "cuda/linear/linear.cuh"
 
 using namespace codellama_rt;
 using namespace codellama_rt::cuda;

@@ -10,14 +10,14 @@ from helpers.builders import ends, int32, normal, paged
 from helpers.tolerances import assert_equal_bits
 
 from codellama_rt.model.cuda import ops
-from codellama_rt.ops import cuda_device as device
+from codellama_rt.ops import native
 
 
 class AotOp:
     """int f(count, data, ndims, shapes, dtypes, stream, extra)."""
 
     def __init__(self, library, name):
-        self.library, self.function = library, getattr(library, name)
+        self.library, self.function = library, getattr(library, f"clrt_{name}")
 
     def __call__(self, *tensors):
         count = len(tensors)
@@ -31,7 +31,7 @@ class AotOp:
             (ctypes.c_int * count)(*[len(t.shape) for t in tensors]),
             pointers,
             (ctypes.c_char_p * count)(*[t.dtype.encode() for t in tensors]),
-            ctypes.c_void_p(device.module().stream()),
+            ctypes.c_void_p(native.cuda().stream()),
             None,
         )
 
@@ -50,7 +50,7 @@ def library(cuda):
 def test_rms_norm(library, rng):
     x, weight = put(normal(rng, (3, 64), "bfloat16"), normal(rng, (64,), "bfloat16"))
     out = poisoned((3, 64), "bfloat16")
-    assert AotOp(library, "RmsNorm")(x, weight, out) == 0
+    assert AotOp(library, "rms_norm")(x, weight, out) == 0
     assert_equal_bits(get(out), get(ops.rms_norm(x, weight)))
 
 
@@ -61,7 +61,7 @@ def test_paged_attention(library, rng):
     )  # fmt: skip
     arguments = put(*case.arguments)
     out = poisoned(case.query.shape, "bfloat16"), poisoned(case.query.shape[:2], "float32")
-    assert AotOp(library, "PagedAttention")(*arguments, *out) == 0
+    assert AotOp(library, "paged_attention")(*arguments, *out) == 0
     for got, expected in zip(get(*out), get(*ops.paged_attention(*arguments)), strict=True):
         assert_equal_bits(got, expected)
 
@@ -80,13 +80,13 @@ def test_several_weights(library, rng):
     x = put(normal(rng, (2, 64), "bfloat16"))
     weights = put(*[normal(rng, (n, 64), "bfloat16") for n in (5, 20)])
     out = poisoned((2, 25), "bfloat16")
-    assert AotOp(library, "Linear")(x, *weights, out) == 0
+    assert AotOp(library, "linear")(x, *weights, out) == 0
     assert_equal_bits(get(out), get(ops.linear(x, tuple(weights))))
 
 
 def test_a_refusal_is_a_number_and_a_text(library, rng):
     x = put(normal(rng, (2, 64)))
-    op = AotOp(library, "RmsNorm")
+    op = AotOp(library, "rms_norm")
     assert op(x, put(normal(rng, (63,))), x) == 1
     assert op.error().startswith("rms_norm: weight must be")
 

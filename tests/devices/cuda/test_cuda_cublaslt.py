@@ -17,6 +17,8 @@ from codellama_rt.model.cuda.llama import CUBLASLT_VARIABLE, DeviceLlama
 from codellama_rt.model.cuda.tensor import Memory
 from codellama_rt.model.cuda.weights import upload
 
+REPOSITORY = Path(__file__).resolve().parents[3]
+INCLUDES = [f"-I{REPOSITORY / 'csrc'}", f"-I{REPOSITORY / 'tests/emulators/cuda'}"]
 WORKSPACE_BYTES = 1 << 20
 
 
@@ -25,10 +27,8 @@ def fake(tmp_path_factory):
     """(path, library)."""
     path = tmp_path_factory.mktemp("cublaslt") / "libcublasLt_fake.so"
     source = Path(__file__).with_name("fake_cublaslt.cc")
-    subprocess.run(
-        ["c++", "-std=c++17", "-O2", "-shared", "-fPIC", "-DCLRT_EMULATE", str(source), "-o",
-         str(path)], check=True,
-    )  # fmt: skip
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-DCLRT_EMULATE", *INCLUDES]
+    subprocess.run(["c++", *options, str(source), "-o", str(path)], check=True)
     return path, ctypes.CDLL(str(path))
 
 

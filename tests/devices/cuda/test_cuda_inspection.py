@@ -54,9 +54,8 @@ def test_every_op_has_its_symbols():
     library = ctypes.CDLL(str(LIBRARY))
     names = [n for n in OPS if n != "decoder_layer"]  # that one is for MindSpore's CPU graphs
     for name in names:
-        symbol = "".join(part.capitalize() for part in name.split("_"))
-        for suffix in ("", "Init", "InferShape"):
-            assert hasattr(library, symbol + suffix), symbol + suffix
+        for symbol in (f"clrt_{name}", f"clrt_{name}Init", f"clrt_{name}InferShape"):
+            assert hasattr(library, symbol), symbol
 
 
 @built

@@ -4,22 +4,23 @@ import gc
 
 import numpy as np
 import pytest
+from codellama_rt.model.cuda.place import place
 from helpers.builders import int32
 from helpers.goldens import run, tiny_golden
 from helpers.tolerances import assert_equal_bits
 
 from codellama_rt import ops
 from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
+from codellama_rt.llm.kv_plan import plan_cuda_blocks
 from codellama_rt.llm.llm import LLM
 from codellama_rt.llm.scoring import sequence_logits
-from codellama_rt.model.batch import build_batch
 from codellama_rt.model.cuda import llama as cuda_model
 from codellama_rt.model.cuda import tensor
-from codellama_rt.model.cuda.kv_cache import DeviceKVCache, plan_num_blocks, row_bytes
-from codellama_rt.model.cuda.place import place
+from codellama_rt.model.cuda.kv_cache import DeviceKVCache, row_bytes
 from codellama_rt.model.cuda.step import Room, StepInputs, StepShape
 from codellama_rt.model.cuda.weights import upload
 
@@ -165,9 +166,9 @@ def test_planned_pages(cuda):
     config = tiny_golden(NAMES[1]).model().config
     page = 2 * config.n_layers * config.n_kv_heads * 16 * row_bytes(config, "fp8")
     options = {"longest": None, "max_num_seqs": 2, "kv_memory": 5 * page}
-    assert plan_num_blocks(config, "fp8", 16, **options) == 5
+    assert plan_cuda_blocks(config, "fp8", 16, row_bytes(config, "fp8"), **options) == 5
     with pytest.raises(RuntimeError, match=r"KV cache of 100 tokens takes .* lower max_model_len"):
-        plan_num_blocks(config, "fp8", 16, **{**options, "longest": 100})
+        plan_cuda_blocks(config, "fp8", 16, row_bytes(config, "fp8"), **{**options, "longest": 100})
 
 
 def test_refusals():

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from helpers.builders import ends, int32
 
+REPOSITORY = Path(__file__).resolve().parents[3]
+INCLUDES = [f"-I{REPOSITORY / 'csrc'}", f"-I{REPOSITORY / 'tests/emulators/cuda'}"]
 SPLIT, NODE, ROWS, FEW = 256, 16, 16, 16
 FIELDS = (
     "seq", "kv_head", "first_row", "end_row", "first_key", "end_key", "partial", "node_partial",
@@ -44,10 +46,9 @@ def make(seq_lens, queries, heads, *, block_size=64, few_queries=FEW, rng=None):
 
 def compiled(folder, stem):
     library = folder / f"{stem}.so"
-    subprocess.run(
-        ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-DCLRT_EMULATE", "-DCLRT_CUDA",
-         str(Path(__file__).with_name(f"{stem}.cc")), "-o", str(library)], check=True,
-    )  # fmt: skip
+    source = Path(__file__).with_name(f"{stem}.cc")
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DCLRT_EMULATE", "-DCLRT_CUDA", *INCLUDES]
+    subprocess.run(["c++", *options, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 

@@ -1,0 +1,292 @@
+// Direct calls from Python: NumPy arrays and MindSpore Tensors to the launchers, nothing else.
+//
+// An array is read through NumPy's own struct; a MindSpore Tensor through its Python methods
+// (`data_ptr`, `shape`, `dtype`), so that no header or ABI of MindSpore is touched. Kernels run in
+// the caller's thread, with the GIL released.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+#include "common/launch.h"
+#ifdef CLRT_CUDA     // the module _cuda: the same ops on device tensors
+#ifndef CLRT_MODULE  // the emulator has a name of its own
+#define CLRT_MODULE _cuda
+#endif
+#include "cuda/runtime/module.h"
+#else
+#define CLRT_MODULE _core
+#include "cpu/ops/decoder_layer.h"
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/parallel.h"
+#endif
+
+namespace py = pybind11;
+
+namespace codellama_rt {
+namespace {
+
+struct NamedDType {
+  DType dtype;
+  std::string name;
+};
+
+NamedDType named(std::string name) {
+  if (name.compare(0, 6, "torch.") == 0) name.erase(0, 6);
+  for (char& c : name) c = char(std::tolower(static_cast<unsigned char>(c)));
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32}) {
+    if (name == dtype_name(dtype)) return {dtype, name};
+  }
+  return {DType::kOther, name};
+}
+
+// Dtype objects live as long as their modules: each is asked for its name once. Under the GIL.
+const NamedDType& dtype_of(py::handle dtype) {
+  static auto* known = new std::unordered_map<PyObject*, NamedDType>;
+  auto found = known->find(dtype.ptr());
+  if (found == known->end()) {
+    dtype.inc_ref();
+    found = known->emplace(dtype.ptr(), named(py::str(dtype))).first;
+  }
+  return found->second;
+}
+
+[[noreturn]] void fail_dims(int ndim) {
+  throw std::invalid_argument("a tensor of an op has at most " + std::to_string(kMaxDims) +
+                              " dimensions, got " + std::to_string(ndim));
+}
+
+#ifndef CLRT_CUDA
+TensorView view_array(const py::array& array) {
+  TensorView t;
+  const NamedDType& dtype = dtype_of(array.dtype());
+  t.dtype = dtype.dtype;
+  t.dtype_text = dtype.name.c_str();
+  t.ndim = int(array.ndim());
+  if (t.ndim > kMaxDims) fail_dims(t.ndim);
+  t.data = const_cast<void*>(array.data());
+  t.writable = array.writeable();
+  const int64_t bytes = array.itemsize();
+  for (int i = 0; i < t.ndim; ++i) {
+    t.shape[i] = array.shape(i);
+    t.strides[i] = array.strides(i) % bytes == 0 ? array.strides(i) / bytes : -1;
+  }
+  return t;
+}
+#endif
+
+// Of a MindSpore Tensor; on cuda of a DeviceTensor, or of any Tensor there that knows its pointer.
+void* memory_of(py::handle tensor) {
+#ifdef CLRT_CUDA
+  if (py::hasattr(tensor, "device_ptr")) {
+    return reinterpret_cast<void*>(tensor.attr("device_ptr").cast<uintptr_t>());
+  }
+  if (!tensor.attr("is_cuda").cast<bool>()) throw DtypeError("an op on cuda takes tensors there");
+#endif
+  return reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+}
+
+TensorView view_mindspore(py::handle tensor) {
+  TensorView t;
+  const NamedDType& dtype = dtype_of(tensor.attr("dtype"));
+  t.dtype = dtype.dtype;
+  t.dtype_text = dtype.name.c_str();
+  const py::tuple shape = tensor.attr("shape");
+  t.ndim = int(shape.size());
+  if (t.ndim > kMaxDims) fail_dims(t.ndim);
+  if (!tensor.attr("is_contiguous")().cast<bool>()) {
+    throw std::invalid_argument("a MindSpore Tensor must be contiguous; call .contiguous()");
+  }
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    t.shape[i] = shape[i].cast<int64_t>();
+    t.strides[i] = stride;
+    stride *= t.shape[i];
+  }
+  t.data = memory_of(tensor);
+  return t;
+}
+
+// An ops.Quantized: bytes, and the dtype and shape of what they stand for.
+TensorView view_quantized(py::handle object) {
+  const py::object payload = object.attr("payload");
+#ifdef CLRT_CUDA
+  TensorView t = view_mindspore(payload);
+#else
+  TensorView t = py::isinstance<py::array>(payload)
+                     ? view_array(py::reinterpret_borrow<py::array>(payload))
+                     : view_mindspore(payload);
+#endif
+  t.num_bytes = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.strides[i] != t.num_bytes && t.shape[i] > 1) {
+      throw std::invalid_argument("the payload of a Quantized must be contiguous");
+    }
+    t.num_bytes *= t.shape[i];
+  }
+  if (std::strcmp(t.dtype_text, "uint8") != 0) {
+    throw DtypeError(std::string("the payload of a Quantized must be uint8, got ") + t.dtype_text);
+  }
+  const std::string name = object.attr("dtype").cast<std::string>();
+  t.dtype = quantized_dtype(name.c_str());
+  if (t.dtype == DType::kOther) {
+    throw DtypeError("no quantised dtype is called '" + name + "'");
+  }
+  t.dtype_text = dtype_name(t.dtype);
+  const py::tuple shape = object.attr("shape");
+  t.ndim = int(shape.size());
+  if (t.ndim > kMaxDims) fail_dims(t.ndim);
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    t.shape[i] = shape[i].cast<int64_t>();
+    t.strides[i] = stride;
+    stride *= t.shape[i];
+  }
+  return t;
+}
+
+// The view, and what keeps its memory: the caller holds the object for the length of the call.
+#ifdef CLRT_CUDA
+TensorView view(py::handle object) {
+  if (py::hasattr(object, "device_ptr")) return view_mindspore(object);
+  if (py::hasattr(object, "payload")) return view_quantized(object);
+  if (py::hasattr(object, "is_cuda")) return view_mindspore(object);
+  throw DtypeError("an op on cuda takes DeviceTensors, got " +
+                   std::string(py::str(py::type::of(object).attr("__name__"))));
+}
+#else
+TensorView view(py::handle object) {
+  if (py::isinstance<py::array>(object)) {
+    return view_array(py::reinterpret_borrow<py::array>(object));
+  }
+  if (py::hasattr(object, "data_ptr")) return view_mindspore(object);
+  if (py::hasattr(object, "payload")) return view_quantized(object);
+  throw DtypeError("an op takes NumPy arrays or MindSpore Tensors, got " +
+                   std::string(py::str(py::type::of(object).attr("__name__"))));
+}
+#endif
+
+template <typename Launch>
+void run(const Launch& launch) {
+  py::gil_scoped_release release;
+  launch();
+}
+
+// What Python passes for a parameter of a launcher: any tensor, or a sequence of them, or a number.
+template <typename T>
+struct Argument {
+  using Type = T;
+  static T read(T value) { return value; }
+};
+template <>
+struct Argument<TensorView> {
+  using Type = py::handle;
+  static TensorView read(py::handle object) { return view(object); }
+};
+template <>
+struct Argument<Weights> {
+  using Type = py::handle;
+  static Weights read(py::handle object) {
+    Weights weights;
+    if (PyTuple_Check(object.ptr()) || PyList_Check(object.ptr())) {
+      for (py::handle weight : py::reinterpret_borrow<py::sequence>(object)) {
+        weights.add(view(weight));
+      }
+    } else {
+      weights.add(view(object));
+    }
+    return weights;
+  }
+};
+
+// An op of ops.def: its arguments are read in order under the GIL, then it runs without.
+template <typename... T>
+void def(py::module_& m, const char* name, void (*launch)(T...)) {
+  m.def(name, [launch](typename Argument<T>::Type... arguments) {
+    const std::tuple<T...> views{Argument<T>::read(arguments)...};
+    run([&] { std::apply(launch, views); });
+  });
+}
+
+#ifndef CLRT_CUDA
+// Its 19 tensors come as one tuple.
+void def(py::module_& m, const char* name, void (*launch)(const DecoderLayer&)) {
+  m.def(name, [launch](const py::tuple& inputs, float eps, bool interleaved, py::handle out) {
+    if (inputs.size() != 19) throw std::invalid_argument("decoder_layer takes 19 tensors");
+    TensorView t[19];
+    for (size_t i = 0; i < 19; ++i) t[i] = view(inputs[i]);
+    const DecoderLayer layer{t[0],  t[1],  t[2],  t[3],      t[4],  t[5],       t[6],  t[7],
+                             t[8],  t[9],  t[10], t[11],     t[12], t[13],      t[14], t[15],
+                             t[16], t[17], t[18], view(out), eps,   interleaved};
+    run([&] { launch(layer); });
+  });
+}
+#endif
+
+#ifndef CLRT_CUDA
+std::vector<std::string> isa_names() {
+  size_t n = 0;
+  const KernelTable* const* tables = available_isas(&n);
+  std::vector<std::string> names;
+  for (size_t i = 0; i < n; ++i) names.push_back(tables[i]->isa);
+  return names;
+}
+
+void choose_isa(const std::string& name) {
+  if (set_isa(name.c_str())) return;
+  std::string names;
+  for (const std::string& isa : isa_names()) names += " " + isa;
+  throw std::invalid_argument("instruction set '" + name +
+                              "' is not available; available:" + names);
+}
+
+void choose_num_threads(int n) {
+  if (n < 1)
+    throw std::invalid_argument("num_threads must be at least 1, got " + std::to_string(n));
+  set_num_threads(n);
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(CLRT_MODULE, m) {
+  m.doc() = "Direct calls to the kernels; codellama_rt.ops is the documented surface.";
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const DtypeError& e) {
+      py::set_error(PyExc_TypeError, e.what());
+    }
+  });
+#define CLRT_OP(name, Params, signature) def(m, #name, launch::name);
+#define CLRT_COMPOSED_OP(name, signature) def(m, #name, launch::name);
+#define CLRT_DIRECT_OP(name, Params, signature) def(m, #name, launch::name);
+#include "ops.def"
+#ifdef CLRT_CUDA
+  cuda::add_runtime(m);
+#else
+  m.def("read_memory", [](const py::array& memory) {
+    const void* data = memory.data();
+    const int64_t bytes = memory.nbytes();
+    run([&] { kernels().read_memory(data, bytes); });
+  });
+  m.def("multiply_add", [](std::string dtype, int64_t num_rounds) {
+    int64_t flops = 0;
+    const DType operands = dtype == "int8" ? DType::kInt8 : named(dtype).dtype;
+    run([&] { flops = kernels().multiply_add(operands, num_rounds); });
+    return flops;
+  });
+  m.def("available_isas", isa_names);
+  m.def("isa", [] { return kernels().isa; });
+  m.def("set_isa", choose_isa);
+  m.def("num_threads", num_threads);
+  m.def("set_num_threads", choose_num_threads);
+#endif
+}
+
+}  // namespace codellama_rt

@@ -1,0 +1,266 @@
+#include "common/launch.h"
+
+#include "common/check.h"
+#ifdef CLRT_CUDA  // compiled once a device
+#include "cuda/runtime/dispatch.h"
+#else
+#include "cpu/runtime/dispatch.h"
+#endif
+
+namespace codellama_rt {
+namespace launch {
+
+void embedding(TensorView token_ids, TensorView table, TensorView out) {
+  Check check("embedding");
+  Axis tokens{"num_tokens"}, vocab{"vocab_size"}, dim{"dim"};
+  check.int32("token_ids", token_ids, {&tokens});
+  check.weight("table", table, {&vocab, &dim});
+  check.floats("out", out, {&tokens, &dim});
+  check.writable("out", out);
+  check.range("token_ids", token_ids, 0, vocab.size, "vocab_size");
+  kernels().embedding(
+      {ints(token_ids), table.data, out.data, table.dtype, out.dtype, tokens.size, dim.size});
+}
+
+void rms_norm(TensorView x, TensorView weight, float eps, TensorView out) {
+  Check check("rms_norm");
+  Axis tokens{"num_tokens"}, dim{"dim"};
+  check.floats("x", x, {&tokens, &dim});
+  check.floats("weight", weight, {&dim});
+  check.floats("out", out, {&tokens, &dim}, x.dtype);
+  check.writable("out", out);
+  check_eps(check, eps);
+  kernels().rms_norm({x.data, nullptr, weight.data, out.data, nullptr, x.dtype, weight.dtype,
+                      tokens.size, dim.size, eps});
+}
+
+void add_rms_norm(TensorView x, TensorView residual, TensorView weight, float eps, TensorView out,
+                  TensorView residual_out) {
+  Check check("add_rms_norm");
+  Axis tokens{"num_tokens"}, dim{"dim"};
+  check.floats("x", x, {&tokens, &dim});
+  check.floats("residual", residual, {&tokens, &dim}, x.dtype);
+  check.floats("weight", weight, {&dim});
+  check.floats("out", out, {&tokens, &dim}, x.dtype);
+  check.floats("residual_out", residual_out, {&tokens, &dim}, x.dtype);
+  check.writable("out", out);
+  check.writable("residual_out", residual_out);
+  check_eps(check, eps);
+  kernels().rms_norm({x.data, residual.data, weight.data, out.data, residual_out.data, x.dtype,
+                      weight.dtype, tokens.size, dim.size, eps});
+}
+
+void linear(TensorView x, Weights weights, TensorView out) {
+  Check check("linear");
+  check.require(weights.count >= 1 && weights.count <= kMaxWeights,
+                "takes 1 to 3 weights, got " + std::to_string(weights.count));
+  Axis tokens{"num_tokens"}, k{"in_features"}, total{"out_features", 0};
+  check.rows("x", x, {&tokens, &k});
+  LinearParams p{};
+  for (int i = 0; i < weights.count; ++i) {
+    Axis n{"out_features"};
+    if (i == 0) check.weight("weight", weights.tensors[i], {&n, &k});
+    if (i > 0) check.weight("weight", weights.tensors[i], {&n, &k}, weights.tensors[0].dtype);
+    p.weights[i] = weights.tensors[i].data;
+    p.n[i] = n.size;
+    total.size += n.size;
+  }
+  check.rows("out", out, {&tokens, &total});
+  check.writable("out", out);
+  p.x = x.data;
+  p.out = out.data;
+  p.num_weights = weights.count;
+  p.num_tokens = tokens.size;
+  p.k = k.size;
+  p.x_stride = x.strides[0];
+  p.out_stride = out.strides[0];
+  p.x_dtype = x.dtype;
+  p.weight_dtype = weights.tensors[0].dtype;
+  p.out_dtype = out.dtype;
+  kernels().linear(p);
+}
+
+void apply_rotary_pos_emb(TensorView query, TensorView key, TensorView cos, TensorView sin,
+                          TensorView positions, bool interleaved) {
+  Check check("apply_rotary_pos_emb");
+  Axis tokens{"num_tokens"}, heads{"n_heads"}, kv_heads{"n_kv_heads"}, dim{"head_dim"};
+  Axis table{"num_positions"};
+  check.floats("query", query, {&tokens, &heads, &dim});
+  check.floats("key", key, {&tokens, &kv_heads, &dim}, query.dtype);
+  check_even(check, dim.size);
+  Axis half{"half_head_dim", dim.size / 2};
+  check.float32("cos", cos, {&table, &half});
+  check.float32("sin", sin, {&table, &half});
+  check.int32("positions", positions, {&tokens});
+  check.writable("query", query);
+  check.writable("key", key);
+  check.range("positions", positions, 0, table.size, "num_positions");
+  kernels().apply_rotary_pos_emb({query.data, key.data, floats(cos), floats(sin), ints(positions),
+                                  query.dtype, tokens.size, heads.size, kv_heads.size, dim.size,
+                                  interleaved});
+}
+
+void reshape_and_cache(TensorView key, TensorView value, TensorView key_cache,
+                       TensorView value_cache, TensorView slot_mapping) {
+  Check check("reshape_and_cache");
+  Axis tokens{"num_tokens"}, kv_heads{"n_kv_heads"}, dim{"head_dim"}, blocks{"num_blocks"},
+      block{"block_size"};
+  check.floats("key", key, {&tokens, &kv_heads, &dim});
+  check.floats("value", value, {&tokens, &kv_heads, &dim}, key.dtype);
+  check.cache("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
+  check.cache("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
+  check.int32("slot_mapping", slot_mapping, {&tokens});
+  check.writable("key_cache", key_cache);
+  check.writable("value_cache", value_cache);
+  check_block_size(check, block.size);
+  check.range("slot_mapping", slot_mapping, -1, blocks.size * block.size,
+              "num_blocks * block_size");
+  kernels().reshape_and_cache({key.data, value.data, key_cache.data, value_cache.data,
+                               ints(slot_mapping), key.dtype, key_cache.dtype, tokens.size,
+                               kv_heads.size, dim.size, block.size});
+}
+
+void rope_and_cache(TensorView qkv, TensorView cos, TensorView sin, TensorView positions,
+                    TensorView key_cache, TensorView value_cache, TensorView slot_mapping,
+                    bool interleaved, TensorView query) {
+  Check check("rope_and_cache");
+  Axis tokens{"num_tokens"}, heads{"n_heads"}, kv_heads{"n_kv_heads"}, dim{"head_dim"},
+      blocks{"num_blocks"}, block{"block_size"}, table{"num_positions"};
+  check.cache("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
+  check.cache("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
+  check.floats("query", query, {&tokens, &heads, &dim}, qkv.dtype);
+  check_even(check, dim.size);
+  check_block_size(check, block.size);
+  Axis half{"half_head_dim", dim.size / 2};
+  Axis qkv_dim{"(n_heads + 2 * n_kv_heads) * head_dim",
+               (heads.size + 2 * kv_heads.size) * dim.size};
+  check.floats("qkv", qkv, {&tokens, &qkv_dim});
+  check.float32("cos", cos, {&table, &half});
+  check.float32("sin", sin, {&table, &half});
+  check.int32("positions", positions, {&tokens});
+  check.int32("slot_mapping", slot_mapping, {&tokens});
+  check.writable("key_cache", key_cache);
+  check.writable("value_cache", value_cache);
+  check.writable("query", query);
+  check.range("positions", positions, 0, table.size, "num_positions");
+  check.range("slot_mapping", slot_mapping, -1, blocks.size * block.size,
+              "num_blocks * block_size");
+  kernels().rope_and_cache({qkv.data, floats(cos), floats(sin), ints(positions), key_cache.data,
+                            value_cache.data, ints(slot_mapping), query.data, qkv.dtype,
+                            key_cache.dtype, tokens.size, heads.size, kv_heads.size, dim.size,
+                            block.size, interleaved});
+}
+
+void flash_attention(TensorView query, TensorView key, TensorView value, TensorView cu_seqlens_q,
+                     TensorView cu_seqlens_k, bool causal, float scale, TensorView out,
+                     TensorView lse) {
+  Check check("flash_attention");
+  Axis tokens{"num_tokens"}, keys{"num_keys"}, heads{"n_heads"}, kv_heads{"n_kv_heads"},
+      dim{"head_dim"}, bounds{"num_seqs + 1"};
+  check.floats("query", query, {&tokens, &heads, &dim});
+  check.floats("key", key, {&keys, &kv_heads, &dim});
+  check.floats("value", value, {&keys, &kv_heads, &dim}, key.dtype);
+  check.int32("cu_seqlens_q", cu_seqlens_q, {&bounds});
+  check.int32("cu_seqlens_k", cu_seqlens_k, {&bounds});
+  check.floats("out", out, {&tokens, &heads, &dim}, query.dtype);
+  check.float32("lse", lse, {&tokens, &heads});
+  check.writable("out", out);
+  check.writable("lse", lse);
+  check_heads(check, heads.size, kv_heads.size);
+  check.offsets("cu_seqlens_q", cu_seqlens_q, tokens.size, "num_tokens");
+  check.offsets("cu_seqlens_k", cu_seqlens_k, keys.size, "num_keys");
+  kernels().flash_attention({query.data, key.data, value.data, ints(cu_seqlens_q),
+                             ints(cu_seqlens_k), out.data, floats(lse), query.dtype, key.dtype,
+                             tokens.size, keys.size, bounds.size - 1, heads.size, kv_heads.size,
+                             dim.size, attention_scale(check, scale, dim.size), causal});
+}
+
+void paged_attention(TensorView query, TensorView key_cache, TensorView value_cache,
+                     TensorView block_tables, TensorView seq_lens, TensorView cu_seqlens_q,
+                     float scale, TensorView out, TensorView lse) {
+  Check check("paged_attention");
+  Axis tokens{"num_tokens"}, heads{"n_heads"}, kv_heads{"n_kv_heads"}, dim{"head_dim"},
+      blocks{"num_blocks"}, block{"block_size"}, seqs{"num_seqs"}, max_blocks{"max_blocks"};
+  check.floats("query", query, {&tokens, &heads, &dim});
+  check.cache("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
+  check.cache("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
+  check.int32("block_tables", block_tables, {&seqs, &max_blocks});
+  check.int32("seq_lens", seq_lens, {&seqs});
+  Axis bounds{"num_seqs + 1", seqs.size + 1};
+  check.int32("cu_seqlens_q", cu_seqlens_q, {&bounds});
+  check.floats("out", out, {&tokens, &heads, &dim}, query.dtype);
+  check.float32("lse", lse, {&tokens, &heads});
+  check.writable("out", out);
+  check.writable("lse", lse);
+  check_heads(check, heads.size, kv_heads.size);
+  check_block_size(check, block.size);
+  check.offsets("cu_seqlens_q", cu_seqlens_q, tokens.size, "num_tokens");
+  check_pages(check, block_tables, seq_lens, cu_seqlens_q, blocks.size, block.size);
+  kernels().paged_attention({query.data, key_cache.data, value_cache.data, ints(block_tables),
+                             ints(seq_lens), ints(cu_seqlens_q), out.data, floats(lse), query.dtype,
+                             key_cache.dtype, tokens.size, seqs.size, max_blocks.size, heads.size,
+                             kv_heads.size, dim.size, block.size,
+                             attention_scale(check, scale, dim.size)});
+}
+
+void merge_attention(TensorView out_a, TensorView lse_a, TensorView out_b, TensorView lse_b,
+                     TensorView out, TensorView lse) {
+  Check check("merge_attention");
+  Axis tokens{"num_tokens"}, heads{"n_heads"}, dim{"head_dim"};
+  check.floats("out_a", out_a, {&tokens, &heads, &dim});
+  check.float32("lse_a", lse_a, {&tokens, &heads});
+  check.floats("out_b", out_b, {&tokens, &heads, &dim}, out_a.dtype);
+  check.float32("lse_b", lse_b, {&tokens, &heads});
+  check.floats("out", out, {&tokens, &heads, &dim}, out_a.dtype);
+  check.float32("lse", lse, {&tokens, &heads});
+  check.writable("out", out);
+  check.writable("lse", lse);
+  kernels().merge_attention({out_a.data, out_b.data, floats(lse_a), floats(lse_b), out.data,
+                             floats(lse), out_a.dtype, tokens.size, heads.size, dim.size});
+}
+
+void silu_and_mul(TensorView gate_up, TensorView out) {
+  Check check("silu_and_mul");
+  Axis tokens{"num_tokens"}, both{"2 * hidden_dim"};
+  check.floats("gate_up", gate_up, {&tokens, &both});
+  check.require(both.size % 2 == 0, "gate_up must be (num_tokens, 2 * hidden_dim), got rows of " +
+                                        std::to_string(both.size));
+  Axis hidden{"hidden_dim", both.size / 2};
+  check.floats("out", out, {&tokens, &hidden}, gate_up.dtype);
+  check.writable("out", out);
+  kernels().silu_and_mul({gate_up.data, out.data, out.dtype, tokens.size, hidden.size});
+}
+
+void copy_blocks(TensorView key_cache, TensorView value_cache, TensorView block_pairs) {
+  Check check("copy_blocks");
+  Axis blocks{"num_blocks"}, kv_heads{"n_kv_heads"}, block{"block_size"}, dim{"head_dim"},
+      pairs{"num_pairs"}, two{"2", 2};
+  check.cache("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
+  check.cache("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
+  check.int32("block_pairs", block_pairs, {&pairs, &two});
+  check.writable("key_cache", key_cache);
+  check.writable("value_cache", value_cache);
+  check.range("block_pairs", block_pairs, 0, blocks.size, "num_blocks");
+  const auto block_bytes = [&](bool key) {
+    const int64_t group_bytes = cache_group_bytes(key_cache.dtype, dim.size, key);
+    return kv_heads.size * (block.size * group_bytes / kCacheGroup);
+  };
+  kernels().copy_blocks({key_cache.data, value_cache.data, ints(block_pairs), pairs.size,
+                         block_bytes(true), block_bytes(false)});
+}
+
+#ifndef CLRT_CUDA  // whose formats are made by Python
+void quantize(TensorView weight, TensorView payload) {
+  Check check("quantize");
+  Axis n{"out_features"}, k{"in_features"};
+  check.floats("weight", weight, {&n, &k});
+  check.require(payload.dtype == DType::kInt8 || payload.dtype == DType::kInt4,
+                std::string("dtype must be int8 or int4, got ") + payload.dtype_text);
+  check.weight("payload", payload, {&n, &k});
+  check.writable("payload", payload);
+  kernels().quantize({weight.data, payload.data, weight.dtype, payload.dtype, n.size, k.size});
+}
+#endif
+
+}  // namespace launch
+}  // namespace codellama_rt

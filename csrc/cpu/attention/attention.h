@@ -1,0 +1,378 @@
+// attention: out[t, h] = softmax(scale * q[t, h] . K) V, over paged or contiguous keys and values:
+//            one kernel for decoding and prefill          (arXiv:2205.14135, arXiv:2309.06180)
+// Shapes   q, out (num_tokens, n_heads, head_dim); keys and values as in ops.h
+// Traffic  2 * sum(keys) * n_kv_heads * head_dim * itemsize bytes read (quantised pages: as many as
+//          quantized.h says), once each, for up to kRows rows (queries x heads of the group) a
+//          sequence
+// Limit    memory read up to about 8 rows (bf16, Zen 5); then multiply-adds, of which the half
+//          of q . K runs in bfloat16 pairs where the CPU has them
+// Tiling   one task = (sequence, queries of up to kRows rows a kv head, some kv heads in turn, a
+//          run of splits of kSplit keys); a kv head's rows share each tile of kTile keys; tiles
+//          above the diagonal are skipped
+// Numerics fp32 scores, softmax and sums (one a tile, added up a split); over quantised keys the
+//          query is int16 with one scale, its products exact sums; a query without keys
+//          gives zeros and lse = -inf; what a row does not see is dropped by selection, its values
+//          are never multiplied: NaN in unused slots or in later tokens stays there
+//
+// Determinism: tiles and splits start at multiples of kTile and kSplit in the sequence; a row's
+// splits are folded in ascending order. What a row computes is therefore a function of its query
+// and of the keys it sees alone; how rows share tiles and splits are dealt to tasks only decides
+// when.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "cpu/attention/page.h"
+#include "cpu/attention/plan.h"
+#include "cpu/attention/scores.h"
+#include "cpu/attention/values.h"
+
+namespace codellama_rt {
+namespace CLRT_ISA {
+namespace {
+
+constexpr int64_t kDirectRows = 4;        // up to this many, keys are multiplied as they lie
+constexpr int64_t kDirectValueRows = 16;  // up to this many, values too: converted at each use
+
+template <typename T>
+QueryLayout query_layout(const Attention& a, int64_t num_rows) {
+  const bool direct = num_rows <= kDirectRows && a.head_dim == a.padded_dim();
+  const int spread = direct ? kLanes : num_rows <= kQueryGroups * kLanes / 4 ? 4 : 1;
+  return {Qk<T>::num_chunks(a.head_dim), spread};
+}
+
+// What a task works in, on its thread. Query and states are of all its heads, the rest of one.
+struct Workspace {
+  float *query, *split, *total, *keys, *values, *scores;
+  QueryScale* scales;  // a query row each
+
+  Workspace(const Attention& a, int64_t num_heads, int64_t num_rows) {
+    const int64_t dim = a.padded_dim(), states = num_heads * num_rows * a.state_floats();
+    const int64_t queries = ceil_div(num_rows, kLanes) * kLanes * dim;  // groups of rows are whole
+    const int64_t sizes[] = {num_heads * queries, states,      states,
+                             kLanes * dim,        kTile * dim, num_rows * kTile};
+    float** const parts[] = {&query, &split, &total, &keys, &values, &scores};
+    int64_t floats = 0;
+    for (int64_t size : sizes) floats += size;
+    const int64_t bytes = floats * sizeof(float) + num_heads * num_rows * sizeof(QueryScale);
+    float* next = static_cast<float*>(scratch(Scratch::kTask, bytes));
+    for (int i = 0; i < 6; ++i) {
+      *parts[i] = next;
+      next += sizes[i];
+    }
+    scales = reinterpret_cast<QueryScale*>(next);
+  }
+};
+
+template <typename T>
+Tile<T> tile_at(const Block& block, int64_t key) {
+  const Attention& a = block.a;
+  const int64_t key_group = cache_group_bytes(a.cache_dtype, a.head_dim, true);
+  const int64_t value_group = cache_group_bytes(a.cache_dtype, a.head_dim, false);
+  Tile<T> tile;
+  tile.row_stride = (a.block_tables ? 1 : a.n_kv_heads) * a.head_dim / kPacked<T>;
+  tile.key_bytes = a.block_tables ? key_group : 0;
+  tile.value_bytes = a.block_tables ? value_group : 0;
+  const int64_t left = block.most_keys() - key;
+  tile.num_keys = left < 0 ? 0 : int(smaller(kTile, left));
+  for (int g = 0; g < kGroups && tile.num_keys > 0; ++g) {
+    const int64_t last = (tile.num_keys - 1) / kGroup;
+    const int64_t row = a.row(block.task.seq, block.kv_head, key + smaller(g, last) * kGroup);
+    const auto at = [&](const void* rows, int64_t group_bytes) {
+      return reinterpret_cast<const T*>(static_cast<const char*>(rows) +
+                                        row * (group_bytes / kGroup));
+    };
+    tile.keys[g] = at(a.key, key_group);
+    tile.values[g] = at(a.value, value_group);
+  }
+  return tile;
+}
+
+// Calls body(first row, rows as a constant) for kStep rows at a time, then for what is left.
+template <int kStep, typename Body>
+inline void for_rows(int64_t row, int64_t end, const Body& body) {
+  for (; row + kStep <= end; row += kStep) body(row, std::integral_constant<int, kStep>());
+  if constexpr (kStep > 1) for_rows<kStep - 1>(row, end, body);
+}
+
+// How many of a tile's keys each row sees; the tile's first key is number `key`.
+class VisibleKeys {
+ public:
+  VisibleKeys(const Block& block, int64_t key)
+      : block_(block), key_(key), all_(block.visible_keys(0) - key >= kTile) {}
+  int operator()(int64_t row) const {
+    if (all_) return kTile;  // every tile but one or two on the diagonal
+    const int64_t visible = block_.visible_keys(row) - key_;
+    return visible < 0 ? 0 : int(smaller(kTile, visible));
+  }
+
+ private:
+  const Block& block_;
+  int64_t key_;
+  bool all_;
+};
+
+template <typename T>
+void softmax_rows(const Block& block, const Tile<T>& tile, const VisibleKeys& visible, Fetch& fetch,
+                  const QueryScale* queries, float* scores, float* states) {
+  const float scale = block.a.scale * 1.44269504f;  // log2(e)
+  const Scales<T> scales(tile);
+  for (int64_t row = 0; row < block.num_rows; ++row) {
+    fetch.step(kSoftmaxShares);
+    if (visible(row) == 0) continue;
+    softmax(scales, scores + row * kTile, visible(row), queries[row], scale,
+            block.state(states, row));
+  }
+}
+
+template <bool kDirect, typename V>
+void add_values(const Block& block, const VisibleKeys& visible, const V* const* groups,
+                int64_t row_stride, Fetch& fetch, const float* weights, float* states) {
+  const int64_t vecs = block.a.padded_dim() / kLanes, state_floats = block.a.state_floats();
+  const int64_t most = value_panel(block.num_rows);
+  for (int64_t vec = 0; vec < vecs;) {
+    const int64_t width = vec + most <= vecs ? most : vec + kPanel <= vecs ? kPanel : kPacked<V>;
+    const auto add = [&](int64_t row, auto rows, int num_keys) {
+      constexpr int n = decltype(rows)::value;
+      const auto panel = [&](auto panel_vecs) {
+        add_values_panel<V, n, decltype(panel_vecs)::value, kDirect>(
+            weights + row * kTile, groups, row_stride, fetch, num_keys, vec * kLanes,
+            states + row * state_floats, state_floats);
+      };
+      if (!kDirect) fetch.step(kTile);
+      if (width == kPacked<V>) return panel(std::integral_constant<int, kPacked<V>>());
+      if constexpr (n == 1) {
+        if (width > kPanel) return panel(std::integral_constant<int, 2 * kPanel>());
+      }
+      if constexpr (n <= 4) {
+        if (width > 2) return panel(std::integral_constant<int, kPanel>());
+      }
+      panel(std::integral_constant<int, 2>());
+    };
+    // Rows that see the tile alike go together; on the diagonal each goes through its own part.
+    for_rows<kValueRows>(0, block.num_rows, [&](int64_t row, auto rows) {
+      constexpr int n = decltype(rows)::value;
+      if (visible(row) == visible(row + n - 1)) {
+        if (visible(row) > 0) add(row, rows, visible(row));
+        return;
+      }
+      for (int64_t r = row; r < row + n; ++r) {
+        if (visible(r) > 0) add(r, std::integral_constant<int, 1>(), visible(r));
+      }
+    });
+    vec += width;
+  }
+}
+
+template <int kSpread, typename T>
+void score_groups_of_rows(const Block& block, const Tile<T>& tile, const VisibleKeys& visible,
+                          Fetch& fetch, const float* query, const Workspace& work) {
+  const QueryLayout layout{Qk<T>::num_chunks(block.a.head_dim), kSpread};
+  const int64_t rows = block.num_rows, group_rows = layout.rows();
+  for (int first = 0; first < tile.num_keys; first += kLanes) {
+    with_spread_keys<kSpread>(
+        tile, first, block.a.head_dim, work.keys, [&](const auto* keys, auto chunks) {
+          for_rows<kQueryGroups>(0, ceil_div(rows, group_rows), [&](int64_t group, auto groups) {
+            const int64_t row = group * group_rows;
+            const int64_t left = smaller(rows - row, groups * group_rows);
+            if (visible(row + left - 1) <= first) return;
+            score_rows<T, decltype(chunks)::value, kSpread, decltype(groups)::value>(
+                query + group * layout.group_floats(), keys, layout.chunks, left, fetch,
+                work.scores + row * kTile + first);
+          });
+        });
+  }
+}
+
+// What follows the tile's keys in memory, its values, is asked for meanwhile.
+template <typename T>
+void score_tile(const Block& block, const Tile<T>& tile, const VisibleKeys& visible,
+                const QueryLayout& layout, const float* query, const Workspace& work) {
+  const int64_t dim = block.a.head_dim, rows = block.num_rows;
+  Fetch fetch = fetch_values(tile, dim, ceil_div(rows, layout.rows()) * layout.rows() * kTile);
+  if (layout.spread == 1) return score_groups_of_rows<1>(block, tile, visible, fetch, query, work);
+  if (layout.spread == 4 && kLanes != 4) {
+    return score_groups_of_rows<4>(block, tile, visible, fetch, query, work);
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    score_row(tile, fetch, query + row * layout.group_floats(), visible(row), dim,
+              work.scores + row * kTile);
+  }
+}
+
+// A few rows use values as they lie; many share one conversion.
+template <typename T>
+void attend_tile(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
+                 const QueryLayout& layout, const float* query, const QueryScale* scales,
+                 const Workspace& work, float* states) {
+  const Attention& a = block.a;
+  const int64_t dim = a.padded_dim(), rows = block.num_rows;
+  const VisibleKeys visible(block, key);
+  score_tile(block, tile, visible, layout, query, work);
+  const int64_t panels = ceil_div(dim, value_panel(rows) * kLanes);
+  Fetch fetch = fetch_keys(next, a.head_dim,
+                           rows * kSoftmaxShares + ceil_div(rows, kValueRows) * panels * kTile);
+  softmax_rows(block, tile, visible, fetch, scales, work.scores, states);
+  if (rows <= kDirectValueRows && a.head_dim == dim) {
+    add_values<true>(block, visible, tile.values, tile.row_stride, fetch, work.scores, states);
+    return;
+  }
+  convert_values(tile, a.head_dim, dim, work.values);
+  const float* groups[kGroups];
+  for (int g = 0; g < kGroups; ++g) groups[g] = work.values + g * kGroup * dim;
+  add_values<false>(block, visible, groups, dim, fetch, work.scores, states);
+}
+
+// The states of the task's heads over one split, of head h at states + (h - first_head) * stride.
+template <typename T>
+void attend_split(const Attention& a, const Task& task, int64_t split, const Workspace& work,
+                  float* states) {
+  const Block first{a, task, task.first_head};
+  const int64_t stride = first.num_rows * a.state_floats();
+  const QueryLayout layout = query_layout<T>(a, first.num_rows);
+  const int64_t query_stride = layout.floats(first.num_rows);
+  const int64_t num_heads = task.end_head - task.first_head;
+  for (int64_t row = 0; row < num_heads * first.num_rows; ++row) clear(first.state(states, row));
+  const int64_t end = smaller((split + 1) * kSplit, first.most_keys());
+  Tile<T> tile = tile_at<T>(first, split * kSplit);
+  for (int64_t key = split * kSplit; key < end; key += kTile) {
+    for (int64_t h = 0; h < num_heads; ++h) {
+      const Block block{a, task, task.first_head + h};
+      const bool last = h + 1 == num_heads;
+      const Block next_block{a, task, last ? task.first_head : block.kv_head + 1};
+      const Tile<T> next = tile_at<T>(next_block, last ? key + kTile : key);
+      const float* query = work.query + h * query_stride;
+      const QueryScale* scales = work.scales + h * first.num_rows;
+      attend_tile(block, key, tile, next, layout, query, scales, work, states + h * stride);
+      tile = next;
+    }
+  }
+}
+
+inline float sum_group(const float* group) {
+  Vec sums = load(group);
+  for (int i = kLanes; i < kGroup; i += kLanes) sums = sums + load(group + i);
+  return sum(sums);
+}
+
+// total = total and split joined: their weights are brought to one top.
+inline __attribute__((noinline)) void fold(RowState split, RowState total) {
+  const Vec weights = splat(sum_group(split.weights()));
+  const float top = split.top() > total.top() ? split.top() : total.top();
+  const Vec keep = exp2_nonpositive(splat(total.top() - top));
+  const Vec take = exp2_nonpositive(splat(split.top() - top));
+  for (int64_t i = 0; i < total.width; i += kLanes) {
+    store(total.out + i, fma(load(split.out + i), take, load(total.out + i) * keep));
+  }
+  const Vec joined = fma(weights, take, load(total.weights()) * keep);
+  for (int i = 0; i < kGroup; i += kLanes) store(total.weights() + i, joined);
+  total.top() = top;
+}
+
+// Rows that see no key of the split keep their total as it is.
+inline void fold_rows(const Block& block, int64_t split, float* states, float* totals) {
+  for (int64_t row = 0; row < block.num_rows; ++row) {
+    if (block.visible_keys(row) > split * kSplit) {
+      fold(block.state(states, row), block.state(totals, row));
+    }
+  }
+}
+
+template <typename Q>
+void write_rows(const Block& block, float* totals) {
+  const int64_t dim = block.a.head_dim;
+  for (int64_t row = 0; row < block.num_rows; ++row) {
+    const RowState total = block.state(totals, row);
+    const int64_t to = block.output_row(row);
+    const bool empty = block.visible_keys(row) == 0;
+    const float weights = empty ? 1.0f : total.weights()[0];
+    Q* out = static_cast<Q*>(block.a.out) + to * dim;
+    const float zero_point =
+        block.a.cache_dtype == DType::kInt4 ? sum_group(total.zero_points()) : 0.0f;
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const Vec x = (load(total.out + d) + splat(zero_point)) / splat(weights);
+      if (dim - d < kLanes) {
+        store_first(out + d, x, int(dim - d));
+      } else {
+        store(out + d, x);
+      }
+    }
+    constexpr double kLn2 = 0.693147180559945309;
+    block.a.lse[to] = empty ? -INFINITY : float(total.top() * kLn2 + std::log(double(weights)));
+  }
+}
+
+template <typename T, typename Q>
+void run_task(const Attention& a, const Task& task) {
+  const int64_t num_heads = task.end_head - task.first_head;
+  const int64_t rows = task.num_queries * a.group_size(), states = rows * a.state_floats();
+  const Workspace work(a, num_heads, rows);
+  const auto for_heads = [&](const auto& body) {
+    for (int64_t h = 0; h < num_heads; ++h) body(h, Block{a, task, task.first_head + h});
+  };
+  const QueryLayout layout = query_layout<T>(a, rows);
+  const int64_t query_floats = layout.floats(rows);
+  std::memset(work.query, 0, num_heads * query_floats * sizeof(float));
+  for_heads([&](int64_t h, const Block& block) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const Q* query = static_cast<const Q*>(a.query) + block.output_row(row) * a.head_dim;
+      QueryScale& scale = work.scales[h * rows + row];
+      if constexpr (kQuantized<T>) {
+        scale = pack_quantized_query<T>(query, a.head_dim, work.keys, work.values);
+      } else {
+        scale = pack_query<T>(query, a.head_dim, work.keys);
+      }
+      layout.lay(row, work.keys, work.query + h * query_floats);
+      clear(block.state(work.total + h * states, row));
+    }
+  });
+  for (int64_t split = task.first_split; split < task.end_split; ++split) {
+    if (task.partials) {
+      attend_split<T>(a, task, split, work, Block{a, task, task.first_head}.partial(split));
+      continue;
+    }
+    attend_split<T>(a, task, split, work, work.split);
+    for_heads([&](int64_t h, const Block& block) {
+      fold_rows(block, split, work.split + h * states, work.total + h * states);
+    });
+  }
+  if (task.partials) return;
+  for_heads([&](int64_t h, const Block& block) { write_rows<Q>(block, work.total + h * states); });
+}
+
+template <typename Q>
+void join_partials(const Attention& a, const Task& task) {
+  const Block block{a, task, task.first_head};
+  const Workspace work(a, 1, block.num_rows);
+  for (int64_t row = 0; row < block.num_rows; ++row) clear(block.state(work.total, row));
+  for (int64_t split = 0; split < task.end_split; ++split) {
+    fold_rows(block, split, block.partial(split), work.total);
+  }
+  write_rows<Q>(block, work.total);
+}
+
+// Contiguous keys and values are floats; only pages may be quantised.
+template <bool kPages>
+void attend(const Attention& a) {
+  const auto with_keys = [&](const auto& body) {
+    if constexpr (kPages) {
+      with_cache_type(a.cache_dtype, body);
+    } else {
+      with_type(a.cache_dtype, body);
+    }
+  };
+  const Plan plan(a);
+  with_type(a.dtype, [&](auto type) {
+    using Q = decltype(type);
+    with_keys([&](auto cache_type) {
+      using T = decltype(cache_type);
+      for_each_task(plan.num_tasks, [&](int64_t i) { run_task<T, Q>(a, plan.tasks[i]); });
+    });
+    for_each_task(plan.num_joins, [&](int64_t i) { join_partials<Q>(a, plan.joins[i]); });
+  });
+}
+
+}  // namespace
+}  // namespace CLRT_ISA
+}  // namespace codellama_rt

@@ -1,0 +1,258 @@
+// The scores of attention: a tile's keys times queries.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/attention/tile.h"
+
+namespace codellama_rt {
+namespace CLRT_ISA {
+namespace {
+
+// Past the last key, the last one's again; a quantised group's rows are there to be read.
+template <typename T>
+inline typename Qk<T>::Row key_row(const Tile<T>& tile, int key) {
+  if (!kQuantized<T> && key >= tile.num_keys) key = tile.num_keys - 1;
+  return Qk<T>::key_row(tile.keys[key / kGroup], key % kGroup, tile.row_stride);
+}
+
+// ---- one row against keys as they lie --------------------------------------------------------
+
+template <typename T, typename Dot>
+inline void score_keys(Fetch& fetch, int num_keys, float* scores, const Dot& dot) {
+  for (int first = 0; first < num_keys; first += kLanes) {
+    Vec lanes[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      fetch.step(kLanes / 4);
+      Vec keys[kLanes / 4];
+      for (int q = 0; q < kLanes / 4; ++q) keys[q] = dot(first + 4 * q + i);
+      lanes[i] = sum_quads(keys, Qk<T>::add);
+    }
+    store(scores + first, sum_lanes(lanes[0], lanes[1], lanes[2], lanes[3], Qk<T>::add));
+  }
+}
+
+// kChunks: num_chunks where known, for the query to stay in registers, or 0.
+template <typename T, int kChunks>
+void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
+               int64_t head_dim, float* scores) {
+  const int64_t chunks = kChunks ? kChunks : Qk<T>::num_chunks(head_dim);
+  score_keys<T>(fetch, num_keys, scores, [&](int key) {
+    const auto row = key_row(tile, key);
+    Vec chains = splat(0.0f);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const Vec words =
+          kChunks ? Qk<T>::load_whole_chunk(row, c) : Qk<T>::load_chunk(row, c, head_dim);
+      chains = Qk<T>::multiply_add(load(query + c * kLanes), words, chains);
+    }
+    return chains;
+  });
+}
+
+#if defined(__AVX512VNNI__)
+// An int4 key of 128 elements as 64 bytes, low halves and high halves, against the query in two
+// parts of 8 bits: the same sums in half the instructions.
+inline void score_row_bytes(const Tile<Nibbles>& tile, Fetch& fetch, const float* query,
+                            int num_keys, float* scores) {
+  __m512i high[2], low[2];  // of the elements of even, of odd number
+  for (int i = 0; i < 2; ++i) {
+    const __m512i words[2] = {to_bits(load(query + i * kLanes)),
+                              to_bits(load(query + (2 + i) * kLanes))};
+    __m256i parts[2][2];
+    for (int j = 0; j < 2; ++j) {
+      const __m512i rounded = _mm512_add_epi16(words[j], _mm512_set1_epi16(128));
+      parts[0][j] = _mm512_cvtepi16_epi8(_mm512_srai_epi16(rounded, 8));
+      parts[1][j] = _mm512_cvtepi16_epi8(words[j]);  // less 256 times the other: in [-128, 127]
+    }
+    high[i] = _mm512_inserti64x4(_mm512_castsi256_si512(parts[0][0]), parts[0][1], 1);
+    low[i] = _mm512_inserti64x4(_mm512_castsi256_si512(parts[1][0]), parts[1][1], 1);
+  }
+  const __m512i fours = _mm512_set1_epi8(15), bit = _mm512_set1_epi8(16);
+  score_keys<Nibbles>(fetch, num_keys, scores, [&](int key) {
+    const uint8_t* group = &tile.keys[key / kGroup]->bits;
+    const __m512i row = _mm512_loadu_si512(group + key % kGroup * 64);
+    uint64_t even_bits, odd_bits;
+    std::memcpy(&even_bits, group + kGroup * 64 + key % kGroup * 16, 8);
+    std::memcpy(&odd_bits, group + kGroup * 64 + key % kGroup * 16 + 8, 8);
+    __m512i even = _mm512_and_si512(row, fours);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi16(row, 4), fours);
+    even = _mm512_mask_add_epi8(even, even_bits, even, bit);
+    odd = _mm512_mask_add_epi8(odd, odd_bits, odd, bit);
+    __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, high[0]);
+    sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, odd, high[1]), 8);
+    sum = _mm512_dpbusd_epi32(sum, even, low[0]);
+    return from_bits(_mm512_dpbusd_epi32(sum, odd, low[1]));
+  });
+}
+#endif
+
+template <typename T>
+void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
+               int64_t head_dim, float* scores) {
+#if defined(__AVX512VNNI__)
+  if constexpr (std::is_same_v<T, Nibbles>) {
+    if (head_dim == 128) return score_row_bytes(tile, fetch, query, num_keys, scores);
+  }
+#endif
+  const int64_t chunks = Qk<T>::has_whole_chunks(head_dim) ? Qk<T>::num_chunks(head_dim) : 0;
+  const auto score = [&](auto known) {
+    constexpr int n = decltype(known)::value;
+    score_row<T, n>(tile, fetch, query, num_keys, head_dim, scores);
+  };
+  switch (chunks) {
+    case 2:
+      return score(std::integral_constant<int, 2>());
+    case 4:
+      return score(std::integral_constant<int, 4>());
+    case 8:
+      return score(std::integral_constant<int, 8>());
+    default:
+      return score(std::integral_constant<int, 0>());
+  }
+}
+
+// ---- many rows ---------------------------------------------------------------------------------
+
+constexpr int kQueryGroups = 3;  // that share a load of a key's words
+
+// How queries lie: kLanes / spread rows a group, of each `spread` words in a vector's lanes. For
+// one row against keys as they lie, spread is kLanes; many rows take 4 or 1.
+struct QueryLayout {
+  int64_t chunks;
+  int spread;
+
+  int rows() const { return kLanes / spread; }  // of a group
+  int64_t group_floats() const { return rows() * chunks * kLanes; }
+  int64_t floats(int64_t num_rows) const { return ceil_div(num_rows, rows()) * group_floats(); }
+  // The first word of a group's vector number `chain` of each chunk. Two neighbours are added
+  // first, then two sums of two, and so on: the tree of sum_quads, then of sum_lanes.
+  static constexpr int chain_word(int spread, int chain) {
+    const int lane = chain / (kLanes / 4);
+    return spread == 1 ? chain % (kLanes / 4) * 4 + lane % 2 * 2 + lane / 2 : spread * chain;
+  }
+  void lay(int64_t row, const float* words, float* groups) const {
+    float* to = groups + row / rows() * group_floats() + row % rows() * spread;
+    for (int chain = 0; chain < kLanes / spread; ++chain) {
+      for (int64_t c = 0; c < chunks; ++c, to += kLanes) {
+        std::memcpy(to, words + c * kLanes + chain_word(spread, chain), spread * sizeof(float));
+      }
+    }
+  }
+};
+
+// kLanes keys against kGroups groups of rows: totals[g][k] are of key k.
+template <typename T, int kChunks, int kSpread, int kGroups, typename Key>
+inline void score_groups(const float* queries, const Key* keys, int64_t num_chunks, Fetch& fetch,
+                         Vec (&totals)[kGroups][kLanes]) {
+  constexpr int kKeys = (kLanes == 16 ? 4 : 2) * (kGroups == 1 ? 2 : 1);
+  constexpr int kPerWord = std::is_same_v<Key, int8_t> ? 2 : 1;
+  constexpr int kChains = kLanes / kSpread;
+  const int64_t chunks = kChunks ? kChunks : num_chunks, stride = chunks * kLanes * kPerWord;
+  const int64_t group_floats = kChains * chunks * kLanes;
+  for (int first = 0; first < kLanes; first += kKeys, keys += kKeys * stride) {
+    Vec chains[kGroups][kKeys], sums[5][kGroups][kKeys];
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) {
+      fetch.step(kGroups * kKeys);
+      if (i == 0 || !kQuantized<T>) {  // exact sums are one chain
+        for (auto& group : chains) {
+          for (Vec& chain : group) chain = splat(0.0f);
+        }
+      }
+      const Key* words = keys + QueryLayout::chain_word(kSpread, i) * kPerWord;
+      for (int64_t c = 0; c < chunks; ++c) {
+        Vec query[kGroups];
+        for (int g = 0; g < kGroups; ++g) {
+          query[g] = hold(load(queries + g * group_floats + (i * chunks + c) * kLanes));
+        }
+        for (int k = 0; k < kKeys; ++k) {
+          const Vec key = hold(spread<kSpread>(words + k * stride + c * kLanes * kPerWord));
+          for (int g = 0; g < kGroups; ++g) {
+            chains[g][k] = Qk<T>::multiply_add(query[g], key, chains[g][k]);
+          }
+        }
+      }
+      if (kQuantized<T>) continue;
+      int level = 0;
+      for (int n = i; n % 2; n /= 2, ++level) {
+        for (int g = 0; g < kGroups; ++g) {
+          for (int k = 0; k < kKeys; ++k) chains[g][k] = sums[level][g][k] + chains[g][k];
+        }
+      }
+      for (int g = 0; g < kGroups; ++g) {
+        for (int k = 0; k < kKeys; ++k) sums[level][g][k] = chains[g][k];
+      }
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      for (int k = 0; k < kKeys; ++k) totals[g][first + k] = chains[g][k];
+    }
+  }
+}
+
+// The scores of a group's first num_rows rows.
+template <typename T, int kSpread>
+inline void store_scores(Vec (&totals)[kLanes], int64_t num_rows, float* scores) {
+  if constexpr (kSpread == 1) {
+    transpose(totals);
+    for (int64_t row = 0; row < num_rows; ++row) store(scores + row * kTile, totals[row]);
+    return;
+  }
+  for (int key = 0; key < kLanes; key += 4) {
+    float quads[kLanes];
+    store(quads,
+          sum_lanes(totals[key], totals[key + 1], totals[key + 2], totals[key + 3], Qk<T>::add));
+    for (int64_t row = 0; row < num_rows; ++row) {
+      std::memcpy(scores + row * kTile + key, quads + row * 4, 4 * sizeof(float));
+    }
+  }
+}
+
+template <typename T, int kChunks, int kSpread, int kGroups, typename Key>
+void score_rows(const float* queries, const Key* keys, int64_t chunks, int64_t num_rows,
+                Fetch& fetch, float* scores) {
+  constexpr int kRows = kLanes / kSpread;
+  Vec totals[kGroups][kLanes];
+  score_groups<T, kChunks, kSpread>(queries, keys, chunks, fetch, totals);
+  for (int g = 0; g < kGroups; ++g) {
+    store_scores<T, kSpread>(totals[g], smaller(kRows, num_rows - g * kRows),
+                             scores + g * kRows * kTile);
+  }
+}
+
+// kLanes keys from `first` on as words that lie without gaps.
+template <typename T, int kChunks>
+void convert_keys(const Tile<T>& tile, int first, int64_t head_dim, float* words) {
+  const int64_t chunks = kChunks ? kChunks : Qk<T>::num_chunks(head_dim);
+  for (int i = 0; i < kLanes; ++i) {
+    const auto row = key_row(tile, first + i);
+    for (int64_t c = 0; c < chunks; ++c, words += kLanes) {
+      store(words, kChunks ? Qk<T>::load_whole_chunk(row, c) : Qk<T>::load_chunk(row, c, head_dim));
+    }
+  }
+}
+
+// Calls body(the words of kLanes keys from `first` on, num_chunks if it is that of a head_dim of
+// 128 or 0): as they lie where nothing but they lies there, or converted to `words`.
+template <int kSpread, typename T, typename Body>
+inline void with_spread_keys(const Tile<T>& tile, int first, int64_t head_dim, float* words,
+                             const Body& body) {
+  using Key = typename SpreadFrom<T, kSpread>::Type;
+  constexpr int kChunks = Qk<T>::num_chunks(128);
+  if (head_dim != 128) {
+    convert_keys<T, 0>(tile, first, head_dim, words);
+    return body(words, std::integral_constant<int, 0>());
+  }
+  if constexpr (!std::is_void_v<Key>) {
+    if (tile.key_bytes > 0) {
+      const T* row = tile.keys[first / kGroup] + first % kGroup * tile.row_stride;
+      return body(reinterpret_cast<const Key*>(row), std::integral_constant<int, kChunks>());
+    }
+  }
+  convert_keys<T, kChunks>(tile, first, head_dim, words);
+  body(words, std::integral_constant<int, kChunks>());
+}
+
+}  // namespace
+}  // namespace CLRT_ISA
+}  // namespace codellama_rt

@@ -1,0 +1,189 @@
+#include "cpu/runtime/parallel.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace codellama_rt {
+namespace {
+
+// A sleeping worker costs a wake-up of 5 to 50 us, as much as a small op; so a worker spins this
+// many pauses (about 50 us) after its last task before it sleeps. Layers follow within that time.
+constexpr int kSpins = 2000;
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// One region of work. Everything a worker reads of it is published by `generation`.
+struct Region {
+  void (*body)(void*, int64_t) = nullptr;
+  void* context = nullptr;
+  int64_t num_tasks = 0;
+};
+
+class Pool {
+ public:
+  explicit Pool(int num_workers) {
+    for (int i = 0; i < num_workers; ++i) workers_.emplace_back([this] { work(); });
+  }
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(sleep_);
+      stop_.store(true);
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
+  void run(const Region& region) {
+    region_ = region;
+    next_.store(0, std::memory_order_relaxed);
+    running_.store(int(workers_.size()), std::memory_order_relaxed);
+    generation_.fetch_add(1);  // publishes the three lines above
+    if (sleepers_.load() > 0) {
+      std::lock_guard<std::mutex> lock(sleep_);
+      wake_.notify_all();
+    }
+    drain(region);
+    // A worker that was asleep may still be on its way: every one must pass, for `region_` is ours.
+    for (int spins = 0; running_.load(std::memory_order_acquire) > 0; ++spins) {
+      if (spins < kSpins) {
+        pause_cpu();
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+ private:
+  void drain(const Region& region) {
+    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < region.num_tasks;) {
+      region.body(region.context, task);
+    }
+  }
+
+  void work() {
+    uint64_t seen = 0;
+    while (await(&seen)) {
+      drain(region_);
+      running_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  bool await(uint64_t* seen) {
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (changed(seen)) return !stop_.load();
+      pause_cpu();
+    }
+    std::unique_lock<std::mutex> lock(sleep_);
+    sleepers_.fetch_add(1);
+    // Not wake_.wait(lock): GCC 12's asks for a libstdc++ newer than that of manylinux_2_34.
+    while (!changed(seen) && !stop_.load()) {
+      pthread_cond_wait(wake_.native_handle(), sleep_.native_handle());
+    }
+    sleepers_.fetch_sub(1);
+    return !stop_.load();
+  }
+
+  bool changed(uint64_t* seen) {
+    const uint64_t now = generation_.load(std::memory_order_acquire);
+    const bool is_new = now != *seen;
+    *seen = now;
+    return is_new || stop_.load(std::memory_order_relaxed);
+  }
+
+  Region region_;
+  alignas(64) std::atomic<uint64_t> generation_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int> running_{0};
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex sleep_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+};
+
+int default_num_threads() {
+  if (const char* text = std::getenv("CODELLAMA_RT_NUM_THREADS")) {
+    if (const int n = std::atoi(text); n >= 1) return n;
+  }
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+}
+
+std::mutex busy;  // held by the thread whose region the pool runs
+std::atomic<int> wanted_threads{0};
+Pool* pool = nullptr;  // started by the first region that wants it
+int pool_threads = 0;
+thread_local bool inside = false;
+
+// A forked child has none of its parent's threads: it forgets the pool and starts its own.
+void forget_pool() {
+  pool = nullptr;
+  pool_threads = 0;
+  new (&busy) std::mutex;
+}
+
+void start_pool(int threads) {
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+  (void)registered;
+  delete pool;
+  pool = new Pool(threads - 1);
+  pool_threads = threads;
+}
+
+}  // namespace
+
+void parallel_for(int64_t num_tasks, void (*body)(void*, int64_t), void* context) {
+  const int threads = num_threads();
+  std::unique_lock<std::mutex> lock(busy, std::defer_lock);
+  if (num_tasks <= 1 || threads == 1 || inside || !lock.try_lock()) {
+    for (int64_t task = 0; task < num_tasks; ++task) body(context, task);
+    return;
+  }
+  if (pool_threads != threads) start_pool(threads);
+  inside = true;
+  pool->run({body, context, num_tasks});
+  inside = false;
+}
+
+int num_threads() {
+  int n = wanted_threads.load(std::memory_order_relaxed);
+  if (n == 0) wanted_threads.store(n = default_num_threads());
+  return n;
+}
+
+void set_num_threads(int n) { wanted_threads.store(n); }
+
+void* scratch(Scratch slot, size_t bytes) {
+  struct Arena {
+    void* memory = nullptr;
+    size_t bytes = 0;
+    ~Arena() { std::free(memory); }
+  };
+  thread_local Arena arenas[3];
+  Arena& arena = arenas[int(slot)];
+  if (arena.bytes < bytes) {
+    std::free(arena.memory);
+    arena.memory = nullptr;
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    arena.memory = std::aligned_alloc(4096, rounded);
+    if (!arena.memory) throw std::bad_alloc();
+    arena.bytes = rounded;
+  }
+  return arena.memory;
+}
+
+}  // namespace codellama_rt

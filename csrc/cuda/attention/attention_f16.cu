@@ -1,0 +1,12 @@
+// Attention over caches of f16: what launch.cuh is compiled for here.
+#include "cuda/attention/launch.cuh"
+
+namespace codellama_rt {
+namespace cuda {
+
+bool attend_f16(const Attention& a, const AttentionShape& shape) {
+  return shape.cache_dtype == DType::kFloat16 && attend_float<f16>(a, shape);
+}
+
+}  // namespace cuda
+}  // namespace codellama_rt
