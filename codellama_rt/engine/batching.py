@@ -11,11 +11,11 @@ _PADDING = int32_list([-1])
 
 
 def build_batch(chunks: Collection[Chunk], block_size: int, *, rope_lengths: bool = False) -> Batch:
-    """Lays out the scheduled chunks, in their order.
+    """Lay out the scheduled chunks, in their order.
 
     Args:
-        chunks: what to compute; their sequences have the blocks for it.
-        block_size: tokens a block of the KV cache.
+        chunks: what to compute; their sequences have the necessary blocks.
+        block_size: tokens per block of the KV cache.
         rope_lengths: whether the model's RoPE depends on the length (dynamic scaling).
 
     Returns:
@@ -51,8 +51,8 @@ def build_batch(chunks: Collection[Chunk], block_size: int, *, rope_lengths: boo
     )
 
 
-# An int32_list takes slices of another by memcpy, and NumPy views the result: no element becomes a
-# Python object, and a table of 100k tokens costs a copy of 6 kB.
+# An int32_list extends itself by memcpy from slices of another, and NumPy views the result: no
+# element becomes a Python object, and the block table of 100k tokens costs a copy of 6 kB.
 def _token_ids(chunks: Collection[Chunk]) -> np.ndarray:
     token_ids = int32_list()
     for chunk in chunks:
@@ -79,13 +79,16 @@ def _logit_rows(chunks: Collection[Chunk]) -> np.ndarray:
 
 
 def _rope_lengths(chunks: Collection[Chunk], rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Transformers' rule: a prompt's tokens see its whole length, later ones the length so far."""
+    """Return each token's length for RoPE: a prompt's whole length, later the length so far.
+
+    This is the rule of Transformers.
+    """
     prompt_lens = np.array([chunk.sequence.prompt_len for chunk in chunks], np.int32)
     return np.maximum(prompt_lens[rows], positions + np.int32(1))
 
 
 def _adapted(chunks: Collection[Chunk], rows: np.ndarray) -> tuple[tuple[object, np.ndarray], ...]:
-    """The tokens of each adapter, those of all its chunks together."""
+    """Return the tokens of each adapter, over all its chunks."""
     users: dict[object, list[int]] = {}
     for i, chunk in enumerate(chunks):
         if chunk.sequence.adapter is not None:

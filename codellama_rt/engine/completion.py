@@ -1,4 +1,4 @@
-"""What a caller of `LLM.generate` gets, and how it grows from the engine's outputs."""
+"""The results of `LLM.generate`, and how they grow from the engine's outputs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Completion:
     """One finished output.
 
     Attributes:
-        text: the continuation, or the filling; without what stopped it.
-        token_ids: the generated ids; the one that ended the output is among them.
+        text: the continuation, or the filling; without the string that stopped it.
+        token_ids: the generated ids, including one that ended the output.
         finish_reason: "stop", "length" or "abort".
         stop_reason: the token id or the string that stopped it, if one did.
-        logprobs: one dict {token id: Logprob} a generated token, if asked for.
-        prompt_logprobs: one a prompt token (None for the first), if asked for.
-        prompt_token_ids: what the model was given.
+        logprobs: one dict {token id: Logprob} per generated token, if requested.
+        prompt_logprobs: one per prompt token (None for the first), if requested.
+        prompt_token_ids: the ids of the prompt.
         index: which of the prompt's n samples.
         stats: prompt_tokens, generated_tokens, first_token_s and total_s (seconds from submission).
     """
@@ -66,9 +66,10 @@ class Job:
             completion.prompt_logprobs = output.prompt_logprobs
         if output.finished:
             self.unfinished -= 1
-            completion.finish_reason, completion.stop_reason = (
-                output.finish_reason, output.stop_reason)  # fmt: skip
+            completion.finish_reason = output.finish_reason
+            completion.stop_reason = output.stop_reason
             completion.stats |= {
                 "prompt_tokens": len(self.prompt_token_ids),
-                "generated_tokens": len(completion.token_ids), "total_s": now,
-            }  # fmt: skip
+                "generated_tokens": len(completion.token_ids),
+                "total_s": now,
+            }

@@ -118,7 +118,7 @@ def _cuda_available() -> tuple[bool, str]:
         return False, f"{_absence_of_cuda(error)}; available: cpu"
     reason = built.unavailable_reason()
     if reason and not has_nvidia_driver():
-        reason = "no NVIDIA driver found"  # CUDA itself reports a missing driver as an insufficient version
+        reason = "no NVIDIA driver found"  # CUDA itself reports an insufficient version
     if reason:
         return False, f"cuda kernels are built, but {reason}; available: cpu"
     return True, built.device_name()
