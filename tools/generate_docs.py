@@ -1,4 +1,4 @@
-"""Writes the op tables of README.md, csrc/README.md and csrc/ascend/README.md from the schema.
+"""Write the op tables of docs/operators.md, csrc/README.md and csrc/ascend/README.md from the schema.
 
 With `--check` it writes nothing and fails if a table is not what the schema says.
 """
@@ -24,7 +24,7 @@ STORED = ("table", "weight", "cache", "key", "value", "norm", "proj")  # bfloat1
 
 
 def load_schema() -> ModuleType:
-    """The schema alone: it imports nothing, so that no kernel has to be built."""
+    """Return the schema alone: it imports nothing, so no kernel has to be built."""
     path = REPOSITORY / "codellama_rt" / "ops" / "schema.py"
     spec = importlib.util.spec_from_file_location("schema", path)
     module = importlib.util.module_from_spec(spec)
@@ -37,7 +37,7 @@ SCHEMA = load_schema()
 
 
 def short_table() -> str:
-    """For users: what to call and what it does."""
+    """Return the table for users: what to call and what it does."""
     rows = [("op", "what it does"), ("---", "---")]
     for op in SCHEMA.OPS.values():
         rows.append((f"`{op.name}({', '.join([*op.inputs, *attributes(op)])})`", op.doc))
@@ -45,7 +45,7 @@ def short_table() -> str:
 
 
 def full_table() -> str:
-    """For kernels: shapes, dtypes, what is written, and what bounds it."""
+    """Return the table for kernels: shapes, dtypes, what is written, and what bounds it."""
     heads = ("op", "inputs", "outputs", "attributes", "requires", "bytes at 1 token",
              "FLOP/byte at 1 / 512", "source file", "from")  # fmt: skip
     rows = [heads, ("---",) * len(heads)]
@@ -153,14 +153,14 @@ def ascend_table() -> str:
 
 
 DOCUMENTS: dict[str, Callable[[], str]] = {
-    "README.md": short_table,
+    "docs/operators.md": short_table,
     "csrc/README.md": full_table,
     "csrc/ascend/README.md": ascend_table,
 }
 
 
 def main() -> None:
-    """Write or check both documents."""
+    """Write or check every document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
     args = parser.parse_args()
