@@ -1,5 +1,7 @@
 """Hold a short conversation; each answer becomes a part of the next prompt.
 
+For example:
+
     python examples/chat.py smollm2-135m-instruct
 """
 

@@ -1,5 +1,7 @@
 """Drive the engine from a loop of your own: requests arrive while others are running.
 
+For example:
+
     python examples/embed_engine.py smollm2-135m-instruct
 """
 

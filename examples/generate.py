@@ -1,5 +1,7 @@
 """Complete prompts: all together, then one of them piece by piece.
 
+For example:
+
     python examples/generate.py smollm2-135m-instruct
 """
 
@@ -21,7 +23,9 @@ def main() -> None:
     with clrt.LLM(args.model) as llm:
         for prompt, completion in zip(PROMPTS, llm.generate(PROMPTS, params), strict=True):
             speed = completion.stats["generated_tokens"] / completion.stats["total_s"]
-            print(f"{prompt}{completion.text}\n# {completion.finish_reason}, {speed:.1f} tokens/s\n")
+            print(
+                f"{prompt}{completion.text}\n# {completion.finish_reason}, {speed:.1f} tokens/s\n"
+            )
 
         sampled = clrt.SamplingParams(max_tokens=args.max_tokens, temperature=0.8, seed=1)
         for piece in llm.stream(PROMPTS[0], sampled):

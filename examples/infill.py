@@ -1,5 +1,7 @@
 """Fill the gap between two pieces of code, with a model that has infilling tokens.
 
+For example:
+
     python examples/infill.py CodeLlama-7b-hf
 """
 

@@ -1,6 +1,7 @@
 """Build a MindSpore cell of the graph ops: the feed-forward part of a Llama layer, with its norm.
 
-The cell computes the bits that direct calls compute. It can become a part of any graph.
+The cell computes the bits that direct calls compute. It can become a part of any graph. For
+example:
 
     python examples/own_cell.py smollm2-135m-instruct
 """

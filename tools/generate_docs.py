@@ -1,4 +1,4 @@
-"""Write the op tables of docs/operators.md, csrc/README.md and csrc/ascend/README.md from the schema.
+"""Write the op tables of docs/operators.md and of csrc's README files from the schema.
 
 With `--check` it writes nothing and fails if a table is not what the schema says.
 """
@@ -108,7 +108,7 @@ def size(num_bytes: int) -> str:
 
 
 def source_file(name: str) -> str:
-    """The kernel's file, beside csrc/README.md; `add_rms_norm` lives with `rms_norm`."""
+    """Return the kernel's file, beside csrc/README.md; `add_rms_norm` lives with `rms_norm`."""
     for stem in (name, name.partition("_")[2]):
         for path in (f"cpu/{stem}.cc", f"{stem}.cc"):
             if (REPOSITORY / "csrc" / path).is_file():
@@ -122,7 +122,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def replaced(text: str, content: str) -> str:
-    """The text with what stands between its two markers replaced."""
+    """Return the text with what stands between its two markers replaced."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -136,7 +136,7 @@ HBM_BYTES_PER_SECOND = 1.6e12  # of an Atlas A2 (910B), as its vendor states it
 
 
 def ascend_table() -> str:
-    """What the Ascend kernels must move for one token, and the time below which none can be."""
+    """Return what the Ascend kernels move for one token, and the time that this takes at least."""
     rows = [("op", "bytes at 1 token", "FLOP/byte", "floor"), ("---",) * 4]
     for name in ASCEND_OPS:
         op = SCHEMA.OPS[name]
