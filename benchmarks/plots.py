@@ -17,7 +17,7 @@ SIZE = (11, 5.4)  # inches
 
 
 def plot_all(rows, folder):
-    """Write the plots that the rows suffice for, as PNG and SVG."""
+    """Write the plots that the rows suffice for, as SVG."""
     ops = [row for row in rows if row["what"] == "op" and row["flops"] and row["bound"] != "call"]
     steps = [row for row in rows if row["what"] == "decode"]
     for name, of_kind, draw in (("roofline", ops, roofline), ("context", steps, context)):
@@ -25,8 +25,7 @@ def plot_all(rows, folder):
             continue
         figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
         draw(axes, of_kind)
-        for kind in ("png", "svg"):
-            figure.savefig(folder / f"{name}.{kind}", dpi=110, metadata=_no_date(kind))
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})  # same rows, same file
         plt.close(figure)
 
 
@@ -107,8 +106,3 @@ def _peaks(rows):
 
 def _machine(rows):
     return ", ".join(sorted({f"{row['isa']}, {row['threads']} threads" for row in rows}))
-
-
-def _no_date(kind):
-    """Files that differ only where the figures do."""
-    return {"Date": None} if kind == "svg" else {"Software": None}

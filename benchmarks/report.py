@@ -2,8 +2,8 @@
 
     python benchmarks/report.py ops.json generate.json peers.json --out docs
 
-Writes benchmarks.md, and, of what the files hold, roofline.{png,svg} (operators) and
-context.{png,svg} (tokens a second over the length of the context). Needs the extra `bench`.
+Writes measurements.md, and, of what the files hold, roofline.svg (operators) and context.svg
+(tokens per second over the length of the context). Needs the extra `bench`.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def read_rows(paths):
 
 def markdown(rows, commands):
     """All tables, and how they were made."""
-    lines = ["# Benchmarks", "", "Measured by", ""]
+    lines = ["# Measurements", "", "Measured by", ""]
     lines += [f"    {command}" for command in commands]
     lines += ["", "Read bandwidth and peak were measured beside each row, in the same run.", ""]
     for title, names, cells in tables(rows):
@@ -64,7 +64,7 @@ def main():
     except (OSError, ValueError) as error:
         sys.exit(f"report.py: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "benchmarks.md").write_text(markdown(rows, commands))
+    (args.out / "measurements.md").write_text(markdown(rows, commands))
     plots.plot_all(rows, args.out)
 
 

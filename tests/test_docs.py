@@ -1,16 +1,20 @@
 """The documents: their commands and examples run, their tables and links are current."""
 
 import inspect
+import os
 import re
 import runpy
 import shlex
-from importlib import import_module
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
+from helpers.adapter_files import write_adapter
 from helpers.checkpoint_files import MINI_CONFIG, write_mini
+from helpers.evaluation_problems import PROBLEMS
 from helpers.quantized_models import q8_model
 from helpers.tiny_llm import make_folder
 from helpers.tokenizer_files import model_file, sentencepiece_model
@@ -21,107 +25,219 @@ from codellama_rt.checkpoint.weight_loading import expected_shapes
 from codellama_rt.cli import main as cli
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.tools.convert.convert import convert
+from codellama_rt.tools.evaluation import humaneval, infilling
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-README = (REPOSITORY / "README.md").read_text()
-NAMED_MODELS = ("CodeLlama-7b-hf", "CodeLlama-7b-Instruct-hf", "smollm2-135m-instruct")
-CONVERTED = "CodeLlama-7b-int4"
+DOCUMENTS = {
+    str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8")
+    for path in (
+        *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *sorted((REPOSITORY / "docs").glob("*.md")),
+        *(REPOSITORY / "csrc" / name for name in ("README.md", "ascend/README.md")),
+    )
+}
+README = DOCUMENTS["README.md"]
+MODELS = ("CodeLlama-7b-hf", "CodeLlama-7b-Instruct-hf", "smollm2-135m-instruct")
+CONVERTED = "CodeLlama-7b-int4"  # what a line of the documents made, and the next one uses
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 
 
-def blocks(language):
-    """The fenced blocks of a language in the README."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(document: str, language: str) -> list[str]:
+    """Return the fenced blocks of a language in a document."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
 
 
-USE, CHAT, TRANSFORMERS, API = blocks("python")
+def shell_lines() -> Iterator[tuple[str, list[str]]]:
+    """Yield each command of a shell block, with the document it stands in."""
+    for name, document in DOCUMENTS.items():
+        lines = "".join(blocks(document, "sh")).replace("\\\n", " ").splitlines()
+        for line in lines:
+            words, command = shlex.split(line, comments=True), []
+            for word in [*words, "&&"]:
+                if word != "&&":
+                    command.append(word)
+                elif command:
+                    yield name, command
+                    command = []
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model of as many ids as its tokenizer has pieces: any id it draws can be decoded."""
     pieces = pb.ModelProto.FromString(sentencepiece_model()).pieces
-    config = {"vocab_size": len(pieces), "max_position_embeddings": 1024, "head_dim": 32}
+    config = {
+        "vocab_size": len(pieces), "max_position_embeddings": 1024, "hidden_size": 64,
+        "intermediate_size": 128, "head_dim": 32,
+    }  # fmt: skip
     shapes = expected_shapes(ModelConfig.from_hf(MINI_CONFIG | config))
     rng = np.random.default_rng(5)
     tensors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     path = write_mini(tmp_path_factory.mktemp("docs") / "model", tensors, **config)
     model_file(path)
+    write_adapter(path.parent / "lora", ModelConfig.from_hf(MINI_CONFIG | config))
     return str(path)
 
 
+@pytest.fixture
+def desk(folder, tmp_path, monkeypatch):
+    """Work in a folder with the files that the documents name."""
+    monkeypatch.chdir(tmp_path)
+    Path("hole.py").write_text("a = <FILL_ME>\n")
+    Path("prompt.txt").write_text("def f(")
+    Path("long.py").write_text("def f(x):\n    return x\n" * 20)
+    Path("lora-folder").symlink_to(Path(folder).parent / "lora")
+    Path(CONVERTED).symlink_to(folder)
+    yield tmp_path
+    clrt.ops.set_num_threads(len(os.sched_getaffinity(0)))
+
+
 def on(folder, text):
-    """An example on a tiny model instead of those it names."""
-    for name in NAMED_MODELS:
+    """Put a tiny model in the place of those that an example names."""
+    for name in MODELS:
         text = text.replace(name, folder)
     return text
 
 
-def test_the_examples_run(folder, capsys):
-    names = {}
-    exec(on(folder, USE), names)
+@pytest.mark.parametrize("name", [name for name, text in DOCUMENTS.items() if "```python" in text])
+def test_the_python_blocks_run(name, folder, desk):
+    """Those of one document one after another, with the names of the ones before."""
+    names = {"__name__": "__main__"}
+    text, file = on(folder, DOCUMENTS[name]), str(REPOSITORY / name)
+    for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        above = "\n" * text.count("\n", 0, block.start(1))  # so that sources and errors are found
+        exec(compile(above + block[1], file, "exec"), names)
+
+
+def test_the_readme_fills_in(folder, desk, capsys):
+    exec(on(folder, blocks(README, "python")[0]), {})
     filled = capsys.readouterr().out
-    assert filled.startswith('def remove_non_ascii(s: str) -> str:\n    """ ')
+    assert '\ndef remove_non_ascii(s: str) -> str:\n    """ ' in filled
     assert filled.endswith("\n    return result\n\n")
-    exec(on(folder, CHAT), names)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_the_examples_run(path, folder, desk, monkeypatch, capsys):
+    words = [str(path), folder]
+    if "--max-tokens" in path.read_text():
+        words += ["--max-tokens", "8"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out.strip()
-    exec(on(folder, TRANSFORMERS), names)
-    assert "<FILL_ME>" not in capsys.readouterr().out
 
 
-def test_the_api_page_names_what_there_is():
-    compile(API, "README.md", "exec")
-    options = re.search(r"clrt\.LLM\(model, (.*?)\)", API, re.DOTALL)[1]
-    given = {name: eval(value) for name, value in re.findall(r"(\w+)=([^,\s]+)", options)}
-    parameters = inspect.signature(clrt.LLM).parameters
-    assert given == {name: parameters[name].default for name in given}
-    for dotted in re.findall(r"clrt((?:\.\w+)+)", API):
-        found = clrt
-        for name in dotted.split(".")[1:]:
-            found = getattr(found, name, None) or import_module(f"{found.__name__}.{name}")
-    for kind, owner in (("llm", clrt.LLM), ("engine", clrt.Engine)):
-        for name in re.findall(rf"\b{kind}\.(\w+)\(", API):
-            assert hasattr(owner, name), f"{kind}.{name}"
+def test_the_examples_say_how_to_run_them():
+    assert len(EXAMPLES) >= 5
+    for path in EXAMPLES:
+        assert re.search(rf"^    python examples/{path.name} \S+$", path.read_text(), re.MULTILINE)
 
 
-def command_lines():
-    """What the README types after `codellama-rt`, without its comments."""
-    text = "\n".join(blocks("sh"))
-    lines = re.findall(r"codellama-rt (generate|infill|chat|convert|estimate|doctor)(.*)", text)
-    return [[command, *shlex.split(rest, comments=True)] for command, rest in lines]
+LINES = [
+    pytest.param(words, id=f"{document}: {' '.join(words)}") for document, words in shell_lines()
+]
 
 
-@pytest.mark.parametrize("words", command_lines(), ids=" ".join)
-def test_the_command_lines_run(words, folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "hole.py").write_text("a = <FILL_ME>\n")
-    if words[0] == "convert":
-        folder = str(make_folder(tmp_path / "source"))
-        convert(folder, tmp_path / "meta" / "CodeLlama-7b", to="meta")
-        q8_model(tmp_path / "codellama-7b.Q8_0.gguf", "mha_theta1e4_fp32")
+@pytest.mark.parametrize("words", LINES)
+def test_the_commands_run(words, folder, desk, monkeypatch):
+    program, *rest = words
+    if program == "codellama-rt":
+        command = COMMANDS.get(rest[0], run)
+        monkeypatch.setattr(humaneval, "read_problems", lambda: PROBLEMS[:1])
+        monkeypatch.setattr(infilling, "read_problems", lambda: PROBLEMS[:1])
+        command([on(folder, word) for word in rest])
+    elif words in CHECKED_BY_CI:
+        assert shlex.join(words) in (REPOSITORY / ".ci" / "run").read_text()
     else:
-        (tmp_path / CONVERTED).symlink_to(folder)
+        PROGRAMS[program](rest)
+
+
+def run(words):
+    """Run the command line in this process."""
     with pytest.raises(SystemExit) as ended:
-        cli.app([on(folder, word) for word in words])
+        cli.app(words, prog_name="codellama-rt")
     assert ended.value.code == 0
 
 
-def evaluations():
-    """What the README types after `codellama-rt eval`, in blocks and in its table."""
-    lines = re.findall(r"\b(?:codellama-rt )?eval (\w+ [^`\n]*--[^`\n]*)", README)
-    return [shlex.split(line, comments=True) for line in lines]
+def run_conversion(words):
+    """Convert a model that has all the files of a real one."""
+    source = make_folder(Path("source"))
+    convert(source, Path("meta/CodeLlama-7b"), to="meta")
+    q8_model(Path("codellama-7b.Q8_0.gguf"), "mha_theta1e4_fp32")
+    Path(CONVERTED).unlink()
+    model = words[1] if Path(words[1]).exists() and "/model" not in words[1] else str(source)
+    run([words[0], model, *words[2:]])
 
 
-@pytest.mark.parametrize("words", evaluations(), ids=" ".join)
-def test_the_evaluations_are_commands(words):
-    """They take long, so they are only parsed."""
-    task, *args = words
-    command = typer.main.get_command(cli.app).commands["eval"].commands[task]
-    command.make_context(task, args)
+def run_evaluation(words):
+    """Evaluate on problems, files and samples that are small."""
+    smaller = {"200": "4", "100": "4", "10": "2", "64": "1", "24000": "700", "24100": "800"}
+    smaller |= {"8000": "500", "16000": "600", "16400": "800", "512": "8", "128": "8"}
+    Path("source.py").write_text("".join(f"def f{i}():\n    return {i}\n\n\n" for i in range(40)))
+    words = [smaller.get(word, word) for word in words]
+    if words[1] == "needle":
+        words += ["--source", "source.py"]
+    elif words[1] == "humaneval":
+        words += ["--max-new-tokens", "8"]
+    run(words)
+
+
+def run_benchmark(words):
+    """Measure at tiny sizes."""
+    fewer = ["--op", "silu_and_mul"] if words[1] == "ops" else []  # of every instruction set
+    run([*words, "--quick", *fewer])
+
+
+def check_installation(words):
+    """What pip installs are extras of this package."""
+    extras = (REPOSITORY / "pyproject.toml").read_text()
+    assert words[0] == "install"
+    for names in re.findall(r"\[(.*?)\]", " ".join(words)):
+        for name in names.split(","):
+            assert re.search(rf"^{name} = \[", extras, re.MULTILINE)
+
+
+def check_python(words):
+    """The script takes these options, and the paths of tests are there."""
+    if words[:2] == ["-m", "pytest"]:
+        paths = [word for word in words[2:] if not word.startswith("-")]
+        assert all((REPOSITORY / path).exists() for path in paths)
+        return
+    script, *options = words
+    command = [sys.executable, str(REPOSITORY / script), "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for option in options:
+        assert not option.startswith("--") or option in said, option
+
+
+def check_script(words):
+    """The shell can read it."""
+    subprocess.run(["bash", "-n", str(REPOSITORY / words[0])], check=True)
+
+
+COMMANDS = {"convert": run_conversion, "eval": run_evaluation, "bench": run_benchmark}
+PROGRAMS = {"pip": check_installation, "python": check_python, "OUT=results": check_script}
+CHECKED_BY_CI = [
+    ["ruff", "check", "."],
+    ["ruff", "format", "--check", "."],
+    ["python", "tools/generate_docs.py", "--check"],
+]
+
+
+def test_the_arguments_of_llm_are_all_described():
+    table = DOCUMENTS["docs/api.md"].partition("takes these keyword arguments:")[2]
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", table.partition("\n`model`")[0], re.MULTILINE)
+    parameters = dict(inspect.signature(clrt.LLM).parameters)
+    del parameters["model"]
+    assert {name: eval(default) for name, default in rows} == {
+        name: parameter.default for name, parameter in parameters.items()
+    }
 
 
 def test_the_table_of_models_is_that_of_the_variants():
-    rows = re.findall(r"^\| (\d+B[^|]*) \| ([\d,]+) \| (1e\d) \| ([\d,]+) \| ([\d,]+) \| (.*?)\|$",
-                      README, re.MULTILINE)  # fmt: skip
+    rows = re.findall(
+        r"^\| (\d+B[^|]*) \| ([\d,]+) \| (1e\d) \| ([\d,]+) \| ([\d,]+) \| (.*?)\|$",
+        DOCUMENTS["docs/api.md"],
+        re.MULTILINE,
+    )
     found = {}
     for names, *numbers, abilities in rows:
         kind = names.split()[-1] if names.split()[-1].isalpha() else ""
@@ -131,24 +247,33 @@ def test_the_table_of_models_is_that_of_the_variants():
             name = f"CodeLlama-{size}b" + (f"-{kind}" if kind else "")
             found[name] = (vocab_size, theta, trained, longest, *can)
     assert found == {
-        name: (v.config.vocab_size, v.config.rope_theta, v.config.max_position_embeddings,
-               v.longest, v.can_infill, v.can_chat)
-        for name, v in clrt.VARIANTS.items()
+        name: (
+            variant.config.vocab_size, variant.config.rope_theta,
+            variant.config.max_position_embeddings, variant.longest, variant.can_infill,
+            variant.can_chat,
+        )
+        for name, variant in clrt.VARIANTS.items()
     }  # fmt: skip
 
 
-def test_the_commands_of_chat_are_in_the_readme():
+def test_the_commands_of_chat_are_described():
     from codellama_rt.cli.chat_session import ChatSession
 
     session = ChatSession(None, clrt.SamplingParams())
-    assert set(re.findall(r"^(/\w+)", session.command("/help"), re.MULTILINE)) == set(
-        re.findall(r"`(/\w+)", README[README.index("| command | |") :].split("\n\n")[0])
+    document = DOCUMENTS["docs/cli.md"]
+    table = document[document.index("| command | |") :].split("\n\n")[0]
+    assert set(re.findall(r"^(/\S+?)[ ,:]", session.command("/help"), re.MULTILINE)) == set(
+        re.findall(r"`(/\S+?)[` ]", table)
     )
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") <= 150
 
 
 def test_the_first_two_lines_of_shell_install():
     """CI takes them from here."""
-    lines = "".join(blocks("sh")).splitlines()
+    lines = "".join(blocks(README, "sh")).splitlines()
     assert lines[0].startswith("pip install . && codellama-rt generate ")
     assert re.fullmatch(r'pip install -e "\.\[test\]" && .*pytest.*', lines[1])
 
@@ -165,7 +290,7 @@ def test_the_op_tables_are_those_of_the_schema(generator):
 
 
 def test_the_op_tables_hold_every_op(generator):
-    for name in ("README.md", "csrc/README.md"):  # a device's own has those of its kernels
+    for name in ("docs/operators.md", "csrc/README.md"):  # a device's own has those of its kernels
         table = generator["DOCUMENTS"][name]()
         assert re.findall(r"^\| `(\w+)", table, re.MULTILINE) == list(clrt.ops.schema.OPS)
 
@@ -175,13 +300,24 @@ def test_a_document_without_markers_is_refused(generator):
         generator["replaced"]("no table", "")
 
 
-@pytest.mark.parametrize("document", ["README.md", "csrc/README.md"])
-def test_links_lead_somewhere(document):
-    path = REPOSITORY / document
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    path = REPOSITORY / name
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", DOCUMENTS[name]):
         assert (path.parent / target).exists(), target
 
 
-def test_files_named_in_the_readme_exist():
-    for name in re.findall(r"\b(?:tests|benchmarks|tools|csrc)/[\w/]+\.\w+", README):
-        assert (REPOSITORY / name).exists(), name
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_files_that_are_named_exist(name):
+    text = re.sub(r"^```.*?^```$", "", DOCUMENTS[name], flags=re.MULTILINE | re.DOTALL)
+    folders = "tests|benchmarks|tools|csrc|examples|docs|codellama_rt"
+    for file in re.findall(rf"(?<![\w/.])(?:{folders})/[\w/.-]+\.(?:py|cc|h|sh|md|def)\b", text):
+        assert (REPOSITORY / file).exists(), file
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if not name.startswith("csrc")])
+def test_lines_of_prose_are_short(name):
+    text = re.sub(r"^```.*?^```$", "", DOCUMENTS[name], flags=re.MULTILINE | re.DOTALL)
+    for line in text.splitlines():
+        if not line.lstrip().startswith("|") and not line.startswith("    "):
+            assert len(line) <= 100, line

@@ -1,4 +1,4 @@
-"""Writes the op tables of README.md, csrc/README.md and csrc/ascend/README.md from the schema.
+"""Write the op tables of docs/operators.md and of csrc's README files from the schema.
 
 With `--check` it writes nothing and fails if a table is not what the schema says.
 """
@@ -24,7 +24,7 @@ STORED = ("table", "weight", "cache", "key", "value", "norm", "proj")  # bfloat1
 
 
 def load_schema() -> ModuleType:
-    """The schema alone: it imports nothing, so that no kernel has to be built."""
+    """Return the schema alone: it imports nothing, so no kernel has to be built."""
     path = REPOSITORY / "codellama_rt" / "ops" / "schema.py"
     spec = importlib.util.spec_from_file_location("schema", path)
     module = importlib.util.module_from_spec(spec)
@@ -37,7 +37,7 @@ SCHEMA = load_schema()
 
 
 def short_table() -> str:
-    """For users: what to call and what it does."""
+    """Return the table for users: what to call and what it does."""
     rows = [("op", "what it does"), ("---", "---")]
     for op in SCHEMA.OPS.values():
         rows.append((f"`{op.name}({', '.join([*op.inputs, *attributes(op)])})`", op.doc))
@@ -45,7 +45,7 @@ def short_table() -> str:
 
 
 def full_table() -> str:
-    """For kernels: shapes, dtypes, what is written, and what bounds it."""
+    """Return the table for kernels: shapes, dtypes, what is written, and what bounds it."""
     heads = ("op", "inputs", "outputs", "attributes", "requires", "bytes at 1 token",
              "FLOP/byte at 1 / 512", "source file", "from")  # fmt: skip
     rows = [heads, ("---",) * len(heads)]
@@ -108,7 +108,7 @@ def size(num_bytes: int) -> str:
 
 
 def source_file(name: str) -> str:
-    """The kernel's file, beside csrc/README.md; `add_rms_norm` lives with `rms_norm`."""
+    """Return the kernel's file, beside csrc/README.md; `add_rms_norm` lives with `rms_norm`."""
     for stem in (name, name.partition("_")[2]):
         for folder in ("ops", "attention", "linear"):
             path = f"cpu/{folder}/{stem}.cc"
@@ -123,7 +123,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def replaced(text: str, content: str) -> str:
-    """The text with what stands between its two markers replaced."""
+    """Return the text with what stands between its two markers replaced."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -137,7 +137,7 @@ HBM_BYTES_PER_SECOND = 1.6e12  # of an Atlas A2 (910B), as its vendor states it
 
 
 def ascend_table() -> str:
-    """What the Ascend kernels must move for one token, and the time below which none can be."""
+    """Return what the Ascend kernels move for one token, and the time that this takes at least."""
     rows = [("op", "bytes at 1 token", "FLOP/byte", "floor"), ("---",) * 4]
     for name in ASCEND_OPS:
         op = SCHEMA.OPS[name]
@@ -154,14 +154,14 @@ def ascend_table() -> str:
 
 
 DOCUMENTS: dict[str, Callable[[], str]] = {
-    "README.md": short_table,
+    "docs/operators.md": short_table,
     "csrc/README.md": full_table,
     "csrc/ascend/README.md": ascend_table,
 }
 
 
 def main() -> None:
-    """Write or check both documents."""
+    """Write or check every document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
     args = parser.parse_args()
