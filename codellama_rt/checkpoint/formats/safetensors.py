@@ -1,16 +1,20 @@
-"""safetensors files: every offset of the header is checked before a tensor is handed out.
+"""safetensors files, read and written; every offset of a header is checked before a tensor is used.
 
 The format: 8 bytes header length, the header in JSON, then the tensors' bytes without gaps. The
 reference reader accepts a name twice in the header (the last wins); here that is a fault.
 """
 
+import itertools
+import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from codellama_rt.checkpoint.formats.strict_json import MAX_JSON_BYTES, parse_object
+from codellama_rt.checkpoint.formats.tensor_file import Entry, write_tensor_file
 from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
 from codellama_rt.errors import CheckpointError
 
@@ -22,10 +26,11 @@ _ITEM_BYTES = {
 }  # fmt: skip
 _MAX_AXES = 8
 _MAX_AXIS = 2**48
+_ALIGNMENT = 64  # of the first tensor's bytes in a file that is written here
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Maps a safetensors file and lists its tensors.
+    """Map a safetensors file and list its tensors.
 
     Args:
         path: the file.
@@ -63,7 +68,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The free-form metadata of a safetensors file; empty where it has none.
+    """Return the free-form metadata of a safetensors file; empty where it has none.
 
     Raises:
         CheckpointError: the header is damaged, or the metadata are not strings.
@@ -102,7 +107,7 @@ def _check_metadata(path: Path, metadata: Any) -> None:
 
 
 def _read_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """Checks one entry of the header by itself; returns dtype, shape and the range of its bytes."""
+    """Check one entry of the header by itself; return dtype, shape and the range of its bytes."""
 
     def fault(what: str, expected: str, found: Any) -> CheckpointError:
         return CheckpointError(
@@ -129,7 +134,7 @@ def _is_integers(value: Any) -> bool:
 
 
 def _check_contiguous(path: Path, entries: list[tuple], length: int) -> None:
-    """Checks that the tensors, in the order of their bytes, fill the payload exactly."""
+    """Check that the tensors, in the order of their bytes, fill the payload exactly."""
     end, previous = 0, "the header"
     for name, _, _, start, stop in entries:
         if start != end:
@@ -144,3 +149,56 @@ def _check_contiguous(path: Path, entries: list[tuple], length: int) -> None:
         raise CheckpointError(
             f"{path}: {previous} ends last: expected {end} bytes of tensors, found {length}; {what}"
         )
+
+
+class SafetensorsLayout:
+    """The tensors of a file, in the order of their bytes, and its metadata."""
+
+    def __init__(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
+        """Lay them out."""
+        self.entries = entries
+        ends = list(itertools.accumulate((entry.num_bytes for entry in entries), initial=0))
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        for entry, offsets in zip(entries, itertools.pairwise(ends), strict=True):
+            header[entry.name] = {
+                "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets,
+            }  # fmt: skip
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
+        self._head = len(raw).to_bytes(8, "little") + raw
+        self._ends = ends
+
+    def offset(self, i: int) -> int:
+        """Return where entry i begins."""
+        return len(self._head) + self._ends[i]
+
+    def head(self) -> bytes:
+        """Return the header."""
+        return self._head
+
+    def before(self, i: int, checksum: int) -> bytes:
+        """Return nothing."""
+        return b""
+
+    def tail(self, checksums: Sequence[int]) -> bytes:
+        """Return nothing."""
+        return b""
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str],
+    written: Callable[[Entry], None],
+) -> None:  # fmt: skip
+    """Write a file; it is complete, and on the disk, when this returns.
+
+    Args:
+        path: the file, made anew.
+        entries: the tensors in the order of their bytes.
+        metadata: of the file.
+        written: called after each tensor.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    layout = SafetensorsLayout(entries, metadata)
+    write_tensor_file(path, layout, written, lambda checksums: None)

@@ -26,7 +26,7 @@ from codellama_rt.checkpoint.formats.packed_weights import (
     file_metadata,
     padded_bytes,
 )
-from codellama_rt.checkpoint.formats.safetensors_writer import write_safetensors
+from codellama_rt.checkpoint.formats.safetensors import write_safetensors
 from codellama_rt.checkpoint.formats.tensor_file import Entry
 from codellama_rt.checkpoint.quantize import QUANTIZATIONS, is_quantized
 from codellama_rt.checkpoint.weight_loading import expected_shapes
