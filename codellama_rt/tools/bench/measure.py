@@ -68,17 +68,24 @@ def stopwatch(work: Callable[[], object], setup: Callable[[], object], rounds: i
     return seconds
 
 
-def save(path: Path, what: str, rows: Sequence[Row]) -> None:
-    """Write rows as JSON, with what they were measured on and by."""
+def save(path: Path, what: str, rows: Sequence[Row], program: str = "codellama-rt") -> None:
+    """Write rows as JSON, with what they were measured on and by.
+
+    Args:
+        path: the file.
+        what: was measured.
+        rows: of the measurements.
+        program: what was typed before the arguments.
+    """
     record = {
-        "bench": what, "command": _command(sys.argv[1:]), "version": __version__,
+        "bench": what, "command": _command(program, sys.argv[1:]), "version": __version__,
         "machine": platform.machine(), "python": platform.python_version(),
         "numpy": np.__version__, "rows": list(rows),
     }  # fmt: skip
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _command(words: Sequence[str]) -> str:
-    """What was typed, without the names of files and interpreters, which are the machine's own."""
-    text = re.sub(r" --json[ =]\S+", "", shlex.join(["codellama-rt", *words]))
+def _command(program: str, words: Sequence[str]) -> str:
+    """Return what was typed, without names of files and interpreters of this machine."""
+    text = re.sub(r" --json[ =]\S+", "", f"{program} {shlex.join(words)}")
     return re.sub(r"--peer-python[ =]\S+", "--peer-python PYTHON", text)
