@@ -250,7 +250,11 @@ def test_ids_as_arrays(tmp_path):
         ([{"role": "user", "content": ["x"]}], TypeError, "content must be a str, got list"),
         ([{"role": "<|user|>", "content": "x"}], ValueError, "role must be one of system, user"),
         ([{"role": None, "content": "x"}], ValueError, "role must be one of"),
-        ([{"role": "user", "content": "x", "name": "y"}], ValueError, "only role and content, got name"),
+        (
+            [{"role": "user", "content": "x", "name": "y"}],
+            ValueError,
+            "only role and content, got name",
+        ),
         ([{"role": "user", "content": "\ud800"}], ValueError, "surrogate"),
         ([{"role": "user", "content": "x"}] * 10_001, ValueError, "at most 10000 messages"),
     ],
