@@ -15,12 +15,12 @@ from time import perf_counter
 import numpy as np
 
 from codellama_rt import _core
+from codellama_rt.llm.variants import SHAPES
 from codellama_rt.tools.bench.measure import Timing
 from codellama_rt.tools.bench.noise import noise
 from codellama_rt.tools.bench.op_arrays import bind, make_arrays
 from codellama_rt.tools.bench.op_cases import Case, Selection
 from codellama_rt.tools.bench.op_check import check
-from codellama_rt.tools.bench.shapes import SHAPES
 from codellama_rt.tools.limits import PROBE_BYTES
 
 

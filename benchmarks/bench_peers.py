@@ -1,34 +1,84 @@
-"""Pairs with other runtimes; `codellama-rt bench peers` runs the same rows.
+"""This runtime beside llama.cpp, Transformers or CTranslate2, turn by turn.
 
-    pytest benchmarks/bench_peers.py --peer-python PYTHON --depth 512 --benchmark-json=peers.json
+    python benchmarks/bench_peers.py --peer-python PYTHON [--weights bfloat16,int8,int4] [--quick]
 
-One benchmark is one setting: pytest-benchmark times all of its turns together, and `extra_info`
-holds the rows of the pairs.
+Lists are separated by commas. A peer runs in the interpreter that --peer-python names. For a fair
+pair build llama.cpp for this CPU:
+
+    CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python
 """
 
-from conftest import names, numbers
+import argparse
+import sys
+from pathlib import Path
 
-from codellama_rt.tools.bench.pairs import METHOD
-from codellama_rt.tools.bench.peer_rows import Work, peer_rows, settings
+from peers.pairs import METHOD
+from peers.peer_rows import PEERS, Work, peer_rows, settings
+
+from codellama_rt import ops
+from codellama_rt.cli.progress import ProgressBar
+from codellama_rt.llm.variants import SHAPES
+from codellama_rt.tools.bench.measure import save
+from codellama_rt.tools.bench.tables import brief, show
+from codellama_rt.tools.limits import measure_limits
+
+QUICK = {"shape": "tiny", "layers": 2, "depth": [600], "prefill": [64], "rounds": 2, "steps": 2}
 
 
-def pytest_generate_tests(metafunc):
-    config = metafunc.config
-    chosen = settings(
-        names(config, "--peer"), names(config, "--weights"), names(config, "--kv-dtype")
+def names(text):
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def numbers(text):
+    return [int(name) for name in names(text)]
+
+
+def parse(words):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    metafunc.parametrize("setting", chosen, ids=[setting.peer_name for setting in chosen])
+    add = parser.add_argument
+    add("--peer", type=names, default=["llama.cpp"], metavar="LIST", help=", ".join(PEERS))
+    add("--peer-python", default=sys.executable, metavar="PYTHON", help="interpreter with the peer")
+    add("--shape", choices=SHAPES, default="7b")
+    add("--layers", type=int, default=4, metavar="N", help="of the model")
+    add("--weights", type=names, default=["bfloat16"], metavar="LIST", help="dtypes")
+    add("--kv-dtype", type=names, default=["bfloat16"], metavar="LIST", help="of the caches")
+    add("--depth", type=numbers, default=[512, 4096, 16384], metavar="LIST", help="of decode steps")
+    add("--attention", type=numbers, default=[], metavar="LIST", help="depths of attention alone")
+    add("--prefill", type=numbers, default=[512], metavar="LIST", help="tokens of prompts")
+    add("--rounds", type=int, default=10, metavar="N", help="turns of each side")
+    add("--steps", type=int, default=10, metavar="N", help="decode steps per turn")
+    add("--threads", type=int, metavar="N", help="of each operator")
+    add("--json", type=Path, metavar="FILE", help="write the rows there")
+    add("--quick", action="store_true", help="small sizes and few runs: does it work?")
+    args = parser.parse_args(words)
+    if args.quick:
+        vars(args).update(QUICK, attention=[1024] if args.attention else [])
+    return args
 
 
-def test_pair(setting, request, limits, benchmark):
-    config = request.config
-    work = Work(
-        numbers(config, "--depth"), numbers(config, "--attention"), numbers(config, "--prefill"),
-        config.getoption("--rounds"), config.getoption("--steps"),
-    )  # fmt: skip
-    options = {
-        "python": config.getoption("--peer-python"), "shape": config.getoption("--shape"),
-        "layers": config.getoption("--layers"),
-    }  # fmt: skip
-    rows = benchmark.pedantic(lambda: [row for *_, row in peer_rows([setting], work, **options)])
-    benchmark.extra_info.update(method=METHOD, machine=limits.describe(), rows=rows)
+def main():
+    args = parse(sys.argv[1:])
+    if args.threads is not None:
+        ops.set_num_threads(args.threads)
+    print(measure_limits().describe(), METHOD, sep="\n", file=sys.stderr, flush=True)
+    found = []
+    try:
+        chosen = settings(args.peer, args.weights, args.kv_dtype)
+        work = Work(args.depth, args.attention, args.prefill, args.rounds, args.steps)
+        place = {"python": args.peer_python, "shape": args.shape, "layers": args.layers}
+        with ProgressBar("peers") as bar:
+            for done, total, row in peer_rows(chosen, work, **place):
+                found.append(row)
+                bar.update(done, total, brief(row))
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"bench_peers.py: {error}")
+    finally:
+        show(found)
+        if args.json is not None:
+            save(args.json, "peers", found, "python benchmarks/bench_peers.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,6 @@ The options are those of `codellama-rt bench`; lists are separated by commas. Ea
 `extra_info` is the row: bytes, FLOPs, limit, share, op, dtype, shape, instruction set, threads.
 """
 
-import sys
-
 import pytest
 
 from codellama_rt import ops
@@ -24,8 +22,6 @@ LISTS = {
     "--kv-dtype": ("bfloat16", "of the others: of the cache"),
     "--depth": ("1024,4096,16384", "of the others: of decode steps"),
     "--prefill": ("", "of the others: tokens of prompts"),
-    "--attention": ("", "of bench_peers: depths of attention alone"),
-    "--peer": ("llama.cpp", "of bench_peers: llama.cpp, transformers, ctranslate2"),
 }
 
 
@@ -36,9 +32,8 @@ def pytest_addoption(parser):
     group.addoption("--seconds", type=float, default=0.5, help="of bench_ops: spent on each row")
     group.addoption("--layers", type=int, default=4, help="of the model")
     group.addoption("--steps", type=int, default=32, help="decode steps a row")
-    group.addoption("--rounds", type=int, default=5, help="prompts a row, turns of a pair")
+    group.addoption("--rounds", type=int, default=5, help="prompts per row")
     group.addoption("--threads", type=int, help="of each operator")
-    group.addoption("--peer-python", default=sys.executable, help="interpreter that has the peers")
 
 
 def pytest_configure(config):

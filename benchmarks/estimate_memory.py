@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from codellama_rt.llm.memory_plan import estimate, find_model
-from codellama_rt.tools.bench.shapes import SHAPES
+from codellama_rt.llm.variants import SHAPES
 from codellama_rt.tools.bench.synthetic import write_directory
 
 NAMED = "smollm2-135m-instruct"

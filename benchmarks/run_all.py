@@ -1,4 +1,4 @@
-"""Measures what README.md and docs/ show, one command after another, and makes the report.
+"""Measure what README.md and docs/ show, one command after another, and make the report.
 
     python benchmarks/run_all.py --peer-python PYTHON [--out docs] [--quick]
 
@@ -25,12 +25,12 @@ GENERATE = (
     "generate --weights int4 --kv-dtype int4 --depth 100000 --steps 4",
 )
 PEERS = (
-    "peers --weights bfloat16 --kv-dtype float16 --depth 512,16384 --rounds 5 --steps 5",
-    "peers --weights int8,int4 --kv-dtype float16 --depth 512 --prefill '' --rounds 6 --steps 6",
-    "peers --kv-dtype float16 --attention 100000 --depth '' --prefill '' --rounds 3 --steps 2",
-    "peers --shape 34b --kv-dtype float16 --attention 100000 --depth '' --prefill '' --rounds 3 "
+    "--weights bfloat16 --kv-dtype float16 --depth 512,16384 --rounds 5 --steps 5",
+    "--weights int8,int4 --kv-dtype float16 --depth 512 --prefill '' --rounds 6 --steps 6",
+    "--kv-dtype float16 --attention 100000 --depth '' --prefill '' --rounds 3 --steps 2",
+    "--shape 34b --kv-dtype float16 --attention 100000 --depth '' --prefill '' --rounds 3 "
     "--steps 2",
-    "peers --peer ctranslate2 --weights int8 --depth '' --prefill 512,4096 --rounds 3",
+    "--peer ctranslate2 --weights int8 --depth '' --prefill 512,4096 --rounds 3",
 )
 
 
@@ -42,16 +42,18 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("docs"), metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")
     args = parser.parse_args()
-    commands = [*OPS, *GENERATE]
+    bench = [sys.executable, "-m", "codellama_rt.cli.main", "bench"]
+    commands = [[*bench, *shlex.split(command)] for command in (*OPS, *GENERATE)]
     if args.peer_python:
-        commands += [f"{command} --peer-python {args.peer_python}" for command in PEERS]
+        script = [sys.executable, str(Path(__file__).with_name("bench_peers.py"))]
+        script += ["--peer-python", args.peer_python]
+        commands += [[*script, *shlex.split(command)] for command in PEERS]
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder) / f"{i}.json") for i in range(len(commands))]
         for command, file in zip(commands, files, strict=True):
-            quick = " --quick" if args.quick else ""
-            print(f"codellama-rt bench {command}{quick}", flush=True)
-            words = shlex.split(f"{command}{quick} --json {file}")
-            run([sys.executable, "-m", "codellama_rt.cli.main", "bench", *words])
+            words = [*command, *["--quick"] * args.quick]
+            print(shlex.join(words), flush=True)
+            run([*words, "--json", file])
         report = Path(__file__).with_name("report.py")
         run([sys.executable, str(report), *files, "--out", str(args.out)])
 

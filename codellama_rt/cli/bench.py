@@ -1,11 +1,10 @@
-"""`codellama-rt bench ops | generate | peers`: a progress bar, a table, and JSON for reports.
+"""`codellama-rt bench ops | generate`: a progress bar, a table, and JSON for reports.
 
 The limits of the machine, measured in the same run, go to stderr and beside each row.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +16,7 @@ from codellama_rt.cli.errors import reported_errors, tell
 if TYPE_CHECKING:
     from codellama_rt.tools.limits import Limits
 
-bench_app = typer.Typer(help="Measure speed against the limits of this machine, and peers.",
+bench_app = typer.Typer(help="Measure speed against the limits of this machine.",
                         no_args_is_help=True, rich_markup_mode=None)  # fmt: skip
 _LIST = "separated by commas"
 Json = Annotated[Path | None, typer.Option(help="Write the rows there as JSON.")]
@@ -89,47 +88,6 @@ def bench_generate(
             limits=limits, python_share=python_share,
         )  # fmt: skip
         _follow("generate", rows, json)
-
-
-@bench_app.command("peers")
-def bench_peers(
-    peer: Annotated[str, typer.Option(help=f"llama.cpp, transformers, ctranslate2, {_LIST}.")] = (
-        "llama.cpp"
-    ),
-    peer_python: Annotated[str, typer.Option(help="Interpreter that has them.")] = sys.executable,
-    shape: Shape = "7b",
-    layers: Annotated[int, typer.Option(help="Of the model.")] = 4,
-    weights: Annotated[str, typer.Option(help=f"bfloat16, int8, int4, ..., {_LIST}.")] = "bfloat16",
-    kv_dtype: Annotated[str, typer.Option(help=f"Of the caches, {_LIST}.")] = "bfloat16",
-    depth: Annotated[str, typer.Option(help=f"Of decode steps, {_LIST}.")] = "512,4096,16384",
-    attention: Annotated[str, typer.Option(help=f"Depths of attention alone, {_LIST}.")] = "",
-    prefill: Annotated[str, typer.Option(help=f"Tokens of prompts, {_LIST}.")] = "512",
-    rounds: Annotated[int, typer.Option(help="Turns of each side.")] = 10,
-    steps: Annotated[int, typer.Option(help="Decode steps a turn.")] = 10,
-    threads: Threads = None, json: Json = None, quick: Quick = False, debug: Debug = False,
-) -> None:  # fmt: skip
-    """This runtime beside llama.cpp, Transformers or CTranslate2, turn by turn.
-
-    A peer runs in the interpreter named by --peer-python and is no dependency of this package. For
-    a fair pair build llama.cpp for this CPU: CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary
-    llama-cpp-python llama-cpp-python.
-    """
-    with reported_errors(debug):
-        from codellama_rt.tools.bench import peer_rows
-        from codellama_rt.tools.bench.pairs import METHOD
-
-        _prepare(threads)
-        tell(METHOD)
-        if quick:
-            shape, layers, depth, attention, prefill, rounds, steps = (
-                "tiny", 2, "600", "1024" if attention else "", "64", 2, 2,
-            )  # fmt: skip
-        chosen = peer_rows.settings(_names(peer), _names(weights), _names(kv_dtype))
-        work = peer_rows.Work(
-            _numbers(depth), _numbers(attention), _numbers(prefill), rounds, steps
-        )
-        rows = peer_rows.peer_rows(chosen, work, python=peer_python, shape=shape, layers=layers)
-        _follow("peers", rows, json)
 
 
 def _prepare(threads: int | None) -> Limits:

@@ -17,7 +17,7 @@ BASE, PYTHON, INSTRUCT = "base", "Python", "Instruct"
 LONGEST_READ = 100_000  # tokens; the paper's figure of perplexity goes that far
 _WITH_INFILLING, _WITHOUT = 32_016, 32_000  # pieces of the two vocabularies
 
-_SHAPES = {  # billions of weights: dim, layers, heads, key-value heads, hidden_dim
+_SIZES = {  # billions of weights: dim, layers, heads, key-value heads, hidden_dim
     7: (4096, 32, 32, 32, 11008),
     13: (5120, 40, 40, 40, 13824),
     34: (8192, 48, 64, 8, 22016),
@@ -63,7 +63,7 @@ class Variant:
 
 
 def _variant(size: int, kind: str) -> Variant:
-    dim, n_layers, n_heads, n_kv_heads, hidden_dim = _SHAPES[size]
+    dim, n_layers, n_heads, n_kv_heads, hidden_dim = _SIZES[size]
     can_infill = size != 34 and kind != PYTHON
     # 70B Instruct and Python were never trained at 16,384 tokens, and keep the base of Llama 2.
     is_short = size == 70 and kind != BASE
@@ -81,8 +81,16 @@ def _variant(size: int, kind: str) -> Variant:
 
 VARIANTS = {
     variant.name: variant
-    for variant in (_variant(size, kind) for size in _SHAPES for kind in (BASE, PYTHON, INSTRUCT))
+    for variant in (_variant(size, kind) for size in _SIZES for kind in (BASE, PYTHON, INSTRUCT))
 }
+SHAPES = {  # by size alone, with room for contexts beyond the 16,384 tokens of Meta's files
+    f"{size}b": replace(VARIANTS[f"CodeLlama-{size}b"].config, max_position_embeddings=131072)
+    for size in _SIZES
+}
+SHAPES["tiny"] = ModelConfig(
+    n_layers=2, n_heads=8, n_kv_heads=2, head_dim=32, dim=256, hidden_dim=688, vocab_size=512,
+    rope_theta=1e6, dtype="bfloat16", max_position_embeddings=131072,
+)  # fmt: skip
 _COMPONENT = re.compile(
     r"(?:.*--)?code-?llama-(?P<size>\d+)b(?:-(?P<kind>python|instruct))?(?:-hf)?"
     r"(?:[.-](?:q\d\w*|f16|bf16|int8|int4))?(?:\.gguf)?",

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import pickle
+import re
+import resource
 import sys
 import zipfile
 
@@ -33,6 +35,7 @@ RUNNING = {
     "exec", "compile", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen",
     "pickle.find_class", "socket.connect", "os.remove", "os.rename",
 }  # fmt: skip
+"".encode("cp437")  # zipfile's codec, which is executed when it is first imported
 sys.addaudithook(_audit)
 
 
@@ -126,6 +129,14 @@ def test_random_bytes_in_a_pickle_are_read_or_refused(tmp_path):
             assert all(type(said) is tensor_pickle.TensorDescription for said in found.values())
 
 
+def test_a_place_in_the_memo_takes_no_memory():
+    """Python's unpickler in C would allocate, and fill, 34 GB."""
+    raw = pickled(tensor() + b"r\xff\xff\xff\x7f")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert tensor_pickle.read_tensor_pickle(raw).keys() == {"w"}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**14
+
+
 def test_a_tensor_is_a_view_of_the_file(tmp_path):
     path = tmp_path / "a.pth"
     path.write_bytes(pth(GOOD, VALUES.tobytes()))
@@ -184,8 +195,26 @@ def test_archives_in_64_bits(tmp_path, monkeypatch):
     """As of files over 4 GiB, with the limit lowered."""
     arrays = {"a": np.arange(600, dtype=np.float32), "b": np.ones((2, 2), np.float32)}
     monkeypatch.setattr("codellama_rt.checkpoint.formats.pth_writer._LARGE", 1000)
-    monkeypatch.setattr("codellama_rt.checkpoint.formats.pth_zip._IN_64_BITS", 1000)
     written(tmp_path / "a.pth", arrays)
     found = read_pth(tmp_path / "a.pth")
     assert found["a"].payload.tobytes() == arrays["a"].tobytes()
     assert found["b"].shape == (2, 2)
+
+
+def test_a_list_of_members_that_is_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("codellama_rt.checkpoint.formats.pth.MAX_DIRECTORY_BYTES", 100)
+    (tmp_path / "a.pth").write_bytes(pth(GOOD))
+    assert re.search(r"found a list of members of 1\d\d bytes", refused(tmp_path / "a.pth"))
+
+
+def test_random_bytes_in_an_archive_are_read_or_refused(tmp_path):
+    rng, good = np.random.default_rng(0), pth(GOOD)
+    for _ in range(1000):
+        raw = bytearray(good)
+        for at in rng.integers(len(raw), size=3):
+            raw[at] = rng.integers(256)
+        (tmp_path / "a.pth").write_bytes(raw)
+        with contextlib.suppress(CheckpointError):
+            assert all(
+                tensor.payload.nbytes == 16 for tensor in read_pth(tmp_path / "a.pth").values()
+            )

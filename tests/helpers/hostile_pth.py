@@ -114,6 +114,10 @@ STRUCTURES = {
     "a bomb of tuples": pickled(b")q\x00" + b"h\x00h\x00\x86q\x00" * 200),
     "marks alone": b"(" * 10_000 + b"t" * 10_001,
     "tuples in tuples": pickled(b")" + b"\x85" * 100_000),
+    "tuples in tuples as a name": b"\x80\x02})" + b"\x85" * 1_000_000 + tensor() + b"s.",
+    "a bomb of tuples as a name": b"\x80\x02})q\x00" + b"h\x00h\x00\x86q\x00" * 200
+    + tensor() + b"s.",
+    "bytes longer than the file": pickled(b"B" + struct.pack("<I", 2**31 - 1)),
     "a float": pickled(b"G" + struct.pack(">d", 1.0)),
 }  # fmt: skip
 PICKLES = STACK_GLOBALS | CALLING_OPCODES | PERSISTENT_IDS | SHAPES

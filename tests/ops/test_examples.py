@@ -16,9 +16,7 @@ from codellama_rt.ops.schema import OPS
 MODULES = sorted(
     info.name
     for info in pkgutil.walk_packages(codellama_rt.__path__, "codellama_rt.")
-    if not info.name.endswith(("._core", ".__main__"))
-    and ".libcodellama_rt" not in info.name
-    and ".bench.peers." not in info.name  # scripts for another Python, with the peers in it
+    if not info.name.endswith(("._core", ".__main__")) and ".libcodellama_rt" not in info.name
 )
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 

@@ -1,10 +1,15 @@
 """Templates of strangers: what they try is refused, and none of it happens."""
 
+import multiprocessing
 import os
-import sys
+import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from codellama_rt.text.chat import sandbox, template_worker
 from codellama_rt.text.chat.sandbox import MAX_TEMPLATE, ChatTemplateError, render_template
 
 NAMES = {"messages": [{"role": "user", "content": "hello"}], "bos_token": "<s>", "tools": None}
@@ -27,7 +32,6 @@ INJECTIONS = {
     "self's context": "{{ self._TemplateReference__context.environment }}",
     "format string": "{{ '{0.__class__}'.format('') }}",
     "format map": "{{ '{a.__class__}'.format_map({'a': ''}) }}",
-    "percent format": "{{ '%s' % messages }}",
     "hidden format": "{% set f = 'x{0.__class__}'.format %}{{ f('') }}",
     "generator frame": "{{ (messages|map('upper')).gi_frame.f_globals }}",
     "code of a macro": "{% macro m() %}{% endmacro %}{{ m._func.__code__ }}",
@@ -50,9 +54,10 @@ HUNGRY = {
     "long product": "{{ 'a' * 10**9 }}",
     "product of a product": "{% set x = 'a' * 10000000 %}{{ x * 100 }}",
     "list product": "{{ [0] * 10**9 }}",
-    "power": "{{ 9**9**9**9 }}",
+    "power": "{{ 9 ** (9 ** (9 ** 9)) }}",
     "negative base": "{{ (0 - 3) ** 100000000 }}",
-    "large numbers": "{{ 10**60 * 10**60 }}",
+    "large numbers": "{% set n = namespace(x=10**60) %}{% for i in range(60) %}"
+    "{% set n.x = n.x * n.x %}{% endfor %}",
     "doubling by +": "{% set n = namespace(x='aa') %}{% for i in range(60) %}"
     "{% set n.x = n.x + n.x %}{% endfor %}",
     "doubling by ~": "{% set n = namespace(x='aa') %}{% for i in range(60) %}"
@@ -87,6 +92,19 @@ HUNGRY = {
     "deep brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "long template": "x" * (MAX_TEMPLATE + 1),
 }
+ENDLESS = {
+    "work of a line": "{% set x = 'a' * 30000000 %}{% for i in range(100000) %}"
+    "{% if 'b' in x %}{% endif %}{% endfor %}",
+    "round": "{{ 1|round(100000000, 'ceil') }}",
+    "comparison of shared lists": "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(40) %}"
+    "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+}
+SWELLING = {
+    "list of texts": "{% set n = namespace(x=[]) %}{% for i in range(60) %}"
+    "{% set n.x = n.x + ['a' * (30000000 + i)] %}{% endfor %}",
+    "autoescape ~": "{% autoescape true %}{% set n = namespace(x='aaaaaaaa'|safe) %}"
+    "{% for i in range(27) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}{% endautoescape %}",
+}
 
 
 @pytest.mark.parametrize("payload", INJECTIONS.values(), ids=INJECTIONS)
@@ -105,18 +123,90 @@ def test_templates_are_bounded(payload):
         render_template(payload, NAMES)
 
 
-def test_tracing_is_as_before():
-    def tracer(frame, event, argument):
-        return None
+def test_a_template_that_only_computes_is_ended_in_time(monkeypatch):
+    """No line of its own runs: a C call of the sandbox does all the work."""
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
+    begin = time.monotonic()
+    for template in ENDLESS.values():
+        with pytest.raises(ChatTemplateError, match=r"computes for more than 0\.5 seconds"):
+            render_template(template, NAMES)
+    assert time.monotonic() - begin < 10 * len(ENDLESS)
 
-    before = sys.gettrace()
-    sys.settrace(tracer)
-    try:
-        with pytest.raises(ChatTemplateError):
-            render_template(HUNGRY["nested loops"], NAMES)
-        assert sys.gettrace() is tracer
-    finally:
-        sys.settrace(before)
+
+@pytest.mark.parametrize("template", SWELLING.values(), ids=SWELLING)
+def test_memory_of_all_texts_together_is_bounded(template):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ChatTemplateError, match=r"memory|more than"):
+        render_template(template, NAMES)
+    sandbox._shared.stop()  # then what it used is known
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 400 * 1024
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
+
+
+def test_what_a_template_writes_is_bounded(monkeypatch):
+    monkeypatch.setattr(sandbox, "MAX_TEXT", 1000)
+    assert render_template("{{ 'a' * 1000 }}", NAMES) == "a" * 1000
+    with pytest.raises(ChatTemplateError, match="it writes more than 1000 characters"):
+        render_template("{{ 'a' * 1001 }}", NAMES)
+
+
+def test_a_process_serves_until_it_is_ended():
+    assert render_template("{{ 1 }}", {}) == "1"
+    first = sandbox._shared._process
+    assert render_template("{{ 2 }}", {}) == "2"
+    assert sandbox._shared._process is first
+    first.kill()
+    first.wait()
+    assert render_template("{{ 3 }}", {}) == "3"
+    assert sandbox._shared._process is not first
+
+
+def test_threads_take_turns():
+    template = "{% for i in range(999) %}{{ x }}{% endfor %}"
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: render_template(template, {"x": i}), range(64)))
+    assert found == [str(i) * 999 for i in range(64)]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_a_worker_of_its_own():
+    assert render_template("{{ 1 }}", {}) == "1"
+    mine = sandbox._shared._process.pid
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        text, theirs = pool.apply(_render_and_tell)
+    assert text == "2"
+    assert theirs != mine
+    assert render_template("{{ 3 }}", {}) == "3"
+    assert sandbox._shared._process.pid == mine
+
+
+def _render_and_tell():
+    text, pid = render_template("{{ 2 }}", {}), sandbox._shared._process.pid
+    sandbox._shared.stop()
+    return text, pid
+
+
+def test_an_interrupted_reply_is_not_the_next_one(monkeypatch):
+    def interrupt(process, size):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "_read", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            render_template("{{ 1 }}", {})
+    assert render_template("{{ 2 }}", {}) == "2"
+
+
+def test_the_worker_imports_nothing_of_ours():
+    """It starts in a tenth of a second, and holds nothing that a template could reach for."""
+    source = Path(template_worker.__file__).read_text()
+    assert "codellama_rt" not in source
+    assert "numpy" not in source
+
+
+def test_text_that_is_no_unicode_survives():
+    strange = "a\ud800\x00\u2028é\U0001f600"
+    assert render_template("{{ x }}", {"x": strange}) == strange
 
 
 @pytest.mark.parametrize(
@@ -130,6 +220,7 @@ def test_tracing_is_as_before():
         ("{% set n = namespace(x=1) %}{% set n.x = n.x + 2 * 3 %}{{ n.x ~ '%' ~ 7 % 4 }}", "7%3"),
         ("{{ messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|first }}",
          "hello"),
+        ("{{ '%s is %d' % (messages[0].role, 7) }}", "user is 7"),
         ("{% generation %}x", None),
     ],
 )  # fmt: skip

@@ -1,17 +1,18 @@
 """Pairs with peers: turns, settings, faults; the peers themselves are no dependencies."""
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from peers import pairs, peer_rows
+from peers.pairs import Peer, compare, take_turns
+from peers.peer_rows import Setting, settings
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.tools.bench import pairs, peer_rows
-from codellama_rt.tools.bench.pairs import Peer, compare, take_turns
-from codellama_rt.tools.bench.peer_rows import Setting, settings
 from codellama_rt.tools.bench.runner import Runner
 
-PEERS = Path(pairs.__file__).with_name("peers")
+PEERS = Path(pairs.__file__).parent
 
 ECHO = '''
 import sys
@@ -43,9 +44,7 @@ serve(Echo())
 @pytest.fixture
 def echo(tmp_path, monkeypatch):
     """A peer that is none."""
-    folder = tmp_path / "peers"
-    folder.mkdir()
-    (folder / "peer_llamacpp.py").write_text(ECHO.format(peers=str(PEERS)))
+    (tmp_path / "peer_llamacpp.py").write_text(ECHO.format(peers=str(PEERS)))
     monkeypatch.setattr(pairs, "__file__", str(tmp_path / "pairs.py"))
     peer = Peer(sys.executable, "peer_llamacpp")
     yield peer
@@ -144,3 +143,25 @@ def test_two_models_that_differ_are_not_compared(monkeypatch):
                 shape="tiny", layers=1,
             )
         )  # fmt: skip
+
+
+def test_the_script_names_what_is_missing():
+    code, err = script("--quick", "--peer-python", "/no/such/python")
+    assert code == 1
+    assert "--peer-python /no/such/python: No such file" in err
+    code, err = script("--quick", "--peer", "ctranslate2", "--weights", "int8",
+                       "--peer-python", fake_python_without_packages())  # fmt: skip
+    assert code == 1
+    assert "must be an interpreter with ctranslate2, transformers and torch" in err
+
+
+def script(*words):
+    command = [sys.executable, str(PEERS.with_name("bench_peers.py")), *words]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.returncode, result.stderr
+
+
+def fake_python_without_packages():
+    """An interpreter that sees no site-packages."""
+    base = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
+    return str(base if base.exists() else sys.executable)

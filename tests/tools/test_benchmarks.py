@@ -16,20 +16,19 @@ from typer.testing import CliRunner
 from codellama_rt import ops
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.cli import main as cli
+from codellama_rt.llm.variants import SHAPES
 from codellama_rt.ops.schema import OPS
-from codellama_rt.tools.bench import op_check, pairs, tables
+from codellama_rt.tools.bench import op_check, tables
 from codellama_rt.tools.bench.generate_rows import Model, generate_rows
 from codellama_rt.tools.bench.measure import Timing, save, stopwatch
 from codellama_rt.tools.bench.op_arrays import Turns, make_arrays
 from codellama_rt.tools.bench.op_cases import DTYPES, Selection
 from codellama_rt.tools.bench.op_rows import op_row, op_rows
 from codellama_rt.tools.bench.runner import Runner
-from codellama_rt.tools.bench.shapes import SHAPES
 from codellama_rt.tools.bench.synthetic import write_directory, write_gguf
 from codellama_rt.tools.limits import measure_limits, peak_flops
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-PEERS = Path(pairs.__file__).with_name("peers")
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +149,11 @@ def test_timing_keeps_the_middle_of_the_runs():
 
 
 def test_a_file_says_what_was_typed(tmp_path, monkeypatch):
-    words = ["bench", "peers", "--peer-python", "/x/python", "--json", "a.json", "--steps", "3"]
-    monkeypatch.setattr(sys, "argv", ["codellama-rt", *words])
-    save(tmp_path / "a.json", "peers", [{"what": "decode"}])
+    words = ["--peer-python", "/x/python", "--json", "a.json", "--steps", "3"]
+    monkeypatch.setattr(sys, "argv", ["bench_peers.py", *words])
+    save(tmp_path / "a.json", "peers", [{"what": "decode"}], "python bench_peers.py")
     record = json.loads((tmp_path / "a.json").read_text())
-    assert record["command"] == "codellama-rt bench peers --peer-python PYTHON --steps 3"
+    assert record["command"] == "python bench_peers.py --peer-python PYTHON --steps 3"
     assert record["rows"] == [{"what": "decode"}]
 
 
@@ -226,23 +225,6 @@ def test_generate_command(bench, tmp_path):
     rows = json.loads(file.read_text())["rows"]
     assert [row["what"] for row in rows] == ["decode", "prefill"]
     assert {row["weights"] for row in rows} == {"int4"}
-
-
-def test_peers_command_names_what_is_missing(bench):
-    code, _, err = bench("peers", "--quick", "--peer-python", "/no/such/python")
-    assert code == 2
-    assert "--peer-python /no/such/python: No such file" in err
-    python = fake_python_without_packages()
-    code, _, err = bench("peers", "--quick", "--peer", "ctranslate2", "--weights", "int8",
-                         "--peer-python", python)  # fmt: skip
-    assert code == 2
-    assert "must be an interpreter with ctranslate2, transformers and torch" in err
-
-
-def fake_python_without_packages():
-    """An interpreter that sees no site-packages."""
-    base = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
-    return str(base if base.exists() else sys.executable)
 
 
 def test_wrong_lists_are_told(bench):

@@ -115,7 +115,10 @@ def test_large_models_are_cut_into_files(tmp_path, monkeypatch):
     [
         ({"to": "onnx"}, "to must be one of huggingface, meta, got 'onnx'"),
         ({"dtype": "int8"}, "dtype must be one of auto"),
-        ({"to": "meta", "quantization": "int8"}, "Meta's layout does not support quantised weights"),
+        (
+            {"to": "meta", "quantization": "int8"},
+            "Meta's layout does not support quantised weights",
+        ),
         ({"shards": 2, "quantization": "int8"}, "shards must be 1 or more files of Meta's layout"),
         ({"to": "meta", "shards": 0}, "shards must be 1 or more files of Meta's layout, got 0"),
         ({"to": "meta", "shards": 3}, "3 shards are not possible: .* n_kv_heads 2"),

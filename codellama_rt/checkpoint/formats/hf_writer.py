@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from codellama_rt.checkpoint.formats.safetensors_writer import write_safetensors
+from codellama_rt.checkpoint.formats.safetensors import write_safetensors
 from codellama_rt.checkpoint.formats.tensor_file import Entry
 from codellama_rt.checkpoint.tensor_names import halves_first, rotates
 from codellama_rt.model.config import ModelConfig, RopeScaling

@@ -1,11 +1,19 @@
 """PyTorch's .pth files: tensors of floats as views of the mapped archive; no code in them is run.
 
 The archive has `<folder>/data.pkl`, which says of each tensor where it lies in which storage, and a
-member `<folder>/data/<key>` for each storage.
+member `<folder>/data/<key>` for each storage. The members lie uncompressed and are never inflated.
 """
 
+from __future__ import annotations
+
+import io
 import math
+import struct
+import zipfile
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from codellama_rt.checkpoint.formats.pth_pickle import (
     MAX_PICKLE_BYTES,
@@ -13,13 +21,16 @@ from codellama_rt.checkpoint.formats.pth_pickle import (
     TensorDescription,
     read_tensor_pickle,
 )
-from codellama_rt.checkpoint.formats.pth_zip import read_zip
 from codellama_rt.checkpoint.stored_tensor import ENCODINGS, StoredTensor, map_file
 from codellama_rt.errors import CheckpointError
 
+# Of the list of members: a shard of the largest model has under a thousand.
+MAX_DIRECTORY_BYTES = 2**25
+_STORED, _ENCRYPTED = zipfile.ZIP_STORED, 1
+
 
 def read_pth(path: Path) -> dict[str, StoredTensor]:
-    """Maps a file that torch.save wrote and lists its tensors.
+    """Map a file that torch.save wrote and list its tensors.
 
     Args:
         path: the file, a dictionary of names and tensors of float32, float16 or bfloat16.
@@ -31,26 +42,30 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: no such archive, a damaged one, or a pickle that names anything else than
             tensors in storages of floats.
     """
-    members = read_zip(path, map_file(path))
+    members = _read_zip(path, map_file(path))
     pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1 or pickles[0].count("/") != 1:
-        raise CheckpointError(f"{path}: expected one data.pkl in a folder, found {len(pickles)}")
+        raise _fault(path, "one data.pkl in a folder", len(pickles))
     folder = pickles[0].removesuffix("data.pkl")
     order = members.get(folder + "byteorder")
     if order is not None and order[:16].tobytes() != b"little":
-        raise CheckpointError(f"{path}: expected little-endian numbers, found others")
+        raise _fault(path, "little-endian numbers", "others")
     raw = members[pickles[0]]
     try:
         descriptions = read_tensor_pickle(raw[: MAX_PICKLE_BYTES + 1].tobytes())
     except RefusedPickleError as error:
-        raise CheckpointError(f"{path}: expected a dictionary of tensors, found {error}") from None
+        raise _fault(path, "a dictionary of tensors", error) from None
     return {
         name: _tensor(path, name, description, members.get(f"{folder}data/{description.storage}"))
         for name, description in descriptions.items()
     }
 
 
-def _tensor(path: Path, name: str, said: TensorDescription, storage) -> StoredTensor:
+def _fault(path: Path, expected: str, found: object) -> CheckpointError:
+    return CheckpointError(f"{path}: expected {expected}, found {found!s:.500}")
+
+
+def _tensor(path: Path, name: str, said: TensorDescription, storage: Any) -> StoredTensor:
     def fault(expected: str, found: object) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name!r:.200}: expected {expected}, found {found}")
 
@@ -73,3 +88,66 @@ def _tensor(path: Path, name: str, said: TensorDescription, storage) -> StoredTe
         )
     payload = storage[said.offset * itemsize : (said.offset + size) * itemsize]
     return StoredTensor(name, path, said.encoding, said.shape, payload)
+
+
+class _BoundedFile(io.FileIO):
+    """A file of which zipfile cannot read a list of members that would fill the memory."""
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile(f"a list of members of {size} bytes")
+        return super().read(size)
+
+
+def _read_zip(path: Path, mapped: np.ndarray) -> dict[str, np.ndarray]:
+    """Return a view of each member's bytes by name: each in a place of its own, as it is."""
+    try:
+        with _BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
+            entries, comment = archive.infolist(), len(archive.comment)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
+        raise _fault(
+            path, "a zip archive as torch.save writes it",
+            f"{error}; the file is truncated, or in the format before torch 1.6",
+        ) from None  # fmt: skip
+    count = int.from_bytes(mapped[-comment - 12 :][:2].tobytes(), "little")
+    if count not in (len(entries), 0xFFFF):
+        raise _fault(path, f"{count} members, as the archive says", len(entries))
+    members: dict[str, np.ndarray] = {}
+    end, previous = 0, ""
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        name = entry.orig_filename
+        _check_member(path, entry)
+        if name in members:
+            raise _fault(path, "every member once", f"{name!r} twice")
+        if entry.header_offset < end:
+            raise _fault(path, "members apart from one another", f"{name!r} inside {previous!r}")
+        begin = _content_begin(path, mapped, name, entry.header_offset)
+        end, previous = begin + entry.file_size, name
+        if end > len(mapped):
+            raise _fault(path, f"member {name!r} to lie in the file", "it ends beyond")
+        members[name] = mapped[begin:end]
+    return {entry.orig_filename: members[entry.orig_filename] for entry in entries}
+
+
+def _check_member(path: Path, entry: zipfile.ZipInfo) -> None:
+    name = entry.orig_filename
+    is_plain = name.isascii() and name.isprintable() and "\\" not in name and ":" not in name
+    if not is_plain or {"", ".", ".."} & set(name.split("/")):
+        raise _fault(path, "members with plain names", repr(name))
+    if entry.flag_bits & _ENCRYPTED or entry.compress_type != _STORED:
+        how = "encrypted" if entry.flag_bits & _ENCRYPTED else "compressed"
+        raise _fault(path, f"member {name!r} to be stored as it is", f"it {how}")
+    if entry.file_size != entry.compress_size:
+        sizes = f"{entry.file_size} and {entry.compress_size}"
+        raise _fault(path, f"member {name!r} to have one size", sizes)
+
+
+def _content_begin(path: Path, mapped: np.ndarray, name: str, start: int) -> int:
+    """Return where the bytes begin after the local header (APPNOTE.TXT of PKWARE, 4.3.7)."""
+    header = mapped[start : start + 30].tobytes() if start < len(mapped) else b""
+    if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+        raise _fault(path, f"member {name!r} to begin at {start}", "no header there")
+    name_len, extra_len = struct.unpack_from("<HH", header, 26)
+    if mapped[start + 30 : start + 30 + name_len].tobytes() != name.encode():
+        raise _fault(path, f"member {name!r} to be named so in its place, too", "another name")
+    return start + 30 + name_len + extra_len

@@ -1,41 +1,50 @@
 """The pickle inside a .pth file, read by an interpreter that can build nothing but descriptions.
 
-Python's own unpickler is not involved. A pickle is a program for a small stack machine; of its
-opcodes those are known here that torch.save emits for a dictionary of tensors, and of the names it
-may speak of only those of `tensor_description`, each of which stands for a value of ours: nothing
-is looked up, imported or called. Every other opcode, name or argument is refused.
+A pickle is a program for a small stack machine. Of the standard library's, written in Python, only
+the opcodes remain that torch.save emits for a dictionary of tensors, and the names it may speak of
+stand for values of ours: nothing is looked up, imported or called. `pickle.Unpickler`, written in
+C, would not do: it hashes any key of a dictionary, tuples of tuples until the stack overflows, and
+allocates a memo as long as an index asks for.
 
-A step costs at least a byte of the pickle, and adds one item at most, so that memory and time are
-bounded by its length. What is shared is shared here, too, and is never walked: nested tuples that
-repeat themselves would take for ever.
+Here a step costs at least a byte of the pickle and adds one item at most, so that memory and time
+are bounded by its length. What is shared is never walked: nested tuples that repeat themselves
+would take for ever.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
+import pickletools
 import struct
-from collections.abc import Callable
-from typing import Any
-
-from codellama_rt.checkpoint.formats.pth_tensors import (
-    NAMES,
-    ORDERED_DICT,
-    REBUILD_TENSOR,
-    Name,
-    RefusedPickleError,
-    Storage,
-    TensorDescription,
-    describe,
-    is_count,
-    is_text,
-    kind_of,
-)
+from typing import Any, NamedTuple
 
 MAX_PICKLE_BYTES = 2**24  # the 723 tensors of a shard of 70B take under 200 kB
-_MARK = object()
+_MAX_AXES = 8
+_OPCODES = (
+    "PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE "
+    "SHORT_BINUNICODE EMPTY_DICT EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT MEMOIZE "
+    "BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID REDUCE BUILD SETITEM SETITEMS"
+)
+
+
+class RefusedPickleError(ValueError):
+    """The pickle is not that of a dictionary of tensors; the message says what was found."""
+
+
+class TensorDescription(NamedTuple):
+    """What a pickle says of a tensor; none of it has been held against the storage."""
+
+    encoding: str  # in safetensors' words
+    storage: str  # the key of its bytes
+    storage_size: int  # elements
+    offset: int  # elements
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 def read_tensor_pickle(raw: bytes) -> dict[str, TensorDescription]:
-    """Interprets a pickle of a dictionary of tensors.
+    """Interpret a pickle of a dictionary of tensors.
 
     Args:
         raw: the pickle.
@@ -54,192 +63,143 @@ def read_tensor_pickle(raw: bytes) -> dict[str, TensorDescription]:
     if len(raw) > MAX_PICKLE_BYTES:
         raise RefusedPickleError(f"a pickle of {len(raw)} bytes; at most {MAX_PICKLE_BYTES}")
     try:
-        result = _Machine(raw).run()
-    except (IndexError, KeyError, struct.error):
+        result = _Unpickler(io.BytesIO(raw)).load()
+    except RefusedPickleError:
+        raise
+    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError,
+            struct.error):  # fmt: skip
         raise RefusedPickleError("a pickle that is truncated or damaged") from None
     if not isinstance(result, dict):
-        raise RefusedPickleError(f"{kind_of(result)} at the top level of the pickle")
+        raise RefusedPickleError(f"{_kind_of(result)} at the top level of the pickle")
     for name, value in result.items():
         if not isinstance(value, TensorDescription):
-            raise RefusedPickleError(f"{kind_of(value)} under the name {name!r:.100}")
+            raise RefusedPickleError(f"{_kind_of(value)} under the name {name!r:.100}")
     return result
 
 
-class _Machine:
-    """The stack machine."""
+class _Storage(NamedTuple):
+    """The bytes of a tensor, as a pickle speaks of them."""
 
-    def __init__(self, raw: bytes) -> None:
-        self._raw, self._at = raw, 0
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
+    encoding: str
+    key: str
+    size: int
 
-    def run(self) -> Any:
-        """Executes up to STOP; returns what is left."""
-        while True:
-            opcode = self._take(1)
-            if opcode == b".":
-                return self._stack.pop()
-            action = _ACTIONS.get(opcode)
-            if action is None:
-                said = _REFUSED.get(opcode, f"opcode {opcode!r}")
-                raise RefusedPickleError(f"{said} in the pickle at byte {self._at - 1}")
-            action(self)
 
-    def _take(self, count: int) -> bytes:
-        self._at += count
-        if self._at > len(self._raw):
-            raise IndexError
-        return self._raw[self._at - count : self._at]
+class _Name(NamedTuple):
+    """One of the names a pickle may speak of."""
 
-    def _number(self, form: str) -> int:
-        return struct.unpack(form, self._take(struct.calcsize(form)))[0]
+    name: str
+    encoding: str | None = None
 
-    def _to_mark(self) -> list[Any]:
-        """Pops what lies above the last mark, and the mark."""
-        begin = len(self._stack) - 1
-        while self._stack[begin] is not _MARK:
-            begin -= 1
-            if begin < 0:
-                raise IndexError
-        items = self._stack[begin + 1 :]
-        del self._stack[begin:]
-        return items
 
-    def protocol(self) -> None:
-        if self._number("<B") > 5:
-            raise RefusedPickleError("a pickle of an unknown protocol")
+_ORDERED_DICT = _Name("collections.OrderedDict")
+_REBUILD_TENSOR = _Name("torch._utils._rebuild_tensor_v2")
+_NAMES = {
+    name.name: name
+    for name in (
+        _ORDERED_DICT, _REBUILD_TENSOR, _Name("torch.FloatStorage", "F32"),
+        _Name("torch.HalfStorage", "F16"), _Name("torch.BFloat16Storage", "BF16"),
+    )
+}  # fmt: skip
 
-    def push(self, value: Any) -> None:
-        self._stack.append(value)
 
-    def push_text(self, form: str) -> None:
-        try:
-            self.push(self._take(self._number(form)).decode())
-        except UnicodeDecodeError:
-            raise RefusedPickleError("text that is not UTF-8") from None
+class _Opcodes(dict):
+    """What to do for each opcode; an unknown one is refused under its name."""
 
-    def push_long(self) -> None:
-        length = self._number("<B")
-        if length > 8:
-            raise RefusedPickleError(f"an integer of {length} bytes")
-        self.push(int.from_bytes(self._take(length), "little", signed=True))
+    def __missing__(self, opcode: int) -> None:
+        names = {ord(known.code): known.name for known in pickletools.opcodes}
+        raise RefusedPickleError(f"{names.get(opcode, f'opcode {opcode}')} in the pickle")
 
-    def push_tuple(self, count: int | None) -> None:
-        if count is None:
-            self.push(tuple(self._to_mark()))
-            return
-        items = [self._stack.pop() for _ in range(count)]
-        if _MARK in items:
-            raise IndexError
-        self.push(tuple(reversed(items)))
 
-    def store(self, index: int) -> None:
-        self._memo[index] = self._stack[-1]
+class _Unpickler(pickle._Unpickler):
+    """The standard library's stack machine without what could build, call or change anything."""
 
-    def push_global(self) -> None:
-        names = []
-        for _ in range(2):
-            end = self._raw.find(b"\n", self._at, self._at + 200)
-            if end < 0:
-                raise RefusedPickleError("a name without an end")
-            names.append(self._take(end - self._at).decode("latin-1"))
-            self._take(1)
-        self._push_name(*names)
-
-    def push_stack_global(self) -> None:
-        name, module = self._stack.pop(), self._stack.pop()
-        if type(name) is not str or type(module) is not str:
-            raise RefusedPickleError(f"{kind_of(name)} as a name")
-        self._push_name(module, name)
-
-    def _push_name(self, module: str, name: str) -> None:
+    def find_class(self, module: str, name: str) -> _Name:
         dotted = f"{module}.{name}"
-        if dotted not in NAMES:
+        if dotted not in _NAMES:
             raise RefusedPickleError(
                 f"the name {dotted!r:.200}, which no tensors of floats need; nothing was run"
             )
-        self.push(NAMES[dotted])
+        return _NAMES[dotted]
 
-    def push_persistent(self) -> None:
-        said = self._stack.pop()
+    def persistent_load(self, said: Any) -> _Storage:
         if type(said) is not tuple or len(said) != 5 or said[0] != "storage":
             raise RefusedPickleError("a persistent id that is no storage's")
         _, kind, key, location, size = said
-        if not isinstance(kind, Name) or kind.encoding is None:
-            raise RefusedPickleError(f"a storage of {kind_of(kind)}")
-        if not is_text(key) or not key.isascii() or not key.isdigit() or len(key) > 10:
+        if not isinstance(kind, _Name) or kind.encoding is None:
+            raise RefusedPickleError(f"a storage of {_kind_of(kind)}")
+        if type(key) is not str or not key.isascii() or not key.isdigit() or len(key) > 10:
             raise RefusedPickleError("a storage under a key that is no number")
-        if not is_text(location) or not is_count(size):
+        if type(location) is not str or not _is_count(size):
             raise RefusedPickleError("a storage without place or size")
-        self.push(Storage(kind.encoding, key, size))
+        return _Storage(kind.encoding, key, size)
 
-    def reduce(self) -> None:
-        arguments, function = self._stack.pop(), self._stack.pop()
-        if type(arguments) is not tuple or not isinstance(function, Name):
-            raise RefusedPickleError(f"a call of {kind_of(function)}")
-        if function is ORDERED_DICT and not arguments:
-            self.push({})
-        elif function is REBUILD_TENSOR:
-            self.push(describe(arguments))
+    def load_reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if type(arguments) is not tuple or not isinstance(function, _Name):
+            raise RefusedPickleError(f"a call of {_kind_of(function)}")
+        if function is _ORDERED_DICT and not arguments:
+            self.append({})
+        elif function is _REBUILD_TENSOR:
+            self.append(_describe(arguments))
         else:
             raise RefusedPickleError(f"a call of {function.name} with {len(arguments)} arguments")
 
-    def build(self) -> None:
+    def load_build(self) -> None:
         """A module's state_dict bears notes of its parts' versions, of which nothing depends."""
-        state, target = self._stack.pop(), self._stack[-1]
+        state, target = self.stack.pop(), self.stack[-1]
         if type(state) is not dict or type(target) is not dict or set(state) - {"_metadata"}:
-            raise RefusedPickleError(f"a state given to {kind_of(target)}")
+            raise RefusedPickleError(f"a state given to {_kind_of(target)}")
 
-    def set_items(self, items: list[Any]) -> None:
-        target = self._stack[-1]
+    def load_setitem(self) -> None:
+        value, name = self.stack.pop(), self.stack.pop()
+        self._set_items([name, value])
+
+    def load_setitems(self) -> None:
+        self._set_items(self.pop_mark())
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
         if type(target) is not dict or len(items) % 2:
-            raise RefusedPickleError(f"items given to {kind_of(target)}")
+            raise RefusedPickleError(f"items given to {_kind_of(target)}")
         for name, value in zip(items[::2], items[1::2], strict=True):
-            if not is_text(name):
-                raise RefusedPickleError(f"{kind_of(name)} as a name of a tensor")
+            if type(name) is not str:
+                raise RefusedPickleError(f"{_kind_of(name)} as a name of a tensor")
             if name in target:
                 raise RefusedPickleError(f"the name {name!r:.100} twice")
             target[name] = value
 
-    def set_item(self) -> None:
-        value, name = self._stack.pop(), self._stack.pop()
-        self.set_items([name, value])
+    dispatch = _Opcodes()
+    for _name in _OPCODES.split():
+        _code = getattr(pickle, _name)[0]
+        dispatch[_code] = pickle._Unpickler.dispatch[_code]
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
 
 
-_ACTIONS: dict[bytes, Callable[[_Machine], None]] = {
-    b"\x80": _Machine.protocol,
-    b"\x95": lambda m: m._number("<Q"),  # FRAME: a hint on reading
-    b"(": lambda m: m.push(_MARK),
-    b"}": lambda m: m.push({}),
-    b")": lambda m: m.push(()),
-    b"N": lambda m: m.push(None),
-    b"\x88": lambda m: m.push(True),
-    b"\x89": lambda m: m.push(False),
-    b"K": lambda m: m.push(m._number("<B")),
-    b"M": lambda m: m.push(m._number("<H")),
-    b"J": lambda m: m.push(m._number("<i")),
-    b"\x8a": _Machine.push_long,
-    b"X": lambda m: m.push_text("<I"),
-    b"\x8c": lambda m: m.push_text("<B"),
-    b"t": lambda m: m.push_tuple(None),
-    b"\x85": lambda m: m.push_tuple(1),
-    b"\x86": lambda m: m.push_tuple(2),
-    b"\x87": lambda m: m.push_tuple(3),
-    b"q": lambda m: m.store(m._number("<B")),
-    b"r": lambda m: m.store(m._number("<I")),
-    b"\x94": lambda m: m.store(len(m._memo)),
-    b"h": lambda m: m.push(m._memo[m._number("<B")]),
-    b"j": lambda m: m.push(m._memo[m._number("<I")]),
-    b"c": _Machine.push_global,
-    b"\x93": _Machine.push_stack_global,
-    b"Q": _Machine.push_persistent,
-    b"R": _Machine.reduce,
-    b"b": _Machine.build,
-    b"u": lambda m: m.set_items(m._to_mark()),
-    b"s": _Machine.set_item,
-}
-_REFUSED = {  # what else can call something, by its name in pickletools
-    b"i": "INST", b"o": "OBJ", b"\x81": "NEWOBJ", b"\x92": "NEWOBJ_EX", b"P": "PERSID",
-    b"\x82": "EXT1", b"\x83": "EXT2", b"\x84": "EXT4", b"a": "APPEND", b"e": "APPENDS",
-    b"\x90": "ADDITEMS",
-}  # fmt: skip
+def _describe(arguments: tuple[Any, ...]) -> TensorDescription:
+    """Return what the arguments of torch._utils._rebuild_tensor_v2 say."""
+    if len(arguments) != 6 or not isinstance(arguments[0], _Storage):
+        raise RefusedPickleError("a tensor without a storage")
+    storage, offset, shape, strides, *_ = arguments
+    for counts in (shape, strides):
+        is_short = type(counts) is tuple and len(counts) <= _MAX_AXES
+        if not is_short or not all(map(_is_count, counts)):
+            raise RefusedPickleError("a tensor whose shape or strides are no counts")
+    if not _is_count(offset) or len(shape) != len(strides):
+        raise RefusedPickleError("a tensor whose offset or strides do not fit its shape")
+    return TensorDescription(storage.encoding, storage.key, storage.size, offset, shape, strides)
+
+
+def _kind_of(value: Any) -> str:
+    """Return what to call a value; never its content, which may be endless."""
+    if isinstance(value, _Name):
+        return f"the name {value.name}"
+    return f"a value of kind {type(value).__name__.strip('_')}"
+
+
+def _is_count(value: Any) -> bool:
+    """Whether it is an int that a file could have so many elements of."""
+    return type(value) is int and 0 <= value < 2**48

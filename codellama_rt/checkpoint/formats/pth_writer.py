@@ -14,6 +14,7 @@ _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _ALIGNMENT = 64
 _PADDING_FIELD = 0x4246  # "FB", as torch marks it
 _LARGE = 0xFFFFFFFF  # from here on sizes and places need 64 bits
+_IN_64_BITS = 0xFFFFFFFF  # what stands in the place of one that does
 _DOS_DATE = 0x21  # the first day of 1980: the same bytes whenever they are written
 
 
@@ -70,7 +71,7 @@ class PthLayout:
 def _local_header(name: str, at: int, size: int, checksum: int) -> bytes:
     """The header before a member, padded so that its bytes are aligned."""
     wide = struct.pack("<HHQQ", 1, 16, size, size) if size >= _LARGE else b""
-    field = min(size, _LARGE)
+    field = _in_32_bits(size)
     begin = at + 30 + len(name) + len(wide) + 4
     padding = -begin % _ALIGNMENT
     extra = wide + struct.pack("<HH", _PADDING_FIELD, padding) + bytes(padding)
@@ -84,10 +85,10 @@ def _local_header(name: str, at: int, size: int, checksum: int) -> bytes:
 def _central_header(name: str, at: int, size: int, checksum: int) -> bytes:
     numbers = [size] * 2 * (size >= _LARGE) + [at] * (at >= _LARGE)
     extra = struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
-    field = min(size, _LARGE)
+    field = _in_32_bits(size)
     header = struct.pack(
         "<4s6H3L5H2L", b"PK\x01\x02", 45, 45, 0, 0, 0, _DOS_DATE, checksum, field, field,
-        len(name), len(extra), 0, 0, 0, 0, min(at, _LARGE),
+        len(name), len(extra), 0, 0, 0, 0, _in_32_bits(at),
     )  # fmt: skip
     return header + name.encode() + extra
 
@@ -102,7 +103,7 @@ def _end(count: int, size: int, begin: int) -> bytes:
         wide = record + locator
     count16 = min(count, 0xFFFF)
     return wide + struct.pack(
-        "<4s4H2LH", b"PK\x05\x06", 0, 0, count16, count16, size, min(begin, _LARGE), 0
+        "<4s4H2LH", b"PK\x05\x06", 0, 0, count16, count16, size, _in_32_bits(begin), 0
     )
 
 
@@ -121,6 +122,10 @@ def _tensor(i: int, entry: Entry) -> bytes:
     hooks = b"ccollections\nOrderedDict\n)R"
     rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
     return rebuild + b"(" + storage + _integer(0) + shape + strides + b"\x89" + hooks + b"tR"
+
+
+def _in_32_bits(value: int) -> int:
+    return value if value < _LARGE else _IN_64_BITS
 
 
 def _text(text: str) -> bytes:

@@ -1,16 +1,20 @@
-"""Read safetensors files; every offset in the header is checked before a tensor is returned.
+"""Read and write safetensors files; every offset in a header is checked before a tensor is used.
 
 The format: 8 bytes of header length, the header in JSON, then the tensors' bytes without gaps. The
 reference reader accepts duplicate names in the header (the last wins); here they are an error.
 """
 
+import itertools
+import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from codellama_rt.checkpoint.formats.strict_json import MAX_JSON_BYTES, parse_object
+from codellama_rt.checkpoint.formats.tensor_file import Entry, write_tensor_file
 from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
 from codellama_rt.errors import CheckpointError
 
@@ -26,6 +30,7 @@ _ITEM_BYTES = {
 }
 _MAX_AXES = 8
 _MAX_AXIS = 2**48
+_ALIGNMENT = 64  # of the first tensor's bytes in a file that is written here
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -148,3 +153,56 @@ def _check_contiguous(path: Path, entries: list[tuple], length: int) -> None:
         raise CheckpointError(
             f"{path}: {previous} ends last: expected {end} bytes of tensors, found {length}; {what}"
         )
+
+
+class SafetensorsLayout:
+    """The tensors of a file, in the order of their bytes, and its metadata."""
+
+    def __init__(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
+        """Lay them out."""
+        self.entries = entries
+        ends = list(itertools.accumulate((entry.num_bytes for entry in entries), initial=0))
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        for entry, offsets in zip(entries, itertools.pairwise(ends), strict=True):
+            header[entry.name] = {
+                "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets,
+            }  # fmt: skip
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
+        self._head = len(raw).to_bytes(8, "little") + raw
+        self._ends = ends
+
+    def offset(self, i: int) -> int:
+        """Return where entry i begins."""
+        return len(self._head) + self._ends[i]
+
+    def head(self) -> bytes:
+        """Return the header."""
+        return self._head
+
+    def before(self, i: int, checksum: int) -> bytes:
+        """Return nothing."""
+        return b""
+
+    def tail(self, checksums: Sequence[int]) -> bytes:
+        """Return nothing."""
+        return b""
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str],
+    written: Callable[[Entry], None],
+) -> None:  # fmt: skip
+    """Write a file; it is complete, and on the disk, when this returns.
+
+    Args:
+        path: the file, made anew.
+        entries: the tensors in the order of their bytes.
+        metadata: of the file.
+        written: called after each tensor.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    layout = SafetensorsLayout(entries, metadata)
+    write_tensor_file(path, layout, written, lambda checksums: None)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from codellama_rt import ops
 from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.llm.variants import SHAPES
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.tools.bench.measure import Row, Stopwatch, Timing, stopwatch
 from codellama_rt.tools.bench.runner import Runner
-from codellama_rt.tools.bench.shapes import SHAPES
 from codellama_rt.tools.bench.synthetic import write_directory
 from codellama_rt.tools.limits import Limits, read_bandwidth
 

@@ -71,11 +71,18 @@ def stopwatch(work: Callable[[], object], setup: Callable[[], object], rounds: i
     return seconds
 
 
-def save(path: Path, what: str, rows: Sequence[Row]) -> None:
-    """Write rows as JSON, with the machine, versions and command they were measured with."""
+def save(path: Path, what: str, rows: Sequence[Row], program: str = "codellama-rt") -> None:
+    """Write rows as JSON, with the machine, versions and command they were measured with.
+
+    Args:
+        path: the file.
+        what: what was measured.
+        rows: the measurements.
+        program: the command line up to its arguments.
+    """
     record = {
         "bench": what,
-        "command": _command(sys.argv[1:]),
+        "command": _command(program, sys.argv[1:]),
         "version": __version__,
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -85,7 +92,7 @@ def save(path: Path, what: str, rows: Sequence[Row]) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _command(words: Sequence[str]) -> str:
+def _command(program: str, words: Sequence[str]) -> str:
     """Return the command line without file and interpreter names, which depend on the machine."""
-    text = re.sub(r" --json[ =]\S+", "", shlex.join(["codellama-rt", *words]))
+    text = re.sub(r" --json[ =]\S+", "", f"{program} {shlex.join(words)}")
     return re.sub(r"--peer-python[ =]\S+", "--peer-python PYTHON", text)

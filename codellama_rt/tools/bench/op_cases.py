@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from codellama_rt.llm.variants import SHAPES
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.ops.quantized import (
@@ -15,7 +16,6 @@ from codellama_rt.ops.quantized import (
     weight_num_bytes,
 )
 from codellama_rt.ops.schema import ITEM_SIZE, OPS, Op, Tensor
-from codellama_rt.tools.bench.shapes import SHAPES, linear_shapes
 
 BLOCK_SIZE = 64
 DTYPES = (*FLOAT_DTYPES, *dict.fromkeys((*CACHE_DTYPES, *WEIGHT_DTYPES)))
@@ -163,7 +163,7 @@ def _accepts(case: Case) -> bool:
 def _cases(model: str, dtype: str, tokens: Sequence[int], keys: Sequence[int]) -> Iterator[Case]:
     config = SHAPES[model]
     for num_tokens in tokens:
-        for name, (n, k) in linear_shapes(config).items():
+        for name, (n, k) in _linear_shapes(config).items():
             sizes = {"num_tokens": num_tokens, "out_features": n, "in_features": k}
             yield Case(OPS["linear"], model, f"{name} {num_tokens}x{k}x{n}", dtype, sizes)
         sizes = _sizes(config, num_tokens, num_tokens)
@@ -195,4 +195,16 @@ def _sizes(config: ModelConfig, num_tokens: int, num_keys: int) -> dict[str, int
         "dim": config.dim,
         "hidden_dim": config.hidden_dim,
         "vocab_size": config.vocab_size,
+    }
+
+
+def _linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Return (out_features, in_features) of each matrix product of a step of the model."""
+    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    return {
+        "qkv": (q_dim + 2 * kv_dim, config.dim),
+        "o": (config.dim, q_dim),
+        "gate_up": (2 * config.hidden_dim, config.dim),
+        "down": (config.dim, config.hidden_dim),
+        "lm_head": (config.vocab_size, config.dim),
     }

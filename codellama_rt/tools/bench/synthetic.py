@@ -26,14 +26,14 @@ from codellama_rt.checkpoint.formats.packed_weights import (
     file_metadata,
     padded_bytes,
 )
-from codellama_rt.checkpoint.formats.safetensors_writer import write_safetensors
+from codellama_rt.checkpoint.formats.safetensors import write_safetensors
 from codellama_rt.checkpoint.formats.tensor_file import Entry
 from codellama_rt.checkpoint.quantize import QUANTIZATIONS, is_quantized
 from codellama_rt.checkpoint.weight_loading import expected_shapes
+from codellama_rt.llm.variants import SHAPES
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.tools.bench.noise import noise
-from codellama_rt.tools.bench.shapes import SHAPES
 
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHTS = (*FLOAT_DTYPES, *QUANTIZATIONS)

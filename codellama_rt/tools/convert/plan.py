@@ -30,7 +30,7 @@ from codellama_rt.checkpoint.formats.packed_weights import (
     padded_bytes,
 )
 from codellama_rt.checkpoint.formats.pth_writer import PthLayout
-from codellama_rt.checkpoint.formats.safetensors_writer import SafetensorsLayout
+from codellama_rt.checkpoint.formats.safetensors import SafetensorsLayout
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.checkpoint.formats.tensor_file import Entry, Layout
 from codellama_rt.checkpoint.quantize import is_quantized, quantize_tensor, sources

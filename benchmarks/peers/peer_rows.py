@@ -13,14 +13,14 @@ import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.llm.variants import SHAPES
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.kv_cache import bytes_per_token
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.tools.bench.measure import Row
-from codellama_rt.tools.bench.pairs import Peer, compare, take_turns
 from codellama_rt.tools.bench.runner import Runner
-from codellama_rt.tools.bench.shapes import SHAPES
 from codellama_rt.tools.bench.synthetic import write_directory, write_gguf
+from peers.pairs import Peer, compare, take_turns
 
 PEERS = ("llama.cpp", "transformers", "ctranslate2")
 SHALLOW = 512  # attention alone is a deep step minus one at this depth

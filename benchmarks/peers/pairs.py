@@ -33,12 +33,12 @@ class Peer:
     """Another runtime in a process of its own, which answers one order after another."""
 
     def __init__(self, python: str, script: str) -> None:
-        """Start `peers/<script>.py` with an interpreter that has the runtime.
+        """Start `<script>.py` of this folder with an interpreter that has the runtime.
 
         Raises:
             RuntimeError: there is no such interpreter.
         """
-        self._script = Path(__file__).with_name("peers") / f"{script}.py"
+        self._script = Path(__file__).with_name(f"{script}.py")
         self._python = python
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (until `close`)
         try:

@@ -1,0 +1,122 @@
+"""Render chat templates in a process of its own, which `sandbox` starts by this file's path.
+
+The process imports jinja2 and the standard library alone. Whatever an operator, a filter or the
+compiler does in it is bounded by the operating system: RLIMIT_AS bounds the memory, and a timer
+whose signal ends the process bounds the time, in the middle of a C call, too.
+
+A request and its reply are JSON in a frame: eight bytes of length, least significant first, then
+the text. `{"source", "names", "seconds", "characters"}` gives `{"text"}` or `{"error"}`.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, BinaryIO
+
+_FILTERS = (
+    "abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int", "items",
+    "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr",
+    "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string", "title",
+    "trim", "unique", "upper",
+)  # fmt: skip
+_GLOBALS = ("range", "dict", "namespace")
+
+
+class RefusalError(ValueError):
+    """The template refuses its input."""
+
+
+def main(paths: list[str], memory: int) -> None:
+    """Answer requests until the input ends.
+
+    Args:
+        paths: where modules are, as `sys.path`.
+        memory: bytes of address space that the process may use.
+    """
+    sys.path[:] = paths
+    environment = _environment()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    compiled = lru_cache(2)(environment.from_string)  # the next turn has the same template
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    while (request := _read_frame(requests)) is not None:
+        signal.setitimer(signal.ITIMER_REAL, request.pop("seconds"))
+        reply = _answer(compiled, **request)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        replies.write(len(reply).to_bytes(8, "little") + reply)
+        replies.flush()
+
+
+def _read_frame(file: BinaryIO) -> Any:
+    header = file.read(8)
+    if not header:
+        return None
+    return json.loads(file.read(int.from_bytes(header, "little")).decode("utf-8", "surrogatepass"))
+
+
+def _answer(compiled: Any, source: str, names: dict[str, Any], characters: int) -> bytes:
+    from jinja2 import TemplateError
+
+    try:
+        text = compiled(source).render(names)
+        if len(text) > characters:
+            raise ValueError(f"it writes more than {characters} characters")
+        return _encoded({"text": text})
+    except RefusalError as refusal:
+        return _encoded({"error": f"the chat template refuses this conversation: {refusal}"})
+    except MemoryError:
+        return _encoded({"error": "chat template: it needs too much memory"})
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError,
+            AttributeError, RecursionError) as error:  # fmt: skip
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return _encoded({"error": f"chat template: {reason:.300}"})
+
+
+def _encoded(reply: dict[str, str]) -> bytes:
+    return json.dumps(reply, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _environment() -> Any:
+    """Return jinja2's immutable sandbox, in which what is forbidden raises and is not just empty.
+
+    Only the filters and globals that chat templates use are there.
+    """
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+    class Environment(ImmutableSandboxedEnvironment):
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            return not attr.startswith("_") and super().is_safe_attribute(obj, attr, value)
+
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+            raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is refused")
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters = {name: environment.filters[name] for name in _FILTERS}
+    environment.filters["tojson"] = _tojson
+    environment.globals = {name: environment.globals[name] for name in _GLOBALS}
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    return environment
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _refuse(message: str) -> None:
+    raise RefusalError(f"{message!s:.300}")
+
+
+def _now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), int(sys.argv[2]))
