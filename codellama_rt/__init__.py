@@ -3,7 +3,7 @@
     import codellama_rt as clrt
     clrt.generate("smollm2-135m-instruct", "def fibonacci(n):")
 
-Names are imported when first used: importing the package costs NumPy and nothing else.
+Names are imported on first use: importing the package loads NumPy and nothing else.
 """
 
 from importlib import import_module
@@ -41,5 +41,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """The public names."""
+    """Return the public names."""
     return sorted(__all__)

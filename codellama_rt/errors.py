@@ -1,5 +1,5 @@
-"""Exceptions of the package that are more precise than Python's own."""
+"""Exceptions of the package that are more specific than Python's own."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names file, tensor, what was expected and found."""
+    """A checkpoint cannot be used; the message has file, tensor, expected and found."""

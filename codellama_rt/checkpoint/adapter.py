@@ -23,10 +23,12 @@ _NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<module>(?:model\.)?layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\."
     r"(?P<projection>\w+))\.lora_(?P<side>[AB])(?:\.\w+)?\.weight"
 )
-_REFUSED = {  # what would change the result and is not computed, by PEFT's names
-    "use_dora": "DoRA", "modules_to_save": "whole modules", "fan_in_fan_out": "transposed weights",
+_REFUSED = {  # PEFT's options that would change the result and are not supported
+    "use_dora": "DoRA",
+    "modules_to_save": "whole modules",
+    "fan_in_fan_out": "transposed weights",
     "lora_bias": "a bias",
-}  # fmt: skip
+}
 _MAX_RANK = 4096
 
 
@@ -34,12 +36,12 @@ def load_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraAdapt
     """Read adapter_config.json and adapter_model.safetensors of a directory.
 
     Args:
-        path: as PEFT's save_pretrained wrote it.
-        config: of the model it is for.
+        path: a directory written by PEFT's save_pretrained.
+        config: of the adapter's model.
 
     Raises:
-        CheckpointError: no LoRA adapter, one with more than low-rank changes of projections, or
-            one for another model.
+        CheckpointError: not a LoRA adapter, one with anything but low-rank changes of
+            projections, or one for another model.
     """
     path = Path(path)
     if not (path / "adapter_config.json").is_file():
@@ -55,8 +57,9 @@ def load_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraAdapt
         )
     widths = projection_widths(config)
     inputs = dict.fromkeys(widths, config.dim) | {
-        "o_proj": config.n_heads * config.head_dim, "down_proj": config.hidden_dim
-    }  # fmt: skip
+        "o_proj": config.n_heads * config.head_dim,
+        "down_proj": config.hidden_dim,
+    }
     layers: list[dict[str, LowRank]] = [{} for _ in range(config.n_layers)]
     for (module, layer, name), sides in _pairs(file, read_safetensors(file)).items():
         if layer >= config.n_layers or name not in widths:
@@ -88,7 +91,7 @@ def _check_kind(fields: ConfigFields) -> None:
 def _pairs(
     file: Path, tensors: Mapping[str, StoredTensor]
 ) -> dict[tuple[str, int, str], dict[str, StoredTensor]]:
-    """The tensors by (module, layer, projection), then by side."""
+    """Group the tensors by (module, layer, projection), then by side."""
     found: dict[tuple[str, int, str], dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
@@ -104,9 +107,12 @@ def _pairs(
 
 
 def _read(
-    file: Path, sides: Mapping[str, StoredTensor], side: str, shape: tuple[int | None, ...],
+    file: Path,
+    sides: Mapping[str, StoredTensor],
+    side: str,
+    shape: tuple[int | None, ...],
     module: str,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     if side not in sides:
         raise CheckpointError(f"{file}: {module}: expected lora_A and lora_B, found no lora_{side}")
     found = sides[side].shape
@@ -121,11 +127,11 @@ def _read(
 
 
 def _scale(fields: ConfigFields, module: str, rank: int) -> float:
-    """alpha / rank; / sqrt(rank) with rsLoRA (arXiv:2312.03732)."""
+    """Return alpha / rank; with rsLoRA (arXiv:2312.03732) alpha / sqrt(rank)."""
     alpha = fields.number("lora_alpha")
     patterns = fields.values.get("alpha_pattern") or {}
     for pattern, value in _items(fields, patterns):
-        # PEFT takes a pattern for the end of a module's name.
+        # PEFT matches a pattern against the end of a module's name.
         if module == pattern or module.endswith(f".{pattern}"):
             alpha = float(value)
     return alpha / (rank**0.5 if fields.flag("use_rslora", False) else rank)

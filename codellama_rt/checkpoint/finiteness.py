@@ -1,4 +1,4 @@
-"""Weights without NaN and infinity: how they are looked for, in floats and in blocks."""
+"""Find NaN and infinities in weights, both floats and quantised blocks."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ _EXPONENT_BITS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
 
 
 def first_non_finite(array: np.ndarray) -> int | None:
-    """Finds the first NaN or infinity.
+    """Find the first NaN or infinity.
 
     Args:
         array: float32, float16 or bfloat16, contiguous.
@@ -27,8 +27,8 @@ def first_non_finite(array: np.ndarray) -> int | None:
         >>> first_non_finite(np.array([1.0, np.nan], np.float16))
         1
     """
-    # All exponent bits set means NaN or infinity; without its sign such a pattern is the greatest,
-    # so one masked maximum answers: 20 GB/s a core, where np.isfinite does 1 to 2 in 16 bits.
+    # All exponent bits set means NaN or infinity. Without the sign such a pattern is the largest,
+    # so one masked maximum answers: 20 GB/s per core, where np.isfinite does 1 to 2 in 16 bits.
     unsigned = np.dtype(f"u{array.dtype.itemsize}")
     limit = unsigned.type(_EXPONENT_BITS[array.dtype.name])
     flat, step = array.reshape(-1).view(unsigned), _CHUNK_BYTES // unsigned.itemsize
@@ -44,12 +44,12 @@ def check_finite(
     arrays: Mapping[str, Weight],
     progress: Progress | None = None,
 ) -> None:
-    """Reads every weight once and refuses NaN and infinities.
+    """Read every weight once and reject NaN and infinities.
 
     Args:
-        tensors: where the arrays come from, for the message.
+        tensors: the sources of the arrays, for messages.
         arrays: the weights by the same names, and others.
-        progress: called with bytes done, bytes in all, and what is done.
+        progress: called with bytes done, total bytes, and a description.
 
     Raises:
         CheckpointError: a value is not finite.
@@ -73,7 +73,7 @@ def check_finite(
 
 
 def _check_rows(tensor: StoredTensor, weight: Quantized) -> None:
-    """Only the scales of blocks can be NaN or infinity, and the sum of a row has them all."""
+    """Check the row sums: only scales of blocks can be NaN or infinite, and sums contain all."""
     rows = ops.linear(np.ones((1, weight.shape[1]), np.float32), weight)[0]
     bad = first_non_finite(rows)
     if bad is not None:

@@ -1,7 +1,7 @@
-"""Which tensors of a model are quantised, and from what: the projections and the head.
+"""Which tensors of a model are quantised (the projections and the head), and how.
 
-Every step reads those whole. Of the embedding it reads a row a token, and norms are vectors: both
-stay floats. A head that is tied to the embedding becomes a quantised copy of it.
+Every step reads those tensors whole. Of the embedding it reads one row per token, and norms are
+vectors: both stay floats. A head that is tied to the embedding becomes a quantised copy of it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def check_quantization(quantization: str | None) -> None:
-    """Refuse what is neither None nor one of `QUANTIZATIONS`.
+    """Reject anything but None and the names in `QUANTIZATIONS`.
 
     Raises:
-        ValueError: it is not.
+        ValueError: an unknown name.
     """
     if quantization not in (None, *QUANTIZATIONS):
         raise ValueError(
@@ -39,7 +39,7 @@ def check_quantization(quantization: str | None) -> None:
 
 
 def is_quantized(name: str) -> bool:
-    """Whether quantising a model quantises the tensor of this name in Hugging Face's layout.
+    """Return whether quantisation applies to the tensor of this name (Hugging Face's layout).
 
     Example:
         >>> is_quantized("model.layers.0.mlp.up_proj.weight")
@@ -49,25 +49,25 @@ def is_quantized(name: str) -> bool:
 
 
 def sources(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """What each tensor of the quantised model is made from: a tied head from the embedding."""
+    """Return the source of each tensor of the quantised model: a tied head's is the embedding."""
     return {**tensors, _HEAD: tensors.get(_HEAD, tensors[_EMBEDDING])}
 
 
 def quantize_tensor(
     tensor: StoredTensor, dtype: str, reorder: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> Quantized:
-    """Reads one tensor and quantises it; its pages of the file are then let go.
+    """Read one tensor and quantise it; its part of the mapped file is then released.
 
-    A band of rows at a time, so that what lies in blocks is never whole in float32; tiles do not
-    depend on one another.
+    It works on bands of rows, so that tensors in blocks are never whole in float32; tiles are
+    independent.
 
     Args:
         tensor: (out_features, in_features), floats or one of GGUF's formats.
         dtype: one of `QUANTIZATIONS`.
-        reorder: puts its rows into another order first.
+        reorder: puts the rows into another order first.
 
     Raises:
-        CheckpointError: a value is not finite; it would take its whole group with it.
+        CheckpointError: a value is not finite; it would make its whole group NaN.
     """
     n_rows, row_size = tensor.shape
     payload, done = np.empty(weight_num_bytes(dtype, tensor.shape), np.uint8), 0

@@ -4,13 +4,13 @@ import numpy as np
 
 
 def halves_first(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows whose pairs (2i, 2i + 1) rotate together, so ordered that (i, i + head_dim / 2) do."""
+    """Reorder rows whose pairs (2i, 2i + 1) rotate together, so that (i, i + head_dim / 2) do."""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def pairs_first(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """The inverse of `halves_first`.
+    """Invert `halves_first`.
 
     Example:
         >>> pairs_first(halves_first(np.arange(8), 4), 4)
@@ -21,7 +21,7 @@ def pairs_first(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def rotates(name: str) -> bool:
-    """Whether the order of a tensor's rows is one of these, by its name in Hugging Face's layout.
+    """Return whether a tensor's rows are in one of these orders, by its Hugging Face name.
 
     Example:
         >>> rotates("model.layers.0.self_attn.v_proj.weight")

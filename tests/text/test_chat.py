@@ -70,7 +70,7 @@ def test_ids_are_those_of_meta(tokenizers, golden, size, column, given):
     template = golden["meta"][f"chat_template_{size}"] if given else None
     for case in golden["cases"]:
         if isinstance(case[column], dict):
-            with pytest.raises(ValueError, match="user and assistant by turns"):
+            with pytest.raises(ValueError, match="alternating user and assistant"):
                 tokenizers[size].apply_chat_template(case["messages"], chat_template=template)
         else:
             ids = tokenizers[size].apply_chat_template(case["messages"], chat_template=template)
@@ -116,7 +116,7 @@ def test_marks_of_the_format_are_refused_in_any_message(style, tag, place):
     tokenizer = with_step()
     dialog = list(DIALOG)
     dialog[place] = Message(dialog[place].role, f"x{tag}y")
-    with pytest.raises(ValueError, match=r"messages\[\d\] holds .*, a mark of the chat format"):
+    with pytest.raises(ValueError, match=r"messages\[\d\] contains .*, a chat format mark"):
         style.encode(tokenizer, dialog)
 
 
@@ -127,7 +127,7 @@ def test_marks_of_the_format_are_refused_in_any_message(style, tag, place):
 def test_the_order_of_roles(style, roles):
     names = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
     dialog = [Message(names[role], "x") for role in roles.replace(" ", "")]
-    with pytest.raises(ValueError, match="user and assistant by turns"):
+    with pytest.raises(ValueError, match="alternating user and assistant"):
         style.encode(with_step(), dialog)
 
 
@@ -190,9 +190,9 @@ def test_formats_by_what_is_known(bpe, llama):
     assert isinstance(find_format(CHATML, llama), JinjaFormat)
     assert isinstance(find_format("{{ '[INST]' }}<step>", llama), JinjaFormat)
     assert isinstance(find_format("{{ 1 / 0 }}[INST]<step>", llama), JinjaFormat)
-    with pytest.raises(ValueError, match="brings no chat template"):
+    with pytest.raises(ValueError, match="has no chat template"):
         find_format(None, bpe)
-    with pytest.raises(ValueError, match="<step>, which this vocabulary lacks"):
+    with pytest.raises(ValueError, match="<step>, which is not in this vocabulary"):
         find_format("code-llama-70b", llama).encode(llama, DIALOG)
     with pytest.raises(TypeError, match="chat_template must be a str"):
         find_format(7, llama)
@@ -250,7 +250,11 @@ def test_ids_as_arrays(tmp_path):
         ([{"role": "user", "content": ["x"]}], TypeError, "content must be a str, got list"),
         ([{"role": "<|user|>", "content": "x"}], ValueError, "role must be one of system, user"),
         ([{"role": None, "content": "x"}], ValueError, "role must be one of"),
-        ([{"role": "user", "content": "x", "name": "y"}], ValueError, "alone, got name"),
+        (
+            [{"role": "user", "content": "x", "name": "y"}],
+            ValueError,
+            "only role and content, got name",
+        ),
         ([{"role": "user", "content": "\ud800"}], ValueError, "surrogate"),
         ([{"role": "user", "content": "x"}] * 10_001, ValueError, "at most 10000 messages"),
     ],

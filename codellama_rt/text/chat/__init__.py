@@ -1,6 +1,6 @@
-"""Conversations as prompts: Code Llama's own formats, and templates that repositories bring.
+"""Conversations as prompts: Code Llama's own formats, and the templates of checkpoints.
 
-What a user writes stays text: the names of control tokens in it never become the tokens.
+What a user writes stays text: names of control tokens inside it never become the tokens.
 """
 
 from codellama_rt.text.chat.chat_format import ChatFormat, find_format, read_chat_template

@@ -1,4 +1,4 @@
-"""Which format a checkpoint's conversations have."""
+"""Find the chat format of a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ class ChatFormat(Protocol):
     name: str
 
     def encode(self, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-        """The prompt's ids."""
+        """Return the prompt's ids."""
 
     def render(self, tokenizer: Any, messages: Sequence[Message]) -> str:
-        """The prompt as a text."""
+        """Return the prompt as text."""
 
     def end_ids(self, tokenizer: Any) -> tuple[int, ...]:
-        """What ends an answer besides end-of-sequence."""
+        """Return the ids that end an answer, besides end-of-sequence."""
 
 
 NATIVE = {style.name: style for style in (InstFormat, StepFormat)}
 
 
 def find_format(chat_template: str | None, tokenizer: Any) -> ChatFormat:
-    """The format of a checkpoint.
+    """Return the chat format of a checkpoint.
 
     Args:
-        chat_template: "code-llama", "code-llama-70b", or Jinja; None: what the vocabulary tells.
-        tokenizer: of the checkpoint.
+        chat_template: "code-llama", "code-llama-70b", or Jinja; None: decide by the vocabulary.
+        tokenizer: the checkpoint's.
 
     Returns:
-        Meta's own format, also for a template that says the same: its ids are those the model was
-        trained on, where a rendered text loses the boundaries between them. Else the template.
+        Meta's own format, also for a template that renders the same: its ids are those the model
+        was trained on, while rendered text loses boundaries between pieces. Else the template.
 
     Raises:
-        TypeError: chat_template is no str.
-        ValueError: there is no template, and the vocabulary is none of Code Llama's.
+        TypeError: chat_template is not a str.
+        ValueError: there is no template, and the vocabulary is not Code Llama's.
     """
     if chat_template is None:
         return _format_of_vocabulary(tokenizer)
@@ -60,14 +60,14 @@ def find_format(chat_template: str | None, tokenizer: Any) -> ChatFormat:
 
 
 def read_chat_template(path: Path) -> str | None:
-    """The template that a checkpoint brings, or None.
+    """Read the chat template of a checkpoint; None if it has none.
 
     Args:
-        path: a GGUF file, which may hold it; a directory, or a file in it, where it is
-            chat_template.jinja or an entry of tokenizer_config.json.
+        path: a GGUF file, which may contain it; a directory, or a file in it, with
+            chat_template.jinja or an entry in tokenizer_config.json.
 
     Raises:
-        CheckpointError: it is there and no text, or there are several and none is the default.
+        CheckpointError: it is not text, or there are several and none is the default.
     """
     if path.is_file():
         from codellama_rt.checkpoint.formats.gguf_file import MAGIC, read_gguf
@@ -92,7 +92,7 @@ def _utf8(path: Path) -> str:
 
 
 def _default_of(found: Any, source: str) -> str | None:
-    """The one template, or of several the one named "default"."""
+    """Return the only template, or of several the one named "default"."""
     if isinstance(found, list):
         named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
         found = named.get("default", found)
@@ -110,14 +110,14 @@ def _format_of_vocabulary(tokenizer: Any) -> ChatFormat:
     if tokenizer.piece_id("<s>") is not None and tokenizer.piece_id("<0x0A>") is not None:
         return InstFormat()  # Llama's SentencePiece vocabulary
     raise ValueError(
-        "this checkpoint brings no chat template, and its vocabulary is not Code Llama's; give "
+        "this checkpoint has no chat template, and its vocabulary is not Code Llama's; give "
         f"chat_template=, Jinja or one of {', '.join(NATIVE)}"
     )
 
 
 _QUESTION = [Message("user", "q1")]
 _DIALOG = [*_QUESTION, Message("assistant", "a1"), Message("user", "q2")]
-_INST_TEXTS = {  # what `InstFormat` stands for, for comparison with what a template renders
+_INST_TEXTS = {  # `InstFormat`'s texts, to compare with what a template renders
     "<s>[INST] q1 [/INST]": _QUESTION,
     "<s>[INST] q1 [/INST] a1 </s><s>[INST] q2 [/INST]": _DIALOG,
     "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nq1 [/INST]": [Message("system", "s"), *_QUESTION],
@@ -131,7 +131,7 @@ def _is_inst_template(source: str) -> bool:
 
 
 def _is_step_template(source: str) -> bool:
-    """Whether it writes the turns of 70B; Hugging Face's text differs from Meta's in its spaces."""
+    """Return whether it renders the turns of 70B; Hugging Face's spaces differ from Meta's."""
     if STEP_PIECE not in source:
         return False
     text = _rendered(source, [Message("system", "s"), *_QUESTION]) or ""

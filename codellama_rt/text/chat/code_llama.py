@@ -1,8 +1,9 @@
-"""The two formats Code Llama Instruct was trained on, token by token as Meta's code builds them.
+"""The two formats Code Llama Instruct was trained on, token by token as in Meta's code.
 
 7B, 13B and 34B (`chat_completion` of the reference): each turn is one text "[INST] .. [/INST] .. "
-between begin and end tokens, the system text a part of the first. 70B (`dialog_prompt_tokens`):
-each message is a header and a body, encoded apart, and ends with the control token <step>.
+between begin and end tokens; the system text is part of the first turn. 70B
+(`dialog_prompt_tokens`): each message is a header and a body, encoded separately, and ends with the
+control token <step>.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from codellama_rt.text.chat.messages import Message
 
-# A user who could write these would speak in another's name; Meta's code refuses them, too.
+# A user who could write these could impersonate another role; Meta's code rejects them, too.
 RESERVED = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<step>")
 STEP_PIECE = "<step>"
 
@@ -23,14 +24,14 @@ class InstFormat:
     name = "code-llama"
 
     def encode(self, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-        """The prompt's ids.
+        """Return the prompt's ids.
 
         Args:
-            tokenizer: of the model, with bos_id and eos_id.
-            messages: perhaps a system message, then user and assistant by turns, the user last.
+            tokenizer: the model's, with bos_id and eos_id.
+            messages: an optional system message, then user and assistant in turn, user last.
 
         Raises:
-            ValueError: the roles do not alternate, or a content holds one of RESERVED.
+            ValueError: the roles do not alternate, or a content contains one of RESERVED.
         """
         *answered, last = self._turns(messages)
         ids: list[int] = []
@@ -39,13 +40,13 @@ class InstFormat:
         return [*ids, tokenizer.bos_id, *tokenizer.encode_plain(last)]
 
     def render(self, tokenizer: Any, messages: Sequence[Message]) -> str:
-        """The same as a text with the control tokens' names, for people to read."""
+        """Return the prompt as text with the names of control tokens, for display."""
         bos, eos = (tokenizer.piece(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
         *answered, last = self._turns(messages)
         return "".join(f"{bos}{turn}{eos}" for turn in answered) + f"{bos}{last}"
 
     def end_ids(self, tokenizer: Any) -> tuple[int, ...]:
-        """What ends an answer besides end-of-sequence."""
+        """Return the ids that end an answer, besides end-of-sequence."""
         return ()
 
     def _turns(self, messages: Sequence[Message]) -> list[str]:
@@ -68,11 +69,11 @@ class StepFormat:
     name = "code-llama-70b"
 
     def encode(self, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-        """The prompt's ids, up to where the assistant begins.
+        """Return the prompt's ids, up to where the assistant begins.
 
         Args:
-            tokenizer: of the model, with bos_id and a piece <step>.
-            messages: perhaps a system message, then user and assistant by turns, the user last.
+            tokenizer: the model's, with bos_id and a piece <step>.
+            messages: an optional system message, then user and assistant in turn, user last.
 
         Raises:
             ValueError: as for `InstFormat`, or the vocabulary has no <step>.
@@ -88,7 +89,7 @@ class StepFormat:
         return ids + tokenizer.encode_plain("\n\n ")
 
     def render(self, tokenizer: Any, messages: Sequence[Message]) -> str:
-        """The same as a text with the control tokens' names, for people to read."""
+        """Return the prompt as text with the names of control tokens, for display."""
         parts = []
         for message in self._with_system(messages):
             body = f"\n\n {message.content.strip()}" if message.content else ""
@@ -97,7 +98,7 @@ class StepFormat:
         return f"{bos}{''.join(parts)} Source: assistant\nDestination: user\n\n "
 
     def end_ids(self, tokenizer: Any) -> tuple[int, ...]:
-        """What ends an answer besides end-of-sequence.
+        """Return the ids that end an answer, besides end-of-sequence.
 
         Raises:
             ValueError: the vocabulary has no <step>.
@@ -105,8 +106,8 @@ class StepFormat:
         step = tokenizer.piece_id(STEP_PIECE)
         if step is None:
             raise ValueError(
-                "the turns of Code Llama 70B Instruct end with <step>, which this vocabulary "
-                f"lacks; the format of the smaller models is {InstFormat.name!r}"
+                "the turns of Code Llama 70B Instruct end with <step>, which is not in this "
+                f"vocabulary; the format of the smaller models is {InstFormat.name!r}"
             )
         return (step,)
 
@@ -123,16 +124,16 @@ def _refuse_reserved(messages: Sequence[Message]) -> None:
         for tag in RESERVED:
             if tag in message.content:
                 raise ValueError(
-                    f"messages[{i}] holds {tag}, a mark of the chat format that no message may have"
+                    f"messages[{i}] contains {tag}, a chat format mark that no message may contain"
                 )
 
 
 def _require_alternation(messages: Sequence[Message]) -> None:
-    """User and assistant by turns, the user first and last."""
+    """Check that user and assistant alternate, beginning and ending with user."""
     roles = [message.role for message in messages]
     expected = [("user", "assistant")[i % 2] for i in range(len(roles))]
     if roles != expected or not roles or roles[-1] != "user":
         raise ValueError(
-            "a conversation is at most one system message, then user and assistant by turns, the "
+            "a conversation is an optional system message, then alternating user and assistant, "
             f"user first and last; got {', '.join(roles) or 'nothing after the system message'}"
         )

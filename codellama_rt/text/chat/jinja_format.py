@@ -1,9 +1,9 @@
-"""A repository's own chat template as a format: rendered, then cut at the control tokens' names.
+"""A checkpoint's own chat template as a format: rendered, then split at control tokens' names.
 
-A rendered template is one text in which the names that the template wrote must become tokens and
-those that a user wrote must not. So before rendering a separator that no message has is put into
-every name in a message, and at an end of a message that could be a part of one; the names left in
-the rendered text are the template's, and the separators are taken out of the rest.
+In a rendered template, names that the template wrote must become tokens and names that a user wrote
+must not. So before rendering, a separator that no message contains is inserted into every name in a
+message, and at an end of a message that could be part of a name. The names left in the rendered
+text are the template's, and the separators are removed from the rest.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 from codellama_rt.text.chat.messages import Message
 from codellama_rt.text.chat.sandbox import ChatTemplateError, render_template
 
-_PRIVATE_USE = range(0xE000, 0xF900)  # characters that mean nothing to anybody
+_PRIVATE_USE = range(0xE000, 0xF900)  # characters without an assigned meaning
 
 
 class JinjaFormat:
-    """The format that a template describes.
+    """The format defined by a template.
 
     Args:
         source: Jinja, as in tokenizer_config.json; it is rendered in a sandbox.
@@ -37,15 +37,15 @@ class JinjaFormat:
     def render(
         self, tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation, names of control tokens included.
+        """Render a conversation, including the names of control tokens.
 
         Args:
-            tokenizer: of the checkpoint, for its bos_token and eos_token.
+            tokenizer: the checkpoint's; its bos_token and eos_token are used.
             messages: the conversation.
-            add_generation_prompt: go on to where the assistant begins.
+            add_generation_prompt: continue to where the assistant begins.
 
         Raises:
-            ChatTemplateError: the template is faulty, forbidden, or refuses the conversation.
+            ChatTemplateError: the template is faulty, forbidden, or rejects the conversation.
         """
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         names = {name: "" if i is None else tokenizer.piece(i) for name, i in ids.items()}
@@ -54,15 +54,15 @@ class JinjaFormat:
     def encode(
         self, tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """The prompt's ids; only what the template itself writes becomes control tokens.
+        """Return the prompt's ids; only names that the template itself writes become tokens.
 
         Args:
             tokenizer: with `special_names`, `encode_rendered(parts)`.
             messages: the conversation.
-            add_generation_prompt: go on to where the assistant begins.
+            add_generation_prompt: continue to where the assistant begins.
 
         Raises:
-            ChatTemplateError: as `render`, or it writes no begin of a text at all.
+            ChatTemplateError: as for `render`, or the text is empty.
         """
         names = tokenizer.special_names
         separator = _separator(message.content for message in messages)
@@ -79,19 +79,23 @@ class JinjaFormat:
         )
 
     def end_ids(self, tokenizer: Any) -> tuple[int, ...]:
-        """What ends an answer besides end-of-sequence."""
+        """Return the ids that end an answer, besides end-of-sequence."""
         return ()
 
 
 def render_messages(
-    source: str, messages: Sequence[Message], names: Mapping[str, str],
+    source: str,
+    messages: Sequence[Message],
+    names: Mapping[str, str],
     add_generation_prompt: bool = True,
-) -> str:  # fmt: skip
-    """Render a template with the variables that templates expect, `names` among them."""
+) -> str:
+    """Render a template with the variables that templates expect, including `names`."""
     known = {
         "messages": [message._asdict() for message in messages],
-        "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None,
-    }  # fmt: skip
+        "add_generation_prompt": add_generation_prompt,
+        "tools": None,
+        "documents": None,
+    }
     return render_template(source, known | dict(names))
 
 
@@ -101,7 +105,10 @@ def _separator(texts: Iterator[str]) -> str:
 
 
 def _set_apart(content: str, names: Sequence[str], separator: str) -> str:
-    """A text in which no name stands, nor begins or ends; white space stays outermost, for trim."""
+    """Insert separators so that the text has no name, nor part of one at its ends.
+
+    White space stays outermost, so that the template's trim still finds it.
+    """
     for name in names:
         content = content.replace(name, f"{name[0]}{separator}{name[1:]}")
     core = content.strip()
@@ -117,6 +124,6 @@ def _set_apart(content: str, names: Sequence[str], separator: str) -> str:
 
 
 def _overlaps(left: str, right: str) -> bool:
-    """Whether some end of `left` is a beginning of `right`."""
+    """Return whether some end of `left` is a beginning of `right`."""
     longest = min(len(left), len(right))
     return any(left.endswith(right[:size]) for size in range(1, longest + 1))

@@ -1,4 +1,4 @@
-"""The messages of a conversation, checked once."""
+"""The messages of a conversation, validated once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_MESSAGES = 10_000
 
 
 class Message(NamedTuple):
-    """Who says what.
+    """A message with its role.
 
     Example:
         >>> Message("user", "Reverse a list in place.").role
@@ -22,14 +22,14 @@ class Message(NamedTuple):
 
 
 def checked_messages(messages: Any) -> list[Message]:
-    """A conversation as a list of messages.
+    """Return a conversation as a list of messages, validated.
 
     Args:
         messages: mappings with "role" and "content", or Messages.
 
     Raises:
-        TypeError: no such list, or a content that is no str.
-        ValueError: no message, too many, an unknown role, or half of a surrogate pair.
+        TypeError: not such a list, or a content that is not a str.
+        ValueError: no or too many messages, an unknown role, or half of a surrogate pair.
 
     Example:
         >>> checked_messages([{"role": "user", "content": "Hello"}])
@@ -61,7 +61,7 @@ def _checked(i: int, message: Any) -> Message:
     unknown = sorted(set(message) - {"role", "content"}, key=str)
     if unknown:
         names = ", ".join(map(str, unknown))
-        raise ValueError(f"messages[{i}] must have a role and a content alone, got {names:.100}")
+        raise ValueError(f"messages[{i}] must have only role and content, got {names:.100}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"messages[{i}]: role must be one of {', '.join(ROLES)}, got {role!r:.40}")
