@@ -4,7 +4,6 @@ import gc
 
 import numpy as np
 import pytest
-from codellama_rt.model.cuda.place import place
 from helpers.builders import int32
 from helpers.goldens import run, tiny_golden
 from helpers.tolerances import assert_equal_bits
@@ -17,6 +16,7 @@ from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
 from codellama_rt.llm.kv_plan import plan_cuda_blocks
 from codellama_rt.llm.llm import LLM
+from codellama_rt.llm.placement import place
 from codellama_rt.llm.scoring import sequence_logits
 from codellama_rt.model.cuda import llama as cuda_model
 from codellama_rt.model.cuda import tensor
@@ -37,10 +37,17 @@ def little_workspace(monkeypatch):
 def make_model(name, **options):
     checkpoint = open_checkpoint(tiny_golden(name).folder, dtype="bfloat16")
     arguments = {
-        "kv_dtype": "bfloat16", "block_size": 16, "longest": None, "max_num_seqs": 8,
-        "kv_memory": 1 << 20, **options,
-    }  # fmt: skip
-    return place(checkpoint.config, checkpoint.weights, **arguments)
+        "num_blocks": None,
+        "kv_dtype": "bfloat16",
+        "block_size": 16,
+        "longest": None,
+        "max_num_seqs": 8,
+        "kv_memory": 1 << 20,
+        "quantization": None,
+        "attention": "custom",
+        **options,
+    }
+    return place("cuda", checkpoint.config, checkpoint.weights, **arguments)
 
 
 def generate(model, cache, prompts, params=GREEDY, **options):
