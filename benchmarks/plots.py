@@ -61,7 +61,7 @@ def roofline(axes, rows):
 
 
 def context(axes, rows):
-    """Tokens a second over the tokens of the context; dashed: what the read bandwidth allows."""
+    """Tokens per second over the tokens of the context; dashed: what the read bandwidth allows."""
     series = {}
     for row in rows:
         label = f"{row['model']}: {row['weights']} weights, {row['kv']} cache"
@@ -73,7 +73,8 @@ def context(axes, rows):
     for row in (row for row in rows if "bytes" in row):
         label = f"{row['model']}: {row['weights']} weights, {row['kv']} cache"
         roofs.setdefault(label, {})[row["depth"]] = 1e9 * row["read_gb_per_s"] / row["bytes"]
-    for i, (label, points) in enumerate(series.items()):
+    lines = {label: points for label, points in series.items() if len(points) > 1}
+    for i, (label, points) in enumerate((lines or series).items()):  # a point alone says little
         cycle = i // len(COLOURS)  # colours that come again have other marks and hollow ones
         colour, mark = COLOURS[i % len(COLOURS)], MARKS[(i + 3 * cycle) % len(MARKS)]
         depths = sorted(points)
