@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from codellama_rt.llm.memory_plan import estimate, find_model
+from codellama_rt.llm.plan import Plan
 from codellama_rt.llm.variants import SHAPES
 from codellama_rt.tools.bench.synthetic import write_directory
 
@@ -79,7 +80,10 @@ def compare(name: str, model: str | Path) -> float:
     largest = 0.0
     for case in CASES:
         found = estimate(
-            find_model(model), context=case.context, num_seqs=case.num_seqs, **case.options
+            find_model(model),
+            Plan(**case.options),
+            context=case.context,
+            num_seqs=case.num_seqs,
         )
         interpreter, peak = measure(model, case)
         error = found.peak / peak - 1

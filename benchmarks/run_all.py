@@ -1,4 +1,4 @@
-"""Measure what README.md and docs/ show, one command after another, and make the report.
+"""Measure what docs/measurements.md shows, one command after another, and make the report.
 
     python benchmarks/run_all.py --peer-python PYTHON [--out docs] [--quick]
 

@@ -143,10 +143,10 @@ def random_weights(
     layers = tuple(
         DeviceLayer(
             attention_norm=random_tensor(rng, (config.dim,)),
-            qkv=(put(q_dim, config.dim), put(kv_dim, config.dim), put(kv_dim, config.dim)),
+            qkv_proj=(put(q_dim, config.dim), put(kv_dim, config.dim), put(kv_dim, config.dim)),
             o_proj=put(config.dim, q_dim),
             mlp_norm=random_tensor(rng, (config.dim,)),
-            gate_up=(put(config.hidden_dim, config.dim), put(config.hidden_dim, config.dim)),
+            gate_up_proj=(put(config.hidden_dim, config.dim), put(config.hidden_dim, config.dim)),
             down_proj=put(config.dim, config.hidden_dim),
         )
         for _ in range(config.n_layers)

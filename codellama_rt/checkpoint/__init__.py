@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 
 from codellama_rt.checkpoint.finiteness import check_finite
-from codellama_rt.checkpoint.model_names import resolve_model
-from codellama_rt.checkpoint.open import read_model
+from codellama_rt.checkpoint.open import Opened, resolve
 from codellama_rt.checkpoint.quantize import check_quantization
-from codellama_rt.checkpoint.stored_tensor import Progress, StoredModel, StoredTensor
-from codellama_rt.checkpoint.weight_loading import choose_dtype, load_arrays, match_tensors
+from codellama_rt.checkpoint.stored_tensor import Progress
+from codellama_rt.checkpoint.weight_loading import load_arrays
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.weights import LayerWeights, LlamaWeights, Weight
-from codellama_rt.ops.dtypes import FLOAT_DTYPES
+from codellama_rt.ops.dtypes import numpy_dtype
 from codellama_rt.ops.quantized import Quantized
 
 
@@ -75,20 +74,23 @@ def open_checkpoint(
         >>> open_checkpoint("smollm2-135m-instruct").config.n_layers  # doctest: +SKIP
         30
     """
-    stored = read_model(resolve_model(model))
     return load_checkpoint(
-        stored, dtype=dtype, quantization=quantization, check=check, progress=progress
+        resolve(model), dtype=dtype, quantization=quantization, check=check, progress=progress
     )
 
 
 def load_checkpoint(
-    stored: StoredModel, *, dtype: str = "auto", quantization: str | None = None,
-    check: str | None = None, progress: Progress | None = None,
-) -> Checkpoint:  # fmt: skip
-    """Loads the weights of a model whose headers are read.
+    opened: Opened,
+    *,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    check: str | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Load the weights of a model whose headers are read.
 
     Args:
-        stored: from `read_model`.
+        opened: from `resolve`.
         dtype: as in `open_checkpoint`.
         quantization: as in `open_checkpoint`.
         check: as in `open_checkpoint`.
@@ -97,16 +99,24 @@ def load_checkpoint(
     Raises:
         CheckpointError, ValueError: as `open_checkpoint`.
     """
-    check_choices(dtype, check)
+    float_dtype, tensors = opened.float_dtype(dtype), opened.tensors
+    if check not in (None, "finite"):
+        raise ValueError(f"open_checkpoint: check must be None or 'finite', got {check!r}")
     check_quantization(quantization)
-    path = stored.path
-    check_stored_quantization(stored, quantization)
-    tensors = match_tensors(stored)
-    arrays = load_arrays(tensors, dtype, quantization, progress)
+    check_stored_quantization(opened, quantization)
+    arrays = load_arrays(
+        tensors,
+        numpy_dtype(float_dtype),
+        is_auto=dtype == "auto",
+        quantization=quantization,
+        progress=progress,
+    )
     if check == "finite":
         check_finite(tensors, arrays, progress)
-    weights = _assemble(arrays, stored.config.n_layers)
-    config = dataclasses.replace(stored.config, dtype=_float_dtype(tensors, weights, dtype))
+    weights = _assemble(arrays, opened.config.n_layers)
+    projection = weights.layers[0].q_proj
+    if not isinstance(projection, Quantized):
+        float_dtype = projection.dtype.name
     stored_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     mapped_bytes = sum(
         tensor.num_bytes
@@ -114,44 +124,31 @@ def load_checkpoint(
         if np.may_share_memory(_bytes_of(arrays[name]), tensor.payload)
     )
     return Checkpoint(
-        path, config, weights, stored.generation_config, path, stored_bytes, mapped_bytes
+        opened.path,
+        dataclasses.replace(opened.config, dtype=float_dtype),
+        weights,
+        opened.generation_config,
+        opened.path,
+        stored_bytes,
+        mapped_bytes,
     )
-
-
-def _float_dtype(tensors: dict[str, StoredTensor], weights: LlamaWeights, dtype: str) -> str:
-    projection = weights.layers[0].q_proj
-    if not isinstance(projection, Quantized):
-        return projection.dtype.name
-    return choose_dtype(tensors).name if dtype == "auto" else dtype
 
 
 def _bytes_of(weight: Weight) -> np.ndarray:
     return weight.payload if isinstance(weight, Quantized) else weight
 
 
-def check_stored_quantization(stored: StoredModel, quantization: str | None) -> None:
-    """Refuses to quantise what is quantised otherwise.
+def check_stored_quantization(opened: Opened, quantization: str | None) -> None:
+    """Refuse to quantise what is quantised otherwise.
 
     Raises:
         CheckpointError: it is.
     """
-    if stored.quantization is not None and quantization not in (None, stored.quantization):
+    if opened.quantization is not None and quantization not in (None, opened.quantization):
         raise CheckpointError(
-            f"{stored.path}: expected weights to quantise to {quantization}, found them in "
-            f"{stored.quantization} already; leave quantization out, or convert the original again"
+            f"{opened.path}: expected weights to quantise to {quantization}, found them in "
+            f"{opened.quantization} already; leave quantization out, or convert the original again"
         )
-
-
-def check_choices(dtype: str, check: str | None = None) -> None:
-    """Refuses what is no dtype of floats, or no check.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if dtype not in ("auto", *FLOAT_DTYPES):
-        raise ValueError(f"dtype must be one of auto, {', '.join(FLOAT_DTYPES)}, got {dtype!r}")
-    if check not in (None, "finite"):
-        raise ValueError(f"check must be None or 'finite', got {check!r}")
 
 
 _LAYER_PARTS = {

@@ -1,23 +1,65 @@
-"""Tells the formats of checkpoints apart."""
+"""Open a model: find its files, tell the formats apart, read the headers once, match the tensors.
 
-from pathlib import Path
+Everything that follows (plan, weights, tokenizer, chat template) takes what is known from here.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
 
 from codellama_rt.checkpoint.formats.gguf_model import read_gguf_model
 from codellama_rt.checkpoint.formats.hf_directory import read_directory
 from codellama_rt.checkpoint.formats.meta_directory import is_meta_directory, read_meta_directory
+from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.checkpoint.stored_tensor import StoredModel
+from codellama_rt.checkpoint.weight_loading import choose_dtype, match_tensors
+from codellama_rt.ops.dtypes import FLOAT_DTYPES
 
 
-def read_model(path: Path) -> StoredModel:
-    """Opens a model's files and checks their headers; no weight is read.
+@dataclass(frozen=True, kw_only=True)
+class Opened(StoredModel):
+    """A model whose tensors are those of its configuration, no more and no fewer.
+
+    Attributes:
+        stored_dtype: of the floats, as `choose_dtype` chooses it.
+    """
+
+    stored_dtype: str
+
+    def float_dtype(self, dtype: str) -> str:
+        """Return the dtype of the floats when the model is loaded with the option `dtype`.
+
+        Raises:
+            ValueError: neither "auto" nor a dtype of floats.
+        """
+        if dtype not in ("auto", *FLOAT_DTYPES):
+            raise ValueError(
+                f"open_checkpoint: dtype must be one of auto, {', '.join(FLOAT_DTYPES)}, "
+                f"got {dtype!r}"
+            )
+        return self.stored_dtype if dtype == "auto" else dtype
+
+
+def resolve(model: str | os.PathLike[str]) -> Opened:
+    """Open a model's files and check their headers; no weight is read.
 
     Args:
-        path: a directory in Hugging Face's or in Meta's layout, or a GGUF file. Where a directory
-            is both, Hugging Face's files are taken.
+        model: a directory in Hugging Face's or in Meta's layout, a GGUF file, a built-in name, or
+            a hub id. Where a directory is in both layouts, Hugging Face's files are taken.
 
     Raises:
         CheckpointError: the files are missing, damaged, contradictory or of another architecture.
+        TypeError: model is neither a path nor a name.
+        RuntimeError: a named model cannot be fetched.
     """
+    path = resolve_model(model)
     if not path.is_dir():
-        return read_gguf_model(path)
-    return read_meta_directory(path) if is_meta_directory(path) else read_directory(path)
+        stored = read_gguf_model(path)
+    elif is_meta_directory(path):
+        stored = read_meta_directory(path)
+    else:
+        stored = read_directory(path)
+    tensors = match_tensors(stored)
+    known = vars(stored) | {"tensors": tensors}
+    return Opened(**known, stored_dtype=choose_dtype(tensors).name)

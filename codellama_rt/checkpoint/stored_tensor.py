@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,14 +133,25 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model's files, opened and their headers checked; no weight has been read."""
+    """A model's files, opened and their headers checked; no weight has been read.
+
+    Attributes:
+        path: the directory or GGUF file; its tokenizer and chat template are there as well.
+        config: of the model.
+        tensors: by their names in Hugging Face's layout.
+        generation_config: empty when there is none.
+        name_in_file: Hugging Face's name of a tensor to the one that the files use.
+        quantization: of a directory that `convert` wrote.
+        metadata: of a GGUF file, with what it says of tokenizer and chat template; else None.
+    """
 
     path: Path
     config: ModelConfig
-    tensors: dict[str, StoredTensor]  # by their names in Hugging Face's layout
+    tensors: dict[str, StoredTensor]
     generation_config: dict[str, Any]
-    name_in_file: Callable[[str], str] = str  # Hugging Face's name -> the one the files use
-    quantization: str | None = None  # of a directory that `convert` wrote
+    name_in_file: Callable[[str], str] = str
+    quantization: str | None = None
+    metadata: Mapping[str, Any] | None = None
 
 
 class Counter:

@@ -135,29 +135,33 @@ def choose_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype:
 
 
 def load_arrays(
-    tensors: Mapping[str, StoredTensor], dtype: str, quantization: str | None = None,
+    tensors: Mapping[str, StoredTensor],
+    target: np.dtype,
+    *,
+    is_auto: bool,
+    quantization: str | None = None,
     progress: Progress | None = None,
-) -> dict[str, Weight]:  # fmt: skip
+) -> dict[str, Weight]:
     """Turns stored tensors into weights, one after another.
 
     Args:
         tensors: as `match_tensors` returns them.
-        dtype: "auto" keeps what is stored (norms each in their own dtype) and copies nothing but
-            what differs from the projections' dtype or is in blocks that no operator takes; a name
-            converts every tensor, those that `convert` quantised apart.
+        target: dtype of the floats.
+        is_auto: keep what is stored (norms each in their own dtype) and copy nothing but what
+            differs from the projections' dtype or is in blocks that no operator takes; otherwise
+            convert every tensor, those that `convert` quantised apart.
         quantization: "int8" or "int4" quantises the projections and the head.
         progress: called with bytes done, bytes to read, and what is done.
 
     Returns:
-        The weights by name; where dtype and file agree they are views of the file's mapping.
+        The weights by name; where target and file agree they are views of the file's mapping.
 
     Raises:
-        CheckpointError: a finite value is beyond the range of dtype, or one to quantise is not
+        CheckpointError: a finite value is beyond the range of target, or one to quantise is not
             finite.
     """
-    target = choose_dtype(tensors) if dtype == "auto" else numpy_dtype(dtype)
     todo = dict(tensors) if quantization is None else sources(tensors)
-    kept = used_as_stored(todo, target, dtype == "auto", quantization)
+    kept = used_as_stored(todo, target, is_auto, quantization)
     counter = Counter(sum(t.num_bytes for n, t in todo.items() if n not in kept), progress)
     weights: dict[str, Weight] = {}
     mapped = used_in_place(todo, kept)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from codellama_rt.checkpoint.open import Opened
 from codellama_rt.checkpoint.quantize import QUANTIZATIONS
-from codellama_rt.checkpoint.stored_tensor import StoredModel
 from codellama_rt.errors import CheckpointError
-from codellama_rt.llm.memory_plan import Estimate, estimate, float_dtype, kv_bytes
+from codellama_rt.llm.memory_plan import Estimate, estimate, kv_bytes, with_kv_dtype
+from codellama_rt.llm.plan import Plan
 from codellama_rt.ops.quantized import CACHE_DTYPES
 
 SPEED_CONTEXTS = (1024, 16384, 100_000)
@@ -36,52 +37,50 @@ class Way:
 
 
 def compare(
-    stored: StoredModel, *, context: int, num_seqs: int, dtype: str, quantization: str | None,
-    kv_dtype: str, available: int, bandwidth: float,
-) -> list[Way]:  # fmt: skip
-    """What was asked for, then what else there is.
+    opened: Opened,
+    plan: Plan,
+    *,
+    context: int,
+    num_seqs: int,
+    available: int,
+    bandwidth: float,
+) -> list[Way]:
+    """Return what was asked for, then what else there is.
 
     Args:
-        stored: the model.
-        context: tokens a sequence.
+        opened: the model.
+        plan: what was asked for.
+        context: tokens per sequence.
         num_seqs: sequences at a time.
-        dtype: of the weights, as in `LLM`.
-        quantization: of the weights, as in `LLM`.
-        kv_dtype: as in `LLM`.
         available: bytes of memory that may be taken.
-        bandwidth: bytes a second that this machine reads.
+        bandwidth: bytes per second that this machine reads.
     """
-    asked = (quantization, float_dtype(stored, dtype) if kv_dtype == "auto" else kv_dtype)
+
+    def way(plan: Plan) -> Way:
+        figures = estimate(opened, plan, context=context, num_seqs=num_seqs)
+        speeds = {
+            length: figures.tokens_per_s(
+                bandwidth, kv_bytes(opened.config, plan, length, num_seqs), num_seqs
+            )
+            for length in SPEED_CONTEXTS
+        }
+        stored = "as stored" if plan.dtype == "auto" else plan.dtype
+        name = plan.quantization or opened.quantization or stored
+        return Way(name, plan.kv_dtype, figures, figures.fits(available), speeds)
+
+    asked = with_kv_dtype(opened, plan)
     others = [
-        (other, cache)
-        for other in (None, *QUANTIZATIONS)
-        for cache in (float_dtype(stored, dtype), *CACHE_DTYPES)
+        replace(asked, quantization=quantization, kv_dtype=kv_dtype)
+        for quantization in (None, *QUANTIZATIONS)
+        for kv_dtype in (opened.float_dtype(plan.dtype), *CACHE_DTYPES)
     ]
-    ways = [_way(stored, *asked, context, num_seqs, dtype, available, bandwidth)]
-    for pair in others:
+    ways = [way(asked)]
+    for other in others:
         # Heads that int4 cannot hold, or weights that are quantised otherwise already.
         with contextlib.suppress(ValueError, CheckpointError):
-            if pair != asked:
-                ways.append(_way(stored, *pair, context, num_seqs, dtype, available, bandwidth))
+            if other != asked:
+                ways.append(way(other))
     return ways
-
-
-def _way(
-    stored: StoredModel, quantization: str | None, kv_dtype: str, context: int, num_seqs: int,
-    dtype: str, available: int, bandwidth: float,
-) -> Way:  # fmt: skip
-    figures = estimate(
-        stored, context=context, num_seqs=num_seqs, dtype=dtype, quantization=quantization,
-        kv_dtype=kv_dtype,
-    )  # fmt: skip
-    speeds = {
-        length: figures.tokens_per_s(
-            bandwidth, kv_bytes(stored.config, kv_dtype, length, num_seqs), num_seqs
-        )
-        for length in SPEED_CONTEXTS
-    }
-    name = quantization or stored.quantization or (dtype if dtype != "auto" else "as stored")
-    return Way(name, kv_dtype, figures, figures.fits(available), speeds)
 
 
 def as_json(ways: list[Way], available: int, bandwidth: float) -> dict[str, Any]:

@@ -23,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-_EXECUTE = "Run what the model wrote, in a limited process; read the README first."
+_EXECUTE = "Run what the model wrote, in a limited process; see docs/evaluate.md first."
 
 
 @dataclass

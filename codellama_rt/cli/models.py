@@ -118,6 +118,7 @@ def estimate(
         from codellama_rt.llm.arguments import require_options
         from codellama_rt.llm.memory import available_bytes, parse_bytes
         from codellama_rt.llm.memory_plan import find_model
+        from codellama_rt.llm.plan import Plan
         from codellama_rt.llm.variants import find_variant, require_length
         from codellama_rt.tools.limits import read_bandwidth
 
@@ -128,17 +129,15 @@ def estimate(
             )
         require_options(device, kv_dtype, quantization, context=context, batch=batch)
         require_length(find_variant(model), context)
-        stored = find_model(model)
-        length = context or stored.config.max_position_embeddings
+        opened = find_model(model)
+        length = context or opened.config.max_position_embeddings
         available = available_bytes() if memory is None else parse_bytes(memory)
         speed = read_bandwidth() if bandwidth is None else parse_bytes(bandwidth)
         ways = estimate_report.compare(
-            stored,
+            opened,
+            Plan(device=device, dtype=dtype, quantization=quantization, kv_dtype=kv_dtype),
             context=length,
             num_seqs=batch,
-            dtype=dtype,
-            quantization=quantization,
-            kv_dtype=kv_dtype,
             available=available,
             bandwidth=speed,
         )

@@ -6,6 +6,7 @@ import numpy as np
 
 from codellama_rt.engine.sequence import Chunk, int32_list
 from codellama_rt.model.batch import Batch
+from codellama_rt.model.lora import LoraAdapter
 
 _PADDING = int32_list([-1])
 
@@ -87,9 +88,11 @@ def _rope_lengths(chunks: Collection[Chunk], rows: np.ndarray, positions: np.nda
     return np.maximum(prompt_lens[rows], positions + np.int32(1))
 
 
-def _adapted(chunks: Collection[Chunk], rows: np.ndarray) -> tuple[tuple[object, np.ndarray], ...]:
+def _adapted(
+    chunks: Collection[Chunk], rows: np.ndarray
+) -> tuple[tuple[LoraAdapter, np.ndarray], ...]:
     """Return the tokens of each adapter, over all its chunks."""
-    users: dict[object, list[int]] = {}
+    users: dict[LoraAdapter, list[int]] = {}
     for i, chunk in enumerate(chunks):
         if chunk.sequence.adapter is not None:
             users.setdefault(chunk.sequence.adapter, []).append(i)

@@ -18,6 +18,9 @@ from codellama_rt.engine.request import Output, Request, Sample, check_params, c
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.scheduler import Schedule, Scheduler
 from codellama_rt.engine.sequence import Chunk, Sequence
+from codellama_rt.engine.stop_strings import Tokenizer
+from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.interface import Decoder, KVCache
 from codellama_rt.model.lora import LoraAdapter, check_adapter
 
 
@@ -45,9 +48,9 @@ class Engine:
 
     def __init__(
         self,
-        model: object,
-        kv_cache: object,
-        tokenizer: object | None = None,
+        model: Decoder,
+        kv_cache: KVCache,
+        tokenizer: Tokenizer | None = None,
         *,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
@@ -58,9 +61,9 @@ class Engine:
         """Start with nothing queued and an empty prefix cache.
 
         Args:
-            model: `.config`, `.forward(batch, kv_cache)` -> (num_logits, vocab_size) float32.
-            kv_cache: `.num_blocks`, `.block_size`, `.copy_blocks(pairs)`, int32 (n, 2).
-            tokenizer: `.detokenizer(prompt_ids)`; None: outputs carry no text.
+            model: computes the steps, on any device.
+            kv_cache: of the model's `kv_cache_type`.
+            tokenizer: for the text of outputs; None: outputs carry no text.
             max_num_seqs: sequences per step.
             max_num_batched_tokens: tokens per step; longer prompts are computed in chunks.
             max_model_len: tokens of prompt and output together.
@@ -308,7 +311,7 @@ class Engine:
         del self._samples[sample.sequence]
 
 
-def _eos_token_ids(config: object, generation_config: Mapping) -> tuple[int, ...]:
+def _eos_token_ids(config: ModelConfig, generation_config: Mapping) -> tuple[int, ...]:
     eos = generation_config.get("eos_token_id")
     if eos is None:
         return tuple(config.eos_token_ids)

@@ -11,7 +11,7 @@ from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
 from codellama_rt.engine.sampler import TokenSampler
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.sequence import Sequence, int32_list
-from codellama_rt.engine.stop_strings import TextStream
+from codellama_rt.engine.stop_strings import TextStream, Tokenizer
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class Request:
         max_len: int,
         eos_token_ids: Iterable[int],
         vocab_size: int,
-        tokenizer: object | None,
+        tokenizer: Tokenizer | None,
     ) -> None:
         """Start with the first sample; `fork` adds the others.
 

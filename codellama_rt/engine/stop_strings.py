@@ -1,6 +1,6 @@
 """Text of a growing sequence, cut at stop strings wherever token boundaries fall."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 
@@ -12,6 +12,13 @@ class Detokenizer(Protocol):
 
     def flush(self) -> str:
         """Return the remaining text, including an incomplete character."""
+
+
+class Tokenizer(Protocol):
+    """What the engine asks of a tokenizer."""
+
+    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+        """Return an incremental decoder for the tokens that follow a prompt."""
 
 
 class TextStream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from codellama_rt.llm.memory import available_bytes, parse_bytes
+from codellama_rt.llm.plan import Plan
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.kv_cache import bytes_per_token
 from codellama_rt.ops import native
@@ -15,93 +16,86 @@ REQUIRED_SHARE = 0.95  # of it, when one sequence of the length that was asked f
 CUDA_MEMORY_SHARE = 0.9  # of what is free beside the weights; the rest: activations, graphs
 
 
-def plan_num_blocks(
-    config: ModelConfig, *, kv_dtype: str, block_size: int, longest: int | None, max_num_seqs: int,
-    kv_memory: int | str | None, weight_bytes: int,
-) -> int:  # fmt: skip
-    """How many pages to map: what max_num_seqs sequences can use, as far as memory goes.
+def plan_num_blocks(config: ModelConfig, plan: Plan, weight_bytes: int) -> int:
+    """Return how many blocks to map: what the sequences can use, as far as memory goes.
+
+    Without `plan.kv_memory` that is at most 80 % of the memory that the weights leave, or 95 %
+    where one sequence of `plan.max_model_len` tokens takes as much.
 
     Args:
         config: of the model.
-        kv_dtype: of the cache.
-        block_size: tokens a page.
-        longest: tokens of one sequence that must fit; None: none in particular.
-        max_num_seqs: sequences at a time.
-        kv_memory: bytes or a str like "8GB"; None: at most 80 % of the memory that the weights
-            leave, or 95 % where one sequence of `longest` tokens takes as much.
+        plan: its kv_dtype settled.
         weight_bytes: memory that the weights will still take: those mapped and not yet read.
 
     Raises:
-        RuntimeError: `longest` tokens do not fit; the message says what would.
+        RuntimeError: `plan.max_model_len` tokens do not fit; the message says what would.
     """
-    page_bytes = bytes_per_token(config, kv_dtype) * block_size
-    free = available_bytes() - weight_bytes if kv_memory is None else parse_bytes(kv_memory)
-    most = free if kv_memory is not None else int(REQUIRED_SHARE * free)
-    required = -(-(longest or 1) // block_size)
-    if required * page_bytes > most:
-        raise RuntimeError(_too_little(config, kv_dtype, block_size, longest or block_size, most))
-    if kv_memory is not None:
-        return free // page_bytes
-    usual = -(-(longest or config.max_position_embeddings) // block_size) * max_num_seqs
-    return max(required, min(int(MEMORY_SHARE * free) // page_bytes, usual))
+    block_bytes = bytes_per_token(config, plan.kv_dtype) * plan.block_size
+    if plan.kv_memory is None:
+        free = available_bytes() - weight_bytes
+        most, usual = int(REQUIRED_SHARE * free), int(MEMORY_SHARE * free)
+    else:
+        most = parse_bytes(plan.kv_memory)
+    required = -(-(plan.max_model_len or 1) // plan.block_size)
+    if required * block_bytes > most:
+        raise RuntimeError(_too_little(config, plan, most))
+    if plan.kv_memory is not None:
+        return most // block_bytes
+    return max(required, min(usual // block_bytes, _useful_blocks(config, plan)))
 
 
-def _too_little(config: ModelConfig, dtype: str, block_size: int, tokens: int, most: int) -> str:
+def _useful_blocks(config: ModelConfig, plan: Plan) -> int:
+    """As many as all sequences fill together."""
+    longest = plan.max_model_len or config.max_position_embeddings
+    return -(-longest // plan.block_size) * plan.max_num_seqs
+
+
+def _too_little(config: ModelConfig, plan: Plan, most: int) -> str:
     """What is missing, and every way out that is one."""
-    pages = -(-tokens // block_size)
-    page_bytes = {dtype: bytes_per_token(config, dtype) * block_size}
+    dtype, block_size = plan.kv_dtype, plan.block_size
+    tokens = plan.max_model_len or block_size
+    blocks = -(-tokens // block_size)
+    block_bytes = {dtype: bytes_per_token(config, dtype) * block_size}
     for other in CACHE_DTYPES:
         with contextlib.suppress(ValueError):  # heads that int4 cannot hold
-            page_bytes[other] = bytes_per_token(config, other) * block_size
+            block_bytes[other] = bytes_per_token(config, other) * block_size
     ways = [
-        f"use kv_dtype={other!r}, which takes {pages * size / 1e9:.2f} GB"
-        for other, size in page_bytes.items()
-        if pages * size <= most and size < page_bytes[dtype]
+        f"use kv_dtype={other!r}, which takes {blocks * size / 1e9:.2f} GB"
+        for other, size in block_bytes.items()
+        if blocks * size <= most and size < block_bytes[dtype]
     ]
-    fitting = max(most, 0) // page_bytes[dtype] * block_size
+    fitting = max(most, 0) // block_bytes[dtype] * block_size
     ways.append(f"lower max_model_len to {fitting}" if fitting else "lower max_model_len")
     return (
-        f"the KV cache of {tokens} tokens takes {pages * page_bytes[dtype] / 1e9:.2f} GB in "
+        f"the KV cache of {tokens} tokens takes {blocks * block_bytes[dtype] / 1e9:.2f} GB in "
         f"{dtype}, and there are {max(most, 0) / 1e9:.2f} GB for it; {', '.join(ways)} or raise "
         "kv_memory"
     )
 
 
-def plan_cuda_blocks(
-    config: ModelConfig,
-    dtype: str,
-    block_size: int,
-    row_bytes: int,
-    *,
-    longest: int | None,
-    max_num_seqs: int,
-    kv_memory: int | str | None,
-) -> int:
-    """How many pages to allocate, once the weights are on the device.
+def plan_cuda_blocks(config: ModelConfig, plan: Plan, row_bytes: int) -> int:
+    """Return how many blocks to allocate, once the weights are on the device.
 
     Args:
         config: of the model.
-        dtype: of the cache.
-        block_size: tokens per block.
+        plan: its kv_dtype settled; without kv_memory most of the memory that is free is taken.
         row_bytes: bytes of one token's keys (or values) in one head of one layer.
-        longest: tokens of one sequence that must fit; None: none in particular.
-        max_num_seqs: sequences at a time.
-        kv_memory: bytes or a str like "8GB"; None: most of the memory that is free.
 
     Raises:
-        RuntimeError: `longest` tokens do not fit.
+        RuntimeError: `plan.max_model_len` tokens do not fit.
     """
-    page_bytes = 2 * config.n_layers * config.n_kv_heads * row_bytes * block_size
-    free = native.cuda().memory_info()[0]
-    budget = int(CUDA_MEMORY_SHARE * free) if kv_memory is None else parse_bytes(kv_memory)
-    required = -(-(longest or 1) // block_size)
-    if budget // page_bytes < required:
+    block_bytes = 2 * config.n_layers * config.n_kv_heads * row_bytes * plan.block_size
+    if plan.kv_memory is None:
+        budget = int(CUDA_MEMORY_SHARE * native.cuda().memory_info()[0])
+    else:
+        budget = parse_bytes(plan.kv_memory)
+    required = -(-(plan.max_model_len or 1) // plan.block_size)
+    if budget // block_bytes < required:
         raise RuntimeError(
-            f"the KV cache of {longest or block_size} tokens takes "
-            f"{required * page_bytes / 1e9:.2f} GB in {dtype}, and the device has "
+            f"the KV cache of {plan.max_model_len or plan.block_size} tokens takes "
+            f"{required * block_bytes / 1e9:.2f} GB in {plan.kv_dtype}, and the device has "
             f"{budget / 1e9:.2f} GB for it; lower max_model_len, or ask for kv_dtype='fp8'"
         )
-    if kv_memory is not None:
-        return budget // page_bytes
-    usual = -(-(longest or config.max_position_embeddings) // block_size)
-    return min(budget // page_bytes, usual * max_num_seqs)
+    if plan.kv_memory is not None:
+        return budget // block_bytes
+    return min(budget // block_bytes, _useful_blocks(config, plan))

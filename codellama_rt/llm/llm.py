@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from codellama_rt import ops
-from codellama_rt.checkpoint import Checkpoint, load_checkpoint
+from codellama_rt.checkpoint import load_checkpoint
 from codellama_rt.checkpoint.adapter import load_adapter
-from codellama_rt.checkpoint.model_names import resolve_model
-from codellama_rt.checkpoint.open import read_model
+from codellama_rt.checkpoint.open import resolve
 from codellama_rt.engine.completion import Completion, Job
 from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.follow import Jobs
 from codellama_rt.engine.request import check_params
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.arguments import Prompt, as_prompts, default_params, require_options
-from codellama_rt.llm.memory_plan import float_dtype
-from codellama_rt.llm.placement import default_block_size, place, plan_pages
+from codellama_rt.llm.memory_plan import settle
+from codellama_rt.llm.placement import default_block_size, place
+from codellama_rt.llm.plan import Plan
 from codellama_rt.llm.prompts import PromptEncoder
 from codellama_rt.llm.scoring import sequence_logits
 from codellama_rt.llm.variants import find_variant, require_length
@@ -86,32 +86,45 @@ class LLM:
         )  # fmt: skip
         if num_threads is not None:
             ops.set_num_threads(num_threads)
-        stored = read_model(resolve_model(model))
+        opened = resolve(model)
         self.variant = find_variant(model)
         require_length(self.variant, max_model_len)
-        kv_dtype = float_dtype(stored, dtype) if kv_dtype == "auto" else kv_dtype
-        pages = {
-            "kv_dtype": kv_dtype, "block_size": block_size or default_block_size(device),
-            "longest": max_model_len, "max_num_seqs": max_num_seqs, "kv_memory": kv_memory,
-        }  # fmt: skip
-        num_blocks = plan_pages(
-            device, stored, dtype, quantization, max_num_batched_tokens, **pages
+        asked = Plan(
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            kv_dtype=kv_dtype,
+            block_size=block_size or default_block_size(device),
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_memory=kv_memory,
+            attention=attention,
         )
+        plan = settle(opened, asked)
         checkpoint = load_checkpoint(
-            stored, dtype=dtype, check=check, progress=progress,
+            opened,
+            dtype=dtype,
             quantization=None if device == "cuda" else quantization,  # there in formats of its own
-        )  # fmt: skip
-        self._describe(checkpoint)
+            check=check,
+            progress=progress,
+        )
+        self.config, self.generation_config = checkpoint.config, checkpoint.generation_config
+        self.stored_bytes = checkpoint.stored_bytes
+        self.tokenizer = self.chat_template = None
+        if has_tokenizer(opened.path, opened.metadata):
+            self.tokenizer = load_tokenizer(
+                opened.path, self.config.vocab_size, metadata=opened.metadata
+            )
+            self.chat_template = read_chat_template(opened.path, opened.metadata)
+        self.prompt_encoder = PromptEncoder(self.tokenizer, self.chat_template, self.variant)
         if self.variant is not None:
             self.variant.warn_of_differences(self.config)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         weights = checkpoint.weights
         if adapter is not None:
             weights = merged(weights, load_adapter(adapter, self.config))
-        self.model, self.kv_cache = place(
-            device, self.config, weights, num_blocks=num_blocks, **pages,
-            quantization=quantization, attention=attention,
-        )  # fmt: skip
+        self.model, self.kv_cache = place(plan, self.config, weights)
         self.engine = Engine(
             self.model, self.kv_cache, self.tokenizer, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, max_model_len=self.max_model_len,
@@ -272,17 +285,6 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         """Close."""
         self.close()
-
-    def _describe(self, checkpoint: Checkpoint) -> None:
-        """Keep what a checkpoint brings beside its weights."""
-        self.config = checkpoint.config
-        self.generation_config = checkpoint.generation_config
-        self.stored_bytes = checkpoint.stored_bytes
-        self.tokenizer, self.chat_template = None, None
-        if has_tokenizer(checkpoint.tokenizer_path):
-            self.tokenizer = load_tokenizer(checkpoint.tokenizer_path, self.config.vocab_size)
-            self.chat_template = read_chat_template(checkpoint.tokenizer_path)
-        self.prompt_encoder = PromptEncoder(self.tokenizer, self.chat_template, self.variant)
 
     def _submit(
         self, prompt: Prompt, params: SamplingParams | None, adapter: LoraAdapter | None

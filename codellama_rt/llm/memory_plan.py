@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from codellama_rt.checkpoint import check_choices, check_stored_quantization
+from codellama_rt.checkpoint import check_stored_quantization
 from codellama_rt.checkpoint.formats.strict_json import read_object
-from codellama_rt.checkpoint.model_names import resolve_model
-from codellama_rt.checkpoint.open import read_model
+from codellama_rt.checkpoint.open import Opened, resolve
 from codellama_rt.checkpoint.quantize import is_quantized, sources
-from codellama_rt.checkpoint.stored_tensor import ENCODINGS, StoredModel, StoredTensor
+from codellama_rt.checkpoint.stored_tensor import ENCODINGS, StoredTensor
 from codellama_rt.checkpoint.weight_loading import (
-    choose_dtype,
     expected_shapes,
-    match_tensors,
     used_as_stored,
     used_in_place,
 )
-from codellama_rt.llm.kv_plan import REQUIRED_SHARE
-from codellama_rt.llm.memory import HUGE_PAGE_BYTES
+from codellama_rt.llm.kv_plan import REQUIRED_SHARE, plan_num_blocks
+from codellama_rt.llm.memory import HUGE_PAGE_BYTES, available_bytes
+from codellama_rt.llm.plan import Plan
 from codellama_rt.llm.variants import find_variant
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.kv_cache import bytes_per_token
@@ -102,8 +100,8 @@ class Estimate:
         return num_seqs * bandwidth / (self.read_per_token + kv_bytes)
 
 
-def find_model(model: str | os.PathLike[str]) -> StoredModel:
-    """The headers of a checkpoint, or what they would be for a published name or a config.json.
+def find_model(model: str | os.PathLike[str]) -> Opened:
+    """Return the headers of a checkpoint; of a published name or a config.json, what they would be.
 
     Args:
         model: anything that `LLM` opens; "CodeLlama-34b" and the like, without any file; or a
@@ -115,22 +113,28 @@ def find_model(model: str | os.PathLike[str]) -> StoredModel:
     """
     path = Path(model)
     if path.suffix == ".json" and path.is_file():
-        return stored_from_config(ModelConfig.from_hf(read_object(path), str(path)))
+        return opened_from_config(ModelConfig.from_hf(read_object(path), str(path)))
     variant = None if path.exists() else find_variant(model)
     if variant is not None:
-        return stored_from_config(variant.config)
-    return read_model(resolve_model(model))
+        return opened_from_config(variant.config)
+    return resolve(model)
 
 
-def stored_from_config(config: ModelConfig) -> StoredModel:
-    """A checkpoint of this shape, in its dtype and one file, that has headers and no bytes."""
+def opened_from_config(config: ModelConfig) -> Opened:
+    """Return a checkpoint of this shape, in its dtype and one file, with headers and no bytes."""
     dtype = numpy_dtype(config.dtype)
     encoding = next(name for name, known in ENCODINGS.items() if known == dtype)
     tensors = {
         name: StoredTensor(name, Path(), encoding, shape, _no_bytes(shape, dtype.itemsize))
         for name, shape in expected_shapes(config).items()
     }
-    return StoredModel(Path(), config, tensors, {})
+    return Opened(
+        path=Path(),
+        config=config,
+        tensors=tensors,
+        generation_config={},
+        stored_dtype=config.dtype,
+    )
 
 
 def _no_bytes(shape: tuple[int, ...], itemsize: int) -> np.ndarray:
@@ -138,27 +142,40 @@ def _no_bytes(shape: tuple[int, ...], itemsize: int) -> np.ndarray:
     return np.broadcast_to(np.uint8(0), (int(np.prod(shape)) * itemsize,))
 
 
-def float_dtype(stored: StoredModel, dtype: str) -> str:
-    """The dtype of the floats, which the KV cache takes unless told otherwise."""
-    return choose_dtype(match_tensors(stored)).name if dtype == "auto" else dtype
-
-
-def estimate(
-    stored: StoredModel, *, context: int, num_seqs: int = 1, dtype: str = "auto",
-    quantization: str | None = None, kv_dtype: str = "auto", block_size: int = 64,
-    max_num_batched_tokens: int = 512,
-) -> Estimate:  # fmt: skip
-    """What a model will take, from its headers alone.
+def settle(opened: Opened, asked: Plan) -> Plan:
+    """Settle what a plan leaves open: the cache's dtype, and its blocks where memory is the host's.
 
     Args:
-        stored: from `find_model`.
+        opened: from `resolve`.
+        asked: for this model.
+
+    Raises:
+        ValueError, CheckpointError: as `estimate`.
+        RuntimeError: the weights do not fit, or not `asked.max_model_len` tokens beside them.
+    """
+    plan = with_kv_dtype(opened, asked)
+    if plan.device == "cuda":  # it has a memory of its own, asked when the weights are in it
+        return plan
+    needed = estimate(opened, plan, context=1)
+    require_memory(needed, available_bytes())
+    return replace(plan, num_blocks=plan_num_blocks(opened.config, plan, needed.weights))
+
+
+def with_kv_dtype(opened: Opened, plan: Plan) -> Plan:
+    """Return the plan with the dtype of the floats for its cache, unless it names another."""
+    if plan.kv_dtype != "auto":
+        return plan
+    return replace(plan, kv_dtype=opened.float_dtype(plan.dtype))
+
+
+def estimate(opened: Opened, plan: Plan, *, context: int, num_seqs: int = 1) -> Estimate:
+    """Return what a model will take, from its headers alone.
+
+    Args:
+        opened: from `find_model` or `resolve`.
+        plan: how it is held.
         context: tokens of each sequence.
         num_seqs: sequences at a time.
-        dtype: as in `LLM`.
-        quantization: as in `LLM`.
-        kv_dtype: as in `LLM`.
-        block_size: as in `LLM`.
-        max_num_batched_tokens: as in `LLM`.
 
     Returns:
         The figures, in bytes.
@@ -168,35 +185,37 @@ def estimate(
         ValueError: a dtype that the KV cache of this model cannot have.
 
     Example:
-        >>> estimate(find_model("CodeLlama-7b"), context=100_000).kv // 10**9
+        >>> estimate(find_model("CodeLlama-7b"), Plan(), context=100_000).kv // 10**9
         52
     """
-    check_choices(dtype)
-    check_stored_quantization(stored, quantization)
-    config, tensors = stored.config, match_tensors(stored)
-    if quantization is not None:
+    target = numpy_dtype(opened.float_dtype(plan.dtype))
+    check_stored_quantization(opened, plan.quantization)
+    config, tensors = opened.config, opened.tensors
+    if plan.quantization is not None:
         tensors = sources(tensors)
-    weights, loading, read_per_token, made = _weights(tensors, dtype, quantization)
-    num_tokens = min(context * num_seqs, max_num_batched_tokens)
+    weights, loading, read_per_token, made = _weights(tensors, target, plan)
+    num_tokens = min(context * num_seqs, plan.max_num_batched_tokens)
     activations = num_tokens * (
         4 * sum(Activations.widths(config).values()) + _PACKED_ITEM_BYTES * config.hidden_dim
     )
     decodes = made > 0 and not all(tensor.is_float for tensor in tensors.values())
     return Estimate(
-        weights, made, read_per_token, loading,
-        kv_bytes(config, float_dtype(stored, dtype) if kv_dtype == "auto" else kv_dtype,
-                 context, num_seqs, block_size),
+        weights,
+        made,
+        read_per_token,
+        loading,
+        kv_bytes(config, with_kv_dtype(opened, plan), context, num_seqs),
         activations + table_bytes(config, context) + _STEP_BYTES,
-        _tokenizer_bytes(stored), _DECODER_BYTES * decodes,
-    )  # fmt: skip
+        _tokenizer_bytes(opened),
+        _DECODER_BYTES * decodes,
+    )
 
 
 def _weights(
-    tensors: Mapping[str, StoredTensor], dtype: str, quantization: str | None
+    tensors: Mapping[str, StoredTensor], target: np.dtype, plan: Plan
 ) -> tuple[int, int, int, int]:
     """Bytes of all weights, at most while loading, read by every step, and made when loading."""
-    target = choose_dtype(tensors) if dtype == "auto" else numpy_dtype(dtype)
-    kept = used_as_stored(tensors, target, dtype == "auto", quantization)
+    kept = used_as_stored(tensors, target, plan.dtype == "auto", plan.quantization)
     mapped = used_in_place(tensors, kept)
     total = loading = made = 0
     sizes = {}
@@ -205,8 +224,8 @@ def _weights(
             total, sizes[name] = total + tensor.num_bytes, tensor.num_bytes
             made += 0 if name in mapped else tensor.num_bytes
             continue
-        if quantization is not None and is_quantized(name):
-            size = weight_num_bytes(quantization, tensor.shape)
+        if plan.quantization is not None and is_quantized(name):
+            size = weight_num_bytes(plan.quantization, tensor.shape)
         else:
             size = tensor.size * target.itemsize
         loading = max(loading, made + size + tensor.num_bytes)
@@ -216,18 +235,18 @@ def _weights(
     return total, loading, total - (0 if is_tied else sizes["model.embed_tokens.weight"]), made
 
 
-def _tokenizer_bytes(stored: StoredModel) -> int:
+def _tokenizer_bytes(opened: Opened) -> int:
     """Of a model's tokenizer; none where its directory has none."""
-    is_bare = stored.path != Path() and stored.path.is_dir() and not has_tokenizer(stored.path)
-    return 0 if is_bare else _TOKENIZER_BYTES + _PIECE_BYTES * stored.config.vocab_size
+    is_directory = opened.path != Path() and opened.path.is_dir()
+    if is_directory and not has_tokenizer(opened.path, None):
+        return 0
+    return _TOKENIZER_BYTES + _PIECE_BYTES * opened.config.vocab_size
 
 
-def kv_bytes(
-    config: ModelConfig, dtype: str, context: int, num_seqs: int, block_size: int = 64
-) -> int:
-    """Bytes of keys and values of `num_seqs` sequences of `context` tokens, in whole pages."""
-    blocks = -(-context // block_size) * num_seqs
-    exact = blocks * block_size * bytes_per_token(config, dtype)
+def kv_bytes(config: ModelConfig, plan: Plan, context: int, num_seqs: int) -> int:
+    """Bytes of keys and values of `num_seqs` sequences of `context` tokens, in whole blocks."""
+    blocks = -(-context // plan.block_size) * num_seqs
+    exact = blocks * plan.block_size * bytes_per_token(config, plan.kv_dtype)
     return -(-exact // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
 
 

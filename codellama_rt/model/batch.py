@@ -18,7 +18,7 @@ class Batch:
         slot_mapping: (num_tokens,), where each token's key and value go.
         logit_rows: (num_logits,) indices into num_tokens.
         rope_lengths: (num_tokens,) lengths that set a dynamic RoPE's base; None for other models.
-        adapted: pairs of an adapter and the indices of its tokens, (count,) int64.
+        adapted: pairs of a LoraAdapter and the indices of its tokens, (count,) int64.
     """
 
     token_ids: np.ndarray

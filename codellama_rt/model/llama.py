@@ -1,28 +1,150 @@
-"""Llama (arXiv:2302.13971, arXiv:2307.09288) in the paper's order, on the direct road.
+"""Llama (arXiv:2302.13971, arXiv:2307.09288) in the paper's order, on any device's operators.
 
-Activations are float32 throughout: on a CPU they cost nothing beside the weights, and every matrix
-product then rounds its input once, as a bfloat16 weight wants it, and nothing else.
+    x = embedding[token_ids]
+    for each layer:
+        x = x + attention(rms_norm(x))
+        x = x + mlp(rms_norm(x))
+    logits = lm_head(rms_norm(x))
+
+`decoder_stack` is the loop, for the CPU and for CUDA; `Llama` is the model on the CPU. There
+activations are float32 throughout: they cost nothing beside the weights, and every matrix product
+then rounds its input once, as a bfloat16 weight wants it, and nothing else.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.config import ModelConfig
-from codellama_rt.model.kv_cache import KVCache, Pages
+from codellama_rt.model.kv_cache import KVCache
 from codellama_rt.model.rope import RotaryEmbedding
 from codellama_rt.model.weights import LayerWeights, LlamaWeights, Weight
 
 Array = np.ndarray
 
 
-class Llama:
-    """The decoder; it holds weights and scratch memory, and no state of any sequence."""
+def decoder_stack(
+    ops: ModuleType,
+    linear: Callable[..., Any],
+    layers: Sequence[Any],
+    config: ModelConfig,
+    a: Activations,
+    step: StepArrays,
+    kv_layers: Sequence[tuple[Any, Any]],
+) -> None:
+    """Take the residual stream through all layers, as far as the last addition to it.
 
+    Args:
+        ops: the device's operators, `codellama_rt.ops` or a module with the same functions.
+        linear: `linear(x, weight, out=...)`; `weight` is what `layers` holds.
+        layers: per layer attention_norm, qkv_proj, o_proj, mlp_norm, gate_up_proj, down_proj.
+        config: the model's shape.
+        a: `a.residual` holds the embeddings; afterwards `a.residual + a.sublayer` is the stream.
+        step: which tokens these are, and where their keys and values lie.
+        kv_layers: per layer (key_cache, value_cache); written.
+    """
+    eps, stream = config.norm_eps, (a.x, a.residual)
+    next_norms = [*(layer.attention_norm for layer in layers[1:]), None]
+    ops.rms_norm(a.residual, layers[0].attention_norm, eps, out=a.x)
+    for layer, caches, next_norm in zip(layers, kv_layers, next_norms, strict=True):
+        linear(a.x, layer.qkv_proj, out=a.qkv)
+        ops.rope_and_cache(
+            a.qkv, *step.rope, *caches, step.slots, interleaved=config.rope_interleaved, out=a.query
+        )
+        ops.paged_attention(a.query, *caches, *step.sequences, out=(a.attended, a.lse))
+        linear(a.attended_rows, layer.o_proj, out=a.sublayer)
+        ops.add_rms_norm(a.sublayer, a.residual, layer.mlp_norm, eps, out=stream)
+
+        linear(a.x, layer.gate_up_proj, out=a.gate_up)
+        ops.silu_and_mul(a.gate_up, out=a.hidden)
+        linear(a.hidden, layer.down_proj, out=a.sublayer)
+        if next_norm is not None:
+            ops.add_rms_norm(a.sublayer, a.residual, next_norm, eps, out=stream)
+
+
+class StepArrays(NamedTuple):
+    """A step's tokens as the operators of attention take them; int32, on the device."""
+
+    rope: tuple[Any, Any, Any]  # cos and sin, float32 (rows, head_dim / 2), and a row per token
+    slots: Any  # (num_tokens): where each token's key and value go
+    sequences: tuple[Any, Any, Any]  # block_tables, seq_lens, cu_seqlens_q
+
+
+@dataclass(slots=True)
+class Activations:
+    """What a step computes on its way; every layer writes the same arrays again."""
+
+    residual: Any  # (num_tokens, dim): x in the paper, the stream that sublayers add to
+    x: Any  # (num_tokens, dim): normalized, the input of a sublayer
+    sublayer: Any  # (num_tokens, dim): the result of a sublayer
+    qkv: Any  # (num_tokens, (n_heads + 2 * n_kv_heads) * head_dim)
+    query: Any  # (num_tokens, n_heads, head_dim): rotated
+    attended: Any  # (num_tokens, n_heads, head_dim)
+    attended_rows: Any  # (num_tokens, n_heads * head_dim): the same memory
+    lse: Any  # (num_tokens, n_heads) float32: log-sum-exp of the scores, which nobody reads
+    gate_up: Any  # (num_tokens, 2 * hidden_dim)
+    hidden: Any  # (num_tokens, hidden_dim)
+
+    @staticmethod
+    def widths(config: ModelConfig) -> dict[str, int]:
+        """Return the elements per token of each array, by name."""
+        q_dim = config.n_heads * config.head_dim
+        kv_dim = config.n_kv_heads * config.head_dim
+        return {
+            "residual": config.dim,
+            "x": config.dim,
+            "sublayer": config.dim,
+            "qkv": q_dim + 2 * kv_dim,
+            "query": q_dim,
+            "attended": q_dim,
+            "lse": config.n_heads,
+            "gate_up": 2 * config.hidden_dim,
+            "hidden": config.hidden_dim,
+        }
+
+    @classmethod
+    def over(cls, config: ModelConfig, arrays: Mapping[str, Any]) -> Activations:
+        """View arrays (num_tokens, width), by the names of `widths`, as the operators take them."""
+        heads = (arrays["query"].shape[0], config.n_heads, config.head_dim)
+        by_head = {name: arrays[name].reshape(*heads) for name in ("query", "attended")}
+        return cls(**{**arrays, **by_head}, attended_rows=arrays["attended"])
+
+
+# Weights of one dtype, and their columns of the result; None: all.
+Run = tuple[tuple[Weight, ...], slice | None]
+
+
+class Projection(NamedTuple):
+    """Weights that multiply one input; their results stand side by side."""
+
+    layer: int
+    names: tuple[str, ...]  # fields of `LayerWeights`
+    runs: list[Run]
+
+
+class Layer(NamedTuple):
+    """One layer's weights, those of one input together."""
+
+    attention_norm: Array
+    qkv_proj: Projection
+    o_proj: Projection
+    mlp_norm: Array
+    gate_up_proj: Projection
+    down_proj: Projection
+
+
+class Llama:
+    """The decoder on the CPU; it holds weights and scratch memory, and no sequence's state."""
+
+    kv_cache_type = KVCache
     applies_adapters = True  # of single requests: `Batch.adapted`
 
     def __init__(self, config: ModelConfig, weights: LlamaWeights) -> None:
@@ -30,58 +152,30 @@ class Llama:
         self.config = config
         self.weights = weights
         self.rope = RotaryEmbedding(config)
-        self._fused = [
-            (_runs(layer.q_proj, layer.k_proj, layer.v_proj), _runs(layer.gate_proj, layer.up_proj))
-            for layer in weights.layers
-        ]
-        self._activations = Activations(config, 1)
+        self.layers = [_layer(i, layer) for i, layer in enumerate(weights.layers)]
+        self._memory = np.empty(0, np.float32)  # of the activations; it only ever grows
+        self._activations: Activations | None = None
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> Array:
         """Compute one step: write the tokens' keys and values, and return the logits asked for.
 
         Args:
-            batch: the tokens of this step; its pages must be allocated.
-            kv_cache: the pages.
+            batch: the tokens of this step; their blocks must be allocated.
+            kv_cache: those blocks.
 
         Returns:
             (num_logits, vocab_size) float32: the rows `batch.logit_rows`, in that order.
         """
-        weights, eps = self.weights, self.config.norm_eps
         a = self._scratch(len(batch.token_ids))
-        rope = self.rope.lookup(batch.positions, batch.rope_lengths)
-        residual = ops.embedding(batch.token_ids, weights.embedding, out=a.residual)
-        x = ops.rms_norm(residual, weights.layers[0].attention_norm, eps, out=a.x)
-        following = [layer.attention_norm for layer in weights.layers[1:]]
-        for i, layer in enumerate(weights.layers):
-            qkv_proj, gate_up_proj = self._fused[i]
-            _project(x, qkv_proj, a.qkv)
-            _adapt(batch, i, ("q_proj", "k_proj", "v_proj"), x, a.qkv)
-            self._attention(layer, rope, batch, kv_cache.layers[i], a)
-            _adapt(batch, i, ("o_proj",), a.attended_rows, a.sublayer)
-            ops.add_rms_norm(a.sublayer, residual, layer.mlp_norm, eps, out=(x, residual))
-            _project(x, gate_up_proj, a.gate_up)
-            _adapt(batch, i, ("gate_proj", "up_proj"), x, a.gate_up)
-            ops.silu_and_mul(a.gate_up, out=a.hidden)
-            ops.linear(a.hidden, layer.down_proj, out=a.sublayer)
-            _adapt(batch, i, ("down_proj",), a.hidden, a.sublayer)
-            if i < len(following):
-                ops.add_rms_norm(a.sublayer, residual, following[i], eps, out=(x, residual))
-        return self._logits(a.sublayer, residual, batch.logit_rows)
-
-    def _attention(
-        self, layer: LayerWeights, rope: tuple[Array, Array, Array], batch: Batch,
-        caches: tuple[Pages, Pages], a: Activations,
-    ) -> None:  # fmt: skip
-        cos, sin, index = rope
-        ops.rope_and_cache(
-            a.qkv, cos, sin, index, *caches, batch.slot_mapping,
-            interleaved=self.config.rope_interleaved, out=a.query,
-        )  # fmt: skip
-        ops.paged_attention(
-            a.query, *caches, batch.block_tables, batch.seq_lens, batch.cu_seqlens_q,
-            out=(a.attended, a.lse),
-        )  # fmt: skip
-        ops.linear(a.attended_rows, layer.o_proj, out=a.sublayer)
+        step = StepArrays(
+            self.rope.lookup(batch.positions, batch.rope_lengths),
+            batch.slot_mapping,
+            (batch.block_tables, batch.seq_lens, batch.cu_seqlens_q),
+        )
+        linear = _with_adapters(batch.adapted) if batch.adapted else _linear
+        ops.embedding(batch.token_ids, self.weights.embedding, out=a.residual)
+        decoder_stack(ops, linear, self.layers, self.config, a, step, kv_cache.layers)
+        return self._logits(a.sublayer, a.residual, batch.logit_rows)
 
     def _logits(self, sublayer: Array, residual: Array, rows: Array) -> Array:
         if len(rows) != len(residual):
@@ -90,13 +184,38 @@ class Llama:
         return ops.linear(x, self.weights.lm_head)
 
     def _scratch(self, num_tokens: int) -> Activations:
-        if self._activations.num_tokens != num_tokens:
-            self._activations = Activations(self.config, num_tokens, self._activations.memory)
+        """Return activations for `num_tokens` tokens, the last step's where they have the size."""
+        if self._activations is None or len(self._activations.x) != num_tokens:
+            widths = Activations.widths(self.config)
+            needed = num_tokens * sum(widths.values())
+            if self._memory.size < needed:
+                self._activations = None  # frees the old memory first
+                self._memory = np.empty(needed, np.float32)
+            ends = itertools.accumulate(num_tokens * width for width in widths.values())
+            arrays = {
+                name: self._memory[end - num_tokens * width : end].reshape(num_tokens, width)
+                for (name, width), end in zip(widths.items(), ends, strict=True)
+            }
+            self._activations = Activations.over(self.config, arrays)
         return self._activations
 
 
-def _runs(*weights: Weight) -> list[tuple[tuple[Weight, ...], slice]]:
-    """Neighbours of one dtype, and their columns of the result: `linear` takes those in one pass.
+def _layer(i: int, weights: LayerWeights) -> Layer:
+    def projection(*names: str) -> Projection:
+        return Projection(i, names, _runs(*(getattr(weights, name) for name in names)))
+
+    return Layer(
+        weights.attention_norm,
+        projection("q_proj", "k_proj", "v_proj"),
+        projection("o_proj"),
+        weights.mlp_norm,
+        projection("gate_proj", "up_proj"),
+        projection("down_proj"),
+    )
+
+
+def _runs(*weights: Weight) -> list[Run]:
+    """Group neighbours of one dtype, which `linear` takes in one pass.
 
     A GGUF file may hold a layer's values in more bits than its queries and keys.
     """
@@ -106,51 +225,21 @@ def _runs(*weights: Weight) -> list[tuple[tuple[Weight, ...], slice]]:
         end = begin + sum(weight.shape[0] for weight in members)
         runs.append((members, slice(begin, end)))
         begin = end
-    return runs
+    return runs if len(runs) > 1 else [(weights, None)]
 
 
-def _project(x: Array, runs: list[tuple[tuple[Weight, ...], slice]], out: Array) -> None:
-    """Multiply x by all weights of the runs, into (num_tokens, sum of their rows)."""
-    for weights, columns in runs:
-        ops.linear(x, weights, out=out[:, columns])
+def _linear(x: Array, projection: Projection, out: Array) -> None:
+    """Multiply x by a projection's weights, into (num_tokens, sum of their rows)."""
+    for weights, columns in projection.runs:
+        ops.linear(x, weights, out=out if columns is None else out[:, columns])
 
 
-def _adapt(batch: Batch, i: int, projections: tuple[str, ...], x: Array, out: Array) -> None:
-    """Add to layer i's projections what the adapters of some requests change in them."""
-    for adapter, rows in batch.adapted:
-        adapter.add(i, projections, x, rows, out)
+def _with_adapters(adapted: Sequence[tuple[Any, Array]]) -> Callable[..., None]:
+    """Return `_linear` with what the adapters of some requests add to it."""
 
+    def linear(x: Array, projection: Projection, out: Array) -> None:
+        _linear(x, projection, out)
+        for adapter, rows in adapted:
+            adapter.add(projection.layer, projection.names, x, rows, out)
 
-class Activations:
-    """Float32 scratch for one step, cut from one block of memory that only ever grows."""
-
-    @staticmethod
-    def widths(config: ModelConfig) -> dict[str, int]:
-        """Floats a token, by name of the array."""
-        q_dim = config.n_heads * config.head_dim
-        kv_dim = config.n_kv_heads * config.head_dim
-        return {
-            "residual": config.dim, "x": config.dim, "sublayer": config.dim,
-            "qkv": q_dim + 2 * kv_dim, "query": q_dim, "attended_rows": q_dim,
-            "lse": config.n_heads, "gate_up": 2 * config.hidden_dim, "hidden": config.hidden_dim,
-        }  # fmt: skip
-
-    def __init__(self, config: ModelConfig, num_tokens: int, memory: Array | None = None) -> None:
-        """Lay out the arrays of a step of `num_tokens` tokens, in `memory` if it is enough."""
-        widths = self.widths(config)
-        needed = num_tokens * sum(widths.values())
-        if memory is None or memory.size < needed:
-            memory = np.empty(needed, np.float32)
-        self.num_tokens, self.memory = num_tokens, memory
-        arrays, begin = {}, 0
-        for name, width in widths.items():
-            end = begin + num_tokens * width
-            arrays[name] = memory[begin:end].reshape(num_tokens, width)
-            begin = end
-        heads = (num_tokens, config.n_heads, config.head_dim)
-        self.residual, self.x, self.sublayer = (arrays[n] for n in ("residual", "x", "sublayer"))
-        self.qkv, self.lse = arrays["qkv"], arrays["lse"]
-        self.query = arrays["query"].reshape(heads)
-        self.attended_rows = arrays["attended_rows"]
-        self.attended = self.attended_rows.reshape(heads)
-        self.gate_up, self.hidden = arrays["gate_up"], arrays["hidden"]
+    return linear

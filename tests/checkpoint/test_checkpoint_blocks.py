@@ -110,7 +110,7 @@ def test_floats_beside_what_is_quantised_stay_as_they_lie(tmp_path, quantization
 def test_the_types_of_a_layer_are_multiplied_run_by_run(tmp_path):
     checkpoint = open_checkpoint(block_model(tmp_path / "a.gguf", MIXED))
     model = Llama(checkpoint.config, checkpoint.weights)
-    (qk, v), (gate_up,) = model._fused[0]
+    (qk, v), (gate_up,) = model.layers[0].qkv_proj.runs, model.layers[0].gate_up_proj.runs
     q_dim = BLOCK_CONFIG.n_heads * BLOCK_CONFIG.head_dim
     kv_dim = BLOCK_CONFIG.n_kv_heads * BLOCK_CONFIG.head_dim
     layer = checkpoint.weights.layers[0]

@@ -8,9 +8,9 @@ import pytest
 from helpers.cli_calls import assert_one_line_error
 
 import codellama_rt as clrt
-from codellama_rt.llm import kv_plan
-from codellama_rt.llm import placement as devices
+from codellama_rt.llm import kv_plan, memory_plan
 from codellama_rt.llm.memory_plan import estimate, find_model
+from codellama_rt.llm.plan import Plan
 
 ELSEWHERE = ("--memory", "80GB", "--bandwidth", "3350GB")
 
@@ -35,7 +35,7 @@ def test_what_does_not_fit_elsewhere(run):
 def test_json_has_bytes(run, model):
     code, out, _ = run("estimate", model, "--context", 256, "--kv-dtype", "int8", "--json")
     found = json.loads(out)
-    expected = estimate(find_model(model), context=256, kv_dtype="int8")
+    expected = estimate(find_model(model), Plan(kv_dtype="int8"), context=256)
     assert code == 0
     assert found["available_bytes"] > 0 < found["read_bandwidth"]
     first = found["ways"][0]
@@ -66,11 +66,11 @@ def test_a_mistake_in_one_line(run, args, words):
 def test_llm_opens_what_fits_and_refuses_what_does_not(model, monkeypatch, options):
     """At every amount of memory around the one that is just enough."""
     context = 4096
-    figures = estimate(find_model(model), context=context, **options)
+    figures = estimate(find_model(model), Plan(**options), context=context)
     around = range(figures.weights, 2 * figures.added, figures.added // 40)
     seen = set()
     for available in around:
-        for module in (devices, kv_plan):
+        for module in (memory_plan, kv_plan):
             monkeypatch.setattr(module, "available_bytes", lambda amount=available: amount)
         opened = False
         with contextlib.suppress(RuntimeError):

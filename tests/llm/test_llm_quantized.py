@@ -12,7 +12,7 @@ from helpers.tolerances import assert_equal_bits
 import codellama_rt as clrt
 from codellama_rt.cli.run import describe, follow
 from codellama_rt.engine.sampling_params import SamplingParams
-from codellama_rt.llm import placement as devices
+from codellama_rt.llm import memory_plan
 from codellama_rt.llm.llm import LLM
 from codellama_rt.llm.memory_plan import weight_bytes
 from codellama_rt.llm.scoring import sequence_logits
@@ -131,13 +131,13 @@ def test_progress_counts_every_byte_that_is_quantised(folder):
 def test_the_plan_leaves_out_what_the_weights_will_take(folder, monkeypatch):
     """It is made before any of them is in memory, mapped or made."""
     seen = []
-    plan = devices.plan_num_blocks
+    plan = memory_plan.plan_num_blocks
 
-    def remember(*args, weight_bytes, **options):
+    def remember(config, asked, weight_bytes):
         seen.append(weight_bytes)
-        return plan(*args, weight_bytes=weight_bytes, **options)
+        return plan(config, asked, weight_bytes)
 
-    monkeypatch.setattr(devices, "plan_num_blocks", remember)
+    monkeypatch.setattr(memory_plan, "plan_num_blocks", remember)
     for quantization in (None, "int4"):
         LLM(folder, quantization=quantization, kv_memory=KV_MEMORY).close()
     whole, rest = seen

@@ -14,18 +14,18 @@ from codellama_rt.checkpoint.weight_loading import expected_shapes
 from codellama_rt.cli import estimate_report
 from codellama_rt.errors import CheckpointError
 from codellama_rt.llm import llm as llm_module
-from codellama_rt.llm import placement as devices
+from codellama_rt.llm import memory_plan
 from codellama_rt.llm.llm import LLM
 from codellama_rt.llm.memory_plan import (
     INTERPRETER_BYTES,
     estimate,
     find_model,
-    float_dtype,
     kv_bytes,
+    opened_from_config,
     require_memory,
-    stored_from_config,
     weight_bytes,
 )
+from codellama_rt.llm.plan import Plan
 from codellama_rt.llm.variants import VARIANTS
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.kv_cache import bytes_per_token
@@ -61,7 +61,7 @@ def measured(model, context, options):
 
 
 def said(model, context, options):
-    return estimate(find_model(model), context=context, **options)
+    return estimate(find_model(model), Plan(**options), context=context)
 
 
 @pytest.mark.parametrize(("context", "options"), CASES)
@@ -87,35 +87,35 @@ def test_the_real_model_is_within_3_percent(context, options):
 @pytest.mark.parametrize("name", TINY_NAMES)
 def test_weights_are_those_that_are_loaded(name, dtype, quantization):
     checkpoint = open_checkpoint(TINY / name, dtype=dtype, quantization=quantization)
-    stored = find_model(TINY / name)
-    found = estimate(stored, context=1, dtype=dtype, quantization=quantization)
+    opened = find_model(TINY / name)
+    found = estimate(opened, Plan(dtype=dtype, quantization=quantization), context=1)
     weights = checkpoint.weights
     assert found.read_per_token == weight_bytes(weights)
     is_tied = weights.lm_head is weights.embedding
     assert found.weights == weight_bytes(weights) + (0 if is_tied else weights.embedding.nbytes)
     assert found.weights - found.made == checkpoint.mapped_bytes
-    assert float_dtype(stored, dtype) == checkpoint.config.dtype
+    assert opened.float_dtype(dtype) == checkpoint.config.dtype
 
 
 def test_the_cache_is_in_whole_pages():
     config = VARIANTS["CodeLlama-34b"].config
     exact = bytes_per_token(config, "int8") * 64 * 2 * 3
-    assert 0 <= kv_bytes(config, "int8", 65, 3) - exact < 2**21
+    assert 0 <= kv_bytes(config, Plan(kv_dtype="int8"), 65, 3) - exact < 2**21
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_published_models_need_no_file(name):
     config = VARIANTS[name].config
     elements = sum(int(np.prod(shape)) for shape in expected_shapes(config).values())
-    assert estimate(find_model(name), context=16).weights == 2 * elements
+    assert estimate(find_model(name), Plan(), context=16).weights == 2 * elements
     size = int(re.search(r"(\d+)b", name)[1])
     assert 0.9 < elements / size / 1e9 < 1.05
 
 
 def test_a_config_is_enough(tmp_path):
     folder = write_mini(tmp_path / "m")
-    whole = estimate(find_model(folder), context=100)
-    alone = estimate(find_model(folder / "config.json"), context=100)
+    whole = estimate(find_model(folder), Plan(), context=100)
+    alone = estimate(find_model(folder / "config.json"), Plan(), context=100)
     assert (alone.weights, alone.kv) == (whole.weights, whole.kv)
     assert alone.tokenizer > whole.tokenizer == 0  # there is none beside these weights
 
@@ -127,10 +127,10 @@ def test_what_is_no_model():
 
 def test_llm_refuses_beforehand_with_these_figures(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "m")
-    needed = estimate(find_model(folder), context=1)
+    needed = estimate(find_model(folder), Plan(), context=1)
     loaded = []
     monkeypatch.setattr(llm_module, "load_checkpoint", lambda *a, **k: loaded.append(a))
-    monkeypatch.setattr(devices, "available_bytes", lambda: 10**6)
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda: 10**6)
     with pytest.raises(RuntimeError) as refused:
         LLM(folder)
     with pytest.raises(RuntimeError) as same:
@@ -142,16 +142,20 @@ def test_llm_refuses_beforehand_with_these_figures(tmp_path, monkeypatch):
 
 
 def test_what_fits_is_not_refused():
-    needed = estimate(stored_from_config(VARIANTS["CodeLlama-7b"].config), context=1)
+    needed = estimate(opened_from_config(VARIANTS["CodeLlama-7b"].config), Plan(), context=1)
     with pytest.raises(RuntimeError, match=r"needs 13\.\d\d GB beside its KV cache"):
         require_memory(needed, 13 * 10**9)
     require_memory(needed, 14 * 10**9)
 
 
-def ways(context, **options):
-    given = {"num_seqs": 1, "dtype": "auto", "quantization": None, "kv_dtype": "auto"} | options
+def ways(context, num_seqs=1, **options):
     return estimate_report.compare(
-        find_model("CodeLlama-7b"), context=context, available=16 * 10**9, bandwidth=40e9, **given
+        find_model("CodeLlama-7b"),
+        Plan(**options),
+        context=context,
+        num_seqs=num_seqs,
+        available=16 * 10**9,
+        bandwidth=40e9,
     )
 
 
@@ -170,7 +174,7 @@ def test_the_report_compares_ways_to_hold_it():
 def test_speed_is_bandwidth_over_bytes():
     (way, *_), many = ways(1024), ways(1024, num_seqs=4)[0]
     read = way.figures.read_per_token + kv_bytes(
-        VARIANTS["CodeLlama-7b"].config, "bfloat16", 1024, 1
+        VARIANTS["CodeLlama-7b"].config, Plan(kv_dtype="bfloat16"), 1024, 1
     )
     assert way.tokens_per_s[1024] == pytest.approx(40e9 / read)
     assert way.tokens_per_s[100_000] < 0.3 * way.tokens_per_s[1024]
@@ -180,7 +184,11 @@ def test_speed_is_bandwidth_over_bytes():
 def test_heads_that_int4_cannot_hold_are_left_out():
     config = ModelConfig.from_hf(MINI_CONFIG)
     found = estimate_report.compare(
-        stored_from_config(config), context=64, num_seqs=1, dtype="auto", quantization=None,
-        kv_dtype="auto", available=10**9, bandwidth=1e9,
-    )  # fmt: skip
+        opened_from_config(config),
+        Plan(),
+        context=64,
+        num_seqs=1,
+        available=10**9,
+        bandwidth=1e9,
+    )
     assert {way.kv_dtype for way in found} == {"float32", "int8"}

@@ -10,6 +10,7 @@ from helpers.tolerances import assert_equal_bits
 
 from codellama_rt.llm import kv_plan
 from codellama_rt.llm.kv_plan import plan_num_blocks
+from codellama_rt.llm.plan import Plan
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.kv_cache import KVCache, bytes_per_token
 from codellama_rt.ops import Quantized
@@ -23,9 +24,11 @@ WIDE = replace(CONFIG, head_dim=128)
 PAGE_BYTES = 2 * 3 * 2 * 16 * 8 * 2  # keys and values, layers, heads, tokens, elements, float16
 
 
-def plan(**changes):
-    arguments = {"longest": None, "max_num_seqs": 2, "kv_memory": None, "weight_bytes": 0} | changes
-    return plan_num_blocks(CONFIG, kv_dtype="float16", block_size=16, **arguments)
+ASKED = Plan(kv_dtype="float16", block_size=16, max_num_seqs=2)
+
+
+def plan(weight_bytes=0, **changes):
+    return plan_num_blocks(CONFIG, replace(ASKED, **changes), weight_bytes)
 
 
 @pytest.fixture
@@ -151,8 +154,8 @@ def test_memory_that_the_system_refuses():
 
 def test_plan_is_what_the_sequences_can_use(free_memory):
     free_memory(10**12)
-    assert plan(longest=100) == 7 * 2
-    assert plan(longest=96, max_num_seqs=5) == 6 * 5
+    assert plan(max_model_len=100) == 7 * 2
+    assert plan(max_model_len=96, max_num_seqs=5) == 6 * 5
     assert plan() == 63 * 2  # max_position_embeddings
 
 
@@ -164,27 +167,27 @@ def test_plan_takes_a_share_of_what_the_weights_leave(free_memory):
 def test_plan_takes_all_of_kv_memory(free_memory):
     free_memory(0)
     assert plan(kv_memory=10 * PAGE_BYTES + 1) == 10
-    assert plan(kv_memory="1MB", longest=16) == 10**6 // PAGE_BYTES
+    assert plan(kv_memory="1MB", max_model_len=16) == 10**6 // PAGE_BYTES
 
 
 def test_plan_that_does_not_hold_one_sequence(free_memory):
     free_memory(10 * PAGE_BYTES)
     message = r"KV cache of 1000 tokens takes .* in float16, and there are .*lower max_model_len"
     with pytest.raises(RuntimeError, match=message):
-        plan(longest=1000)
+        plan(max_model_len=1000)
     with pytest.raises(RuntimeError, match=message):
-        plan(longest=1000, kv_memory=PAGE_BYTES)
+        plan(max_model_len=1000, kv_memory=PAGE_BYTES)
     with pytest.raises(RuntimeError, match=r"there are 0\.00 GB"):
         plan(weight_bytes=10**9)
 
 
 def test_plan_gives_one_long_sequence_more_than_its_share(free_memory):
     free_memory(100 * PAGE_BYTES)
-    assert plan(longest=80 * 16, max_num_seqs=1) == 80
-    assert plan(longest=90 * 16) == plan(longest=90 * 16, max_num_seqs=1) == 90
-    assert plan(longest=95 * 16) == 95
+    assert plan(max_model_len=80 * 16, max_num_seqs=1) == 80
+    assert plan(max_model_len=90 * 16) == plan(max_model_len=90 * 16, max_num_seqs=1) == 90
+    assert plan(max_model_len=95 * 16) == 95
     with pytest.raises(RuntimeError, match="lower max_model_len to 1520 or raise kv_memory"):
-        plan(longest=96 * 16)
+        plan(max_model_len=96 * 16)
 
 
 def test_plan_says_what_would_fit(free_memory):
@@ -193,9 +196,8 @@ def test_plan_says_what_would_fit(free_memory):
     def refusal(num_bytes):
         with pytest.raises(RuntimeError) as caught:
             plan_num_blocks(
-                WIDE, kv_dtype="float16", block_size=16, longest=100 * 16, max_num_seqs=1,
-                kv_memory=num_bytes, weight_bytes=0,
-            )  # fmt: skip
+                WIDE, replace(ASKED, max_model_len=100 * 16, kv_memory=num_bytes), weight_bytes=0
+            )
         return str(caught.value)
 
     gigabytes = {dtype: f"{100 * size / 1e9:.2f} GB" for dtype, size in sizes.items()}

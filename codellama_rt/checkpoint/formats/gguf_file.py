@@ -21,6 +21,7 @@ _FLOAT_TYPES = {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2)}  # ggml type -> n
 _BLOCK_TYPES = {2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 12: "Q4_K", 14: "Q6_K"}  # supported by ops
 _SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q").unpack_from  # of a string, in front of it
 _MAX_AXES = 4  # as in ggml
 _MAX_AXIS = 2**48
 
@@ -105,6 +106,18 @@ def read_gguf(path: Path) -> GgufFile:
     )
 
 
+def find_gguf_metadata(path: Path) -> dict[str, Any] | None:
+    """Return the metadata of a GGUF file, None for a file of another format.
+
+    Raises:
+        CheckpointError: as `read_gguf`.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        is_gguf = file.read(len(MAGIC)) == MAGIC
+    return read_gguf(path).metadata if is_gguf else None
+
+
 class _Cursor:
     """Read forward through the header; reading past the end of the file is an error."""
 
@@ -165,14 +178,15 @@ class _Cursor:
 
     def _strings(self, count: int) -> list[str]:
         """Read strings one by one in a tight loop: a vocabulary has 100,000."""
-        buffer, position, strings = self._buffer, self.position, []
+        buffer, size, position, strings = self._buffer, len(self._buffer), self.position, []
         for _ in range(count):
             start = position + 8
-            position = start + int.from_bytes(buffer[position:start], "little")
-            if position > len(buffer) or start > len(buffer):
+            if start <= size:
+                position = start + _LENGTH(buffer, position)[0]
+            if not start <= position <= size:
                 raise CheckpointError(
-                    f"{self.path}: expected a string to end at offset {position}, found a file of "
-                    f"{len(buffer)} bytes; it is truncated or damaged"
+                    f"{self.path}: expected a string to end at offset {max(start, position)}, "
+                    f"found a file of {size} bytes; it is truncated or damaged"
                 )
             strings.append(str(buffer[start:position], "utf-8", "surrogateescape"))
         self.position = position

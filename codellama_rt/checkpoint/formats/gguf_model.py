@@ -83,7 +83,7 @@ def read_gguf_model(path: Path) -> StoredModel:
     tensors = {
         names.get(name, name): tensor for name, tensor in file.tensors.items() if name != _FACTORS
     }
-    return StoredModel(path, config, tensors, {}, gguf_name)
+    return StoredModel(path, config, tensors, {}, gguf_name, metadata=file.metadata)
 
 
 def config_from_gguf(file: GgufFile) -> ModelConfig:

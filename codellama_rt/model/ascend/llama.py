@@ -18,6 +18,7 @@ from codellama_rt.model.ascend import vendor as ascend_vendor
 from codellama_rt.model.ascend.checks import ASCEND_FLOATS
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.kv_cache import check_blocks
 from codellama_rt.model.rope import RotaryEmbedding
 from codellama_rt.model.weights import LayerWeights, LlamaWeights
 
@@ -52,11 +53,7 @@ class AscendKVCache:
         """
         if dtype not in ASCEND_FLOATS:
             raise ValueError(f"on Ascend kv_dtype must be float16 or bfloat16, got {dtype!r}")
-        if num_blocks < 1 or block_size < 16 or block_size % 16:
-            raise ValueError(
-                "the KV cache needs num_blocks >= 1 and block_size a positive multiple of 16, "
-                f"got {num_blocks} and {block_size}"
-            )
+        check_blocks(num_blocks, block_size)
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
         shape = (num_blocks, config.n_kv_heads, block_size, config.head_dim)
         self.num_bytes = 2 * config.n_layers * int(np.prod(shape, dtype=np.int64)) * 2
@@ -93,6 +90,7 @@ class AscendLlama:
     """
 
     kv_cache_type = AscendKVCache
+    applies_adapters = False
 
     def __init__(
         self, config: ModelConfig, weights: LlamaWeights, *, attention: str = "custom"

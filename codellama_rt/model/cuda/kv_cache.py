@@ -6,6 +6,7 @@ import numpy as np
 
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.cuda import ops, tensor
+from codellama_rt.model.kv_cache import check_blocks
 from codellama_rt.ops import native
 from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops.quantized import Quantized
@@ -32,11 +33,7 @@ class DeviceKVCache:
             ValueError: a size that is not positive, or block_size not a multiple of 16.
             RuntimeError: the device does not have the memory.
         """
-        if num_blocks < 1 or block_size < 16 or block_size % 16:
-            raise ValueError(
-                "the KV cache needs num_blocks >= 1 and block_size a positive multiple of 16, "
-                f"got {num_blocks} and {block_size}"
-            )
+        check_blocks(num_blocks, block_size)
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
         shape = (num_blocks, config.n_kv_heads, block_size, config.head_dim)
         bytes_each = num_blocks * config.n_kv_heads * block_size * row_bytes(config, dtype)
@@ -49,7 +46,9 @@ class DeviceKVCache:
                 tuple(self._blocks(begin + i * bytes_each, shape, bytes_each) for i in range(2))
             )
 
-    def _blocks(self, pointer: int, shape: tuple[int, ...], num_bytes: int) -> object:
+    def _blocks(
+        self, pointer: int, shape: tuple[int, ...], num_bytes: int
+    ) -> tensor.DeviceTensor | Quantized:
         if self.dtype not in QUANTIZED_DTYPES:
             return tensor.DeviceTensor(pointer, shape, self.dtype, self._memory)
         payload = tensor.DeviceTensor(pointer, (num_bytes,), "uint8", self._memory)

@@ -1,4 +1,4 @@
-"""Llama on the device: the ops of `codellama_rt.model.llama` in the same order, on its own stream.
+"""Llama on the device: `model.llama.decoder_stack` on the device's operators, on its own stream.
 
 Steps of one token per sequence run as CUDA graphs, captured once per bucket of batch sizes and
 table widths. Lengths, tables and slots are read on the device, so one graph serves every step of
@@ -22,7 +22,8 @@ from codellama_rt.model.cuda import ops
 from codellama_rt.model.cuda.kv_cache import DeviceKVCache
 from codellama_rt.model.cuda.step import Pinned, Room, StepInputs, StepShape
 from codellama_rt.model.cuda.tensor import DeviceTensor, Memory, empty
-from codellama_rt.model.cuda.weights import DeviceLayer, DeviceWeights
+from codellama_rt.model.cuda.weights import DeviceWeights
+from codellama_rt.model.llama import Activations, StepArrays, decoder_stack
 from codellama_rt.model.rope import RotaryEmbedding
 from codellama_rt.ops import native
 
@@ -37,6 +38,7 @@ class DeviceLlama:
     """The decoder on the device; it holds weights, scratch memory and graphs."""
 
     kv_cache_type = DeviceKVCache
+    applies_adapters = False
 
     def __init__(self, config: ModelConfig, weights: DeviceWeights) -> None:
         """Take weights that are on the device."""
@@ -87,11 +89,11 @@ class DeviceLlama:
         if len(batch.token_ids) == num_seqs == len(batch.logit_rows):
             return self._graph(batch, kv_cache).run(batch, rope)
         shape = StepShape(
-            len(batch.token_ids),
-            num_seqs,
-            batch.block_tables.shape[1],
-            len(batch.logit_rows),
-            self.config.head_dim // 2,
+            num_tokens=len(batch.token_ids),
+            num_seqs=num_seqs,
+            max_blocks=batch.block_tables.shape[1],
+            num_logits=len(batch.logit_rows),
+            half_head_dim=self.config.head_dim // 2,
         )
         inputs = StepInputs(shape, self._room)
         inputs.fill(batch, rope)
@@ -105,60 +107,28 @@ class DeviceLlama:
         self, inputs: StepInputs, kv_cache: DeviceKVCache, scratch: Scratch, logits: DeviceTensor
     ) -> None:
         """Put a step on the stream without allocating or waiting."""
-        weights, eps, inputs_of = self.weights, self.config.norm_eps, inputs.device
+        given = inputs.device
         a = scratch.rows(inputs.shape.num_tokens)
-        ops.embedding(inputs_of["token_ids"], weights.embedding, out=a["residual"])
-        ops.rms_norm(a["residual"], weights.layers[0].attention_norm, eps, out=a["x"])
-        following = [layer.attention_norm for layer in weights.layers[1:]]
-        both = (a["x"], a["residual"])
-        for i, layer in enumerate(weights.layers):
-            self._attention(layer, inputs_of, kv_cache.layers[i], a)
-            ops.add_rms_norm(a["sublayer"], a["residual"], layer.mlp_norm, eps, out=both)
-            ops.linear(a["x"], layer.gate_up, out=a["gate_up"])
-            ops.silu_and_mul(a["gate_up"], out=a["hidden"])
-            ops.linear(a["hidden"], layer.down_proj, out=a["sublayer"])
-            if i < len(following):
-                ops.add_rms_norm(a["sublayer"], a["residual"], following[i], eps, out=both)
-        self._logits(inputs_of["logit_rows"], a, scratch, logits)
-
-    def _attention(
-        self, layer: DeviceLayer, inputs: dict[str, DeviceTensor], caches: tuple, a: dict
-    ) -> None:
-        ops.linear(a["x"], layer.qkv, out=a["qkv"])
-        ops.rope_and_cache(
-            a["qkv"],
-            inputs["cos"],
-            inputs["sin"],
-            inputs["rope_index"],
-            *caches,
-            inputs["slot_mapping"],
-            interleaved=self.config.rope_interleaved,
-            out=a["query"],
+        step = StepArrays(
+            (given["cos"], given["sin"], given["rope_index"]),
+            given["slot_mapping"],
+            (given["block_tables"], given["seq_lens"], given["cu_seqlens_q"]),
         )
-        ops.paged_attention(
-            a["query"],
-            *caches,
-            inputs["block_tables"],
-            inputs["seq_lens"],
-            inputs["cu_seqlens_q"],
-            out=(a["attended"], a["lse"]),
-        )
-        attended = a["attended"]
-        rows = attended.reshape(attended.shape[0], attended.shape[1] * attended.shape[2])
-        ops.linear(rows, layer.o_proj, out=a["sublayer"])
+        ops.embedding(given["token_ids"], self.weights.embedding, out=a.residual)
+        decoder_stack(ops, ops.linear, self.weights.layers, self.config, a, step, kv_cache.layers)
+        self._logits(given["logit_rows"], a, scratch, logits)
 
     def _logits(
-        self, logit_rows: DeviceTensor, a: dict, scratch: Scratch, logits: DeviceTensor
+        self, logit_rows: DeviceTensor, a: Activations, scratch: Scratch, logits: DeviceTensor
     ) -> None:
         """Compute the requested rows only: the embedding op is what selects rows of a table."""
         if logits.shape[0] == 0:
             return
-        picked = scratch.picked(logits.shape[0])
-        for name in ("sublayer", "residual"):
-            ops.embedding(logit_rows, a[name], out=picked[name])
-        both = (picked["sublayer"], picked["residual"])
-        ops.add_rms_norm(*both, self.weights.norm, self.config.norm_eps, out=both)
-        ops.linear(picked["sublayer"], self.weights.lm_head, out=logits)
+        sublayer, residual = picked = scratch.picked(logits.shape[0])
+        ops.embedding(logit_rows, a.sublayer, out=sublayer)
+        ops.embedding(logit_rows, a.residual, out=residual)
+        ops.add_rms_norm(*picked, self.weights.norm, self.config.norm_eps, out=picked)
+        ops.linear(sublayer, self.weights.lm_head, out=logits)
 
     def _scratch_for(self, num_tokens: int) -> Scratch:
         if self._scratch is None or self._scratch.num_tokens < num_tokens:
@@ -181,29 +151,22 @@ class Scratch:
     def __init__(self, config: ModelConfig, dtype: str, num_tokens: int) -> None:
         """Allocate the activations."""
         self.num_tokens = num_tokens
-        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        heads = (config.n_heads, config.head_dim)
-        widths = {
-            "residual": (config.dim,),
-            "x": (config.dim,),
-            "sublayer": (config.dim,),
-            "qkv": (q_dim + 2 * kv_dim,),
-            "query": heads,
-            "attended": heads,
-            "gate_up": (2 * config.hidden_dim,),
-            "hidden": (config.hidden_dim,),
+        self._config = config
+        self._arrays = {
+            name: empty((num_tokens, width), "float32" if name == "lse" else dtype)
+            for name, width in Activations.widths(config).items()
         }
-        self._tensors = {n: empty((num_tokens, *width), dtype) for n, width in widths.items()}
-        self._tensors["lse"] = empty((num_tokens, config.n_heads), "float32")
-        self._picked = {n: empty((num_tokens, config.dim), dtype) for n in ("sublayer", "residual")}
+        self._picked = tuple(empty((num_tokens, config.dim), dtype) for _ in range(2))
 
-    def rows(self, num_tokens: int) -> dict[str, DeviceTensor]:
+    def rows(self, num_tokens: int) -> Activations:
         """Return the first rows of every activation."""
-        return {name: tensor.rows(0, num_tokens) for name, tensor in self._tensors.items()}
+        rows = {name: array.rows(0, num_tokens) for name, array in self._arrays.items()}
+        return Activations.over(self._config, rows)
 
-    def picked(self, num_rows: int) -> dict[str, DeviceTensor]:
-        """Return the buffers for the rows whose logits are requested."""
-        return {name: tensor.rows(0, num_rows) for name, tensor in self._picked.items()}
+    def picked(self, num_rows: int) -> tuple[DeviceTensor, DeviceTensor]:
+        """Return the buffers for the rows whose logits are requested: sublayer and residual."""
+        sublayer, residual = self._picked
+        return sublayer.rows(0, num_rows), residual.rows(0, num_rows)
 
 
 class DecodeGraph:

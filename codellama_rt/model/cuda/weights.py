@@ -20,10 +20,10 @@ class DeviceLayer:
     """One layer; projections of the same input are multiplied as one."""
 
     attention_norm: DeviceTensor
-    qkv: tuple[Weight, Weight, Weight]
+    qkv_proj: tuple[Weight, Weight, Weight]
     o_proj: Weight
     mlp_norm: DeviceTensor
-    gate_up: tuple[Weight, Weight]
+    gate_up_proj: tuple[Weight, Weight]
     down_proj: Weight
 
 
@@ -80,9 +80,9 @@ def _layer(layer: LayerWeights, quantization: str | None) -> DeviceLayer:
 
     return DeviceLayer(
         attention_norm=to_device(layer.attention_norm),
-        qkv=(put(layer.q_proj), put(layer.k_proj), put(layer.v_proj)),
+        qkv_proj=(put(layer.q_proj), put(layer.k_proj), put(layer.v_proj)),
         o_proj=put(layer.o_proj),
         mlp_norm=to_device(layer.mlp_norm),
-        gate_up=(put(layer.gate_proj), put(layer.up_proj)),
+        gate_up_proj=(put(layer.gate_proj), put(layer.up_proj)),
         down_proj=put(layer.down_proj),
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from codellama_rt.checkpoint.formats.gguf_file import find_gguf_metadata
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.errors import CheckpointError
 from codellama_rt.text.chat.code_llama import STEP_PIECE, InstFormat, StepFormat
@@ -59,27 +60,25 @@ def find_format(chat_template: str | None, tokenizer: Any) -> ChatFormat:
     return InstFormat() if _is_inst_template(chat_template) else JinjaFormat(chat_template)
 
 
-def read_chat_template(path: Path) -> str | None:
-    """Read the chat template of a checkpoint; None if it has none.
+def read_chat_template(path: Path, metadata: Mapping[str, Any] | None = None) -> str | None:
+    """Return the template that a checkpoint brings, or None.
 
     Args:
-        path: a GGUF file, which may contain it; a directory, or a file in it, with
-            chat_template.jinja or an entry in tokenizer_config.json.
+        path: a GGUF file, which may hold it; a directory, or a file in it, where it is
+            chat_template.jinja or an entry of tokenizer_config.json.
+        metadata: of the GGUF file at `path`, where it has been read already.
 
     Raises:
         CheckpointError: it is not text, or there are several and none is the default.
     """
-    if path.is_file():
-        from codellama_rt.checkpoint.formats.gguf_file import MAGIC, read_gguf
-
-        with open(path, "rb") as file:
-            is_gguf = file.read(len(MAGIC)) == MAGIC
-        if is_gguf:
-            return _default_of(read_gguf(path).metadata.get("tokenizer.chat_template"), str(path))
-        path = path.parent
-    if (path / "chat_template.jinja").is_file():
-        return _utf8(path / "chat_template.jinja")
-    config = path / "tokenizer_config.json"
+    if metadata is None and path.is_file():
+        metadata = find_gguf_metadata(path)
+    if metadata is not None:
+        return _default_of(metadata.get("tokenizer.chat_template"), str(path))
+    folder = path.parent if path.is_file() else path
+    if (folder / "chat_template.jinja").is_file():
+        return _utf8(folder / "chat_template.jinja")
+    config = folder / "tokenizer_config.json"
     found = read_object(config).get("chat_template") if config.is_file() else None
     return _default_of(found, str(config))
 

@@ -5,9 +5,12 @@ which a text never becomes a control token; `CodeLlamaTokenizer` follows the slo
 Transformers, which parses control tokens.
 """
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+from codellama_rt.checkpoint.formats.gguf_file import find_gguf_metadata
 from codellama_rt.errors import CheckpointError
 from codellama_rt.text.tokenizer.tokenizer_base import (
     IncrementalDetokenizer,
@@ -30,12 +33,18 @@ FILL_TOKEN = "<FILL_ME>"
 _FILES = ("tokenizer.model", "tokenizer.json")
 
 
-def load_tokenizer(path: str | PathLike[str], vocab_size: int | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str | PathLike[str],
+    vocab_size: int | None = None,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+) -> Tokenizer:
     """Load the tokenizer of a checkpoint.
 
     Args:
         path: a directory with tokenizer.model or tokenizer.json, or such a file, or a GGUF file.
         vocab_size: rows of the model's embedding, to check against.
+        metadata: of the GGUF file at `path`, where it has been read already.
 
     Returns:
         The tokenizer; ids up to `vocab_size` that it does not have decode to nothing.
@@ -48,7 +57,7 @@ def load_tokenizer(path: str | PathLike[str], vocab_size: int | None = None) -> 
         [1, 822, 285, 7295]
     """
     file = _find(Path(path))
-    tokenizer = _load_file(file)
+    tokenizer = _load_file(file, metadata)
     if vocab_size is not None:
         if tokenizer.vocab_size > vocab_size:
             raise CheckpointError(
@@ -59,18 +68,16 @@ def load_tokenizer(path: str | PathLike[str], vocab_size: int | None = None) -> 
     return tokenizer
 
 
-def has_tokenizer(path: str | PathLike[str]) -> bool:
-    """Return whether a checkpoint, a directory or a file, has a tokenizer: some do not."""
-    path = Path(path)
-    if path.is_dir():
-        return any((path / name).is_file() for name in _FILES)
-    with open(path, "rb") as file:
-        is_gguf = file.read(4) == b"GGUF"
-    if not is_gguf:
-        return True
-    from codellama_rt.checkpoint.formats.gguf_file import read_gguf
+def has_tokenizer(path: Path, metadata: Mapping[str, Any] | None) -> bool:
+    """Return whether a checkpoint has a tokenizer: some are weights alone.
 
-    return "tokenizer.ggml.model" in read_gguf(path).metadata
+    Args:
+        path: its directory or GGUF file.
+        metadata: of the GGUF file; None for a directory.
+    """
+    if metadata is not None:
+        return "tokenizer.ggml.model" in metadata
+    return any((path / name).is_file() for name in _FILES)
 
 
 def split_fill(prompt: str, fill_token: str = FILL_TOKEN) -> tuple[str, str] | None:
@@ -102,16 +109,15 @@ def _find(path: Path) -> Path:
     raise CheckpointError(f"{path}: expected a tokenizer ({' or '.join(_FILES)}), found neither")
 
 
-def _load_file(path: Path) -> Tokenizer:
+def _load_file(path: Path, metadata: Mapping[str, Any] | None) -> Tokenizer:
     try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
+        metadata = find_gguf_metadata(path) if metadata is None else metadata
     except OSError as error:
         raise CheckpointError(f"{path}: expected a tokenizer, found {error.strerror}") from None
-    if magic == b"GGUF":
+    if metadata is not None:
         from codellama_rt.text.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 
-        return tokenizer_from_gguf(path)
+        return tokenizer_from_gguf(metadata, path)
     if path.suffix == ".json":
         from codellama_rt.text.tokenizer.json_tokenizer import tokenizer_from_json
 

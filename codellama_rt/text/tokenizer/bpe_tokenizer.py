@@ -1,9 +1,10 @@
 """GPT-2-style byte-level BPE of GGUF files and tokenizer.json, using the `tokenizers` package."""
 
+import codecs
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from codellama_rt.errors import CheckpointError
@@ -128,18 +129,23 @@ def find_pre_tokenizer(name: object, source: str) -> PreTokenizer:
     return PRE_TOKENIZERS[name]
 
 
-@cache
-def _byte_letters() -> dict[str, int]:
-    """Return GPT-2's alphabet: printable Latin-1 as itself, other bytes from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+def _letters() -> Any:
+    """Return GPT-2's alphabet: printable Latin-1 as itself, other bytes from U+0100 on.
+
+    Returns:
+        An 8-bit encoding, which Python applies as fast as any other.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    beyond = itertools.count(0x100)
+    letters = (chr(byte if byte in printable else next(beyond)) for byte in range(256))
+    return codecs.charmap_build("".join(letters))
+
+
+_LETTERS = _letters()
 
 
 def _bytes_of(piece: str) -> bytes:
-    letters = _byte_letters()
     try:
-        return bytes([letters[letter] for letter in piece])
-    except KeyError:  # an added token, which is plain text
+        return codecs.charmap_encode(piece, "strict", _LETTERS)[0]
+    except UnicodeEncodeError:  # an added token, which is plain text
         return piece.encode()

@@ -1,6 +1,8 @@
 """The tokenizer in a GGUF file: SentencePiece ("llama") or byte-level BPE ("gpt2")."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config_fields import ConfigFields
@@ -25,13 +27,17 @@ _INFILL_KEYS = {
 }
 
 
-def tokenizer_from_gguf(path: Path) -> Tokenizer:
-    """Read the tokenizer from a GGUF file.
+def tokenizer_from_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+    """Return the tokenizer inside a GGUF file.
+
+    Args:
+        metadata: of the file.
+        path: of the file, for messages.
 
     Raises:
         CheckpointError: the file has none, its fields disagree, or its kind is unknown.
     """
-    vocabulary = _GgufVocabulary(path)
+    vocabulary = _GgufVocabulary(metadata, path)
     if vocabulary.kind == "llama":
         return _sentencepiece(vocabulary)
     if vocabulary.kind == "gpt2":
@@ -42,11 +48,8 @@ def tokenizer_from_gguf(path: Path) -> Tokenizer:
 class _GgufVocabulary:
     """The fields under `tokenizer.ggml.` that both kinds share."""
 
-    def __init__(self, path: Path) -> None:
-        from codellama_rt.checkpoint.formats.gguf_file import read_gguf
-
+    def __init__(self, metadata: Mapping[str, Any], path: Path) -> None:
         start = "tokenizer.ggml."
-        metadata = read_gguf(path).metadata
         values = {
             key[len(start) :]: value for key, value in metadata.items() if key.startswith(start)
         }

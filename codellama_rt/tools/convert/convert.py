@@ -17,7 +17,7 @@ from typing import Any
 from codellama_rt.checkpoint.formats.meta_directory import is_meta_directory
 from codellama_rt.checkpoint.formats.tensor_file import Entry, sync, write_tensor_file
 from codellama_rt.checkpoint.model_names import resolve_model
-from codellama_rt.checkpoint.open import read_model
+from codellama_rt.checkpoint.open import resolve
 from codellama_rt.checkpoint.quantize import check_quantization, is_quantized
 from codellama_rt.checkpoint.stored_tensor import Counter, Progress, StoredModel
 from codellama_rt.errors import CheckpointError
@@ -99,7 +99,7 @@ def convert(
     path, out = resolve_model(model), Path(out)
     if out.exists():
         raise FileExistsError(f"{out} already exists; give --out another name, or remove it")
-    stored = read_model(path)
+    stored = resolve(path)
     _check_source(stored, options)
     options = with_dtype(stored, options)
     plan = make_plan(stored, options)
@@ -205,9 +205,10 @@ def _write_companions(stored: StoredModel, folder: Path, options: Options) -> No
     from codellama_rt.text.tokenizer import has_tokenizer, load_tokenizer
     from codellama_rt.text.tokenizer.save_tokenizer import save_tokenizer
 
-    if has_tokenizer(stored.path):
-        template = read_chat_template(stored.path) if stored.path.is_file() else None
-        save_tokenizer(load_tokenizer(stored.path), folder, template)
+    path, metadata = stored.path, stored.metadata
+    if has_tokenizer(path, metadata):
+        template = None if metadata is None else read_chat_template(path, metadata)
+        save_tokenizer(load_tokenizer(path, metadata=metadata), folder, template)
 
 
 def _write_file(path: Path, content: bytes) -> None:

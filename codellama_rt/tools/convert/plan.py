@@ -36,7 +36,7 @@ from codellama_rt.checkpoint.formats.tensor_file import Entry, Layout
 from codellama_rt.checkpoint.quantize import is_quantized, quantize_tensor, sources
 from codellama_rt.checkpoint.stored_tensor import ENCODINGS, Counter, StoredModel, StoredTensor
 from codellama_rt.checkpoint.tensor_names import halves_first, pairs_first, rotates
-from codellama_rt.checkpoint.weight_loading import choose_dtype, convert_tensor, match_tensors
+from codellama_rt.checkpoint.weight_loading import choose_dtype, convert_tensor
 from codellama_rt.ops.dtypes import numpy_dtype
 
 HUGGING_FACE, META = "huggingface", "meta"
@@ -90,7 +90,7 @@ def with_dtype(stored: StoredModel, options: Options) -> Options:
     Raises:
         CheckpointError: as for `make_plan`.
     """
-    is_kept = all(tensor.is_float for tensor in match_tensors(stored).values())
+    is_kept = all(tensor.is_float for tensor in stored.tensors.values())
     return options if options.dtype != "auto" or is_kept else replace(options, dtype="bfloat16")
 
 
@@ -101,7 +101,7 @@ def make_plan(stored: StoredModel, options: Options) -> Plan:
         CheckpointError: the model has missing or unknown tensors.
         ValueError: the layout cannot express the model.
     """
-    tensors = match_tensors(stored)
+    tensors = stored.tensors
     if options.to == META:
         return _meta_plan(stored, tensors, options)
     if options.quantization is not None:

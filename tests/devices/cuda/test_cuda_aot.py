@@ -69,7 +69,7 @@ def test_paged_attention(library, rng):
 def test_an_op_in_place_returns_its_token(library, rng):
     caches = put(*[np.zeros((2, 1, 16, 64), np.float32)] * 2)
     slots, token = put(int32([3]), int32([7]))
-    op = AotOp(library, "ReshapeAndCache")
+    op = AotOp(library, "reshape_and_cache")
     key = put(normal(rng, (1, 1, 64)))
     assert op(key, key, *caches, slots, token) == 0
     assert get(token).tolist() == [0]
@@ -95,5 +95,5 @@ def test_flash_attention_is_causal_by_default(library, rng):
     x = put(normal(rng, (5, 2, 64), "float16"))
     bounds = put(ends([2, 3]))
     out = poisoned((5, 2, 64), "float16"), poisoned((5, 2), "float32")
-    assert AotOp(library, "FlashAttention")(x, x, x, bounds, bounds, *out) == 0
+    assert AotOp(library, "flash_attention")(x, x, x, bounds, bounds, *out) == 0
     assert_equal_bits(get(out[0]), get(ops.flash_attention(x, x, x, bounds, bounds)[0]))

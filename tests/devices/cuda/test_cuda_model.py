@@ -1,10 +1,10 @@
 """Whole models on the device: the CPU's tokens and logits, and determinism."""
 
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from codellama_rt.model.cuda.place import place
 from helpers.builders import int32
 from helpers.goldens import run, tiny_golden
 from helpers.tolerances import assert_equal_bits
@@ -17,6 +17,8 @@ from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
 from codellama_rt.llm.kv_plan import plan_cuda_blocks
 from codellama_rt.llm.llm import LLM
+from codellama_rt.llm.placement import place
+from codellama_rt.llm.plan import Plan
 from codellama_rt.llm.scoring import sequence_logits
 from codellama_rt.model.cuda import llama as cuda_model
 from codellama_rt.model.cuda import tensor
@@ -36,11 +38,9 @@ def little_workspace(monkeypatch):
 
 def make_model(name, **options):
     checkpoint = open_checkpoint(tiny_golden(name).folder, dtype="bfloat16")
-    arguments = {
-        "kv_dtype": "bfloat16", "block_size": 16, "longest": None, "max_num_seqs": 8,
-        "kv_memory": 1 << 20, **options,
-    }  # fmt: skip
-    return place(checkpoint.config, checkpoint.weights, **arguments)
+    usual = {"kv_dtype": "bfloat16", "block_size": 16, "max_num_seqs": 8, "kv_memory": 1 << 20}
+    plan = Plan(device="cuda", **{**usual, **options})
+    return place(plan, checkpoint.config, checkpoint.weights)
 
 
 def generate(model, cache, prompts, params=GREEDY, **options):
@@ -165,10 +165,10 @@ def test_inputs_of_a_smaller_step_are_padded():
 def test_planned_pages(cuda):
     config = tiny_golden(NAMES[1]).model().config
     page = 2 * config.n_layers * config.n_kv_heads * 16 * row_bytes(config, "fp8")
-    options = {"longest": None, "max_num_seqs": 2, "kv_memory": 5 * page}
-    assert plan_cuda_blocks(config, "fp8", 16, row_bytes(config, "fp8"), **options) == 5
+    plan = Plan(kv_dtype="fp8", block_size=16, max_num_seqs=2, kv_memory=5 * page)
+    assert plan_cuda_blocks(config, plan, row_bytes(config, "fp8")) == 5
     with pytest.raises(RuntimeError, match=r"KV cache of 100 tokens takes .* lower max_model_len"):
-        plan_cuda_blocks(config, "fp8", 16, row_bytes(config, "fp8"), **{**options, "longest": 100})
+        plan_cuda_blocks(config, replace(plan, max_model_len=100), row_bytes(config, "fp8"))
 
 
 def test_refusals():
