@@ -1,7 +1,7 @@
-"""PyTorch's .pth files: tensors of floats as views of the mapped archive; no code in them is run.
+"""Read PyTorch's .pth files: float tensors as views of the mapped archive, without running code.
 
-The archive has `<folder>/data.pkl`, which says of each tensor where it lies in which storage, and a
-member `<folder>/data/<key>` for each storage. The members lie uncompressed and are never inflated.
+The archive has `<folder>/data.pkl`, which places each tensor in a storage, and one member
+`<folder>/data/<key>` per storage. Members must be stored uncompressed; nothing is ever inflated.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
         The tensors by name; none has been read.
 
     Raises:
-        CheckpointError: no such archive, a damaged one, or a pickle that names anything else than
-            tensors in storages of floats.
+        CheckpointError: not such an archive, a damaged one, or a pickle that contains anything but
+            tensors in float storages.
     """
     members = _read_zip(path, map_file(path))
     pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
@@ -91,7 +91,7 @@ def _tensor(path: Path, name: str, said: TensorDescription, storage: Any) -> Sto
 
 
 class _BoundedFile(io.FileIO):
-    """A file of which zipfile cannot read a list of members that would fill the memory."""
+    """A file whose list of members zipfile reads only up to a size: a longer one fills memory."""
 
     def read(self, size: int = -1) -> bytes:
         if size > MAX_DIRECTORY_BYTES:
@@ -100,15 +100,16 @@ class _BoundedFile(io.FileIO):
 
 
 def _read_zip(path: Path, mapped: np.ndarray) -> dict[str, np.ndarray]:
-    """Return a view of each member's bytes by name: each in a place of its own, as it is."""
+    """Return a view of each member's bytes by name; members must not overlap or be compressed."""
     try:
         with _BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
             entries, comment = archive.infolist(), len(archive.comment)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
         raise _fault(
-            path, "a zip archive as torch.save writes it",
+            path,
+            "a zip archive as torch.save writes it",
             f"{error}; the file is truncated, or in the format before torch 1.6",
-        ) from None  # fmt: skip
+        ) from None
     count = int.from_bytes(mapped[-comment - 12 :][:2].tobytes(), "little")
     if count not in (len(entries), 0xFFFF):
         raise _fault(path, f"{count} members, as the archive says", len(entries))

@@ -1,14 +1,14 @@
-"""The pickle inside a .pth file, read by an interpreter that can build nothing but descriptions.
+"""Read the pickle in a .pth file with an interpreter that can only build descriptions.
 
-A pickle is a program for a small stack machine. Of the standard library's, written in Python, only
-the opcodes remain that torch.save emits for a dictionary of tensors, and the names it may speak of
-stand for values of ours: nothing is looked up, imported or called. `pickle.Unpickler`, written in
-C, would not do: it hashes any key of a dictionary, tuples of tuples until the stack overflows, and
-allocates a memo as long as an index asks for.
+A pickle is a program for a small stack machine. Of the standard library's Python implementation,
+only the opcodes remain that torch.save emits for a dictionary of tensors, and the names a pickle
+may use stand for values of ours: nothing is looked up, imported or called. `pickle.Unpickler`,
+written in C, is not suitable: it hashes any dictionary key, even tuples of tuples until the stack
+overflows, and allocates as much memo as an index asks for.
 
-Here a step costs at least a byte of the pickle and adds one item at most, so that memory and time
-are bounded by its length. What is shared is never walked: nested tuples that repeat themselves
-would take for ever.
+Here each step consumes at least one byte of the pickle and adds at most one item, so memory and
+time are bounded by its length. Shared values are never traversed: nested tuples that repeat
+themselves would take forever.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class RefusedPickleError(ValueError):
 
 
 class TensorDescription(NamedTuple):
-    """What a pickle says of a tensor; none of it has been held against the storage."""
+    """A pickle's description of a tensor, not yet checked against the storage."""
 
-    encoding: str  # in safetensors' words
+    encoding: str  # safetensors' name
     storage: str  # the key of its bytes
     storage_size: int  # elements
     offset: int  # elements
@@ -50,10 +50,10 @@ def read_tensor_pickle(raw: bytes) -> dict[str, TensorDescription]:
         raw: the pickle.
 
     Returns:
-        What it says of each tensor, by name.
+        The description of each tensor, by name.
 
     Raises:
-        RefusedPickleError: it is damaged, or does anything else.
+        RefusedPickleError: the pickle is damaged, or is anything else.
 
     Example:
         >>> import pickle
@@ -66,8 +66,15 @@ def read_tensor_pickle(raw: bytes) -> dict[str, TensorDescription]:
         result = _Unpickler(io.BytesIO(raw)).load()
     except RefusedPickleError:
         raise
-    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError,
-            struct.error):  # fmt: skip
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        struct.error,
+    ):
         raise RefusedPickleError("a pickle that is truncated or damaged") from None
     if not isinstance(result, dict):
         raise RefusedPickleError(f"{_kind_of(result)} at the top level of the pickle")
@@ -78,7 +85,7 @@ def read_tensor_pickle(raw: bytes) -> dict[str, TensorDescription]:
 
 
 class _Storage(NamedTuple):
-    """The bytes of a tensor, as a pickle speaks of them."""
+    """The bytes of a tensor, as the pickle describes them."""
 
     encoding: str
     key: str
@@ -86,7 +93,7 @@ class _Storage(NamedTuple):
 
 
 class _Name(NamedTuple):
-    """One of the names a pickle may speak of."""
+    """One of the names a pickle may use."""
 
     name: str
     encoding: str | None = None
@@ -97,14 +104,17 @@ _REBUILD_TENSOR = _Name("torch._utils._rebuild_tensor_v2")
 _NAMES = {
     name.name: name
     for name in (
-        _ORDERED_DICT, _REBUILD_TENSOR, _Name("torch.FloatStorage", "F32"),
-        _Name("torch.HalfStorage", "F16"), _Name("torch.BFloat16Storage", "BF16"),
+        _ORDERED_DICT,
+        _REBUILD_TENSOR,
+        _Name("torch.FloatStorage", "F32"),
+        _Name("torch.HalfStorage", "F16"),
+        _Name("torch.BFloat16Storage", "BF16"),
     )
-}  # fmt: skip
+}
 
 
 class _Opcodes(dict):
-    """What to do for each opcode; an unknown one is refused under its name."""
+    """The action of each opcode; an unknown one is rejected by name."""
 
     def __missing__(self, opcode: int) -> None:
         names = {ord(known.code): known.name for known in pickletools.opcodes}
@@ -112,7 +122,7 @@ class _Opcodes(dict):
 
 
 class _Unpickler(pickle._Unpickler):
-    """The standard library's stack machine without what could build, call or change anything."""
+    """The standard library's stack machine without anything that builds, calls or changes."""
 
     def find_class(self, module: str, name: str) -> _Name:
         dotted = f"{module}.{name}"
@@ -146,7 +156,7 @@ class _Unpickler(pickle._Unpickler):
             raise RefusedPickleError(f"a call of {function.name} with {len(arguments)} arguments")
 
     def load_build(self) -> None:
-        """A module's state_dict bears notes of its parts' versions, of which nothing depends."""
+        """Ignore the state of a module's state_dict: version notes that nothing depends on."""
         state, target = self.stack.pop(), self.stack[-1]
         if type(state) is not dict or type(target) is not dict or set(state) - {"_metadata"}:
             raise RefusedPickleError(f"a state given to {_kind_of(target)}")
@@ -180,7 +190,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _describe(arguments: tuple[Any, ...]) -> TensorDescription:
-    """Return what the arguments of torch._utils._rebuild_tensor_v2 say."""
+    """Return the description in the arguments of torch._utils._rebuild_tensor_v2."""
     if len(arguments) != 6 or not isinstance(arguments[0], _Storage):
         raise RefusedPickleError("a tensor without a storage")
     storage, offset, shape, strides, *_ = arguments
@@ -194,12 +204,12 @@ def _describe(arguments: tuple[Any, ...]) -> TensorDescription:
 
 
 def _kind_of(value: Any) -> str:
-    """Return what to call a value; never its content, which may be endless."""
+    """Return a description of a value's kind; never its content, which may be endless."""
     if isinstance(value, _Name):
         return f"the name {value.name}"
     return f"a value of kind {type(value).__name__.strip('_')}"
 
 
 def _is_count(value: Any) -> bool:
-    """Whether it is an int that a file could have so many elements of."""
+    """Return whether it is an int that can be a file's number of elements."""
     return type(value) is int and 0 <= value < 2**48

@@ -1,5 +1,6 @@
-"""Writes .pth files that torch.load reads, weights_only or not, and `read_pth`: a dictionary of
-tensors, each in a storage of its own, uncompressed and aligned to 64 bytes.
+"""Write .pth files for torch.load (weights_only or not) and `read_pth`: a dictionary of tensors.
+
+Each tensor has its own storage, uncompressed and aligned to 64 bytes.
 """
 
 import itertools
@@ -13,21 +14,22 @@ _STORAGES = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Stora
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _ALIGNMENT = 64
 _PADDING_FIELD = 0x4246  # "FB", as torch marks it
-_LARGE = 0xFFFFFFFF  # from here on sizes and places need 64 bits
-_IN_64_BITS = 0xFFFFFFFF  # what stands in the place of one that does
-_DOS_DATE = 0x21  # the first day of 1980: the same bytes whenever they are written
+_LARGE = 0xFFFFFFFF  # sizes and offsets from here on need 64 bits
+_IN_64_BITS = 0xFFFFFFFF  # the 32-bit field's value then
+_DOS_DATE = 0x21  # 1 January 1980: the same bytes whenever they are written
 
 
 class PthLayout:
     """The tensors of a .pth file."""
 
     def __init__(self, entries: Sequence[Entry], folder: str) -> None:
-        """Lays them out; `folder` is that of the members, by custom the file's stem."""
+        """Lay out the tensors; `folder` contains the members, by convention the file's stem."""
         self.entries, self._folder = entries, folder
         self._small = [
-            (f"{folder}/data.pkl", _pickle(entries)), (f"{folder}/byteorder", b"little"),
+            (f"{folder}/data.pkl", _pickle(entries)),
+            (f"{folder}/byteorder", b"little"),
             (f"{folder}/version", b"3\n"),
-        ]  # fmt: skip
+        ]
         self._places: list[tuple[str, int, int, int]] = []  # name, offset, size, CRC-32
         self._head, at = b"", 0
         for name, content in self._small:
@@ -47,19 +49,19 @@ class PthLayout:
         )
 
     def offset(self, i: int) -> int:
-        """Where the local header of entry i begins."""
+        """Return where the local header of entry i begins."""
         return self._offsets[i]
 
     def head(self) -> bytes:
-        """The pickle and what says how to read it."""
+        """Return the pickle and the members that say how to read it."""
         return self._head
 
     def before(self, i: int, checksum: int) -> bytes:
-        """The local header of entry i."""
+        """Return the local header of entry i."""
         return _local_header(self._names[i], self._offsets[i], self.entries[i].num_bytes, checksum)
 
     def tail(self, checksums: Sequence[int]) -> bytes:
-        """The central directory, without which nothing reads the file."""
+        """Return the central directory, which every reader needs."""
         sizes = [entry.num_bytes for entry in self.entries]
         places = self._places + list(
             zip(self._names, self._offsets[:-1], sizes, checksums, strict=True)
@@ -69,16 +71,26 @@ class PthLayout:
 
 
 def _local_header(name: str, at: int, size: int, checksum: int) -> bytes:
-    """The header before a member, padded so that its bytes are aligned."""
+    """Return the header before a member, padded so that the member's bytes are aligned."""
     wide = struct.pack("<HHQQ", 1, 16, size, size) if size >= _LARGE else b""
     field = _in_32_bits(size)
     begin = at + 30 + len(name) + len(wide) + 4
     padding = -begin % _ALIGNMENT
     extra = wide + struct.pack("<HH", _PADDING_FIELD, padding) + bytes(padding)
     header = struct.pack(
-        "<4s5H3L2H", b"PK\x03\x04", 45, 0, 0, 0, _DOS_DATE, checksum, field, field, len(name),
+        "<4s5H3L2H",
+        b"PK\x03\x04",
+        45,
+        0,
+        0,
+        0,
+        _DOS_DATE,
+        checksum,
+        field,
+        field,
+        len(name),
         len(extra),
-    )  # fmt: skip
+    )
     return header + name.encode() + extra
 
 
@@ -87,14 +99,30 @@ def _central_header(name: str, at: int, size: int, checksum: int) -> bytes:
     extra = struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
     field = _in_32_bits(size)
     header = struct.pack(
-        "<4s6H3L5H2L", b"PK\x01\x02", 45, 45, 0, 0, 0, _DOS_DATE, checksum, field, field,
-        len(name), len(extra), 0, 0, 0, 0, _in_32_bits(at),
-    )  # fmt: skip
+        "<4s6H3L5H2L",
+        b"PK\x01\x02",
+        45,
+        45,
+        0,
+        0,
+        0,
+        _DOS_DATE,
+        checksum,
+        field,
+        field,
+        len(name),
+        len(extra),
+        0,
+        0,
+        0,
+        0,
+        _in_32_bits(at),
+    )
     return header + name.encode() + extra
 
 
 def _end(count: int, size: int, begin: int) -> bytes:
-    """The end of the archive; its 64-bit form, which every reader takes, only where it must be."""
+    """Return the end of the archive, in its 64-bit form only where necessary."""
     wide = b""
     if begin >= _LARGE or count >= 0xFFFF:
         fields = (44, 45, 45, 0, 0, count, count, size, begin)
@@ -108,7 +136,7 @@ def _end(count: int, size: int, begin: int) -> bytes:
 
 
 def _pickle(entries: Sequence[Entry]) -> bytes:
-    """The dictionary in protocol 2, as torch.save writes it, but for the memo."""
+    """Return the dictionary in protocol 2, as torch.save writes it, but without memo."""
     items = b"".join(_text(entry.name) + _tensor(i, entry) for i, entry in enumerate(entries))
     return b"\x80\x02}(" + items + b"u."
 

@@ -30,7 +30,7 @@ _ITEM_BYTES = {
 }
 _MAX_AXES = 8
 _MAX_AXIS = 2**48
-_ALIGNMENT = 64  # of the first tensor's bytes in a file that is written here
+_ALIGNMENT = 64  # of the first tensor's bytes in files written here
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -159,14 +159,16 @@ class SafetensorsLayout:
     """The tensors of a file, in the order of their bytes, and its metadata."""
 
     def __init__(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
-        """Lay them out."""
+        """Lay out the tensors."""
         self.entries = entries
         ends = list(itertools.accumulate((entry.num_bytes for entry in entries), initial=0))
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         for entry, offsets in zip(entries, itertools.pairwise(ends), strict=True):
             header[entry.name] = {
-                "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets,
-            }  # fmt: skip
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": offsets,
+            }
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
         self._head = len(raw).to_bytes(8, "little") + raw
@@ -181,24 +183,26 @@ class SafetensorsLayout:
         return self._head
 
     def before(self, i: int, checksum: int) -> bytes:
-        """Return nothing."""
+        """Return nothing: there are no bytes between tensors."""
         return b""
 
     def tail(self, checksums: Sequence[int]) -> bytes:
-        """Return nothing."""
+        """Return nothing: the file ends with the last tensor."""
         return b""
 
 
 def write_safetensors(
-    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str],
+    path: Path,
+    entries: Sequence[Entry],
+    metadata: Mapping[str, str],
     written: Callable[[Entry], None],
-) -> None:  # fmt: skip
-    """Write a file; it is complete, and on the disk, when this returns.
+) -> None:
+    """Write a file; on return it is complete and on disk.
 
     Args:
-        path: the file, made anew.
+        path: the file; an existing one is replaced.
         entries: the tensors in the order of their bytes.
-        metadata: of the file.
+        metadata: the file's metadata.
         written: called after each tensor.
 
     Raises:

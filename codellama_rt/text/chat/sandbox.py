@@ -1,8 +1,8 @@
-"""Jinja templates from checkpoints, which anybody may have written, rendered without harm.
+"""Render untrusted Jinja templates from checkpoints safely.
 
-jinja2's ImmutableSandboxedEnvironment keeps a template away from Python's insides. It runs in a
-process of its own (`template_worker`), whose memory, time and output are limited; one such process
-serves this one, and is replaced after a template has ended it.
+jinja2's ImmutableSandboxedEnvironment keeps a template away from Python's internals. It runs in its
+own process (`template_worker`) with limits on memory, time and output; one such process serves this
+one, and is replaced after a template has terminated it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _WORKER = Path(__file__).with_name("template_worker.py")
 
 
 class ChatTemplateError(ValueError):
-    """A chat template is damaged, does what it may not, or refuses the conversation."""
+    """A chat template is damaged, does something forbidden, or rejects the conversation."""
 
 
 def render_template(source: str, names: Mapping[str, Any]) -> str:
-    """Render a template that nobody vouches for.
+    """Render an untrusted template.
 
     Args:
         source: Jinja.
-        names: the variables it may use, of types that JSON has.
+        names: the variables it may use, of types that JSON supports.
 
     Raises:
-        ChatTemplateError: it cannot be parsed, reaches for what it may not, computes or grows
-            beyond a limit, or refuses its input by `raise_exception`.
+        ChatTemplateError: it cannot be parsed, accesses something forbidden, exceeds a limit, or
+            rejects its input by `raise_exception`.
     """
     if len(source) > MAX_TEMPLATE:
         raise ChatTemplateError(
@@ -62,14 +62,14 @@ def _encoded(request: Mapping[str, Any]) -> bytes:
 
 
 class _Worker:
-    """A process that renders, started at the first request; threads take turns."""
+    """A rendering process, started by the first request; threads use it one at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
 
     def ask(self, request: bytes) -> bytes:
-        """Return the reply to a request; a process that fails to give one is ended."""
+        """Return the reply to a request; a process that fails to reply is terminated."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self.stop()
@@ -77,14 +77,14 @@ class _Worker:
             try:
                 return _exchange(self._process, request)
             except OSError:
-                self._process.wait()  # it closed its end of a pipe: it is ending
+                self._process.wait()  # it closed its end of a pipe: it is terminating
                 raise ChatTemplateError(_why_it_ended(self._process.returncode)) from None
-            except BaseException:  # Ctrl-C, too: the next reply would be this one's
+            except BaseException:  # Ctrl-C, too: otherwise the next reply would be this request's
                 self.stop()
                 raise
 
     def stop(self) -> None:
-        """End the process, if there is one."""
+        """Terminate the process, if it runs."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -92,22 +92,27 @@ class _Worker:
             _close(process)
 
     def forget(self) -> None:
-        """Leave the process to the parent of this one, which was forked."""
+        """Leave the process to the parent: this process was forked from it."""
         if self._process is not None:
             _close(self._process)
-            self._process.returncode = 0  # it is no child of this process
+            self._process.returncode = 0  # it is not a child of this process
         self._lock, self._process = threading.Lock(), None
 
 
 def _start() -> subprocess.Popen:
-    # -I and -S: neither the user's environment nor site packages are looked at, which saves time;
-    # modules are found where this process finds them. A session of its own has no Ctrl-C.
+    # -I and -S skip the user's environment and site packages, which saves time; modules are found
+    # where this process finds them. A session of its own keeps Ctrl-C away from it.
     paths = [os.path.abspath(path) for path in sys.path]
     command = [sys.executable, "-I", "-S", str(_WORKER), json.dumps(paths), str(MAX_MEMORY)]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        bufsize=0, cwd="/", start_new_session=True,
-    )  # fmt: skip
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        cwd="/",
+        start_new_session=True,
+    )
 
 
 def _close(process: subprocess.Popen) -> None:

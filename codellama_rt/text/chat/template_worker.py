@@ -1,11 +1,11 @@
-"""Render chat templates in a process of its own, which `sandbox` starts by this file's path.
+"""Render chat templates in a separate process, which `sandbox` starts by this file's path.
 
-The process imports jinja2 and the standard library alone. Whatever an operator, a filter or the
-compiler does in it is bounded by the operating system: RLIMIT_AS bounds the memory, and a timer
-whose signal ends the process bounds the time, in the middle of a C call, too.
+The process imports only jinja2 and the standard library. Everything an operator, a filter or the
+compiler does is bounded by the operating system: RLIMIT_AS bounds the memory, and a timer whose
+signal ends the process bounds the time, even in the middle of a C call.
 
 A request and its reply are JSON in a frame: eight bytes of length, least significant first, then
-the text. `{"source", "names", "seconds", "characters"}` gives `{"text"}` or `{"error"}`.
+the text. `{"source", "names", "seconds", "characters"}` is answered by `{"text"}` or `{"error"}`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from functools import lru_cache
 from typing import Any, BinaryIO
 
 _FILTERS = (
-    "abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int", "items",
-    "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr",
-    "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string", "title",
-    "trim", "unique", "upper",
-)  # fmt: skip
+    "abs capitalize count d default dictsort first float int items join last length list lower map "
+    "max min reject rejectattr replace reverse round safe select selectattr sort string title trim "
+    "unique upper"
+)
 _GLOBALS = ("range", "dict", "namespace")
 
 
 class RefusalError(ValueError):
-    """The template refuses its input."""
+    """The template rejects its input."""
 
 
 def main(paths: list[str], memory: int) -> None:
     """Answer requests until the input ends.
 
     Args:
-        paths: where modules are, as `sys.path`.
+        paths: `sys.path` for imports.
         memory: bytes of address space that the process may use.
     """
     sys.path[:] = paths
@@ -73,8 +72,15 @@ def _answer(compiled: Any, source: str, names: dict[str, Any], characters: int) 
         return _encoded({"error": f"the chat template refuses this conversation: {refusal}"})
     except MemoryError:
         return _encoded({"error": "chat template: it needs too much memory"})
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError,
-            AttributeError, RecursionError) as error:  # fmt: skip
+    except (
+        TemplateError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return _encoded({"error": f"chat template: {reason:.300}"})
 
@@ -84,9 +90,9 @@ def _encoded(reply: dict[str, str]) -> bytes:
 
 
 def _environment() -> Any:
-    """Return jinja2's immutable sandbox, in which what is forbidden raises and is not just empty.
+    """Return jinja2's immutable sandbox, changed so that forbidden access raises.
 
-    Only the filters and globals that chat templates use are there.
+    jinja2 itself renders it as nothing. Only the filters and globals that chat templates use exist.
     """
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
@@ -99,7 +105,7 @@ def _environment() -> Any:
             raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is refused")
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters = {name: environment.filters[name] for name in _FILTERS}
+    environment.filters = {name: environment.filters[name] for name in _FILTERS.split()}
     environment.filters["tojson"] = _tojson
     environment.globals = {name: environment.globals[name] for name in _GLOBALS}
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
