@@ -40,8 +40,8 @@ def place(plan: Plan, config: ModelConfig, weights: LlamaWeights) -> Placed:
         weights: on the host; quantised as planned, except that "cuda" quantises as it takes them.
 
     Raises:
-        ValueError: weights, dtypes, an attention or a runtime that the device does not have, or a sequence
-            of `plan.max_model_len` tokens that the attention cannot reach.
+        ValueError: weights, dtypes, an attention or a runtime that the device does not have, or a
+            sequence of `plan.max_model_len` tokens that the attention cannot reach.
         RuntimeError: not the memory.
     """
     device, num_blocks = plan.device, plan.num_blocks
