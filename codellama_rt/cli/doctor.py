@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -52,6 +53,7 @@ def examine(seconds: float = 0.2) -> dict[str, Any]:
         "cache_dtypes": KV_DTYPES,
         "weight_dtypes": (*FLOAT_DTYPES, *WEIGHT_DTYPES),
         "custom_ops": _custom_ops(Path(_core.__file__).with_name("libcodellama_rt_cpu.so")),
+        "runtimes": {"direct": "yes", "graph": _graph_runtime()},
         "devices": {name: ops.available(name) for name in _DEVICES},
     }
 
@@ -99,6 +101,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
             f"{', '.join(found['weight_dtypes'])}; other GGUF types become bfloat16 when opened",
         ),
         ("custom ops", found["custom_ops"]),
+        ("runtime graph", found["runtimes"]["graph"]),
         *devices,
     ]
 
@@ -120,6 +123,27 @@ def _mindspore() -> str:
     if not (numpy or "").startswith("1."):
         return f"{mindspore} is built for NumPy 1.x, found {numpy}: pip install 'numpy<2'"
     return f"{mindspore}, and NumPy {numpy} fits it"
+
+
+def _graph_runtime() -> str:
+    """Whether `LLM(runtime="graph")` is available, and with which setting of MindSpore."""
+    from codellama_rt.llm.placement import MINDSPORE_SETTINGS, NO_PIPELINE
+
+    version = _version("mindspore")
+    if version is None:
+        return "no: needs MindSpore"
+    settings = os.environ.get(MINDSPORE_SETTINGS, "")
+    if NO_PIPELINE in settings:
+        return f"yes, by MindSpore {version}"
+    if "graph_pipeline" in settings:
+        return (
+            f"yes, by MindSpore {version}, but slow: {MINDSPORE_SETTINGS} is {settings}; "
+            f"set {NO_PIPELINE}"
+        )
+    return (
+        f"yes, by MindSpore {version}; programs that import MindSpore first: set "
+        f"{MINDSPORE_SETTINGS}={NO_PIPELINE}"
+    )
 
 
 def _cpu_name() -> str:
