@@ -13,14 +13,14 @@ from codellama_rt import __version__
 from codellama_rt.llm.memory import available_bytes
 
 _PACKAGES = (
-    "numpy", "mindspore", "ml_dtypes", "sentencepiece", "protobuf", "tokenizers", "gguf", "typer",
-    "rich", "huggingface_hub",
-)  # fmt: skip
+    *("numpy", "mindspore", "ml_dtypes", "sentencepiece", "protobuf", "tokenizers", "gguf"),
+    *("typer", "rich", "huggingface_hub"),
+)
 _DEVICES = ("cpu", "cuda", "ascend")
 
 
 def examine(seconds: float = 0.2) -> dict[str, Any]:
-    """Everything `codellama-rt doctor` tells, by topic; nothing missing is an exception here.
+    """Find all that `codellama-rt doctor` tells, by topic; nothing missing raises an exception.
 
     Args:
         seconds: spent on measuring each limit.
@@ -114,8 +114,9 @@ def _version(package: str) -> str | None:
 
 
 def _mindspore() -> str:
-    """Whether MindSpore is there, with a NumPy that it works with: 2.x it does not crash on only
-    by luck, and its wheel does not say so.
+    """Return whether MindSpore is there, with a NumPy that it works with.
+
+    With NumPy 2 it crashes now and then, and its wheel does not say so.
     """
     mindspore, numpy = _version("mindspore"), _version("numpy")
     if mindspore is None:
@@ -156,7 +157,7 @@ def _cpu_name() -> str:
 
 
 def _custom_ops(library: Path) -> str:
-    """Whether MindSpore could load the operators from their library."""
+    """Return whether MindSpore could load the operators from their library."""
     from codellama_rt.ops.schema import OPS
 
     try:
