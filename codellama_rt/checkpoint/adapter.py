@@ -18,6 +18,7 @@ from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.config_fields import ConfigFields
 from codellama_rt.model.lora import LoraAdapter, LowRank, projection_widths
+from codellama_rt.model.weights import layer_shapes
 
 _NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<module>(?:model\.)?layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\."
@@ -56,10 +57,7 @@ def load_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraAdapt
             f"{path}: expected {file.name}, found none; pickled adapters are never loaded"
         )
     widths = projection_widths(config)
-    inputs = dict.fromkeys(widths, config.dim) | {
-        "o_proj": config.n_heads * config.head_dim,
-        "down_proj": config.hidden_dim,
-    }
+    inputs = {name: shape[-1] for name, shape in layer_shapes(config).items()}
     layers: list[dict[str, LowRank]] = [{} for _ in range(config.n_layers)]
     for (module, layer, name), sides in _pairs(file, read_safetensors(file)).items():
         if layer >= config.n_layers or name not in widths:

@@ -15,48 +15,11 @@ from codellama_rt.checkpoint.stored_tensor import (
     StoredTensor,
     Weight,
 )
+from codellama_rt.checkpoint.tensor_names import expected_shapes
 from codellama_rt.errors import CheckpointError
-from codellama_rt.model.config import ModelConfig
 from codellama_rt.ops.dtypes import numpy_dtype
 
 _CHUNK_BYTES = 2**20  # stays in a core's second-level cache between the passes over it
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Lists the tensors of a model by Hugging Face's names; weights of projections are (out, in).
-
-    Args:
-        config: the model.
-
-    Returns:
-        Name to shape, embedding first, in the order a token passes through the model.
-
-    Example:
-        >>> config = ModelConfig(n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, dim=64,
-        ...                      hidden_dim=176, vocab_size=512)
-        >>> expected_shapes(config)["model.layers.0.self_attn.k_proj.weight"]
-        (32, 64)
-    """
-    dim, hidden_dim = config.dim, config.hidden_dim
-    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    layer = {
-        "input_layernorm": (dim,),
-        "self_attn.q_proj": (q_dim, dim),
-        "self_attn.k_proj": (kv_dim, dim),
-        "self_attn.v_proj": (kv_dim, dim),
-        "self_attn.o_proj": (dim, q_dim),
-        "post_attention_layernorm": (dim,),
-        "mlp.gate_proj": (hidden_dim, dim),
-        "mlp.up_proj": (hidden_dim, dim),
-        "mlp.down_proj": (dim, hidden_dim),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, dim)}
-    for i in range(config.n_layers):
-        shapes |= {f"model.layers.{i}.{part}.weight": shape for part, shape in layer.items()}
-    shapes["model.norm.weight"] = (dim,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, dim)
-    return shapes
 
 
 def match_tensors(model: StoredModel) -> dict[str, StoredTensor]:

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from codellama_rt import ops
-from codellama_rt.checkpoint.formats.gguf_model import gguf_name
 from codellama_rt.checkpoint.formats.packed_weights import (
     config_section,
     file_metadata,
@@ -29,7 +28,7 @@ from codellama_rt.checkpoint.formats.packed_weights import (
 from codellama_rt.checkpoint.formats.safetensors import write_safetensors
 from codellama_rt.checkpoint.formats.tensor_file import Entry
 from codellama_rt.checkpoint.quantize import QUANTIZATIONS, is_quantized
-from codellama_rt.checkpoint.weight_loading import expected_shapes
+from codellama_rt.checkpoint.tensor_names import expected_shapes, gguf_name
 from codellama_rt.llm.variants import SHAPES
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype

@@ -17,13 +17,7 @@ from codellama_rt.checkpoint.formats.hf_writer import (
     shard_name,
     split_shards,
 )
-from codellama_rt.checkpoint.formats.meta_directory import (
-    COLUMNS,
-    MAX_SHARDS,
-    PARAMS,
-    meta_name,
-    params_of,
-)
+from codellama_rt.checkpoint.formats.meta_directory import MAX_SHARDS, PARAMS, params_of
 from codellama_rt.checkpoint.formats.packed_weights import (
     config_section,
     file_metadata,
@@ -35,7 +29,13 @@ from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.checkpoint.formats.tensor_file import Entry, Layout
 from codellama_rt.checkpoint.quantize import is_quantized, quantize_tensor, sources
 from codellama_rt.checkpoint.stored_tensor import ENCODINGS, Counter, StoredModel, StoredTensor
-from codellama_rt.checkpoint.tensor_names import halves_first, pairs_first, rotates
+from codellama_rt.checkpoint.tensor_names import (
+    COLUMNS,
+    halves_first,
+    meta_name,
+    pairs_first,
+    rotates,
+)
 from codellama_rt.checkpoint.weight_loading import choose_dtype, convert_tensor
 from codellama_rt.ops.dtypes import numpy_dtype
 
