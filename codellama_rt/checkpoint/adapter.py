@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from codellama_rt.checkpoint.finiteness import require_finite
 from codellama_rt.checkpoint.formats.safetensors import read_safetensors
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.checkpoint.stored_tensor import StoredTensor
@@ -119,8 +120,7 @@ def _read(
         words = ", ".join("rank" if size is None else str(size) for size in shape)
         raise CheckpointError(f"{file}: {module}.lora_{side}: expected ({words}), found {found}")
     array = sides[side].view().astype(np.float32)
-    if not np.isfinite(array).all():
-        raise CheckpointError(f"{file}: {module}.lora_{side}: expected finite values")
+    require_finite(array, f"{file}: {module}.lora_{side}")
     return array
 
 

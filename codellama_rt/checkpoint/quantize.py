@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from codellama_rt import ops
-from codellama_rt.checkpoint.finiteness import first_non_finite
+from codellama_rt.checkpoint.finiteness import require_finite, source_of
 from codellama_rt.checkpoint.stored_tensor import StoredTensor
-from codellama_rt.errors import CheckpointError
 from codellama_rt.ops.quantized import (
     OWN_WEIGHT_DTYPES,
     WEIGHT_TILE,
@@ -75,19 +74,9 @@ def quantize_tensor(
     step = n_rows if reorder is not None else tiles * WEIGHT_TILE
     for begin in range(0, n_rows, step):
         rows = np.require(tensor.decode(begin, min(begin + step, n_rows)), requirements="CA")
-        _check_finite(tensor, rows, begin)
+        require_finite(rows, source_of(tensor), first_row=begin, purpose=" to quantise")
         band = ops.quantize(rows if reorder is None else reorder(rows), dtype).payload
         payload[done : done + band.nbytes] = band
         done += band.nbytes
     tensor.release()
     return Quantized(payload, dtype, tensor.shape)
-
-
-def _check_finite(tensor: StoredTensor, rows: np.ndarray, begin: int) -> None:
-    bad = first_non_finite(rows)
-    if bad is not None:
-        row, column = (int(i) for i in np.unravel_index(bad, rows.shape))
-        raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name!r}: expected finite values to quantise, found "
-            f"{float(rows[row, column])} at {[begin + row, column]}"
-        )

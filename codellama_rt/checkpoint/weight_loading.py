@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from codellama_rt.checkpoint.finiteness import first_non_finite
+from codellama_rt.checkpoint.finiteness import check_range
 from codellama_rt.checkpoint.quantize import QUANTIZATIONS, is_quantized, quantize_tensor, sources
 from codellama_rt.checkpoint.stored_tensor import (
     ENCODINGS,
@@ -191,28 +191,8 @@ def convert_tensor(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> n
         source = tensor.decode(begin, end)
         with np.errstate(over="ignore"):  # looked for below
             converted[begin:end] = source
-        bad = first_non_finite(converted[begin:end])
-        if bad is not None:
-            _check_overflow(tensor, source, converted[begin:end], begin)
+        check_range(tensor, source, converted[begin:end], begin)
         counter.add(tensor.num_bytes * end // n_rows - done, what)
         done = tensor.num_bytes * end // n_rows
     converted.flags.writeable = False
     return converted
-
-
-def _check_overflow(
-    tensor: StoredTensor, source: np.ndarray, converted: np.ndarray, begin: int
-) -> None:
-    """Refuses values that were finite as stored; others are check="finite"'s concern."""
-    with np.errstate(invalid="ignore"):
-        overflowed = np.isfinite(source.astype(np.float32)) & ~np.isfinite(
-            converted.astype(np.float32)
-        )
-    if overflowed.any():
-        place = tuple(int(i) for i in np.argwhere(overflowed)[0])
-        raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name!r}: expected values in the range of "
-            f"{converted.dtype.name}, "
-            f"found {float(source[place]):g} at {[place[0] + begin, *place[1:]]}; use "
-            "dtype='float32' or 'bfloat16'"
-        )

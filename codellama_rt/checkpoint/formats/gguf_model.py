@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from codellama_rt.checkpoint.finiteness import first_non_finite
 from codellama_rt.checkpoint.formats.gguf_file import GgufFile, read_gguf
 from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
 from codellama_rt.checkpoint.tensor_names import gguf_name, names_in_gguf
@@ -200,7 +201,7 @@ def _read_factors(tensor: StoredTensor, head_dim: int) -> tuple[float, ...]:
             f"found {tensor.encoding} {tensor.shape}"
         )
     factors = tensor.view()
-    if not (np.isfinite(factors).all() and (factors > 0).all()):
+    if first_non_finite(factors) is not None or not (factors > 0).all():
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name!r}: expected finite factors above 0"
         )

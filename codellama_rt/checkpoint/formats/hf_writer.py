@@ -13,12 +13,12 @@ from codellama_rt.checkpoint.formats.safetensors import write_safetensors
 from codellama_rt.checkpoint.formats.tensor_file import Entry
 from codellama_rt.checkpoint.tensor_names import halves_first, named_weights, rotates
 from codellama_rt.model.config import ModelConfig, RopeScaling
+from codellama_rt.ops.dtypes import FLOATS
 
 if TYPE_CHECKING:
     from codellama_rt.model.weights import LlamaWeights
 
 INDEX = "model.safetensors.index.json"
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SCALING_KEYS = {  # besides rope_type and factor, with transformers' names
     "linear": (),
     "dynamic": (),
@@ -149,7 +149,7 @@ def _entry(name: str, array: np.ndarray, config: ModelConfig) -> Entry:
         whole = halves_first(array, config.head_dim) if is_other else array
         return np.ascontiguousarray(whole).reshape(-1).view(np.uint8)
 
-    return Entry(name, _DTYPES[array.dtype.name], array.shape, array.nbytes, read)
+    return Entry(name, FLOATS[array.dtype.name].encoding, array.shape, array.nbytes, read)
 
 
 def split_shards(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
