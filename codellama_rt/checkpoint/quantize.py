@@ -13,6 +13,7 @@ import numpy as np
 from codellama_rt import ops
 from codellama_rt.checkpoint.finiteness import require_finite, source_of
 from codellama_rt.checkpoint.stored_tensor import StoredTensor
+from codellama_rt.checkpoint.tensor_names import EMBEDDING, HEAD
 from codellama_rt.ops.quantized import (
     OWN_WEIGHT_DTYPES,
     WEIGHT_TILE,
@@ -22,7 +23,6 @@ from codellama_rt.ops.quantized import (
 
 QUANTIZATIONS = OWN_WEIGHT_DTYPES
 _BAND_BYTES = 2**22  # of rows in float32
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def check_quantization(quantization: str | None) -> None:
@@ -44,12 +44,12 @@ def is_quantized(name: str) -> bool:
         >>> is_quantized("model.layers.0.mlp.up_proj.weight")
         True
     """
-    return name == _HEAD or name.endswith("_proj.weight")
+    return name == HEAD or name.endswith("_proj.weight")
 
 
 def sources(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Return the source of each tensor of the quantised model: a tied head's is the embedding."""
-    return {**tensors, _HEAD: tensors.get(_HEAD, tensors[_EMBEDDING])}
+    return {**tensors, HEAD: tensors.get(HEAD, tensors[EMBEDDING])}
 
 
 def quantize_tensor(

@@ -52,7 +52,7 @@ _LAYER = (
     _Kind("up_proj", "mlp.up_proj", "ffn_up", "feed_forward.w3", ROWS),
     _Kind("down_proj", "mlp.down_proj", "ffn_down", "feed_forward.w2", COLUMNS),
 )
-_EMBEDDING, _NORM, _HEAD = (f"{kind.hf}.weight" for kind in _TOP)
+EMBEDDING, NORM, HEAD = (f"{kind.hf}.weight" for kind in _TOP)
 _BY_HF = {kind.hf: kind for kind in (*_TOP, *_LAYER)}
 _BY_META = {kind.meta: kind for kind in _LAYER}
 _TOP_BY_META = {f"{kind.meta}.weight": f"{kind.hf}.weight" for kind in _TOP}
@@ -73,12 +73,12 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         >>> expected_shapes(config)["model.layers.0.self_attn.k_proj.weight"]
         (32, 64)
     """
-    layer, shapes = layer_shapes(config), {_EMBEDDING: (config.vocab_size, config.dim)}
+    layer, shapes = layer_shapes(config), {EMBEDDING: (config.vocab_size, config.dim)}
     for i in range(config.n_layers):
         shapes |= {name: layer[field] for field, name in _layer_names(i)}
-    shapes[_NORM] = (config.dim,)
+    shapes[NORM] = (config.dim,)
     if not config.tie_word_embeddings:
-        shapes[_HEAD] = (config.vocab_size, config.dim)
+        shapes[HEAD] = (config.vocab_size, config.dim)
     return shapes
 
 
@@ -88,17 +88,17 @@ def assemble(arrays: Mapping[str, Weight], n_layers: int) -> LlamaWeights:
         LayerWeights(**{field: arrays[name] for field, name in _layer_names(i)})
         for i in range(n_layers)
     ]
-    embedding = arrays[_EMBEDDING]
-    return LlamaWeights(embedding, layers, arrays[_NORM], arrays.get(_HEAD, embedding))
+    embedding = arrays[EMBEDDING]
+    return LlamaWeights(embedding, layers, arrays[NORM], arrays.get(HEAD, embedding))
 
 
 def named_weights(config: ModelConfig, weights: LlamaWeights) -> dict[str, Weight]:
     """Return the tensors by name that the weights of a model are made of."""
-    named = {_EMBEDDING: weights.embedding}
+    named = {EMBEDDING: weights.embedding}
     for i, layer in enumerate(weights.layers):
         named |= {name: getattr(layer, field) for field, name in _layer_names(i)}
-    named[_NORM] = weights.norm
-    return named if config.tie_word_embeddings else named | {_HEAD: weights.lm_head}
+    named[NORM] = weights.norm
+    return named if config.tie_word_embeddings else named | {HEAD: weights.lm_head}
 
 
 def _layer_names(layer: int) -> Iterator[tuple[str, str]]:
@@ -121,7 +121,7 @@ def gguf_name(name: str) -> str:
 def names_in_gguf(n_layers: int) -> dict[str, str]:
     """Return the names of all tensors by those in GGUF."""
     names = [name for i in range(n_layers) for _, name in _layer_names(i)]
-    return {gguf_name(name): name for name in (*names, _EMBEDDING, _NORM, _HEAD)}
+    return {gguf_name(name): name for name in (*names, EMBEDDING, NORM, HEAD)}
 
 
 def meta_name(name: str) -> tuple[str, int | None]:

@@ -8,16 +8,15 @@ import numpy as np
 from codellama_rt.checkpoint.finiteness import check_range
 from codellama_rt.checkpoint.quantize import QUANTIZATIONS, is_quantized, quantize_tensor, sources
 from codellama_rt.checkpoint.stored_tensor import (
-    ENCODINGS,
     Counter,
     Progress,
     StoredModel,
     StoredTensor,
     Weight,
 )
-from codellama_rt.checkpoint.tensor_names import expected_shapes
+from codellama_rt.checkpoint.tensor_names import EMBEDDING, HEAD, expected_shapes
 from codellama_rt.errors import CheckpointError
-from codellama_rt.ops.dtypes import numpy_dtype
+from codellama_rt.ops.dtypes import ENCODINGS, numpy_dtype
 
 _CHUNK_BYTES = 2**20  # stays in a core's second-level cache between the passes over it
 
@@ -54,7 +53,7 @@ def match_tensors(model: StoredModel) -> dict[str, StoredTensor]:
 
 
 def _is_harmless(name: str) -> bool:
-    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+    return name == HEAD or name.endswith("rotary_emb.inv_freq")
 
 
 def _and_others(names: list[str], what: str) -> str:
@@ -88,7 +87,7 @@ def choose_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype:
     """
     projections = [tensor for name, tensor in tensors.items() if name.endswith("_proj.weight")]
     if any(tensor.weight_dtype in QUANTIZATIONS for tensor in projections):
-        return ENCODINGS[tensors["model.embed_tokens.weight"].encoding]
+        return ENCODINGS[tensors[EMBEDDING].encoding]
     if not all(tensor.is_float for tensor in projections):
         return numpy_dtype("bfloat16")
     elements: collections.Counter[str] = collections.Counter()

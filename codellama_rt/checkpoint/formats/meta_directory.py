@@ -16,7 +16,7 @@ import numpy as np
 from codellama_rt.checkpoint.formats.pth import read_pth
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
-from codellama_rt.checkpoint.tensor_names import COLUMNS, ROWS, meta_name, name_from_meta
+from codellama_rt.checkpoint.tensor_names import COLUMNS, EMBEDDING, ROWS, meta_name, name_from_meta
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import (
     MAX_DIM,
@@ -156,7 +156,7 @@ def _join(path: Path, name: str, parts: list[StoredTensor]) -> StoredTensor:
 
 def _vocab_size(path: Path, tensors: dict[str, StoredTensor]) -> int:
     """Return the rows of the embedding: params.json has no vocab_size, or -1."""
-    embedding = tensors.get("model.embed_tokens.weight")
+    embedding = tensors.get(EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{path}: expected a matrix 'tok_embeddings.weight', found none")
     return embedding.shape[0]
