@@ -121,7 +121,8 @@ def test_convert_writes_what_generate_opens(run, model, tmp_path):
         run("convert", model, "--quantization", "int4", "--out", out), "already exists"
     )
     assert_one_line_error(
-        run("convert", out, "--quantization", "int8", "--out", tmp_path / "b"), "in int4 already"
+        run("convert", out, "--quantization", "int8", "--out", tmp_path / "b"),
+        "already quantised to int4",
     )
 
 
