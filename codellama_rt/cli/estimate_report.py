@@ -84,40 +84,46 @@ def compare(
 
 
 def as_json(ways: list[Way], available: int, bandwidth: float) -> dict[str, Any]:
-    """The same for programs, in bytes."""
+    """Return the figures for programs, in bytes."""
     return {
-        "available_bytes": available, "read_bandwidth": bandwidth,
-        "ways": [
-            dataclasses.asdict(way) | {"peak_bytes": way.figures.peak} for way in ways
-        ],
-    }  # fmt: skip
+        "available_bytes": available,
+        "read_bandwidth": bandwidth,
+        "ways": [dataclasses.asdict(way) | {"peak_bytes": way.figures.peak} for way in ways],
+    }
 
 
 def render(ways: list[Way], context: int, num_seqs: int, available: int, bandwidth: float) -> str:
-    """The table: the first way in full, then all of them a line each."""
-    figures = ways[0].figures
+    """Return the table: the first way in full, then a line per way."""
+    first, figures = ways[0], ways[0].figures
     parts = {
-        "weights": figures.weights, "KV cache": figures.kv, "activations": figures.activations,
-        "tokenizer": figures.tokenizer + figures.decoder, "interpreter": figures.interpreter,
+        "weights": figures.weights,
+        "KV cache": figures.kv,
+        "activations": figures.activations,
+        "tokenizer": figures.tokenizer + figures.decoder,
+        "interpreter": figures.interpreter,
         "peak": figures.peak,
-    }  # fmt: skip
-    sequences = "sequence" if num_seqs == 1 else "sequences"
-    lines = [f"{num_seqs} {sequences} of {context} tokens, weights {ways[0].weights}, "
-             f"KV cache {ways[0].kv_dtype}"]  # fmt: skip
-    lines += [f"  {name:<12}{size / 1e9:>9.2f} GB" for name, size in parts.items()]
-    loading = figures.interpreter + figures.decoder + figures.loading
+    }
     if figures.made:
-        lines.append(f"  {'while loading':<13}{loading / 1e9:>8.2f} GB")
-    lines += [
-        "", f"{available / 1e9:.1f} GB are available; read at {bandwidth / 1e9:.1f} GB/s, which "
-        "allows at most", "", "weights    KV cache   weights       KV     peak  fits   "
-        "tokens/s at " + ", ".join(f"{n:,}" for n in SPEED_CONTEXTS),
-    ]  # fmt: skip
-    for way in ways:
-        f = way.figures
-        speeds = "".join(f"{speed:>9.1f}" for speed in way.tokens_per_s.values())
-        lines.append(
-            f"{way.weights:<11}{way.kv_dtype:<9}{f.weights / 1e9:>9.2f}{f.kv / 1e9:>9.2f}"
-            f"{f.peak / 1e9:>9.2f}  {'yes' if way.fits else 'no':<4}{speeds}"
-        )
-    return "\n".join(lines)
+        parts["while loading"] = figures.interpreter + figures.decoder + figures.loading
+    sequences = "sequence" if num_seqs == 1 else "sequences"
+    contexts = ", ".join(f"{n:,}" for n in SPEED_CONTEXTS)
+    return "\n".join(
+        [
+            f"{num_seqs} {sequences} of {context} tokens, weights {first.weights}, "
+            f"KV cache {first.kv_dtype}",
+            *(f"  {name:<13}{size / 1e9:>8.2f} GB" for name, size in parts.items()),
+            "",
+            f"{available / 1e9:.1f} GB are available; read at {bandwidth / 1e9:.1f} GB/s, which "
+            "allows at most",
+            "",
+            f"weights    KV cache   weights       KV     peak  fits   tokens/s at {contexts}",
+            *map(_row, ways),
+        ]
+    )
+
+
+def _row(way: Way) -> str:
+    figures = way.figures
+    speeds = "".join(f"{speed:>9.1f}" for speed in way.tokens_per_s.values())
+    sizes = "".join(f"{size / 1e9:>9.2f}" for size in (figures.weights, figures.kv, figures.peak))
+    return f"{way.weights:<11}{way.kv_dtype:<9}{sizes}  {'yes' if way.fits else 'no':<4}{speeds}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from codellama_rt.cli.errors import reported_errors, tell
-from codellama_rt.cli.options import ModelOptions, with_options
+from codellama_rt.cli.options import DebugOption, ModelOptions, with_options
 from codellama_rt.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ _EXECUTE = "Run what the model wrote, in a limited process; see docs/evaluate.md
 class ResultOptions:
     """Where the result goes besides stdout."""
 
-    json: Annotated[Path | None, typer.Option(help="A file for the whole result.")] = None
-    plot: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf to draw.")] = None
-    debug: Annotated[bool, typer.Option("--debug", help="Errors with their traceback.")] = False
+    json: Annotated[Path | None, typer.Option(help="Write the whole result to this file.")] = None
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture: .png, .svg or .pdf.")] = None
+    debug: DebugOption = False
 
 
 @app.command()
@@ -40,15 +40,24 @@ class ResultOptions:
 def humaneval(
     model: ModelOptions,
     result: ResultOptions,
-    n: Annotated[int, typer.Option(help="Samples a problem.")] = 1,
-    k: Annotated[list[int] | None, typer.Option(help="Of pass@k; 1 by default.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="0.95 in the paper.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Of a completion.")] = 512,
-    limit: Annotated[int | None, typer.Option(help="Only so many problems.")] = None,
+    n: Annotated[int, typer.Option(help="Samples per problem.")] = 1,
+    k: Annotated[
+        list[int] | None, typer.Option(help="The k of pass@k; may be repeated (default: 1).")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Randomness; 0: always the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample from the likeliest tokens of this probability; 0.95 in the paper."
+        ),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a completion at most.")] = 512,
+    limit: Annotated[int | None, typer.Option(help="Problems at most.")] = None,
     execute: Annotated[bool, typer.Option("--execute", help=_EXECUTE)] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds of a test.")] = 10.0,
+    timeout: Annotated[float, typer.Option(help="Seconds per test at most.")] = 10.0,
 ) -> None:
     """Write 164 functions from their docstrings; with --execute their tests give pass@k."""
     params = _params(
@@ -60,9 +69,16 @@ def humaneval(
 
         with bars("completing") as bar:
             return evaluate_humaneval(
-                llm, params=params, n=n, ks=tuple(k or (1,)), limit=limit, execute=execute,
-                timeout_s=timeout, progress=bar.update, execution_progress=_testing(bar),
-            )  # fmt: skip
+                llm,
+                params=params,
+                n=n,
+                ks=tuple(k or (1,)),
+                limit=limit,
+                execute=execute,
+                timeout_s=timeout,
+                progress=bar.update,
+                execution_progress=_testing(bar),
+            )
 
     _run(model, result, evaluate)
 
@@ -75,10 +91,10 @@ def infilling(
     suffix_first: Annotated[
         bool, typer.Option("--suffix-first", help="Prompt in the order suffix, prefix (SPM).")
     ] = False,
-    limit: Annotated[int | None, typer.Option(help="Only so many lines, drawn by --seed.")] = None,
-    seed: Annotated[int, typer.Option(help="Of that drawing.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Lines at most, drawn by --seed.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of that drawing.")] = 0,
     execute: Annotated[bool, typer.Option("--execute", help=_EXECUTE)] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds of a test.")] = 10.0,
+    timeout: Annotated[float, typer.Option(help="Seconds per test at most.")] = 10.0,
 ) -> None:
     """Fill in each line of HumanEval's solutions, greedily."""
 
@@ -87,9 +103,15 @@ def infilling(
 
         with bars("filling") as bar:
             return evaluate_infilling(
-                llm, suffix_first=suffix_first, limit=limit, seed=seed, execute=execute,
-                timeout_s=timeout, progress=bar.update, execution_progress=_testing(bar),
-            )  # fmt: skip
+                llm,
+                suffix_first=suffix_first,
+                limit=limit,
+                seed=seed,
+                execute=execute,
+                timeout_s=timeout,
+                progress=bar.update,
+                execution_progress=_testing(bar),
+            )
 
     _run(model, result, evaluate)
 
@@ -99,12 +121,12 @@ def infilling(
 def perplexity(
     model: ModelOptions,
     result: ResultOptions,
-    files: Annotated[list[Path], typer.Option("--file", help="A text; may be given again.")],
+    files: Annotated[list[Path], typer.Option("--file", help="A text; may be repeated.")],
     context: Annotated[
-        int | None, typer.Option(help="Tokens of a sliding window; each file whole by default.")
+        int | None, typer.Option(help="Tokens of a sliding window (default: each file whole).")
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens the window moves on; half of it by default.")
+        int | None, typer.Option(help="Tokens the window moves by (default: half of it).")
     ] = None,
 ) -> None:
     """Score every token of files, given those before it."""
@@ -125,14 +147,15 @@ def perplexity(
 def needle(
     model: ModelOptions,
     result: ResultOptions,
-    length: Annotated[list[int], typer.Option(help="Tokens of a prompt; may be given again.")],
+    length: Annotated[list[int], typer.Option(help="Tokens of a prompt; may be repeated.")],
     depth: Annotated[
-        list[float] | None, typer.Option(help="0 to 1; 0, 0.25, 0.5, 0.75 and 1 by default.")
+        list[float] | None,
+        typer.Option(help="Where the function stands, 0 to 1 (default: 0, 0.25, 0.5, 0.75, 1)."),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Keys a length and depth.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the keys and the order of the functions.")] = 0,
+    trials: Annotated[int, typer.Option(help="Keys per length and depth.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the keys and the order of the functions.")] = 0,
     source: Annotated[
-        list[Path] | None, typer.Option(help="Python files to fill prompts with.")
+        list[Path] | None, typer.Option(help="A Python file to fill prompts with; may be repeated.")
     ] = None,
 ) -> None:
     """Find a function in a long Python file, by default made of the standard library."""
@@ -142,9 +165,14 @@ def needle(
 
         with bars("retrieving") as bar:
             return evaluate_needle(
-                llm, lengths=length, depths=depth or (0.0, 0.25, 0.5, 0.75, 1.0), trials=trials,
-                seed=seed, sources=source or (), progress=bar.update,
-            )  # fmt: skip
+                llm,
+                lengths=length,
+                depths=depth or (0.0, 0.25, 0.5, 0.75, 1.0),
+                trials=trials,
+                seed=seed,
+                sources=source or (),
+                progress=bar.update,
+            )
 
     _run(model, result, evaluate)
 
@@ -154,15 +182,16 @@ def _testing(bar: ProgressBar) -> Callable[[int, int], None]:
 
 
 def _params(result: ResultOptions, **values: Any) -> SamplingParams:
-    """Refuses values out of range before the model is opened."""
+    """Refuse values out of range before the model is opened."""
     with reported_errors(result.debug):
         return SamplingParams(**values)
 
 
 def _run(
-    model: ModelOptions, options: ResultOptions,
+    model: ModelOptions,
+    options: ResultOptions,
     evaluate: Callable[[LLM, Callable], dict[str, Any]],
-) -> None:  # fmt: skip
+) -> None:
     """Open the model, evaluate it, and put the result where it is wanted."""
     with reported_errors(options.debug):
         from codellama_rt.cli import run as cli_run

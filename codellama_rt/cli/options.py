@@ -37,6 +37,7 @@ CHOOSING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 DeviceName = Literal["cpu", "cuda", "ascend"]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 QuantizationName = Literal["int8", "int4"]
+RuntimeName = Literal["direct", "graph"]
 KvDtypeName = Literal["auto", "float32", "float16", "bfloat16", "int8", "int4", "fp8"]
 
 DeviceOption = Annotated[
@@ -49,6 +50,10 @@ QuantizationOption = Annotated[
 KvDtypeOption = Annotated[
     KvDtypeName,
     typer.Option(help="Dtype of the KV cache; auto: that of the weights; fp8: cuda only."),
+]
+RuntimeOption = Annotated[
+    RuntimeName,
+    typer.Option(help="Direct calls of the kernels, or a MindSpore graph of them; the same bits."),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show errors with their traceback.")]
 
@@ -91,6 +96,7 @@ class ModelOptions:
     num_threads: Annotated[
         int | None, typer.Option(help="Threads per operator (default: all CPUs).")
     ] = None
+    runtime: RuntimeOption = "direct"
     adapter: Annotated[
         Path | None,
         typer.Option(

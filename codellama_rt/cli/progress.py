@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 
 class ProgressBar:
-    """One line: what is being done, how far, how long still.
+    """One line: what is being done, how far it is, how long it will take.
 
     Example:
         >>> with ProgressBar("reading") as bar:
@@ -37,9 +35,6 @@ class ProgressBar:
             self._task, completed=done, total=total, description=what or self._what
         )
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:  # fmt: skip
+    def __exit__(self, *exception: object) -> None:
         """Take the bar away."""
         self._progress.stop()

@@ -37,7 +37,7 @@ class Completion:
 
 
 class Job:
-    """A request that an LLM follows, and its completions as they grow."""
+    """A request that is followed, and its completions as they grow."""
 
     def __init__(self, name: str, prompt_token_ids: list[int], n: int) -> None:
         """Start with n empty completions."""

@@ -18,7 +18,7 @@ from codellama_rt.engine.request import check_params
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.arguments import Prompt, as_prompts, default_params, require_options
 from codellama_rt.llm.memory_plan import settle
-from codellama_rt.llm.placement import default_block_size, place
+from codellama_rt.llm.placement import default_block_size, place, require_runtime
 from codellama_rt.llm.plan import Plan
 from codellama_rt.llm.prompts import PromptEncoder
 from codellama_rt.llm.scoring import sequence_logits
@@ -42,7 +42,7 @@ class LLM:
         kv_memory: int | str | None = None, block_size: int | None = None, max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512, num_threads: int | None = None,
         prefix_caching: bool = True, adapter: str | os.PathLike[str] | None = None,
-        attention: str = "custom", check: str | None = None,
+        attention: str = "custom", runtime: str = "direct", check: str | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:  # fmt: skip
         """Open a checkpoint; its weights are mapped, not copied, unless others are asked for.
@@ -67,6 +67,9 @@ class LLM:
             num_threads: threads an op, for the whole process; the CPUs of the process by default.
             prefix_caching: whether equal prefixes are computed once.
             attention: on Ascend "custom" (this project's kernels) or "vendor" (MindSpore's).
+            runtime: "direct" calls the kernels one after another; "graph" runs the model as a
+                MindSpore cell of the graph ops under `@ms.jit`, with the same bits (CPU only, and
+                without adapters of single requests).
             adapter: directory of a LoRA adapter that is merged into the weights; `load_adapter`
                 applies one to single requests.
             check: "finite" refuses weights with NaN or infinity (reads every byte).
@@ -84,6 +87,7 @@ class LLM:
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
             num_threads=num_threads,
         )  # fmt: skip
+        require_runtime(runtime, device)
         if num_threads is not None:
             ops.set_num_threads(num_threads)
         opened = resolve(model)
@@ -100,6 +104,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             kv_memory=kv_memory,
             attention=attention,
+            runtime=runtime,
         )
         plan = settle(opened, asked)
         checkpoint = load_checkpoint(

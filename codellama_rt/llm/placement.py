@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from codellama_rt.llm.kv_plan import plan_cuda_blocks
 from codellama_rt.llm.plan import Plan
 from codellama_rt.model.config import ModelConfig
-from codellama_rt.model.kv_cache import KVCache
+from codellama_rt.model.interface import Decoder, KVCache
 from codellama_rt.model.llama import Llama
 from codellama_rt.model.weights import LlamaWeights
+
+RUNTIMES = ("direct", "graph")
+MINDSPORE_SETTINGS, NO_PIPELINE = "MS_DEV_RUNTIME_CONF", "graph_pipeline:false"
 
 
 class Placed(NamedTuple):
     """A decoder and its KV cache, on one device, with the engine's interface."""
 
-    model: Any
-    cache: Any
+    model: Decoder
+    cache: KVCache
 
 
 def default_block_size(device: str) -> int:
@@ -33,8 +40,8 @@ def place(plan: Plan, config: ModelConfig, weights: LlamaWeights) -> Placed:
         weights: on the host; quantised as planned, except that "cuda" quantises as it takes them.
 
     Raises:
-        ValueError: weights, dtypes or an attention that the device does not have, or a sequence
-            of `plan.max_model_len` tokens that the attention cannot reach.
+        ValueError: weights, dtypes, an attention or a runtime that the device does not have, or a
+            sequence of `plan.max_model_len` tokens that the attention cannot reach.
         RuntimeError: not the memory.
     """
     device, num_blocks = plan.device, plan.num_blocks
@@ -46,17 +53,59 @@ def place(plan: Plan, config: ModelConfig, weights: LlamaWeights) -> Placed:
         return _place_on_cuda(plan, config, weights)
     if plan.attention == "vendor":
         num_blocks = _within_offsets(config, plan)
-    model = make_model(device, config, weights, plan.attention)
+    model = make_model(device, config, weights, plan.attention, plan.runtime)
     cache = make_kv_cache(
         model, num_blocks=num_blocks, block_size=plan.block_size, dtype=plan.kv_dtype
     )
     return Placed(model, cache)
 
 
+def require_runtime(runtime: str, device: str) -> None:
+    """Reject a runtime that the device or this installation does not have.
+
+    Raises:
+        ValueError: not "direct" or "graph", or "graph" on another device than the CPU.
+        RuntimeError: "graph" without MindSpore.
+    """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+    if runtime == "graph" and device != "cpu":
+        raise ValueError(
+            f"runtime='graph' is supported on device 'cpu' only, got device {device!r}; "
+            "use runtime='direct'"
+        )
+    if runtime == "graph" and find_spec("mindspore") is None:
+        raise RuntimeError(
+            "runtime='graph' needs MindSpore, which is not installed: pip install mindspore, "
+            "or use runtime='direct'"
+        )
+
+
 def make_model(
-    device: str, config: ModelConfig, weights: LlamaWeights, attention: str = "custom"
-) -> Any:
-    """The decoder on "cpu" or "ascend"; `attention` chooses among Ascend's kernels."""
+    device: str,
+    config: ModelConfig,
+    weights: LlamaWeights,
+    attention: str = "custom",
+    runtime: str = "direct",
+) -> Decoder:
+    """Make the decoder on "cpu" or "ascend".
+
+    Args:
+        device: where.
+        config: of the model.
+        weights: on the host.
+        attention: chooses among Ascend's kernels.
+        runtime: "direct" calls of the kernels, or on the CPU a "graph" of MindSpore.
+
+    Raises:
+        ValueError, RuntimeError: as `require_runtime`.
+    """
+    require_runtime(runtime, device)
+    if runtime == "graph":
+        _keep_the_pipeline_off()
+        from codellama_rt.model.llama_graph import LlamaCell
+
+        return LlamaCell(config, weights)
     if device == "ascend":
         from codellama_rt.model.ascend.llama import AscendLlama
 
@@ -64,9 +113,27 @@ def make_model(
     return Llama(config, weights)
 
 
-def make_kv_cache(model: Any, **sizes: Any) -> Any:
-    """Pages where the model's kernels want them; `sizes` as `KVCache` takes them."""
-    return getattr(model, "kv_cache_type", KVCache)(model.config, **sizes)
+def _keep_the_pipeline_off() -> None:
+    """Have MindSpore run graphs in the calling thread; it reads the setting when it is imported.
+
+    Its pipeline's threads take the cores from the kernels: a step may take ten times as long.
+    """
+    settings = os.environ.get(MINDSPORE_SETTINGS, "")
+    if "graph_pipeline" in settings:
+        return
+    if "mindspore" in sys.modules:
+        warnings.warn(
+            f"MindSpore is imported already; for fast steps with runtime='graph' set "
+            f"{MINDSPORE_SETTINGS}={NO_PIPELINE} in the environment before it is imported",
+            stacklevel=2,
+        )
+    else:
+        os.environ[MINDSPORE_SETTINGS] = ",".join(filter(None, [settings, NO_PIPELINE]))
+
+
+def make_kv_cache(model: Decoder, **sizes: Any) -> KVCache:
+    """Make the cache where the model's kernels want it; `sizes` as `KVCache` takes them."""
+    return model.kv_cache_type(model.config, **sizes)
 
 
 def _within_offsets(config: ModelConfig, plan: Plan) -> int:

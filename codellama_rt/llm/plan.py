@@ -22,6 +22,7 @@ class Plan:
         max_num_batched_tokens: tokens in one step.
         kv_memory: bytes or a str like "8GB" for the KV cache; None: what the memory allows.
         attention: "custom", or on Ascend "vendor".
+        runtime: "direct" calls of the kernels, or on the CPU a MindSpore "graph" of them.
     """
 
     device: str = "cpu"
@@ -35,3 +36,4 @@ class Plan:
     max_num_batched_tokens: int = 512
     kv_memory: int | str | None = None
     attention: str = "custom"
+    runtime: str = "direct"

@@ -13,14 +13,14 @@ from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.request import checked_prompt
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
 from codellama_rt.llm.placement import make_kv_cache
-from codellama_rt.model.llama import Llama
+from codellama_rt.model.interface import Decoder
 from codellama_rt.model.lora import LoraAdapter, check_adapter
 
 MAX_POSITION = 2**20  # RoPE's tables hold every position below: 1 GB at head_dim 128
 
 
 def sequence_logits(
-    model: Llama, token_ids: Collection[int], *, first_position: int = 0, **options: Any
+    model: Decoder, token_ids: Collection[int], *, first_position: int = 0, **options: Any
 ) -> np.ndarray:
     """Logits after every token, computed in chunks in a KV cache that lives as long as the call.
 
@@ -41,7 +41,7 @@ def sequence_logits(
 
 
 def logits_by_chunk(
-    model: Llama, token_ids: Collection[int], *, first_position: int = 0,
+    model: Decoder, token_ids: Collection[int], *, first_position: int = 0,
     kv_dtype: str = "float32", block_size: int = 64, chunk_size: int = 512,
     adapter: LoraAdapter | None = None,
 ) -> Iterator[np.ndarray]:  # fmt: skip

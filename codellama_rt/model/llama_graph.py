@@ -1,4 +1,4 @@
-"""Llama as a MindSpore cell: the registered road, one compiled graph for steps of any shape.
+"""Llama as a MindSpore cell of graph ops: one compiled graph for steps of any shape.
 
 The graph does what `model.Llama` does with the same kernels, and its logits have the same bits. It
 costs more on a CPU, where MindSpore adds microseconds to each operator (benchmarks/bench_calls.py);
@@ -30,17 +30,20 @@ Format = tuple[str, tuple[int, ...]]  # dtype and shape of what bytes stand for
 
 
 class LlamaCell(nn.Cell):
-    """The decoder as a graph; it holds the weights as they lie, and no state of any sequence.
+    """The decoder as a graph; it holds the weights as they lie, and no sequence's state.
 
     Args:
         config: the model.
         weights: its weights; their memory is used, not copied.
-        whole_layers: one operator a layer instead of nine.
+        whole_layers: one operator per layer instead of nine.
 
     Example:
         >>> cell = LlamaCell(checkpoint.config, checkpoint.weights)  # doctest: +SKIP
         >>> engine = Engine(cell, kv_cache, max_model_len=16384)  # doctest: +SKIP
     """
+
+    kv_cache_type = KVCache
+    applies_adapters = False
 
     def __init__(
         self, config: ModelConfig, weights: LlamaWeights, *, whole_layers: bool = False
@@ -63,8 +66,8 @@ class LlamaCell(nn.Cell):
         """Compute one step: write the tokens' keys and values, and return the logits asked for.
 
         Args:
-            batch: the tokens of this step; its pages must be allocated.
-            kv_cache: the pages.
+            batch: the tokens of this step; their blocks must be allocated.
+            kv_cache: those blocks.
 
         Returns:
             (num_logits, vocab_size) float32: the rows `batch.logit_rows`, in that order.
@@ -73,20 +76,27 @@ class LlamaCell(nn.Cell):
         return logits[: len(batch.logit_rows)]
 
     def inputs(self, batch: Batch, kv_cache: KVCache) -> list[Tensor]:
-        """The graph's arguments for a step, over the memory of `batch` and `kv_cache`."""
+        """Return the graph's arguments for a step, over the memory of `batch` and `kv_cache`."""
         if kv_cache.dtype != self._cache_dtype:
             self._choose_caches(kv_cache)
         rows = batch.logit_rows if len(batch.logit_rows) else np.zeros(1, np.int32)  # never empty
         cos, sin, index = self.rope.lookup(batch.positions, batch.rope_lengths)
         arrays = [
-            batch.token_ids, rows, cos, sin, index, batch.slot_mapping, batch.block_tables,
-            batch.seq_lens, batch.cu_seqlens_q,
-        ]  # fmt: skip
+            batch.token_ids,
+            rows,
+            cos,
+            sin,
+            index,
+            batch.slot_mapping,
+            batch.block_tables,
+            batch.seq_lens,
+            batch.cu_seqlens_q,
+        ]
         arrays += [_memory_of(cache) for caches in kv_cache.layers for cache in caches]
         return [Tensor.from_numpy(array) for array in arrays]
 
     def _choose_caches(self, kv_cache: KVCache) -> None:
-        """Describe the pages to the compiler. Two quantised dtypes would look alike to it."""
+        """Describe the blocks to the compiler. Two quantised dtypes would look alike to it."""
         self._cache_format = _format_of(kv_cache.layers[0][0])
         if self._cache_format is not None:
             if self._quantized_cache not in ("", kv_cache.dtype):
@@ -100,13 +110,21 @@ class LlamaCell(nn.Cell):
 
     @mindspore.jit
     def construct(
-        self, token_ids: Tensor, logit_rows: Tensor, cos: Tensor, sin: Tensor, index: Tensor,
-        slot_mapping: Tensor, block_tables: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor,
-        *pages: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """The graph of a step; `pages` are the key and value cache of each layer in turn."""
+        self,
+        token_ids: Tensor,
+        logit_rows: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        index: Tensor,
+        slot_mapping: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        *blocks: Tensor,
+    ) -> Tensor:
+        """Compute a step; `blocks` are the key and value cache of each layer in turn."""
         rope, sequences = (cos, sin, index), (block_tables, seq_lens, cu_seqlens_q)
-        caches = [_as_given(page, self._cache_format) for page in pages]
+        caches = [_as_given(cache, self._cache_format) for cache in blocks]
         residual = graph.embedding(token_ids, _as_given(self.embedding, self.embedding_format))
         lm_head = _as_given(self.lm_head, self.lm_head_format)
         if self.whole_layers:
@@ -135,49 +153,84 @@ class LayerCell(nn.Cell):
         super().__init__(auto_prefix=False)
         self.eps, self.interleaved = config.norm_eps, config.rope_interleaved
         self.q_dim = config.n_heads * config.head_dim
+        self.qkv_runs = _runs(weights.q_proj, weights.k_proj, weights.v_proj)
+        self.gate_up_runs = _runs(weights.gate_proj, weights.up_proj)
         _set_weights(self, f"{name}.", vars(weights))
 
     def attention(
-        self, x: Tensor, rope: tuple[Tensor, ...], caches: tuple[Tensor, ...], slot_mapping: Tensor,
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, ...],
+        caches: tuple[Tensor, ...],
+        slot_mapping: Tensor,
         sequences: tuple[Tensor, ...],
-    ) -> Tensor:  # fmt: skip
-        """(num_tokens, dim) normalized -> (num_tokens, dim); writes the caches."""
+    ) -> Tensor:
+        """Take (num_tokens, dim), normalized, to (num_tokens, dim); write the caches."""
         q_proj = _as_given(self.q_proj, self.q_proj_format)
         k_proj = _as_given(self.k_proj, self.k_proj_format)
         v_proj = _as_given(self.v_proj, self.v_proj_format)
-        qkv = graph.linear(x, (q_proj, k_proj, v_proj))
+        qkv = _project(x, (q_proj, k_proj, v_proj), self.qkv_runs)
         query = graph.rope_and_cache(
             qkv, *rope, *caches, slot_mapping, interleaved=self.interleaved
-        )  # fmt: skip
+        )
         attended, _ = graph.paged_attention(query, *caches, *sequences)
         o_proj = _as_given(self.o_proj, self.o_proj_format)
         return graph.linear(attended.reshape(-1, self.q_dim), o_proj)
 
     def mlp(self, x: Tensor) -> Tensor:
-        """(num_tokens, dim) normalized -> (num_tokens, dim)."""
+        """Take (num_tokens, dim), normalized, to (num_tokens, dim)."""
         gate_proj = _as_given(self.gate_proj, self.gate_proj_format)
         up_proj = _as_given(self.up_proj, self.up_proj_format)
-        hidden = graph.silu_and_mul(graph.linear(x, (gate_proj, up_proj)))
+        hidden = graph.silu_and_mul(_project(x, (gate_proj, up_proj), self.gate_up_runs))
         return graph.linear(hidden, _as_given(self.down_proj, self.down_proj_format))
 
     def whole(
-        self, x: Tensor, rope: tuple[Tensor, ...], caches: tuple[Tensor, ...], slot_mapping: Tensor,
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, ...],
+        caches: tuple[Tensor, ...],
+        slot_mapping: Tensor,
         sequences: tuple[Tensor, ...],
-    ) -> Tensor:  # fmt: skip
-        """(num_tokens, dim), the residual stream, through the layer as one operator."""
+    ) -> Tensor:
+        """Take the residual stream, (num_tokens, dim), through the layer as one operator."""
         return graph.decoder_layer(
-            x, self.attention_norm,
-            _as_given(self.q_proj, self.q_proj_format), _as_given(self.k_proj, self.k_proj_format),
-            _as_given(self.v_proj, self.v_proj_format), _as_given(self.o_proj, self.o_proj_format),
-            self.mlp_norm, _as_given(self.gate_proj, self.gate_proj_format),
+            x,
+            self.attention_norm,
+            _as_given(self.q_proj, self.q_proj_format),
+            _as_given(self.k_proj, self.k_proj_format),
+            _as_given(self.v_proj, self.v_proj_format),
+            _as_given(self.o_proj, self.o_proj_format),
+            self.mlp_norm,
+            _as_given(self.gate_proj, self.gate_proj_format),
             _as_given(self.up_proj, self.up_proj_format),
-            _as_given(self.down_proj, self.down_proj_format), *rope, *caches, slot_mapping,
-            *sequences, eps=self.eps, interleaved=self.interleaved,
-        )  # fmt: skip
+            _as_given(self.down_proj, self.down_proj_format),
+            *rope,
+            *caches,
+            slot_mapping,
+            *sequences,
+            eps=self.eps,
+            interleaved=self.interleaved,
+        )
+
+
+def _runs(*weights: Weight) -> tuple[tuple[int, int], ...]:
+    """Return [begin, end) of the runs of one dtype, each of which `linear` takes in one pass."""
+    dtypes = [str(weight.dtype) for weight in weights]
+    begins = [i for i in range(len(dtypes)) if i == 0 or dtypes[i] != dtypes[i - 1]]
+    return tuple(zip(begins, [*begins[1:], len(dtypes)], strict=True))
+
+
+def _project(
+    x: Tensor, weights: tuple[Tensor | tuple, ...], runs: tuple[tuple[int, int], ...]
+) -> Tensor:
+    """Multiply x by all weights; their results stand side by side."""
+    if len(runs) == 1:
+        return graph.linear(x, weights)
+    return mindspore.ops.concat([graph.linear(x, weights[begin:end]) for begin, end in runs], -1)
 
 
 def _set_weights(cell: nn.Cell, prefix: str, weights: Mapping[str, Weight]) -> None:
-    """Parameters over the weights' memory, and beside each the format of its bytes."""
+    """Set parameters over the weights' memory, and beside each the format of its bytes."""
     for part, weight in weights.items():
         setattr(cell, part, _parameter(prefix + part, _memory_of(weight)))
         setattr(cell, f"{part}_format", _format_of(weight))
@@ -192,12 +245,12 @@ def _format_of(weight: Weight) -> Format | None:
 
 
 def _as_given(tensor: Tensor, format_: Format | None) -> Tensor | tuple:
-    """What `ops.graph` takes inside a graph."""
+    """Return what `ops.graph` takes inside a graph."""
     return tensor if format_ is None else (tensor, format_[0], format_[1])
 
 
 def _parameter(name: str, array: np.ndarray) -> Parameter:
-    """A parameter over the array's memory: made of a tensor, it would copy that."""
+    """Make a parameter over the array's memory: made of a tensor, it would copy that."""
     parameter = Parameter(
         Tensor.from_numpy(np.zeros(1, array.dtype)), name=name, requires_grad=False
     )
@@ -206,7 +259,7 @@ def _parameter(name: str, array: np.ndarray) -> Parameter:
 
 
 def _dynamic_inputs(config: ModelConfig, cache_dtype: str) -> list[Tensor]:
-    """The arguments of the graph, with None for the sizes that vary between steps."""
+    """Return the arguments of the graph, with None for the sizes that vary between steps."""
 
     def integers(*shape: int | None) -> Tensor:
         return Tensor(shape=shape, dtype=mindspore.int32)
@@ -219,6 +272,14 @@ def _dynamic_inputs(config: ModelConfig, cache_dtype: str) -> list[Tensor]:
         cache = Tensor(shape=pages, dtype=getattr(mindspore, cache_dtype))
     numbers = integers(None)
     return [
-        numbers, numbers, table, table, numbers, numbers, integers(None, None), numbers, numbers,
+        numbers,
+        numbers,
+        table,
+        table,
+        numbers,
+        numbers,
+        integers(None, None),
+        numbers,
+        numbers,
         *[cache] * (2 * config.n_layers),
-    ]  # fmt: skip
+    ]

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.interface import Decoder
 from codellama_rt.model.weights import LlamaWeights
 
 Array = np.ndarray
@@ -63,21 +63,21 @@ class LoraAdapter:
             begin = end
 
 
-def check_adapter(adapter: object, model: Any) -> None:
-    """Refuses what is no adapter for a model.
+def check_adapter(adapter: object, model: Decoder) -> None:
+    """Reject what is not an adapter for a model.
 
     Raises:
-        TypeError: no LoraAdapter.
-        ValueError: one for a model of another shape, or a device that applies none.
+        TypeError: not a LoraAdapter.
+        ValueError: it was loaded for another shape, or this model applies adapters to no request.
     """
     if not isinstance(adapter, LoraAdapter):
         raise TypeError(
             f"adapter must be a LoraAdapter from load_adapter, got {type(adapter).__name__}"
         )
-    if not getattr(model, "applies_adapters", False):
+    if not model.applies_adapters:
         raise ValueError(
-            "adapters of single requests are applied on the CPU; on another device merge one with "
-            "LLM(adapter=...)"
+            "adapters of single requests need device='cpu' and runtime='direct'; elsewhere merge "
+            "one into the weights with LLM(adapter=...)"
         )
     config = model.config
     if len(adapter.layers) != config.n_layers or adapter.widths != projection_widths(config):

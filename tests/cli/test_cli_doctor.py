@@ -14,7 +14,7 @@ def test_doctor_tells_what_there_is(run):
     assert (code, err) == (0, "")
     for word in ("numpy", "MindSpore", "instruction set", "threads", "GB/s", "bfloat16",
                  "KV caches", "int4", "q6_k", "custom ops", "device cpu", "device cuda",
-                 "no: this build"):  # fmt: skip
+                 "no: this build", "runtime graph"):  # fmt: skip
         assert word in out
 
 
@@ -50,6 +50,21 @@ def test_doctor_knows_which_numpy_mindspore_wants(monkeypatch):
     assert "pip install 'numpy<2'" in doctor.examine(0.01)["mindspore"]
     del versions["mindspore"]
     assert "not installed" in doctor.examine(0.01)["mindspore"]
+
+
+def test_doctor_tells_whether_the_graph_runtime_is_available(monkeypatch):
+    from codellama_rt.cli import doctor
+
+    for setting, expected in [
+        ("graph_pipeline:true", "but slow: MS_DEV_RUNTIME_CONF is graph_pipeline:true"),
+        ("graph_pipeline:false", "yes, by MindSpore 2.10.0"),
+        ("", "import MindSpore first: set MS_DEV_RUNTIME_CONF=graph_pipeline:false"),
+    ]:
+        monkeypatch.setenv("MS_DEV_RUNTIME_CONF", setting)
+        monkeypatch.setattr(doctor, "_version", {"mindspore": "2.10.0"}.get)
+        assert expected in doctor._graph_runtime()
+    monkeypatch.setattr(doctor, "_version", {}.get)
+    assert doctor._graph_runtime() == "no: needs MindSpore"
 
 
 def test_doctor_names_a_library_that_does_not_load(tmp_path):

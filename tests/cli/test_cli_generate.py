@@ -85,6 +85,14 @@ def test_stats_go_to_stderr(run, model):
         assert unit in err
 
 
+@pytest.mark.parametrize(("roof", "share"), [(1.0, ">100%"), (1e18, "0%")])
+def test_stats_mark_a_limit_that_moved(run, model, monkeypatch, roof, share):
+    monkeypatch.setattr(cli_run, "read_bandwidth", lambda: roof)
+    _, _, err = run("generate", model, "-p", PROMPT, "--max-new-tokens", 9, "--stats")
+    assert f"GB/s = {share} of the" in err
+    assert ("more than the measured limit" in err) == (roof == 1.0)
+
+
 def test_decode_traffic_is_counted_key_by_key(model):
     with clrt.LLM(model) as llm:
         report = cli_run.follow(llm, [1, 5, 6], SamplingParams(max_tokens=4), lambda text: None)

@@ -13,10 +13,11 @@ from helpers.tokenizer_files import sentencepiece_fields
 
 import codellama_rt as clrt
 from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.checkpoint.adapter import load_adapter
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.scoring import sequence_logits
 from codellama_rt.model.llama import Llama
-from codellama_rt.model.lora import load_adapter, merged
+from codellama_rt.model.lora import merged
 from codellama_rt.ops.quantized import Quantized
 from codellama_rt.ops.reference_weights import dequantize
 

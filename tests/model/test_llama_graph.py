@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers.checkpoint_files import TINY, TINY_NAMES
 from helpers.goldens import run
+from helpers.quantized_models import block_model
 from helpers.tolerances import assert_equal_bits
 
 from codellama_rt import ops
@@ -156,6 +157,13 @@ def test_a_quantized_embedding():
     table = ops.quantize(checkpoint.weights.embedding, "int8")
     weights = replace(checkpoint.weights, embedding=table)
     run_requests(BothRoads(replace(checkpoint, weights=weights), False), "float32")
+
+
+def test_the_types_of_a_layer_are_multiplied_run_by_run(tmp_path):
+    """Q4_K beside Q6_K, as GGUF's Q4_K_M mixes them."""
+    mixed = {"attn_v": "Q6_K", "ffn_gate": "Q6_K", "output.": "Q6_K", "": "Q4_K"}
+    checkpoint = open_checkpoint(block_model(tmp_path / "a.gguf", mixed))
+    run_requests(BothRoads(checkpoint, False), "float32")
 
 
 def quantized_cache(config, dtype, num_blocks, block_size):

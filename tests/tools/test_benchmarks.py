@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from codellama_rt import ops
 from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.cli import bench as cli_bench
 from codellama_rt.cli import main as cli
 from codellama_rt.llm.variants import SHAPES
 from codellama_rt.ops.schema import OPS
@@ -268,6 +269,17 @@ def test_pytest_benchmark_carries_the_rows(tmp_path):
         assert {"bytes", "flops", "limit_us", "share", "dtype", "shape", "isa", "threads"} <= set(
             info
         )
+
+
+@pytest.mark.parametrize("share", [0.5, 2.63])
+def test_a_limit_that_moved_is_marked(share, monkeypatch, capsys):
+    row = {"what": "decode", "model": "tiny", "weights": "int4", "kv": "int8", "depth": 5}
+    row |= {"median_us": 1.0, "p10_us": 1.0, "p90_us": 1.0, "share": share}
+    cli_bench._follow("generate", iter([(1, 1, row)]), None)
+    out, err = capsys.readouterr()
+    assert (">100%" in out) == (share > 1)
+    assert ("263%" in out) is False
+    assert ("repeat the run" in err) == (share > 1)
 
 
 def test_tables_hold_every_row():

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from codellama_rt.checkpoint.formats.pth import read_pth
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
 from codellama_rt.errors import CheckpointError
@@ -141,6 +140,8 @@ def read_meta_directory(path: Path) -> StoredModel:
     Raises:
         CheckpointError: a file is missing or rejected, or the shards do not fit together.
     """
+    from codellama_rt.checkpoint.formats.pth import read_pth  # a machine that others never need
+
     shards = [read_pth(file) for file in _shard_files(path)]
     for shard in shards[1:]:
         if shard.keys() != shards[0].keys():
