@@ -24,7 +24,7 @@ import numpy as np
 from codellama_rt.checkpoint.formats.meta_directory import PARAMS, meta_name, params_of
 from codellama_rt.checkpoint.formats.pth_writer import PthLayout
 from codellama_rt.checkpoint.formats.tensor_file import Entry, write_tensor_file
-from codellama_rt.checkpoint.weight_loading import expected_shapes
+from codellama_rt.checkpoint.tensor_names import expected_shapes
 from codellama_rt.llm.variants import VARIANTS
 
 CONVERT = """

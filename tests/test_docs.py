@@ -22,7 +22,7 @@ from helpers.tokenizer_files import model_file, sentencepiece_model
 from sentencepiece import sentencepiece_model_pb2 as pb
 
 import codellama_rt as clrt
-from codellama_rt.checkpoint.weight_loading import expected_shapes
+from codellama_rt.checkpoint.tensor_names import expected_shapes
 from codellama_rt.cli import main as cli
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.ops.schema import OPS

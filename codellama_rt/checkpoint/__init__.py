@@ -17,10 +17,11 @@ from codellama_rt.checkpoint.finiteness import check_finite
 from codellama_rt.checkpoint.open import Opened, resolve
 from codellama_rt.checkpoint.quantize import check_quantization
 from codellama_rt.checkpoint.stored_tensor import Progress
+from codellama_rt.checkpoint.tensor_names import assemble
 from codellama_rt.checkpoint.weight_loading import load_arrays
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import ModelConfig
-from codellama_rt.model.weights import LayerWeights, LlamaWeights, Weight
+from codellama_rt.model.weights import LlamaWeights, Weight
 from codellama_rt.ops.dtypes import numpy_dtype
 from codellama_rt.ops.quantized import Quantized
 
@@ -113,7 +114,7 @@ def load_checkpoint(
     )
     if check == "finite":
         check_finite(tensors, arrays, progress)
-    weights = _assemble(arrays, opened.config.n_layers)
+    weights = assemble(arrays, opened.config.n_layers)
     projection = weights.layers[0].q_proj
     if not isinstance(projection, Quantized):
         float_dtype = projection.dtype.name
@@ -149,32 +150,3 @@ def check_stored_quantization(opened: Opened, quantization: str | None) -> None:
             f"{opened.path}: expected weights to quantise to {quantization}, found them in "
             f"{opened.quantization} already; leave quantization out, or convert the original again"
         )
-
-
-_LAYER_PARTS = {
-    "attention_norm": "input_layernorm",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-}
-
-
-def _assemble(arrays: dict[str, Weight], n_layers: int) -> LlamaWeights:
-    layers = [
-        LayerWeights(
-            **{
-                ours: arrays[f"model.layers.{i}.{name}.weight"]
-                for ours, name in _LAYER_PARTS.items()
-            }
-        )
-        for i in range(n_layers)
-    ]
-    embedding = arrays["model.embed_tokens.weight"]
-    return LlamaWeights(
-        embedding, layers, arrays["model.norm.weight"], arrays.get("lm_head.weight", embedding)
-    )

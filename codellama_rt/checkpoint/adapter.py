@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from codellama_rt.checkpoint.finiteness import require_finite
 from codellama_rt.checkpoint.formats.safetensors import read_safetensors
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.checkpoint.stored_tensor import StoredTensor
@@ -18,6 +19,7 @@ from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.config_fields import ConfigFields
 from codellama_rt.model.lora import LoraAdapter, LowRank, projection_widths
+from codellama_rt.model.weights import layer_shapes
 
 _NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<module>(?:model\.)?layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\."
@@ -56,10 +58,7 @@ def load_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraAdapt
             f"{path}: expected {file.name}, found none; pickled adapters are never loaded"
         )
     widths = projection_widths(config)
-    inputs = dict.fromkeys(widths, config.dim) | {
-        "o_proj": config.n_heads * config.head_dim,
-        "down_proj": config.hidden_dim,
-    }
+    inputs = {name: shape[-1] for name, shape in layer_shapes(config).items()}
     layers: list[dict[str, LowRank]] = [{} for _ in range(config.n_layers)]
     for (module, layer, name), sides in _pairs(file, read_safetensors(file)).items():
         if layer >= config.n_layers or name not in widths:
@@ -121,8 +120,7 @@ def _read(
         words = ", ".join("rank" if size is None else str(size) for size in shape)
         raise CheckpointError(f"{file}: {module}.lora_{side}: expected ({words}), found {found}")
     array = sides[side].view().astype(np.float32)
-    if not np.isfinite(array).all():
-        raise CheckpointError(f"{file}: {module}.lora_{side}: expected finite values")
+    require_finite(array, f"{file}: {module}.lora_{side}")
     return array
 
 

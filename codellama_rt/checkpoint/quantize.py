@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from codellama_rt import ops
-from codellama_rt.checkpoint.finiteness import first_non_finite
+from codellama_rt.checkpoint.finiteness import require_finite, source_of
 from codellama_rt.checkpoint.stored_tensor import StoredTensor
-from codellama_rt.errors import CheckpointError
+from codellama_rt.checkpoint.tensor_names import EMBEDDING, HEAD
 from codellama_rt.ops.quantized import (
     OWN_WEIGHT_DTYPES,
     WEIGHT_TILE,
@@ -23,7 +23,6 @@ from codellama_rt.ops.quantized import (
 
 QUANTIZATIONS = OWN_WEIGHT_DTYPES
 _BAND_BYTES = 2**22  # of rows in float32
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def check_quantization(quantization: str | None) -> None:
@@ -45,12 +44,12 @@ def is_quantized(name: str) -> bool:
         >>> is_quantized("model.layers.0.mlp.up_proj.weight")
         True
     """
-    return name == _HEAD or name.endswith("_proj.weight")
+    return name == HEAD or name.endswith("_proj.weight")
 
 
 def sources(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Return the source of each tensor of the quantised model: a tied head's is the embedding."""
-    return {**tensors, _HEAD: tensors.get(_HEAD, tensors[_EMBEDDING])}
+    return {**tensors, HEAD: tensors.get(HEAD, tensors[EMBEDDING])}
 
 
 def quantize_tensor(
@@ -75,19 +74,9 @@ def quantize_tensor(
     step = n_rows if reorder is not None else tiles * WEIGHT_TILE
     for begin in range(0, n_rows, step):
         rows = np.require(tensor.decode(begin, min(begin + step, n_rows)), requirements="CA")
-        _check_finite(tensor, rows, begin)
+        require_finite(rows, source_of(tensor), first_row=begin, purpose=" to quantise")
         band = ops.quantize(rows if reorder is None else reorder(rows), dtype).payload
         payload[done : done + band.nbytes] = band
         done += band.nbytes
     tensor.release()
     return Quantized(payload, dtype, tensor.shape)
-
-
-def _check_finite(tensor: StoredTensor, rows: np.ndarray, begin: int) -> None:
-    bad = first_non_finite(rows)
-    if bad is not None:
-        row, column = (int(i) for i in np.unravel_index(bad, rows.shape))
-        raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name!r}: expected finite values to quantise, found "
-            f"{float(rows[row, column])} at {[begin + row, column]}"
-        )

@@ -12,16 +12,10 @@ import numpy as np
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.weights import Weight
-from codellama_rt.ops.dtypes import numpy_dtype
+from codellama_rt.ops.dtypes import ENCODINGS
 from codellama_rt.ops.quantized import Quantized
 
 Progress = Callable[[int, int, str], None]  # done bytes, total bytes, what is being done
-
-ENCODINGS = {  # of plain floats, by safetensors' names
-    "F32": numpy_dtype("float32"),
-    "F16": numpy_dtype("float16"),
-    "BF16": numpy_dtype("bfloat16"),
-}
 
 
 def map_file(path: Path) -> np.ndarray:

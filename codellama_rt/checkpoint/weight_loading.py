@@ -5,58 +5,20 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from codellama_rt.checkpoint.finiteness import first_non_finite
+from codellama_rt.checkpoint.finiteness import check_range
 from codellama_rt.checkpoint.quantize import QUANTIZATIONS, is_quantized, quantize_tensor, sources
 from codellama_rt.checkpoint.stored_tensor import (
-    ENCODINGS,
     Counter,
     Progress,
     StoredModel,
     StoredTensor,
     Weight,
 )
+from codellama_rt.checkpoint.tensor_names import EMBEDDING, HEAD, expected_shapes
 from codellama_rt.errors import CheckpointError
-from codellama_rt.model.config import ModelConfig
-from codellama_rt.ops.dtypes import numpy_dtype
+from codellama_rt.ops.dtypes import ENCODINGS, numpy_dtype
 
 _CHUNK_BYTES = 2**20  # stays in a core's second-level cache between the passes over it
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Lists the tensors of a model by Hugging Face's names; weights of projections are (out, in).
-
-    Args:
-        config: the model.
-
-    Returns:
-        Name to shape, embedding first, in the order a token passes through the model.
-
-    Example:
-        >>> config = ModelConfig(n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, dim=64,
-        ...                      hidden_dim=176, vocab_size=512)
-        >>> expected_shapes(config)["model.layers.0.self_attn.k_proj.weight"]
-        (32, 64)
-    """
-    dim, hidden_dim = config.dim, config.hidden_dim
-    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    layer = {
-        "input_layernorm": (dim,),
-        "self_attn.q_proj": (q_dim, dim),
-        "self_attn.k_proj": (kv_dim, dim),
-        "self_attn.v_proj": (kv_dim, dim),
-        "self_attn.o_proj": (dim, q_dim),
-        "post_attention_layernorm": (dim,),
-        "mlp.gate_proj": (hidden_dim, dim),
-        "mlp.up_proj": (hidden_dim, dim),
-        "mlp.down_proj": (dim, hidden_dim),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, dim)}
-    for i in range(config.n_layers):
-        shapes |= {f"model.layers.{i}.{part}.weight": shape for part, shape in layer.items()}
-    shapes["model.norm.weight"] = (dim,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, dim)
-    return shapes
 
 
 def match_tensors(model: StoredModel) -> dict[str, StoredTensor]:
@@ -91,7 +53,7 @@ def match_tensors(model: StoredModel) -> dict[str, StoredTensor]:
 
 
 def _is_harmless(name: str) -> bool:
-    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+    return name == HEAD or name.endswith("rotary_emb.inv_freq")
 
 
 def _and_others(names: list[str], what: str) -> str:
@@ -125,7 +87,7 @@ def choose_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype:
     """
     projections = [tensor for name, tensor in tensors.items() if name.endswith("_proj.weight")]
     if any(tensor.weight_dtype in QUANTIZATIONS for tensor in projections):
-        return ENCODINGS[tensors["model.embed_tokens.weight"].encoding]
+        return ENCODINGS[tensors[EMBEDDING].encoding]
     if not all(tensor.is_float for tensor in projections):
         return numpy_dtype("bfloat16")
     elements: collections.Counter[str] = collections.Counter()
@@ -228,28 +190,8 @@ def convert_tensor(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> n
         source = tensor.decode(begin, end)
         with np.errstate(over="ignore"):  # looked for below
             converted[begin:end] = source
-        bad = first_non_finite(converted[begin:end])
-        if bad is not None:
-            _check_overflow(tensor, source, converted[begin:end], begin)
+        check_range(tensor, source, converted[begin:end], begin)
         counter.add(tensor.num_bytes * end // n_rows - done, what)
         done = tensor.num_bytes * end // n_rows
     converted.flags.writeable = False
     return converted
-
-
-def _check_overflow(
-    tensor: StoredTensor, source: np.ndarray, converted: np.ndarray, begin: int
-) -> None:
-    """Refuses values that were finite as stored; others are check="finite"'s concern."""
-    with np.errstate(invalid="ignore"):
-        overflowed = np.isfinite(source.astype(np.float32)) & ~np.isfinite(
-            converted.astype(np.float32)
-        )
-    if overflowed.any():
-        place = tuple(int(i) for i in np.argwhere(overflowed)[0])
-        raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name!r}: expected values in the range of "
-            f"{converted.dtype.name}, "
-            f"found {float(source[place]):g} at {[place[0] + begin, *place[1:]]}; use "
-            "dtype='float32' or 'bfloat16'"
-        )

@@ -16,12 +16,9 @@ from codellama_rt.checkpoint import check_stored_quantization
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.checkpoint.open import Opened, resolve
 from codellama_rt.checkpoint.quantize import is_quantized, sources
-from codellama_rt.checkpoint.stored_tensor import ENCODINGS, StoredTensor
-from codellama_rt.checkpoint.weight_loading import (
-    expected_shapes,
-    used_as_stored,
-    used_in_place,
-)
+from codellama_rt.checkpoint.stored_tensor import StoredTensor
+from codellama_rt.checkpoint.tensor_names import EMBEDDING, HEAD, expected_shapes
+from codellama_rt.checkpoint.weight_loading import used_as_stored, used_in_place
 from codellama_rt.llm.kv_plan import REQUIRED_SHARE, plan_num_blocks
 from codellama_rt.llm.memory import HUGE_PAGE_BYTES, available_bytes
 from codellama_rt.llm.plan import Plan
@@ -31,7 +28,7 @@ from codellama_rt.model.kv_cache import bytes_per_token
 from codellama_rt.model.llama import Activations
 from codellama_rt.model.rope import table_bytes
 from codellama_rt.model.weights import LlamaWeights
-from codellama_rt.ops.dtypes import numpy_dtype
+from codellama_rt.ops.dtypes import ENCODINGS, numpy_dtype
 from codellama_rt.ops.quantized import weight_num_bytes
 from codellama_rt.text.tokenizer import has_tokenizer
 
@@ -231,8 +228,8 @@ def _weights(
         loading = max(loading, made + size + tensor.num_bytes)
         total, made = total + size, made + size
         sizes[name] = size
-    is_tied = "lm_head.weight" not in tensors
-    return total, loading, total - (0 if is_tied else sizes["model.embed_tokens.weight"]), made
+    is_tied = HEAD not in tensors
+    return total, loading, total - (0 if is_tied else sizes[EMBEDDING]), made
 
 
 def _tokenizer_bytes(opened: Opened) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from codellama_rt import ops
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.interface import Decoder
-from codellama_rt.model.weights import LlamaWeights
+from codellama_rt.model.weights import LlamaWeights, layer_shapes
 
 Array = np.ndarray
 
@@ -107,9 +107,5 @@ def merged(weights: LlamaWeights, adapter: LoraAdapter) -> LlamaWeights:
 
 
 def projection_widths(config: ModelConfig) -> dict[str, int]:
-    """out_features of the projections of a layer."""
-    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    return {
-        "q_proj": q_dim, "k_proj": kv_dim, "v_proj": kv_dim, "o_proj": config.dim,
-        "gate_proj": config.hidden_dim, "up_proj": config.hidden_dim, "down_proj": config.dim,
-    }  # fmt: skip
+    """Return out_features of the projections of a layer."""
+    return {name: shape[0] for name, shape in layer_shapes(config).items() if len(shape) == 2}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from codellama_rt.model.config import ModelConfig
 from codellama_rt.ops.quantized import Quantized
 
 Weight = np.ndarray | Quantized
@@ -37,3 +38,20 @@ class LlamaWeights:
     layers: list[LayerWeights]
     norm: np.ndarray  # (dim)
     lm_head: Weight  # (vocab_size, dim); the same object as embedding when tied and not quantised
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's weights by their fields in `LayerWeights`."""
+    dim, hidden_dim = config.dim, config.hidden_dim
+    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    return {
+        "attention_norm": (dim,),
+        "q_proj": (q_dim, dim),
+        "k_proj": (kv_dim, dim),
+        "v_proj": (kv_dim, dim),
+        "o_proj": (dim, q_dim),
+        "mlp_norm": (dim,),
+        "gate_proj": (hidden_dim, dim),
+        "up_proj": (hidden_dim, dim),
+        "down_proj": (dim, hidden_dim),
+    }

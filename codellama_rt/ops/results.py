@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from codellama_rt.ops.dtypes import FLOATS
+
 Array = Any  # numpy.ndarray or mindspore.Tensor, contiguous
 
 # Results are allocated before the arguments are checked. An argument that is not a tensor, or
@@ -33,8 +35,7 @@ def empty(like: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
     if not hasattr(like, "data_ptr"):
         return np.empty(shape, getattr(like, "dtype", None) if dtype is None else dtype)
     import mindspore
-    import ml_dtypes
 
     name = str(like.dtype).lower() if dtype is None else np.dtype(dtype).name
-    array = np.empty(shape, ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    array = np.empty(shape, FLOATS[name].dtype if name in FLOATS else name)
     return mindspore.Tensor.from_numpy(array)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from codellama_rt.checkpoint.formats.gguf_model import gguf_name
-from codellama_rt.checkpoint.weight_loading import expected_shapes
+from codellama_rt.checkpoint.tensor_names import expected_shapes, gguf_name
 from codellama_rt.model.config import ModelConfig
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from codellama_rt.checkpoint import LlamaWeights, open_checkpoint
-from codellama_rt.checkpoint.formats.gguf_model import gguf_name
 from codellama_rt.checkpoint.formats.safetensors import read_safetensors
 from codellama_rt.checkpoint.stored_tensor import Weight
-from codellama_rt.checkpoint.weight_loading import expected_shapes
+from codellama_rt.checkpoint.tensor_names import expected_shapes, gguf_name
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.ops.quantized import GGUF_BLOCKS
 from helpers.checkpoint_files import (

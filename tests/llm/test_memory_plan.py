@@ -10,7 +10,7 @@ from helpers.checkpoint_files import MINI_CONFIG, TINY, TINY_NAMES, write_mini
 from helpers.tiny_llm import make_folder
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.checkpoint.weight_loading import expected_shapes
+from codellama_rt.checkpoint.tensor_names import expected_shapes
 from codellama_rt.cli import estimate_report
 from codellama_rt.errors import CheckpointError
 from codellama_rt.llm import llm as llm_module

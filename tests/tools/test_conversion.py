@@ -16,7 +16,7 @@ from helpers.quantized_models import large_model, q8_model, resident_bytes
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.checkpoint.formats import tensor_file
 from codellama_rt.checkpoint.formats.pth import read_pth
-from codellama_rt.checkpoint.weight_loading import expected_shapes
+from codellama_rt.checkpoint.tensor_names import expected_shapes
 from codellama_rt.errors import CheckpointError
 from codellama_rt.llm.scoring import sequence_logits
 from codellama_rt.model.config import ModelConfig

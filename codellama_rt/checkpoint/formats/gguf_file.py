@@ -14,10 +14,11 @@ import numpy as np
 
 from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
 from codellama_rt.errors import CheckpointError
+from codellama_rt.ops.dtypes import FLOATS
 from codellama_rt.ops.quantized import GGUF_BLOCKS
 
 MAGIC = b"GGUF"
-_FLOAT_TYPES = {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2)}  # ggml type -> name, item bytes
+_FLOAT_TYPES = {known.ggml_type: known for known in FLOATS.values()}
 _BLOCK_TYPES = {2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 12: "Q4_K", 14: "Q6_K"}  # supported by ops
 _SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -263,8 +264,8 @@ def _place_tensors(
 def _encoding(path: Path, name: str, shape: tuple[int, ...], ggml_type: int) -> tuple[str, int]:
     """Return the name of a ggml type and the bytes of a tensor of it."""
     if ggml_type in _FLOAT_TYPES:
-        encoding, item_bytes = _FLOAT_TYPES[ggml_type]
-        return encoding, math.prod(shape) * item_bytes
+        known = _FLOAT_TYPES[ggml_type]
+        return known.encoding, math.prod(shape) * known.dtype.itemsize
     encoding, block, block_bytes = _block_type(path, name, ggml_type)
     if shape[-1] % block:
         raise CheckpointError(

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from codellama_rt.checkpoint.finiteness import first_non_finite
 from codellama_rt.checkpoint.formats.gguf_file import GgufFile, read_gguf
 from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
+from codellama_rt.checkpoint.tensor_names import gguf_name, names_in_gguf
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import (
     MAX_DIM,
@@ -27,36 +29,7 @@ from codellama_rt.model.config import (
 )
 from codellama_rt.model.config_fields import ConfigFields
 
-_TOP_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _FACTORS = "rope_freqs.weight"
-
-
-def gguf_name(name: str) -> str:
-    """Return GGUF's name for a tensor of Hugging Face's layout.
-
-    Example:
-        >>> gguf_name("model.layers.3.self_attn.q_proj.weight")
-        'blk.3.attn_q.weight'
-    """
-    if name in _TOP_NAMES:
-        return _TOP_NAMES[name]
-    _, _, layer, part = name.split(".", 3)
-    return f"blk.{layer}.{_LAYER_NAMES[part.removesuffix('.weight')]}.weight"
 
 
 def read_gguf_model(path: Path) -> StoredModel:
@@ -74,12 +47,7 @@ def read_gguf_model(path: Path) -> StoredModel:
     """
     file = read_gguf(path)
     config = config_from_gguf(file)
-    names = {
-        gguf_name(f"model.layers.{layer}.{part}.weight"): f"model.layers.{layer}.{part}.weight"
-        for layer in range(config.n_layers)
-        for part in _LAYER_NAMES
-    }
-    names |= {ours: hf for hf, ours in _TOP_NAMES.items()}
+    names = names_in_gguf(config.n_layers)
     tensors = {
         names.get(name, name): tensor for name, tensor in file.tensors.items() if name != _FACTORS
     }
@@ -233,7 +201,7 @@ def _read_factors(tensor: StoredTensor, head_dim: int) -> tuple[float, ...]:
             f"found {tensor.encoding} {tensor.shape}"
         )
     factors = tensor.view()
-    if not (np.isfinite(factors).all() and (factors > 0).all()):
+    if first_non_finite(factors) is not None or not (factors > 0).all():
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name!r}: expected finite factors above 0"
         )

@@ -11,25 +11,14 @@ import numpy as np
 
 from codellama_rt.checkpoint.formats.safetensors import write_safetensors
 from codellama_rt.checkpoint.formats.tensor_file import Entry
-from codellama_rt.checkpoint.tensor_names import halves_first, rotates
+from codellama_rt.checkpoint.tensor_names import halves_first, named_weights, rotates
 from codellama_rt.model.config import ModelConfig, RopeScaling
+from codellama_rt.ops.dtypes import FLOATS
 
 if TYPE_CHECKING:
     from codellama_rt.model.weights import LlamaWeights
 
-_NAMES = {  # of LayerWeights' fields
-    "attention_norm": "input_layernorm",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-}
 INDEX = "model.safetensors.index.json"
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SCALING_KEYS = {  # besides rope_type and factor, with transformers' names
     "linear": (),
     "dynamic": (),
@@ -63,7 +52,9 @@ def write_directory(
         OSError: a file cannot be written.
     """
     values = hf_config(config)
-    entries = [_entry(name, array, config) for name, array in _named(config, weights)]
+    entries = [
+        _entry(name, array, config) for name, array in named_weights(config, weights).items()
+    ]
     stage = path / ".saving"  # the weights may be mapped from the files that are replaced
     stage.mkdir(parents=True)
     try:
@@ -146,19 +137,6 @@ def _scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return {"rope_type": scaling.kind, "factor": scaling.factor, **values}
 
 
-def _named(config: ModelConfig, weights: LlamaWeights) -> list[tuple[str, np.ndarray]]:
-    named = [("model.embed_tokens.weight", weights.embedding)]
-    for i, layer in enumerate(weights.layers):
-        named += [
-            (f"model.layers.{i}.{name}.weight", getattr(layer, field))
-            for field, name in _NAMES.items()
-        ]
-    named.append(("model.norm.weight", weights.norm))
-    if not config.tie_word_embeddings:
-        named.append(("lm_head.weight", weights.lm_head))
-    return named
-
-
 def _entry(name: str, array: np.ndarray, config: ModelConfig) -> Entry:
     if not isinstance(array, np.ndarray):
         raise ValueError(
@@ -171,7 +149,7 @@ def _entry(name: str, array: np.ndarray, config: ModelConfig) -> Entry:
         whole = halves_first(array, config.head_dim) if is_other else array
         return np.ascontiguousarray(whole).reshape(-1).view(np.uint8)
 
-    return Entry(name, _DTYPES[array.dtype.name], array.shape, array.nbytes, read)
+    return Entry(name, FLOATS[array.dtype.name].encoding, array.shape, array.nbytes, read)
 
 
 def split_shards(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
+from codellama_rt.checkpoint.tensor_names import COLUMNS, EMBEDDING, ROWS, meta_name, name_from_meta
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import (
     MAX_DIM,
@@ -30,41 +31,8 @@ from codellama_rt.model.config_fields import ConfigFields
 
 PARAMS = "params.json"
 MAX_SHARDS = 64
-ROWS, COLUMNS = 0, 1
-_TOP_NAMES = {  # Meta's name, and the axis that is cut
-    "model.embed_tokens.weight": ("tok_embeddings.weight", COLUMNS),
-    "model.norm.weight": ("norm.weight", None),
-    "lm_head.weight": ("output.weight", ROWS),
-}
-_LAYER_NAMES = {
-    "input_layernorm": ("attention_norm", None),
-    "self_attn.q_proj": ("attention.wq", ROWS),
-    "self_attn.k_proj": ("attention.wk", ROWS),
-    "self_attn.v_proj": ("attention.wv", ROWS),
-    "self_attn.o_proj": ("attention.wo", COLUMNS),
-    "post_attention_layernorm": ("ffn_norm", None),
-    "mlp.gate_proj": ("feed_forward.w1", ROWS),
-    "mlp.up_proj": ("feed_forward.w3", ROWS),
-    "mlp.down_proj": ("feed_forward.w2", COLUMNS),
-}
-_PARTS = {theirs: ours for ours, (theirs, _) in _LAYER_NAMES.items()}
-_TOPS = {theirs: ours for ours, (theirs, _) in _TOP_NAMES.items()}
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 _LONG_THETA = 1e6  # base of the models trained on 16,384 tokens; the others saw 4,096
-
-
-def meta_name(name: str) -> tuple[str, int | None]:
-    """Return Meta's name for a tensor of Hugging Face's layout, and the axis that is cut.
-
-    Example:
-        >>> meta_name("model.layers.3.mlp.down_proj.weight")
-        ('layers.3.feed_forward.w2.weight', 1)
-    """
-    if name in _TOP_NAMES:
-        return _TOP_NAMES[name]
-    _, _, layer, part = name.split(".", 3)
-    theirs, axis = _LAYER_NAMES[part.removesuffix(".weight")]
-    return f"layers.{layer}.{theirs}.weight", axis
 
 
 def hidden_dim_of(dim: int, multiple_of: int, multiplier: float) -> int:
@@ -148,7 +116,7 @@ def read_meta_directory(path: Path) -> StoredModel:
             odd = min(shard.keys() ^ shards[0].keys())
             raise CheckpointError(f"{path}: tensor {odd!r}: expected it in every shard, or in none")
     tensors = {
-        _hf_name(name): _join(path, name, [shard[name] for shard in shards])
+        name_from_meta(name): _join(path, name, [shard[name] for shard in shards])
         for name in shards[0]
         if name != "rope.freqs"  # follows from the configuration
     }
@@ -167,21 +135,13 @@ def _shard_files(path: Path) -> list[Path]:
     return files
 
 
-def _hf_name(name: str) -> str:
-    """Return Hugging Face's name; an unknown name is kept, to be rejected later."""
-    match = re.fullmatch(r"layers\.(\d{1,4})\.([\w.]+)\.weight", name)
-    if match and match[2] in _PARTS:
-        return f"model.layers.{match[1]}.{_PARTS[match[2]]}.weight"
-    return _TOPS.get(name, name)
-
-
 def _join(path: Path, name: str, parts: list[StoredTensor]) -> StoredTensor:
     first = parts[0]
     if len(parts) == 1:
         return first
     if any((part.shape, part.encoding) != (first.shape, first.encoding) for part in parts):
         raise CheckpointError(f"{path}: tensor {name!r}: expected parts of one shape and dtype")
-    hf_name = _hf_name(name)
+    hf_name = name_from_meta(name)
     axis = meta_name(hf_name)[1] if hf_name != name else None
     if axis is None:
         if any(not np.array_equal(part.payload, first.payload) for part in parts[1:]):
@@ -197,7 +157,7 @@ def _join(path: Path, name: str, parts: list[StoredTensor]) -> StoredTensor:
 
 def _vocab_size(path: Path, tensors: dict[str, StoredTensor]) -> int:
     """Return the rows of the embedding: params.json has no vocab_size, or -1."""
-    embedding = tensors.get("model.embed_tokens.weight")
+    embedding = tensors.get(EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{path}: expected a matrix 'tok_embeddings.weight', found none")
     return embedding.shape[0]

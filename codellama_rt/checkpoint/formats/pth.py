@@ -21,8 +21,9 @@ from codellama_rt.checkpoint.formats.pth_pickle import (
     TensorDescription,
     read_tensor_pickle,
 )
-from codellama_rt.checkpoint.stored_tensor import ENCODINGS, StoredTensor, map_file
+from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
 from codellama_rt.errors import CheckpointError
+from codellama_rt.ops.dtypes import ENCODINGS
 
 # Of the list of members: a shard of the largest model has under a thousand.
 MAX_DIRECTORY_BYTES = 2**25

@@ -19,6 +19,8 @@ import pickletools
 import struct
 from typing import Any, NamedTuple
 
+from codellama_rt.ops.dtypes import FLOATS
+
 MAX_PICKLE_BYTES = 2**24  # the 723 tensors of a shard of 70B take under 200 kB
 _MAX_AXES = 8
 _OPCODES = (
@@ -101,16 +103,8 @@ class _Name(NamedTuple):
 
 _ORDERED_DICT = _Name("collections.OrderedDict")
 _REBUILD_TENSOR = _Name("torch._utils._rebuild_tensor_v2")
-_NAMES = {
-    name.name: name
-    for name in (
-        _ORDERED_DICT,
-        _REBUILD_TENSOR,
-        _Name("torch.FloatStorage", "F32"),
-        _Name("torch.HalfStorage", "F16"),
-        _Name("torch.BFloat16Storage", "BF16"),
-    )
-}
+_STORAGES = [_Name(f"torch.{known.storage}", known.encoding) for known in FLOATS.values()]
+_NAMES = {name.name: name for name in (_ORDERED_DICT, _REBUILD_TENSOR, *_STORAGES)}
 
 
 class _Opcodes(dict):

@@ -9,9 +9,9 @@ import zlib
 from collections.abc import Sequence
 
 from codellama_rt.checkpoint.formats.tensor_file import Entry
+from codellama_rt.ops.dtypes import ENCODINGS, FLOATS
 
-_STORAGES = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_STORAGES = {known.encoding: known.storage for known in FLOATS.values()}
 _ALIGNMENT = 64
 _PADDING_FIELD = 0x4246  # "FB", as torch marks it
 _LARGE = 0xFFFFFFFF  # sizes and offsets from here on need 64 bits
@@ -142,7 +142,7 @@ def _pickle(entries: Sequence[Entry]) -> bytes:
 
 
 def _tensor(i: int, entry: Entry) -> bytes:
-    size = entry.num_bytes // _ITEM_BYTES[entry.dtype]
+    size = entry.num_bytes // ENCODINGS[entry.dtype].itemsize
     strides = [1, *itertools.accumulate(entry.shape[:0:-1], lambda a, b: a * b)][::-1]
     kind = f"ctorch\n{_STORAGES[entry.dtype]}\n".encode()
     storage = b"(" + _text("storage") + kind + _text(str(i)) + _text("cpu") + _integer(size) + b"tQ"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from codellama_rt.llm.variants import SHAPES
 from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.weights import layer_shapes
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.ops.quantized import (
     CACHE_DTYPES,
@@ -200,11 +201,15 @@ def _sizes(config: ModelConfig, num_tokens: int, num_keys: int) -> dict[str, int
 
 def _linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Return (out_features, in_features) of each matrix product of a step of the model."""
-    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    return {
-        "qkv": (q_dim + 2 * kv_dim, config.dim),
-        "o": (config.dim, q_dim),
-        "gate_up": (2 * config.hidden_dim, config.dim),
-        "down": (config.dim, config.hidden_dim),
-        "lm_head": (config.vocab_size, config.dim),
+    layer = layer_shapes(config)
+    fused = {
+        "qkv": ("q_proj", "k_proj", "v_proj"),
+        "o": ("o_proj",),
+        "gate_up": ("gate_proj", "up_proj"),
+        "down": ("down_proj",),
     }
+    shapes = {
+        name: (sum(layer[part][0] for part in parts), layer[parts[0]][1])
+        for name, parts in fused.items()
+    }
+    return shapes | {"lm_head": (config.vocab_size, config.dim)}

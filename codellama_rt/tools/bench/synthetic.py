@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from codellama_rt import ops
-from codellama_rt.checkpoint.formats.gguf_model import gguf_name
 from codellama_rt.checkpoint.formats.packed_weights import (
     config_section,
     file_metadata,
@@ -29,13 +28,12 @@ from codellama_rt.checkpoint.formats.packed_weights import (
 from codellama_rt.checkpoint.formats.safetensors import write_safetensors
 from codellama_rt.checkpoint.formats.tensor_file import Entry
 from codellama_rt.checkpoint.quantize import QUANTIZATIONS, is_quantized
-from codellama_rt.checkpoint.weight_loading import expected_shapes
+from codellama_rt.checkpoint.tensor_names import expected_shapes, gguf_name
 from codellama_rt.llm.variants import SHAPES
 from codellama_rt.model.config import ModelConfig
-from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
+from codellama_rt.ops.dtypes import FLOAT_DTYPES, FLOATS, numpy_dtype
 from codellama_rt.tools.bench.noise import noise
 
-SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHTS = (*FLOAT_DTYPES, *QUANTIZATIONS)
 
 
@@ -90,7 +88,7 @@ def _entry(
         num_bytes = padded_bytes(quantization, shape)
         return Entry(name, "U8", (num_bytes,), num_bytes, read)
     num_bytes = int(np.prod(shape)) * numpy_dtype(dtype).itemsize
-    return Entry(name, SAFETENSORS[dtype], shape, num_bytes, read)
+    return Entry(name, FLOATS[dtype].encoding, shape, num_bytes, read)
 
 
 def _hf_config(config: ModelConfig) -> dict:
@@ -119,7 +117,7 @@ def write_gguf(path: Path, config: ModelConfig, seed: int = 0) -> None:
     import gguf
 
     kinds = gguf.GGMLQuantizationType
-    kind = {"float32": kinds.F32, "float16": kinds.F16, "bfloat16": kinds.BF16}[config.dtype]
+    kind = kinds(FLOATS[config.dtype].ggml_type)
     writer = gguf.GGUFWriter(path, "llama")
     _write_metadata(writer, config)
     for name, shape in expected_shapes(config).items():

@@ -17,13 +17,7 @@ from codellama_rt.checkpoint.formats.hf_writer import (
     shard_name,
     split_shards,
 )
-from codellama_rt.checkpoint.formats.meta_directory import (
-    COLUMNS,
-    MAX_SHARDS,
-    PARAMS,
-    meta_name,
-    params_of,
-)
+from codellama_rt.checkpoint.formats.meta_directory import MAX_SHARDS, PARAMS, params_of
 from codellama_rt.checkpoint.formats.packed_weights import (
     config_section,
     file_metadata,
@@ -34,15 +28,20 @@ from codellama_rt.checkpoint.formats.safetensors import SafetensorsLayout
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.checkpoint.formats.tensor_file import Entry, Layout
 from codellama_rt.checkpoint.quantize import is_quantized, quantize_tensor, sources
-from codellama_rt.checkpoint.stored_tensor import ENCODINGS, Counter, StoredModel, StoredTensor
-from codellama_rt.checkpoint.tensor_names import halves_first, pairs_first, rotates
+from codellama_rt.checkpoint.stored_tensor import Counter, StoredModel, StoredTensor
+from codellama_rt.checkpoint.tensor_names import (
+    COLUMNS,
+    halves_first,
+    meta_name,
+    pairs_first,
+    rotates,
+)
 from codellama_rt.checkpoint.weight_loading import choose_dtype, convert_tensor
-from codellama_rt.ops.dtypes import numpy_dtype
+from codellama_rt.ops.dtypes import ENCODINGS, FLOATS, numpy_dtype
 
 HUGGING_FACE, META = "huggingface", "meta"
 TARGETS = (HUGGING_FACE, META)
 MAX_FILE_BYTES = 5 * 10**9  # per file of floats, unless one tensor is larger
-_ENCODING_OF = {dtype: name for name, dtype in ENCODINGS.items()}
 Reorder = Callable[[np.ndarray], np.ndarray]
 
 
@@ -172,7 +171,7 @@ def _entry(
 
     dtype, shape = _float_dtype(tensor, options), shape or tensor.shape
     num_bytes = int(np.prod(shape)) * dtype.itemsize
-    return Entry(entry_name, _ENCODING_OF[dtype], shape, num_bytes, read)
+    return Entry(entry_name, FLOATS[dtype.name].encoding, shape, num_bytes, read)
 
 
 def _quantized_plan(
