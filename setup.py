@@ -55,7 +55,7 @@ class CMakeBuild(build_ext):
 
 
 def find_cmake() -> str:
-    """The cmake on the path (pip's build environment brings one)."""
+    """Return the cmake on the path (pip's build environment brings one)."""
     cmake = shutil.which("cmake")
     if cmake is None:
         sys.exit("codellama_rt: no cmake found; install it with `pip install cmake` and try again.")
@@ -80,7 +80,7 @@ def pybind11_dir() -> str:
 
 
 def cuda_wheels() -> list[str]:
-    """What pip brings for the build where CODELLAMA_RT_CUDA=ON and no nvcc is on the path."""
+    """Return what pip installs to build with CODELLAMA_RT_CUDA=ON and no nvcc on the path."""
     if os.environ.get("CODELLAMA_RT_CUDA") != "ON" or shutil.which("nvcc"):
         return []
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Decode attention over each cache dtype in turns, and many queries against one: ratios of one run.
+"""Time decode attention over each cache dtype in turn, or many queries against one, as ratios.
 
     python benchmarks/bench_attention.py [--model 7b] [--keys 100000] [--rounds 20]
     python benchmarks/bench_attention.py --queries 16 --keys 32768
 
-In a round every case runs once, with the read probe before and after it for about as long. A share
-is of the mean of the two, so that a case and its limit saw the same machine; the median round
-counts.
+In each round every case runs once, with the read probe before and after it for about as long. A
+share is relative to the mean of the two, so that a case and its limit saw the same machine; the
+median round counts.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def select(model: str, dtypes: list[str], queries: list[int], keys: int) -> list
 
 
 class Probe:
-    """Reads memory that no cache holds for a given time; what the threads read together."""
+    """Read memory beyond any cache for a given time, and report what the threads read together."""
 
     def __init__(self):
         self.memory = noise((PROBE_BYTES // 4,), "float32", np.random.default_rng(0))
@@ -44,11 +44,11 @@ class Probe:
 
 
 def measure(cases: list[Case], rounds: int) -> tuple[list[Timing], list[list[float]], list[float]]:
-    """Seconds and shares of the limit of each case, and what the probe read."""
+    """Return seconds and shares of the limit of each case, and the probe's measurements."""
     calls, probe, read = [], Probe(), []
     for case in cases:
         arrays = make_arrays(case, np.random.default_rng(0))
-        if case.sizes["num_keys"] <= 4096:  # the float64 oracle of more takes gigabytes
+        if case.sizes["num_keys"] <= 4096:  # the float64 reference of more takes gigabytes
             check(case, arrays)
         calls.append(bind(case.op, arrays))
         calls[-1]()

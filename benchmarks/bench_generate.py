@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def model(request):
-    """A model and what runs it, for all depths and prompts."""
+    """Provide a model and its runner, for all depths and prompts."""
     config = request.config
     sizes = numbers(config, "--depth") + numbers(config, "--prefill")
     with request.param.runner(max(sizes)) as runner:

@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_ops.py --shape 7b --dtype bfloat16 --benchmark-json=ops.json
 
-Each is checked against the reference before it is timed; its buffers take turns and exceed any
-cache.
+Each operator is checked against the reference before it is timed; its buffers are used in turn and
+exceed any cache.
 """
 
 import pytest
@@ -17,9 +17,12 @@ from codellama_rt.tools.bench.op_rows import op_row
 def pytest_generate_tests(metafunc):
     config = metafunc.config
     selection = Selection(
-        names(config, "--op"), names(config, "--shape"), names(config, "--dtype"),
-        numbers(config, "--tokens"), numbers(config, "--keys"),
-    )  # fmt: skip
+        names(config, "--op"),
+        names(config, "--shape"),
+        names(config, "--dtype"),
+        numbers(config, "--tokens"),
+        numbers(config, "--keys"),
+    )
     isas = names(config, "--isa") or [ops.isa()]
     rows = [
         pytest.param(isa, case, id=f"{case.op.name}-{case.model}-{case.label}-{case.dtype}-{isa}")

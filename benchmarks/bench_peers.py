@@ -1,4 +1,4 @@
-"""This runtime beside llama.cpp, Transformers or CTranslate2, turn by turn.
+"""Time this runtime and llama.cpp, Transformers or CTranslate2 in turn.
 
     python benchmarks/bench_peers.py --peer-python PYTHON [--weights bfloat16,int8,int4] [--quick]
 
@@ -50,8 +50,8 @@ def parse(words):
     add("--rounds", type=int, default=10, metavar="N", help="turns of each side")
     add("--steps", type=int, default=10, metavar="N", help="decode steps per turn")
     add("--threads", type=int, metavar="N", help="of each operator")
-    add("--json", type=Path, metavar="FILE", help="write the rows there")
-    add("--quick", action="store_true", help="small sizes and few runs: does it work?")
+    add("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    add("--quick", action="store_true", help="small sizes and few runs: check that it works")
     args = parser.parse_args(words)
     if args.quick:
         vars(args).update(QUICK, attention=[1024] if args.attention else [])

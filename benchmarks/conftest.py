@@ -1,4 +1,4 @@
-"""pytest-benchmark as the frame of the rows of `codellama_rt.tools.bench`.
+"""Run the rows of `codellama_rt.tools.bench` under pytest-benchmark.
 
     pytest benchmarks/bench_ops.py --op linear --tokens 1 --benchmark-json=ops.json
 
@@ -12,7 +12,7 @@ from codellama_rt import ops
 from codellama_rt.tools.limits import measure_limits
 
 LISTS = {
-    "--op": ("", "operators; all by default"),
+    "--op": ("", "operators (default: all)"),
     "--shape": ("7b", "of bench_ops: models; of the others: one model"),
     "--dtype": ("bfloat16", "of bench_ops: of weights and cache"),
     "--isa": ("", "of bench_ops: instruction sets; the best by default"),
@@ -31,9 +31,9 @@ def pytest_addoption(parser):
         group.addoption(name, default=default, help=f"{text} (separated by commas)")
     group.addoption("--seconds", type=float, default=0.5, help="of bench_ops: spent on each row")
     group.addoption("--layers", type=int, default=4, help="of the model")
-    group.addoption("--steps", type=int, default=32, help="decode steps a row")
+    group.addoption("--steps", type=int, default=32, help="decode steps per row")
     group.addoption("--rounds", type=int, default=5, help="prompts per row")
-    group.addoption("--threads", type=int, help="of each operator")
+    group.addoption("--threads", type=int, help="per operator")
 
 
 def pytest_configure(config):
@@ -43,18 +43,18 @@ def pytest_configure(config):
 
 
 def names(config, option):
-    """The words of a list."""
+    """Return the words of a list."""
     return [name for name in config.getoption(option).split(",") if name]
 
 
 def numbers(config, option):
-    """The numbers of a list."""
+    """Return the numbers of a list."""
     return [int(name) for name in names(config, option)]
 
 
 @pytest.fixture(scope="session")
 def limits(request):
-    """What the machine gives; the first line of a run."""
+    """Measure the machine's limits and print them as the first line of a run."""
     found = measure_limits()
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
@@ -64,7 +64,7 @@ def limits(request):
 
 @pytest.fixture
 def watch(benchmark):
-    """A `Stopwatch` that is pytest-benchmark's pedantic mode."""
+    """Return a `Stopwatch` that is pytest-benchmark's pedantic mode."""
 
     def time(work, setup, rounds):
         if benchmark.disabled:

@@ -2,8 +2,8 @@
 
     python benchmarks/convert_memory.py --layers 32 --shards 1 --folder /somewhere/with/space
 
-The checkpoint is written a tensor at a time from a seed; then another process converts it to
-Hugging Face's layout and says the most memory it ever had resident, mapped files included.
+The checkpoint is written one tensor at a time from a seed; then another process converts it to
+Hugging Face's layout and reports its peak resident memory, mapped files included.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def write_synthetic(folder: Path, layers: int, shards: int) -> int:
-    """Write the checkpoint; returns its bytes."""
+    """Write the checkpoint and return its bytes."""
     config = dataclasses.replace(VARIANTS["CodeLlama-7b"].config, n_layers=layers)
     folder.mkdir()
     (folder / PARAMS).write_text(json.dumps(params_of(config)))
@@ -58,7 +58,7 @@ def write_synthetic(folder: Path, layers: int, shards: int) -> int:
 
 
 def _entry(name: str, shape: tuple[int, ...], seed: list[int]) -> Entry:
-    """Finite bfloat16 of both signs, from random bits of sign, mantissa and low exponent."""
+    """Return finite bfloat16 of both signs, from random sign, mantissa and low exponent bits."""
     size = int(np.prod(shape))
 
     def read() -> np.ndarray:

@@ -1,9 +1,9 @@
-"""What `codellama-rt estimate` says beside the memory that runs take: SmolLM2 and slices of 7B.
+"""Compare `codellama-rt estimate` with the memory that runs take: SmolLM2 and slices of 7B.
 
     python benchmarks/estimate_memory.py --layers 2 --folder /somewhere/with/space
 
 Each run is a process of its own that opens the model, reads every weight, fills the caches of its
-sequences and says the most memory it ever had resident, mapped files included.
+sequences and reports its peak resident memory, mapped files included.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ with LLM(
 
 
 class Case(NamedTuple):
-    """A run: tokens a sequence, sequences, and options of `LLM`."""
+    """A run: tokens per sequence, sequences, and options of `LLM`."""
 
     context: int
     num_seqs: int
@@ -67,7 +67,7 @@ CASES = [
 
 
 def measure(model: str | Path, case: Case) -> tuple[int, int]:
-    """Resident bytes of a process before the model, and the most while it runs."""
+    """Return the resident bytes of a process before the model, and the peak while it runs."""
     command = [sys.executable, "-c", RUN, str(model), str(case.context), str(case.num_seqs)]
     done = subprocess.run(
         [*command, json.dumps(case.options)], capture_output=True, text=True, check=True
@@ -76,7 +76,7 @@ def measure(model: str | Path, case: Case) -> tuple[int, int]:
 
 
 def compare(name: str, model: str | Path) -> float:
-    """Print a line for each case of a model; returns the largest share by which one is off."""
+    """Print a line for each case of a model; return the largest relative error."""
     largest = 0.0
     for case in CASES:
         found = estimate(
@@ -97,7 +97,7 @@ def compare(name: str, model: str | Path) -> float:
 
 
 def main() -> None:
-    """Print the table; the exit code says whether all of it is within 3 %."""
+    """Print the table; the exit code says whether every error is within 3 %."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=2, help="of the slices; 0: none")
     parser.add_argument("--folder", type=Path, default=None, help="for the slices' weights")

@@ -1,4 +1,4 @@
-"""What this machine gives: the roof of every other figure.
+"""The limits of this machine, against which every other figure is reported.
 
 python benchmarks/limits.py [--threads N] [--isa NAME] [--seconds S] [--json FILE]
 """
@@ -18,7 +18,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--isa", choices=ops.available_isas(), nargs="*", default=[ops.isa()])
-    parser.add_argument("--seconds", type=float, default=0.5, help="spent on each limit")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time per limit")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.threads:

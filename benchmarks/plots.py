@@ -1,7 +1,7 @@
-"""The plots of a report: a roofline of operators, tokens a second over the context.
+"""The plots of a report: a roofline of operators, tokens per second over the context length.
 
-Colours are those of Okabe and Ito, which colour-blind people can tell apart; marks and dashes say
-the same again.
+Colours are those of Okabe and Ito, which colour-blind people can tell apart; markers and dashes
+repeat the distinction.
 """
 
 import matplotlib
@@ -17,7 +17,7 @@ SIZE = (11, 5.4)  # inches
 
 
 def plot_all(rows, folder):
-    """Write the plots that the rows suffice for, as SVG."""
+    """Write the plots for which there are rows, as SVG."""
     ops = [row for row in rows if row["what"] == "op" and row["flops"] and row["bound"] != "call"]
     steps = [row for row in rows if row["what"] == "decode"]
     for name, of_kind, draw in (("roofline", ops, roofline), ("context", steps, context)):
@@ -30,7 +30,7 @@ def plot_all(rows, folder):
 
 
 def roofline(axes, rows):
-    """GFLOP/s over FLOP a byte, under what memory and arithmetic allow."""
+    """Plot GFLOP/s over FLOP per byte, below the limits of memory and arithmetic."""
     at = [row["flops"] / row["bytes"] for row in rows]
     span = [min(at) / 2, max(at) * 2]
     reads = [row["read_gb_per_s"] for row in rows]
@@ -41,8 +41,14 @@ def roofline(axes, rows):
     axes.fill_between(edge, low, high, color="#bbbbbb", alpha=0.5, linewidth=0)
     axes.plot(edge, high, color="#555555", label=f"read {min(reads):.0f}-{max(reads):.0f} GB/s")
     for i, (dtype, flops) in enumerate(sorted(_peaks(rows).items(), key=lambda item: -item[1])):
-        axes.plot(span, [flops, flops], color="#555555", linestyle=["-", "--", ":", "-."][i % 4],
-                  linewidth=1, label=f"{flops:.0f} GFLOP/s, {dtype}")  # fmt: skip
+        axes.plot(
+            span,
+            [flops, flops],
+            color="#555555",
+            linestyle=["-", "--", ":", "-."][i % 4],
+            linewidth=1,
+            label=f"{flops:.0f} GFLOP/s, {dtype}",
+        )
     groups = sorted({(row["op"], row["dtype"]) for row in rows})
     ops = sorted({op for op, _ in groups})
     dtypes = sorted({dtype for _, dtype in groups})
@@ -50,18 +56,26 @@ def roofline(axes, rows):
         points = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
         axes.scatter(
             [row["flops"] / row["bytes"] for row in points],
-            [row["gflop_per_s"] for row in points], s=28, alpha=0.85,
+            [row["gflop_per_s"] for row in points],
+            s=28,
+            alpha=0.85,
             color=COLOURS[ops.index(op) % len(COLOURS)],
-            marker=MARKS[dtypes.index(dtype) % len(MARKS)], label=f"{op}, {dtype}",
-        )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s (median)",
-             title=f"Operators under the limits of this machine ({_machine(rows)})")  # fmt: skip
+            marker=MARKS[dtypes.index(dtype) % len(MARKS)],
+            label=f"{op}, {dtype}",
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="FLOP per byte",
+        ylabel="GFLOP/s (median)",
+        title=f"Operators under the limits of this machine ({_machine(rows)})",
+    )
     axes.grid(which="major", alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def context(axes, rows):
-    """Tokens per second over the tokens of the context; dashed: what the read bandwidth allows."""
+    """Plot tokens per second over the context length; dashed: the limit of the read bandwidth."""
     series = {}
     for row in rows:
         label = f"{row['model']}: {row['weights']} weights, {row['kv']} cache"
@@ -74,21 +88,43 @@ def context(axes, rows):
         label = f"{row['model']}: {row['weights']} weights, {row['kv']} cache"
         roofs.setdefault(label, {})[row["depth"]] = 1e9 * row["read_gb_per_s"] / row["bytes"]
     lines = {label: points for label, points in series.items() if len(points) > 1}
-    for i, (label, points) in enumerate((lines or series).items()):  # a point alone says little
-        cycle = i // len(COLOURS)  # colours that come again have other marks and hollow ones
+    for i, (label, points) in enumerate((lines or series).items()):  # single points say little
+        cycle = i // len(COLOURS)  # repeated colours have other, hollow markers
         colour, mark = COLOURS[i % len(COLOURS)], MARKS[(i + 3 * cycle) % len(MARKS)]
         depths = sorted(points)
-        axes.plot(depths, [points[d] for d in depths], color=colour, marker=mark, label=label,
-                  markerfacecolor="white" if cycle else colour)  # fmt: skip
+        axes.plot(
+            depths,
+            [points[d] for d in depths],
+            color=colour,
+            marker=mark,
+            label=label,
+            markerfacecolor="white" if cycle else colour,
+        )
         if label in roofs:
-            axes.plot(depths, [roofs[label][d] for d in depths], color=colour, linestyle="--",
-                      linewidth=1, alpha=0.7)  # fmt: skip
+            axes.plot(
+                depths,
+                [roofs[label][d] for d in depths],
+                color=colour,
+                linestyle="--",
+                linewidth=1,
+                alpha=0.7,
+            )
     reads = [row["read_gb_per_s"] for row in rows]
-    axes.plot([], [], color="#555555", linestyle="--",
-              label=f"allowed by {min(reads):.0f}-{max(reads):.0f} GB/s read")  # fmt: skip
+    axes.plot(
+        [],
+        [],
+        color="#555555",
+        linestyle="--",
+        label=f"allowed by {min(reads):.0f}-{max(reads):.0f} GB/s read",
+    )
     depths = sorted({row["depth"] for row in rows})
-    axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="tokens/s (median)",
-             title=f"Decoding, one sequence ({rows[0]['threads']} threads)")  # fmt: skip
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="tokens of context",
+        ylabel="tokens/s (median)",
+        title=f"Decoding, one sequence ({rows[0]['threads']} threads)",
+    )
     axes.set_xticks(depths, [f"{depth:,}" for depth in depths])
     axes.xaxis.set_minor_locator(plt.NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -97,7 +133,7 @@ def context(axes, rows):
 
 
 def _peaks(rows):
-    """The highest peak measured for each dtype of products."""
+    """Return the highest peak measured for each dtype of products."""
     peaks = {}
     for row in rows:
         name = row["product_dtype"]

@@ -1,9 +1,9 @@
-"""Tables and plots of what `codellama-rt bench` or `pytest --benchmark-json` wrote.
+"""Make tables and plots from files of `codellama-rt bench` or `pytest --benchmark-json`.
 
     python benchmarks/report.py ops.json generate.json peers.json --out docs
 
-Writes measurements.md, and, of what the files hold, roofline.svg (operators) and context.svg
-(tokens per second over the length of the context). Needs the extra `bench`.
+Writes measurements.md and, if the files contain their rows, roofline.svg (operators) and
+context.svg (tokens per second over the length of the context). Needs the extra `bench`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from codellama_rt.tools.bench.tables import tables
 
 
 def read_rows(paths):
-    """The rows of files of either kind, and the commands that made them."""
+    """Return the rows of files of either kind, and the commands that measured them."""
     rows, commands = [], []
     for path in paths:
         record = json.loads(path.read_text())
@@ -34,7 +34,7 @@ def read_rows(paths):
 
 
 def markdown(rows, commands):
-    """All tables, and how they were made."""
+    """Return all tables, and the commands behind them."""
     lines = ["# Measurements", "", "Measured by", ""]
     lines += [f"    {command}" for command in commands]
     lines += ["", "Read bandwidth and peak were measured beside each row, in the same run.", ""]

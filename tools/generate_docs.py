@@ -1,6 +1,6 @@
 """Write the op tables of docs/operators.md and of csrc's README files from the schema.
 
-With `--check` it writes nothing and fails if a table is not what the schema says.
+With `--check`, write nothing and fail if a table does not match the schema.
 """
 
 from __future__ import annotations
@@ -16,10 +16,22 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- op table: written by tools/generate_docs.py -->", "<!-- end of op table -->"
 # Code Llama 7B over bfloat16 weights and cache; `linear` is its widest, gate and up in one.
 SIZES = {
-    "num_keys": 16384, "num_seqs": 1, "num_positions": 16384, "num_blocks": 256, "max_blocks": 256,
-    "block_size": 64, "num_pairs": 8, "n_heads": 32, "n_kv_heads": 32, "head_dim": 128, "dim": 4096,
-    "hidden_dim": 11008, "in_features": 4096, "out_features": 22016, "vocab_size": 32016,
-}  # fmt: skip
+    "num_keys": 16384,
+    "num_seqs": 1,
+    "num_positions": 16384,
+    "num_blocks": 256,
+    "max_blocks": 256,
+    "block_size": 64,
+    "num_pairs": 8,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "head_dim": 128,
+    "dim": 4096,
+    "hidden_dim": 11008,
+    "in_features": 4096,
+    "out_features": 22016,
+    "vocab_size": 32016,
+}
 STORED = ("table", "weight", "cache", "key", "value", "norm", "proj")  # bfloat16; the rest float32
 
 
@@ -46,8 +58,17 @@ def short_table() -> str:
 
 def full_table() -> str:
     """Return the table for kernels: shapes, dtypes, what is written, and what bounds it."""
-    heads = ("op", "inputs", "outputs", "attributes", "requires", "bytes at 1 token",
-             "FLOP/byte at 1 / 512", "source file", "from")  # fmt: skip
+    heads = (
+        "op",
+        "inputs",
+        "outputs",
+        "attributes",
+        "requires",
+        "bytes at 1 token",
+        "FLOP/byte at 1 / 512",
+        "source file",
+        "from",
+    )
     rows = [heads, ("---",) * len(heads)]
     for op in SCHEMA.OPS.values():
         inputs = "; ".join(describe(name, tensor) for name, tensor in op.inputs.items())
@@ -55,17 +76,22 @@ def full_table() -> str:
         at_one, intensity = cost(op, 1), [f"{cost(op, n)[1]:.3g}" for n in (1, 512)]
         rows.append(
             (
-                f"`{op.name}`", inputs, outputs or "in place", ", ".join(attributes(op)),
-                ", ".join(f"`{rule}`" for rule in op.constraints), size(at_one[0]),
-                " / ".join(intensity), f"[{source_file(op.name)}]({source_file(op.name)})",
+                f"`{op.name}`",
+                inputs,
+                outputs or "in place",
+                ", ".join(attributes(op)),
+                ", ".join(f"`{rule}`" for rule in op.constraints),
+                size(at_one[0]),
+                " / ".join(intensity),
+                f"[{source_file(op.name)}]({source_file(op.name)})",
                 op.source,
             )
-        )  # fmt: skip
+        )
     return table(rows)
 
 
 def describe(name: str, tensor: object) -> str:
-    """`name` (axes) dtype, and whether it is written."""
+    """Return `name` (axes) dtype, and whether it is written."""
     floats = {
         SCHEMA.FLOATS: "float",
         SCHEMA.CACHED: "float, int8 or int4",
@@ -79,12 +105,12 @@ def describe(name: str, tensor: object) -> str:
 
 
 def attributes(op: object) -> list[str]:
-    """As keyword arguments."""
+    """Return the attributes as keyword arguments."""
     return [f"{name}={attribute.default}" for name, attribute in op.attributes.items()]
 
 
 def cost(op: object, num_tokens: int) -> tuple[int, float]:
-    """Bytes, and FLOPs a byte, of a step of the 7B model at 16,384 tokens."""
+    """Return bytes, and FLOPs per byte, of a step of the 7B model at 16,384 tokens."""
     keys = SIZES["num_keys"]
     scores = num_tokens * (keys - num_tokens) + num_tokens * (num_tokens + 1) // 2
     sizes = SIZES | {"num_tokens": num_tokens, "num_scores": scores}
@@ -100,7 +126,7 @@ def cost(op: object, num_tokens: int) -> tuple[int, float]:
 
 
 def size(num_bytes: int) -> str:
-    """With a unit."""
+    """Return a size with a unit."""
     for unit, scale in (("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:.3g} {unit}"
@@ -118,26 +144,32 @@ def source_file(name: str) -> str:
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Markdown."""
+    """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def replaced(text: str, content: str) -> str:
-    """Return the text with what stands between its two markers replaced."""
+    """Return the text with the part between the two markers replaced."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the markers {BEGIN} and {END} must stand in the file")
+        raise ValueError(f"the file must contain the markers {BEGIN} and {END}")
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
-ASCEND_OPS = ("rms_norm", "add_rms_norm", "rope_and_cache", "reshape_and_cache", "paged_attention",
-              "silu_and_mul")  # fmt: skip
-HBM_BYTES_PER_SECOND = 1.6e12  # of an Atlas A2 (910B), as its vendor states it
+ASCEND_OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "rope_and_cache",
+    "reshape_and_cache",
+    "paged_attention",
+    "silu_and_mul",
+)
+HBM_BYTES_PER_SECOND = 1.6e12  # of an Atlas A2 (910B), by its vendor's data sheet
 
 
 def ascend_table() -> str:
-    """Return what the Ascend kernels move for one token, and the time that this takes at least."""
+    """Return the bytes the Ascend kernels move for one token, and the minimum time for them."""
     rows = [("op", "bytes at 1 token", "FLOP/byte", "floor"), ("---",) * 4]
     for name in ASCEND_OPS:
         op = SCHEMA.OPS[name]

@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels: no spills, and the instructions that were meant.
+"""Inspect nvcc's code of the CUDA kernels: no spills, and the intended instructions.
 
     python tools/inspect_cuda.py            # one table; fails where something is missing
     python tools/inspect_cuda.py --library codellama_rt/libcodellama_rt_cuda.so
@@ -23,7 +23,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIBRARY = REPOSITORY / "codellama_rt" / "libcodellama_rt_cuda.so"
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "UBLKCP", "USETMAXREG", "LDGSTS", "LDSM", "LDL", "STL")
-# (kernel, architecture) -> what its machine code must hold
+# (kernel, architecture) -> instructions that its machine code must contain
 MEANT = {
     ("attend_split_kernel float", "sm_90a"): ("HMMA", "UTMALDG", "LDSM"),
     ("attend_split_kernel quantized", "sm_90a"): ("HMMA", "UBLKCP"),
@@ -39,8 +39,8 @@ MEANT = {
     ("linear_many_kernel", "sm_90a"): ("HMMA", "LDGSTS"),
     ("linear_many_kernel", "sm_80"): ("HMMA", "LDGSTS"),
 }
-LOCAL = ("LDL", "STL")  # local memory: what a spill, or an array indexed at run time, becomes
-# Kernels of this many instructions do nothing: the other architecture's way of copying.
+LOCAL = ("LDL", "STL")  # local memory: used by spills and arrays indexed at run time
+# Kernels with this few instructions do nothing: copying for the other architecture.
 EMPTY = 32
 _CLEAN = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
 
@@ -56,7 +56,7 @@ class Kernel:
 
     @property
     def label(self) -> str:
-        """Its name without template arguments; attention's by the kind of cache."""
+        """Its name without template arguments; for attention, by the kind of cache."""
         found = re.search(r"\d+((?:attend|linear|[a-z_]+)[a-z_]*_kernel)", self.name)
         label = found[1] if found else self.name
         if label in ("attend_split_kernel", "attend_unsplit_kernel"):
@@ -65,13 +65,13 @@ class Kernel:
 
 
 def cuobjdump() -> str | None:
-    """The disassembler, or None."""
+    """Return the disassembler, or None."""
     wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(wheels))
 
 
 def spills(report: str) -> list[str]:
-    """Kernels with spills or a stack, as ptxas reports them."""
+    """Return the kernels with spills or a stack, as reported by ptxas."""
     found, name, architecture = [], "", ""
     for line in report.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
@@ -82,17 +82,20 @@ def spills(report: str) -> list[str]:
 
 
 def counted(report: str) -> int:
-    """Kernels that the report speaks of."""
+    """Return the number of kernels in the report."""
     return len(re.findall(r"Compiling entry function", report))
 
 
 def disassemble(library: Path, tool: str) -> list[Kernel]:
-    """Every kernel of the library with the instructions of interest counted."""
+    """Return every kernel of the library, with the instructions of interest counted."""
     environment = {**os.environ, "PATH": f"{Path(tool).parent}:{os.environ.get('PATH', '')}"}
     text = subprocess.run(
-        [tool, "--dump-sass", str(library)], capture_output=True, text=True, check=True,
+        [tool, "--dump-sass", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
         env=environment,
-    ).stdout  # fmt: skip
+    ).stdout
     kernels, architecture = [], ""
     pattern = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)")
     for line in text.splitlines():
@@ -107,7 +110,7 @@ def disassemble(library: Path, tool: str) -> list[Kernel]:
 
 
 def faults(kernels: list[Kernel]) -> list[str]:
-    """What is not as it was meant."""
+    """Return everything that is not as intended."""
     found = []
     for (label, architecture), wanted in MEANT.items():
         some = [k for k in kernels if (k.label, k.architecture) == (label, architecture)]
@@ -125,14 +128,15 @@ def faults(kernels: list[Kernel]) -> list[str]:
 
 
 def table(kernels: list[Kernel]) -> str:
-    """One row a kernel and architecture: how often each instruction stands in its code."""
+    """Return one row per kernel and architecture: how often each instruction occurs."""
     lines = ["| kernel | code for | variants | " + " | ".join(INSTRUCTIONS) + " |"]
     lines.append("| --- " * (3 + len(INSTRUCTIONS)) + "|")
     for label, architecture in sorted({(k.label, k.architecture) for k in kernels}):
         some = [
-            k for k in kernels
+            k
+            for k in kernels
             if (k.label, k.architecture) == (label, architecture) and k.size > EMPTY
-        ]  # fmt: skip
+        ]
         counts = [sum(k.instructions[name] for k in some) for name in INSTRUCTIONS]
         cells = " | ".join(str(count or "") for count in counts)
         lines.append(f"| {label} | {architecture} | {len(some)} | {cells} |")
@@ -140,7 +144,7 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def main() -> None:
-    """Print the table; exit with what is wrong."""
+    """Print the table; exit with what is wrong, if anything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", type=Path, default=LIBRARY)
     args = parser.parse_args()

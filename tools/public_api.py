@@ -1,7 +1,7 @@
 """Write the public surface as text: signatures, first lines of docstrings, help of the commands.
 
-`tests/data/public_api.txt` holds what it printed last, and a test compares the two, so that no
-public name, parameter or option changes unseen. `--write` brings that file up to date.
+`tests/data/public_api.txt` holds the expected output, and a test compares the two, so that no
+public name, parameter or option changes unnoticed. `--write` updates that file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HELP_WIDTH = "100"
 
 
 def surface() -> str:
-    """Return the whole surface, a line per name or option."""
+    """Return the whole surface, one line per name or option."""
     from codellama_rt.cli.main import app
 
     lines = [*_names("clrt", codellama_rt, codellama_rt.__all__)]
@@ -74,7 +74,7 @@ def _describe(name: str, value: object) -> Iterator[str]:
 
 
 def _members(owner: type) -> dict[str, object]:
-    """Return the public methods and properties of this package's classes, inherited ones too."""
+    """Return the public methods and properties of this package's classes, including inherited."""
     found: dict[str, object] = {}
     for base in reversed(owner.__mro__):
         if base.__module__.startswith("codellama_rt"):
@@ -88,7 +88,7 @@ def _signature(value: object) -> str:
         text = str(inspect.signature(getattr(value, "__func__", value)))
     except (TypeError, ValueError):
         return "(...)"
-    text = re.sub(r"codellama_rt[\w.]*\.(\w+)", r"\1", text)  # where a class lives is no promise
+    text = re.sub(r"codellama_rt[\w.]*\.(\w+)", r"\1", text)  # modules of classes are not public
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
@@ -112,9 +112,9 @@ def _help(app: typer.Typer, words: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """Print the surface, or write it to the file the test reads."""
+    """Print the surface, or write it to the test's file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="bring the test's file up to date")
+    parser.add_argument("--write", action="store_true", help="update the test's file")
     if parser.parse_args().write:
         SNAPSHOT.write_text(surface(), encoding="utf-8")
     else:

@@ -1,12 +1,12 @@
-"""Times the device's kernels and a whole model, beside the roofs of the same run and beside peers.
+"""Time the device's kernels and a whole model, beside limits of the same run and beside peers.
 
     python benchmarks/cuda/bench_cuda.py [--seconds 240] [--out FOLDER] [--section NAME] [--smoke]
 
-Each section runs in a process of its own with a time limit: one that hangs or breaks the device
-leaves the others. Within a section everybody runs in turns, in one process, on the same memory:
-peers are FlashInfer, FlashAttention-3 and torch's SDPA, each where its wheel can be imported. Times
-are CUDA events around graph replays over more memory than the L2 cache holds, medians with deciles;
-the whole model's are the caller's clock. Results go to FOLDER/cuda_bench.json as they come.
+Each section runs in its own process with a time limit: one that hangs or breaks the device does not
+affect the others. Within a section all contenders run in turn, in one process, on the same memory:
+peers are FlashInfer, FlashAttention-3 and torch's SDPA, if their wheels can be imported. Times are
+CUDA events around graph replays over more memory than the L2 cache holds, medians with deciles; the
+whole model is timed by the caller's clock. Results go to FOLDER/cuda_bench.json as they come.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from codellama_rt.model.cuda.tensor import Memory, empty, to_device
 from codellama_rt.ops import native
 
 WORKSPACE_BYTES = 512 << 20
-# name -> its part of the time
+# name -> its share of the time
 SECTIONS = {"small": 2, "decode": 9, "prefill": 3, "model-bf16": 4, "model-int8-fp8": 3}
 FILE = "cuda_bench.json"
 OutOfTime = Callable[[], bool]
 
 
 def small_section(rng: np.random.Generator, sizes: Sizes, _: OutOfTime) -> Iterator[Row]:
-    """rope_and_cache and linear."""
+    """Yield the rows of rope_and_cache and linear."""
     limits = roofs(sizes)
     yield from _limit_rows(limits, sizes)
     yield from rope_rows(rng, sizes, limits["copy roof"])
@@ -64,13 +64,15 @@ def _limit_rows(limits: dict[str, float], sizes: Sizes) -> Iterator[Row]:
 
 
 def decode_section(rng: np.random.Generator, sizes: Sizes, out_of_time: OutOfTime) -> Iterator[Row]:
-    """paged_attention of one token a sequence; batch 1 of every shape first."""
+    """Yield rows of paged_attention with one token per sequence, batch 1 of each shape first."""
     roof = roofs(sizes)["read roof"]
     shapes = [
         (heads, length, batch, dtype)
-        for batch in sizes.batches for length in reversed(sizes.lengths) for heads in sizes.heads
+        for batch in sizes.batches
+        for length in reversed(sizes.lengths)
+        for heads in sizes.heads
         for dtype in ("bfloat16", "fp8", "int8")
-    ]  # fmt: skip
+    ]
     for heads, length, batch, dtype in shapes:
         what = f"decode {heads[0]}/{heads[1]}, batch {batch}, {length} tokens, {dtype}"
         if out_of_time():
@@ -78,11 +80,11 @@ def decode_section(rng: np.random.Generator, sizes: Sizes, out_of_time: OutOfTim
         elif 4 * batch * length * heads[1] * HEAD_DIM <= sizes.most_bytes:
             case = DecodeCase(rng, heads, length, batch, dtype, sizes)
             yield from decode_rows(what, case, sizes, roof)
-            del case  # its memory, before the next one's
+            del case  # free its memory before the next one's
 
 
 def decode_rows(what: str, case: DecodeCase, sizes: Sizes, roof: float) -> list[Row]:
-    """One shape, by everyone who can."""
+    """Return the rows of one shape, for every contender that supports it."""
     contenders = {"ours": Graph(case.run)}
     if case.cache_dtype == "bfloat16":
         contenders |= decode_peers(case)
@@ -96,7 +98,7 @@ def decode_rows(what: str, case: DecodeCase, sizes: Sizes, roof: float) -> list[
 def prefill_section(
     rng: np.random.Generator, sizes: Sizes, out_of_time: OutOfTime
 ) -> Iterator[Row]:
-    """flash_attention, causal, of one sequence."""
+    """Yield the rows of causal flash_attention of one sequence."""
     for length in reversed(sizes.prefill):
         heads = sizes.heads[0][0]
         what = f"prefill {heads}/{heads}, {length} tokens, causal, bfloat16"
@@ -113,7 +115,7 @@ def prefill_section(
 
 
 def section_rows(name: str, smoke: bool, seconds: float) -> Iterator[Row]:
-    """One section in this process, up to its time."""
+    """Run one section in this process, until its time is up."""
     deadline = time.monotonic() + seconds
     sizes = SMOKE if smoke else FULL
     rng = np.random.default_rng(0)
@@ -128,7 +130,7 @@ def section_rows(name: str, smoke: bool, seconds: float) -> Iterator[Row]:
 
 
 def run_section(name: str, folder: Path, *, smoke: bool, seconds: float) -> None:
-    """Measure a section; each row is in the folder as soon as it is known."""
+    """Measure a section; each row is written as soon as it is known."""
     usable, text = native.available("cuda")
     if not usable:
         sys.exit(f"bench_cuda: {text}")
@@ -144,12 +146,12 @@ def run_section(name: str, folder: Path, *, smoke: bool, seconds: float) -> None
 
 
 def run_all(command: list[str], folder: Path, seconds: float) -> list[str]:
-    """Every section in a process of its own; what failed, in words.
+    """Run every section in its own process and return failures as text.
 
     Args:
-        command: which gets `--section NAME --seconds S` appended.
+        command: gets `--section NAME --seconds S` appended.
         folder: for results.
-        seconds: for all together; what one does not need goes to the next.
+        seconds: for all sections; unused time goes to the next.
     """
     faults, end, parts = [], time.monotonic() + seconds, sum(SECTIONS.values())
     for name, part in SECTIONS.items():
@@ -165,16 +167,17 @@ def run_all(command: list[str], folder: Path, seconds: float) -> list[str]:
             faults.append(f"{name}: exit status {result.returncode}")
     rows = [
         json.loads(line)
-        for name in SECTIONS if (folder / f"{name}.jsonl").is_file()
+        for name in SECTIONS
+        if (folder / f"{name}.jsonl").is_file()
         for line in (folder / f"{name}.jsonl").read_text().splitlines()
-    ]  # fmt: skip
+    ]
     (folder / FILE).write_text(json.dumps({"rows": rows, "faults": faults}, indent=1))
     print(table(rows), flush=True)
     return faults
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown; beside ours, how many times faster than the best peer of the same shape."""
+    """Return a Markdown table with the speed relative to the best peer of the same shape."""
     best: dict[str, float] = {}
     for one in rows:
         if not one["who"].startswith("ours"):
@@ -195,12 +198,12 @@ def table(rows: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure one section here, or all in processes of their own."""
+    """Measure one section here, or all sections in their own processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--section", choices=SECTIONS)
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--out", type=Path, default=Path("build/cuda_bench"), metavar="FOLDER")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes: does it run at all?")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: check that it runs")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.section:

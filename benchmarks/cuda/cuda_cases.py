@@ -1,4 +1,4 @@
-"""The operators' cases: shapes, memory and what of it each call uses."""
+"""The cases of the operators: shapes, memory, and the part of it that each call uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Heads = tuple[int, int]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured; SMOKE goes through the same code in no time."""
+    """The sizes to measure; SMOKE runs the same code in a moment."""
 
     heads: tuple[Heads, ...] = ((32, 32), (64, 8))
     lengths: tuple[int, ...] = (1024, 16_384, 100_000)
@@ -28,7 +28,7 @@ class Sizes:
     rope_tokens: tuple[int, ...] = (1, 4096)
     linear: tuple[int, int, int] = (4096, 12_288, 4096)  # k, n, tokens of a prefill step
     roof_bytes: int = 8 << 30
-    rotated_bytes: int = 256 << 20  # several times the L2 cache: no run finds its data there
+    rotated_bytes: int = 256 << 20  # several times the L2 cache, so no run finds its data cached
     most_bytes: int = 60 << 30
     most_copies: int = 64
     repeats: int = 20
@@ -36,20 +36,28 @@ class Sizes:
 
 FULL = Sizes()
 SMOKE = Sizes(
-    heads=((2, 2), (8, 1)), lengths=(100,), batches=(1, 2), prefill=(40,), rope_tokens=(1, 130),
-    linear=(128, 64, 40), roof_bytes=1 << 14, rotated_bytes=1 << 16, repeats=2, most_copies=2,
-)  # fmt: skip
+    heads=((2, 2), (8, 1)),
+    lengths=(100,),
+    batches=(1, 2),
+    prefill=(40,),
+    rope_tokens=(1, 130),
+    linear=(128, 64, 40),
+    roof_bytes=1 << 14,
+    rotated_bytes=1 << 16,
+    repeats=2,
+    most_copies=2,
+)
 
 
 def copies_of(num_bytes: float, sizes: Sizes) -> int:
-    """How many buffers in turn exceed the cache."""
+    """Return how many buffers, used in turn, exceed the cache."""
     return int(min(max(1, -(-sizes.rotated_bytes // num_bytes)), sizes.most_copies))
 
 
 def row(
     what: str, who: str, timing: Timing, amount: float, unit: str, roof: float = 0, of: str = ""
 ) -> Row:
-    """amount: bytes or FLOP of one run; roof in the same a second, 0: none."""
+    """Return a row; amount: bytes or FLOP per run; roof: the same per second, 0: unknown."""
     rate = amount / timing.us * 1e6
     share = rate / roof if roof else None
     return Row(what, who, timing.us, timing.p10, timing.p90, rate / 1e12, unit, share, of)
@@ -59,13 +67,18 @@ class DecodeCase:
     """The attention of a decoding step, over `copies` caches in turn."""
 
     def __init__(
-        self, rng: np.random.Generator, heads: Heads, length: int, batch: int, cache_dtype: str,
+        self,
+        rng: np.random.Generator,
+        heads: Heads,
+        length: int,
+        batch: int,
+        cache_dtype: str,
         sizes: Sizes,
-    ) -> None:  # fmt: skip
-        """Allocate and fill."""
+    ) -> None:
+        """Allocate and fill the memory."""
         self.n_heads, self.n_kv_heads = heads
         self.length, self.batch, self.cache_dtype = length, batch, cache_dtype
-        self.pages = -(-length // BLOCK_SIZE)  # of a sequence
+        self.blocks = -(-length // BLOCK_SIZE)  # per sequence
         item = 2 if cache_dtype == "bfloat16" else 1 + 4 / HEAD_DIM
         self.kv_bytes = int(2 * batch * length * self.n_kv_heads * HEAD_DIM * item)
         self.copies = copies_of(self.kv_bytes, sizes)
@@ -74,24 +87,24 @@ class DecodeCase:
             empty((batch, self.n_heads, HEAD_DIM), "bfloat16"),
             empty((batch, self.n_heads), "float32"),
         )
-        shape = (self.pages * batch, self.n_kv_heads, BLOCK_SIZE, HEAD_DIM)
+        shape = (self.blocks * batch, self.n_kv_heads, BLOCK_SIZE, HEAD_DIM)
         self.caches = [
-            tuple(_pages(rng, shape, cache_dtype) for _ in range(2)) for _ in range(self.copies)
+            tuple(_cache(rng, shape, cache_dtype) for _ in range(2)) for _ in range(self.copies)
         ]
-        self.table = rng.permutation(self.pages * batch).astype(np.int32).reshape(batch, -1)
+        self.table = rng.permutation(self.blocks * batch).astype(np.int32).reshape(batch, -1)
         self.on_device = to_device(self.table)
         self.lens = to_device(np.full(batch, length, np.int32))
         self.bounds = to_device(np.arange(batch + 1, dtype=np.int32))
 
     def run(self) -> None:
-        """Once over every copy."""
+        """Run once over every copy."""
         for caches in self.caches:
             ops.paged_attention(
                 self.query, *caches, self.on_device, self.lens, self.bounds, out=self.out
             )
 
 
-def _pages(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> object:
+def _cache(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> object:
     if dtype == "bfloat16":
         return random_tensor(rng, shape)
     payload = empty((int(np.prod(shape[:3])) * (HEAD_DIM + 4),), "uint8")
@@ -100,7 +113,7 @@ def _pages(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> obje
 
 
 def roofs(sizes: Sizes) -> dict[str, float]:
-    """Bytes a second, measured beside each section's cases."""
+    """Return the limits in bytes per second, measured beside each section's cases."""
     return {
         "read roof": read_roof(sizes.roof_bytes, sizes.repeats),
         "copy roof": copy_roof(sizes.roof_bytes, sizes.repeats),
@@ -108,17 +121,21 @@ def roofs(sizes: Sizes) -> dict[str, float]:
 
 
 def rope_rows(rng: np.random.Generator, sizes: Sizes, roof: float) -> list[Row]:
-    """rope_and_cache over buffers in turn, as a share of the copy roof."""
+    """Time rope_and_cache over buffers in turn, as a share of the copy bandwidth."""
     rows = []
     for tokens in sizes.rope_tokens:
         num_bytes = 2 * tokens * 96 * HEAD_DIM * 2
         copies = copies_of(num_bytes, sizes)
-        pages = (-(-tokens // BLOCK_SIZE), 32, BLOCK_SIZE, HEAD_DIM)
+        cache = (-(-tokens // BLOCK_SIZE), 32, BLOCK_SIZE, HEAD_DIM)
         sets = [
-            (random_tensor(rng, (tokens, 96 * HEAD_DIM)), empty(pages, "bfloat16"),
-             empty(pages, "bfloat16"), empty((tokens, 32, HEAD_DIM), "bfloat16"))
+            (
+                random_tensor(rng, (tokens, 96 * HEAD_DIM)),
+                empty(cache, "bfloat16"),
+                empty(cache, "bfloat16"),
+                empty((tokens, 32, HEAD_DIM), "bfloat16"),
+            )
             for _ in range(copies)
-        ]  # fmt: skip
+        ]
         table = to_device(np.ones((tokens, HEAD_DIM // 2), np.float32))
         index = to_device(np.arange(tokens, dtype=np.int32))
         work = Graph(lambda s=sets, t=table, i=index: _rope_all(s, t, i))
@@ -134,7 +151,7 @@ def _rope_all(sets: list[tuple], table: object, index: object) -> None:
 
 
 def linear_rows(rng: np.random.Generator, sizes: Sizes, roof: float) -> list[Row]:
-    """linear of one token (memory) and of a prefill step (arithmetic), by kind of weight."""
+    """Time linear of one token (memory) and of a prefill step (arithmetic), by kind of weight."""
     k, n, tokens = sizes.linear
     rows = []
     for name in ("bf16", *FORMATS):
@@ -170,7 +187,7 @@ def _bytes_of(weight: object) -> int:
 
 
 def _by_cublaslt(work: Callable[[], object]) -> dict[str, Work]:
-    """The same call with cuBLASLt switched on around it; {} and a line where it is not there."""
+    """Return the same call with cuBLASLt switched on; {} and a message if it is not available."""
     module = native.cuda()
     memory = Memory(32 << 20)
     reason = module.use_cublaslt("", memory.pointer, memory.num_bytes)

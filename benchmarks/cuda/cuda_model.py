@@ -1,4 +1,4 @@
-"""A model of Code Llama 7B's shape with random weights: steps and prefill against their floors."""
+"""A model of Code Llama 7B's shape with random weights: steps and prefill against their limits."""
 
 from __future__ import annotations
 
@@ -22,9 +22,15 @@ from codellama_rt.ops import Quantized
 
 BLOCK_SIZE = 64
 CONFIG_7B = ModelConfig(
-    n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, dim=4096, hidden_dim=11_008,
-    vocab_size=32_016, rope_theta=1e6,
-)  # fmt: skip
+    n_layers=32,
+    n_heads=32,
+    n_kv_heads=32,
+    head_dim=128,
+    dim=4096,
+    hidden_dim=11_008,
+    vocab_size=32_016,
+    rope_theta=1e6,
+)
 CONFIG_SMOKE = ModelConfig(
     n_layers=2, n_heads=2, n_kv_heads=2, head_dim=128, dim=256, hidden_dim=128, vocab_size=64
 )
@@ -35,10 +41,10 @@ class ModelCase:
     """What is timed, and the milliseconds that its bytes take at 4.3 TB/s (one H200).
 
     Attributes:
-        floors: context -> ms of a token; 13.21 GB of weights (int8: 6.74) and 512 KiB a token of
-            cache (fp8: 256).
-        prefill: tokens of a prompt; its floor is 0.27 s of products at 790 TFLOP/s and 0.11 s of
-            attention at 620.
+        floors: context -> ms per token; 13.21 GB of weights (int8: 6.74) and 512 KiB of cache per
+            token (fp8: 256).
+        prefill: tokens of a prompt; its minimum is 0.27 s of products at 790 TFLOP/s and 0.11 s
+            of attention at 620.
     """
 
     config: ModelConfig
@@ -66,7 +72,7 @@ SMOKE_CASES = {
 
 
 def model_rows(case: ModelCase, out_of_time: Callable[[], bool]) -> list[Row]:
-    """A decoding step at each context, batch 1, and the prefill of a prompt."""
+    """Time a decoding step at each context, batch 1, and the prefill of a prompt."""
     model, cache = build(case)
     rows = []
     for length, floor_ms in case.floors.items():
@@ -88,13 +94,20 @@ def model_rows(case: ModelCase, out_of_time: Callable[[], bool]) -> list[Row]:
 def _row(case: ModelCase, what: str, timing: Timing, floor_ms: float, tokens: int) -> Row:
     name = f"7B {case.quantization or 'bf16'}/{case.kv_dtype}, {what}"
     return Row(
-        name, "ours", timing.us, timing.p10, timing.p90, tokens / timing.us * 1e6, "token/s",
-        1e3 * floor_ms / timing.us, "floor at 4.3 TB/s" if tokens == 1 else "floor of arithmetic",
-    )  # fmt: skip
+        name,
+        "ours",
+        timing.us,
+        timing.p10,
+        timing.p90,
+        tokens / timing.us * 1e6,
+        "token/s",
+        1e3 * floor_ms / timing.us,
+        "floor at 4.3 TB/s" if tokens == 1 else "floor of arithmetic",
+    )
 
 
 def _timed(work: Callable[[], object], repeats: int) -> Timing:
-    """Of the caller's clock: inputs, copies, graph and logits, as generation meets them."""
+    """Time with the caller's clock: inputs, copies, graph and logits, as in generation."""
     times = []
     for _ in range(repeats + 2):
         begin = time.perf_counter()
@@ -104,23 +117,23 @@ def _timed(work: Callable[[], object], repeats: int) -> Timing:
 
 
 def chunk_batch(cache: DeviceKVCache, start: int, stop: int) -> Batch:
-    """Tokens [start, stop) of one sequence whose other tokens the cache has (anything will do)."""
+    """Return tokens [start, stop) of one sequence; earlier tokens are in the cache (arbitrary)."""
     sequence = Sequence(int32_list([1] * stop), stop, (0, 0, 0), first_logit=stop - 1)
-    pages = np.random.default_rng(0).permutation(cache.num_blocks)[: -(-stop // BLOCK_SIZE)]
-    sequence.block_ids = int32_list(pages.tolist())
+    blocks = np.random.default_rng(0).permutation(cache.num_blocks)[: -(-stop // BLOCK_SIZE)]
+    sequence.block_ids = int32_list(blocks.tolist())
     return build_batch([Chunk(sequence, start, stop, 1)], BLOCK_SIZE)
 
 
 def build(case: ModelCase) -> tuple[DeviceLlama, DeviceKVCache]:
-    """Random weights and a cache that holds something."""
+    """Return random weights, and a cache with contents."""
     config, rng = case.config, np.random.default_rng(0)
     model = DeviceLlama(config, random_weights(rng, config, case.quantization))
     num_blocks = -(-max(*case.floors, case.prefill) // BLOCK_SIZE)
     cache = DeviceKVCache(config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=case.kv_dtype)
     model.lend_workspace(workspace_bytes(config, num_blocks * BLOCK_SIZE, 1))
     for layer in cache.layers:
-        for pages in layer:
-            tensor = pages.payload if isinstance(pages, Quantized) else pages
+        for part in layer:
+            tensor = part.payload if isinstance(part, Quantized) else part
             stretch = rng.integers(0x30, 0x3F, 1 << 16, np.uint8)  # small numbers in any dtype
             repeat(tensor.device_ptr, tensor.nbytes, stretch)
     return model, cache
@@ -129,7 +142,7 @@ def build(case: ModelCase) -> tuple[DeviceLlama, DeviceKVCache]:
 def random_weights(
     rng: np.random.Generator, config: ModelConfig, quantization: str | None
 ) -> DeviceWeights:
-    """Of the config's shapes; embedding and head in bfloat16 always."""
+    """Return weights of the config's shapes; embedding and head are always bfloat16."""
     q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
 
     def put(n: int, k: int) -> Weight:
@@ -152,7 +165,9 @@ def random_weights(
         for _ in range(config.n_layers)
     )
     return DeviceWeights(
-        dtype="bfloat16", embedding=random_tensor(rng, (config.vocab_size, config.dim)),
-        layers=layers, norm=random_tensor(rng, (config.dim,)),
+        dtype="bfloat16",
+        embedding=random_tensor(rng, (config.vocab_size, config.dim)),
+        layers=layers,
+        norm=random_tensor(rng, (config.dim,)),
         lm_head=random_tensor(rng, (config.vocab_size, config.dim)),
-    )  # fmt: skip
+    )

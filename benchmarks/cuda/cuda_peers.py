@@ -1,4 +1,4 @@
-"""Other libraries' attention on the same memory where their wheels are, and why not where not.
+"""Other libraries' attention on the same memory, if their wheels work, and why not if they do not.
 
 Each peer is a callable that puts one pass over all of a case's copies on torch's current stream.
 """
@@ -17,20 +17,20 @@ from cuda_timing import Work
 from codellama_rt.model.cuda.tensor import DeviceTensor
 from codellama_rt.ops import native
 
-FA3_PAGE = 256  # tokens: what its copies by TMA want; the memory is the same, taken in other pages
-DIFFERENCE = 2.0**-5  # of two libraries' bfloat16 results
+FA3_PAGE = 256  # tokens: preferred by its TMA copies; the same memory, in larger pages
+DIFFERENCE = 2.0**-5  # between two libraries' bfloat16 results
 _said: set[str] = set()
 
 
 def say_once(text: str) -> None:
-    """A reason, the first time."""
+    """Print a reason, the first time only."""
     if text not in _said:
         _said.add(text)
         print(text, flush=True)
 
 
 def imported(name: str) -> ModuleType | None:
-    """A library, or None and a line that says why."""
+    """Import a library; None and a message if that fails."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # a wheel built for another torch fails in many ways
@@ -38,8 +38,8 @@ def imported(name: str) -> ModuleType | None:
         return None
 
 
-def torch_there() -> ModuleType | None:
-    """torch with a device."""
+def usable_torch() -> ModuleType | None:
+    """Return torch if it has a device."""
     torch = imported("torch")
     if torch is not None and not torch.cuda.is_available():
         say_once("no peer torch: it sees no CUDA device")
@@ -49,14 +49,14 @@ def torch_there() -> ModuleType | None:
 
 @contextlib.contextmanager
 def on_our_stream(torch: ModuleType) -> Iterator[object]:
-    """torch's work goes where ours goes."""
+    """Make torch use our stream."""
     stream = torch.cuda.ExternalStream(native.cuda().stream())
     with torch.cuda.stream(stream):
         yield stream
 
 
 def captured(torch: ModuleType, name: str, work: Work) -> Work | None:
-    """A peer's graph; itself where it cannot be captured; None where it cannot run at all."""
+    """Return a peer's graph; the peer itself if capture fails; None if it cannot run at all."""
     try:
         with on_our_stream(torch):
             for _ in range(2):
@@ -85,8 +85,8 @@ def _switched(torch: ModuleType, work: Work) -> Work:
 
 
 def decode_peers(case: DecodeCase) -> dict[str, Work]:
-    """Everyone who can take the case's step, captured."""
-    torch = torch_there()
+    """Return all peers that support the case's step, captured."""
+    torch = usable_torch()
     if torch is None:
         return {}
     makers = {
@@ -116,7 +116,7 @@ def _all(torch: ModuleType, makers: dict[str, Callable[[], Work | None]]) -> dic
 
 
 def flashinfer_decode(torch: ModuleType, case: DecodeCase, tensor_cores: bool) -> Work | None:
-    """Its batch decode over our very pages; the plan is made outside the timing."""
+    """Return its batch decode over our own cache; the plan is made outside the timing."""
     flashinfer = imported("flashinfer")
     if flashinfer is None:
         return None
@@ -124,13 +124,19 @@ def flashinfer_decode(torch: ModuleType, case: DecodeCase, tensor_cores: bool) -
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
         room, "HND", use_tensor_cores=tensor_cores
     )
-    starts = torch.arange(case.batch + 1, dtype=torch.int32, device="cuda") * case.pages
-    last = torch.full((case.batch,), case.length - (case.pages - 1) * BLOCK_SIZE)
+    starts = torch.arange(case.batch + 1, dtype=torch.int32, device="cuda") * case.blocks
+    last = torch.full((case.batch,), case.length - (case.blocks - 1) * BLOCK_SIZE)
     wrapper.plan(
-        starts, torch.from_numpy(case.table.reshape(-1)).cuda(), last.to(torch.int32).cuda(),
-        case.n_heads, case.n_kv_heads, HEAD_DIM, BLOCK_SIZE,
-        q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
-    )  # fmt: skip
+        starts,
+        torch.from_numpy(case.table.reshape(-1)).cuda(),
+        last.to(torch.int32).cuda(),
+        case.n_heads,
+        case.n_kv_heads,
+        HEAD_DIM,
+        BLOCK_SIZE,
+        q_data_type=torch.bfloat16,
+        kv_data_type=torch.bfloat16,
+    )
     query = torch.from_dlpack(case.query)
     caches = [tuple(torch.from_dlpack(c) for c in pair) for pair in case.caches]
     case.run()
@@ -140,17 +146,17 @@ def flashinfer_decode(torch: ModuleType, case: DecodeCase, tensor_cores: bool) -
 
 
 def require_equal(name: str, difference: float) -> None:
-    """A peer that computes something else is no peer."""
+    """Reject a peer that computes something else."""
     if not difference <= DIFFERENCE:
         raise ValueError(f"its results differ from ours by {difference}")
 
 
 def fa3_decode(torch: ModuleType, case: DecodeCase) -> Work | None:
-    """With a paged cache, token-major in pages of 256, which it likes best."""
+    """Return its decode with a paged cache, token-major in pages of 256, its preferred layout."""
     fa3 = imported("flash_attn_interface")
     if fa3 is None:
         return None
-    pages = case.pages * BLOCK_SIZE // FA3_PAGE  # of a sequence; the rest of the memory is left out
+    pages = case.blocks * BLOCK_SIZE // FA3_PAGE  # per sequence; the remaining memory is unused
     if pages == 0:
         return None
     length = min(case.length, pages * FA3_PAGE)
@@ -167,10 +173,10 @@ def fa3_decode(torch: ModuleType, case: DecodeCase) -> Work | None:
 
 
 def sdpa_decode(torch: ModuleType, case: DecodeCase, backend: str) -> Work:
-    """Over the same bytes as contiguous keys and values: it knows no pages."""
+    """Return decode over the same bytes as contiguous keys and values: SDPA has no paged cache."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    shape = (case.batch, case.n_kv_heads, case.pages * BLOCK_SIZE, HEAD_DIM)
+    shape = (case.batch, case.n_kv_heads, case.blocks * BLOCK_SIZE, HEAD_DIM)
     caches = [
         tuple(_taken_as(torch, c, shape)[:, :, : case.length] for c in pair) for pair in case.caches
     ]
@@ -187,13 +193,13 @@ def sdpa_decode(torch: ModuleType, case: DecodeCase, backend: str) -> Work:
 
 
 def _taken_as(torch: ModuleType, cache: DeviceTensor, shape: tuple[int, ...]) -> object:
-    """A cache's memory, which holds random numbers, in another shape."""
+    """Return a cache's memory, which holds random numbers, in another shape."""
     return torch.from_dlpack(cache).reshape(-1)[: int(np.prod(shape))].view(shape)
 
 
 def prefill_peers(tensors: list[DeviceTensor], ours: DeviceTensor) -> dict[str, Work]:
-    """Causal attention of one sequence, (length, heads, head_dim) each."""
-    torch = torch_there()
+    """Return causal attention of one sequence, (length, heads, head_dim) each."""
+    torch = usable_torch()
     if torch is None:
         return {}
     makers = {
@@ -211,7 +217,7 @@ def _compared(torch: ModuleType, name: str, ours: DeviceTensor, theirs: object) 
 
 
 def fa3_prefill(torch: ModuleType, tensors: list[DeviceTensor], ours: DeviceTensor) -> Work | None:
-    """FlashAttention-3's own interface."""
+    """Return FlashAttention-3's prefill."""
     fa3 = imported("flash_attn_interface")
     if fa3 is None:
         return None
@@ -228,7 +234,7 @@ def fa3_prefill(torch: ModuleType, tensors: list[DeviceTensor], ours: DeviceTens
 def flashinfer_prefill(
     torch: ModuleType, tensors: list[DeviceTensor], ours: DeviceTensor
 ) -> Work | None:
-    """FlashInfer's Hopper kernels."""
+    """Return the prefill of FlashInfer's Hopper kernels."""
     flashinfer = imported("flashinfer")
     if flashinfer is None:
         return None
@@ -246,7 +252,7 @@ def flashinfer_prefill(
 def sdpa_prefill(
     torch: ModuleType, tensors: list[DeviceTensor], ours: DeviceTensor, backend: str
 ) -> Work:
-    """torch's scaled_dot_product_attention by one of its backends."""
+    """Return torch's scaled_dot_product_attention with one of its backends."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     query, key, value = (torch.from_dlpack(t).transpose(0, 1)[None] for t in tensors)

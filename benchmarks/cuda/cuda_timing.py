@@ -1,4 +1,4 @@
-"""How the CUDA benchmarks measure: graphs replayed in turns, medians of CUDA events, the roofs."""
+"""How the CUDA benchmarks measure: graphs replayed in turn, medians of CUDA events, the limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STRETCH = 1 << 22  # random elements that large tensors repeat
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one run."""
+    """Microseconds per run."""
 
     us: float
     p10: float
@@ -31,7 +31,7 @@ class Row:
     """One line of the table.
 
     Attributes:
-        what: the shape; rows of one `what` are compared.
+        what: the shape; rows with the same `what` are compared.
         who: "ours" or a peer.
         us, p10, p90: median and deciles, microseconds.
         rate: in `unit`: "TB/s", "TFLOP/s" or "token/s".
@@ -53,7 +53,7 @@ class Graph:
     """`work`, captured on the current stream once it has run."""
 
     def __init__(self, work: Work) -> None:
-        """Run once (kernels are loaded then, which a capture must not), then capture."""
+        """Run once (this loads the kernels, which a capture must not do), then capture."""
         self._module = native.cuda()
         work()
         self._module.synchronize()
@@ -64,22 +64,22 @@ class Graph:
             self._graph = self._module.end_capture()
 
     def __call__(self) -> None:
-        """Put it on the stream."""
+        """Launch it on the stream."""
         self._module.launch_graph(self._graph)
 
     def __del__(self) -> None:
-        """Give it back."""
+        """Destroy the graph."""
         if getattr(self, "_graph", 0):
             self._module.destroy_graph(self._graph)
 
 
 def timed(contenders: dict[str, Work], repeats: int, runs: int = 1) -> dict[str, Timing]:
-    """The contenders in turns, so that clocks and heat are the same for all.
+    """Time the contenders in turn, so that clocks and temperature are the same for all.
 
     Args:
         contenders: what each puts on the current stream.
-        repeats: of each.
-        runs: of the operator in one call; the times are of one.
+        repeats: number of timed calls of each.
+        runs: runs of the operator per call; the times are of one run.
     """
     module = native.cuda()
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -90,13 +90,13 @@ def timed(contenders: dict[str, Work], repeats: int, runs: int = 1) -> dict[str,
 
 
 def summary(times: list[float]) -> Timing:
-    """Median and deciles."""
+    """Return median and deciles."""
     low, high = np.percentile(times, (10, 90))
     return Timing(statistics.median(times), float(low), float(high))
 
 
 def read_roof(num_bytes: int, repeats: int) -> float:
-    """Bytes a second of a kernel that only reads."""
+    """Return the bytes per second of a kernel that only reads."""
     memory, out = Memory(num_bytes), empty((1,), "float32")
     module = native.cuda()
     module.fill_async(memory.pointer, 1, num_bytes)
@@ -105,7 +105,7 @@ def read_roof(num_bytes: int, repeats: int) -> float:
 
 
 def copy_roof(num_bytes: int, repeats: int) -> float:
-    """Bytes a second, read and written, of the driver's own copy."""
+    """Return the bytes per second, read plus written, of the driver's own copy."""
     source, target = Memory(num_bytes // 2), Memory(num_bytes // 2)
     module = native.cuda()
     module.fill_async(source.pointer, 1, source.num_bytes)
@@ -119,7 +119,7 @@ def repeat(pointer: int, num_bytes: int, stretch: np.ndarray) -> None:
     source = to_device(np.ascontiguousarray(stretch).view(np.uint8).reshape(-1))
     done = min(source.nbytes, num_bytes)
     module.copy_async(pointer, source.device_ptr, done)
-    while done < num_bytes:  # what is there is copied behind itself
+    while done < num_bytes:  # append a copy of what is filled already
         step = min(done, num_bytes - done)
         module.copy_async(pointer + done, pointer, step)
         done += step
@@ -127,7 +127,7 @@ def repeat(pointer: int, num_bytes: int, stretch: np.ndarray) -> None:
 
 
 def random_tensor(rng: np.random.Generator, shape: tuple[int, ...]) -> DeviceTensor:
-    """Normal numbers in bfloat16: one stretch of them over and over, from anywhere in it on."""
+    """Return normal numbers in bfloat16: one stretch of them repeated, from a random offset on."""
     tensor, stretch = empty(shape, "bfloat16"), _normal_stretch()
     begin = int(rng.integers(len(stretch)))
     some = np.concatenate([stretch[begin:], stretch[:begin]])[: tensor.size]
@@ -137,6 +137,6 @@ def random_tensor(rng: np.random.Generator, shape: tuple[int, ...]) -> DeviceTen
 
 @lru_cache(maxsize=1)
 def _normal_stretch() -> np.ndarray:
-    """Made once: the 224 matrices of a 7B model would take longer than their measurement."""
+    """Return the stretch, made once: the 224 matrices of a 7B model would take too long."""
     numbers = np.random.default_rng(0).standard_normal(_STRETCH, np.float32)
     return (numbers.view(np.uint32) >> 16).astype(np.uint16)

@@ -1,5 +1,5 @@
-"""This runtime beside others: `peer_rows` compares, `pairs` takes turns.
+"""This runtime beside others: `peer_rows` compares, `pairs` alternates between the two.
 
-`peer_*.py` drive the others; `pairs.Peer` starts each as a script, by an interpreter that has the
-runtime. They import nothing but each other, as plain files of one folder.
+`peer_*.py` drive the other runtimes; `pairs.Peer` starts each as a script, with an interpreter that
+has the runtime. They import only each other, as plain files of one folder.
 """

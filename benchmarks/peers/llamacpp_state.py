@@ -1,4 +1,4 @@
-"""llama.cpp's saved sequences, made longer: a deep cache without paying the prompt."""
+"""Lengthen llama.cpp's saved sequences: a deep cache without computing the prompt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class _Reader:
-    """Takes numbers and bytes off a buffer, in order."""
+    """Take numbers and bytes off a buffer, in order."""
 
     def __init__(self, buffer: bytes) -> None:
         self.buffer, self.at = buffer, 0
@@ -26,17 +26,17 @@ class _Reader:
 
 
 def lengthened(state: bytes, depth: int) -> np.ndarray:
-    """The state of one sequence with its cells repeated up to `depth` tokens.
+    """Return the state of one sequence with its cells repeated up to `depth` tokens.
 
     Args:
-        state: of llama_state_seq_get_data, one stream, as llama_kv_cache::state_write lays it out.
-        depth: cells wanted.
+        state: from llama_state_seq_get_data, one stream, laid out by llama_kv_cache::state_write.
+        depth: number of cells.
 
     Returns:
         uint8 for llama_state_seq_set_data.
 
     Raises:
-        RuntimeError: another layout.
+        RuntimeError: an unknown layout.
     """
     pieces = list(_pieces(_Reader(state), depth))
     out = np.empty(sum(piece.size for piece in pieces), np.uint8)
@@ -75,6 +75,6 @@ def _pieces(reader: _Reader, depth: int) -> Iterator[np.ndarray]:
             yield np.resize(reader.rows(count, row_bytes), depth * row_bytes)
     if reader.at != len(reader.buffer):
         raise RuntimeError(
-            f"llama.cpp's state has a layout that is not known here: {reader.at} of "
+            f"llama.cpp's state has an unknown layout: {reader.at} of "
             f"{len(reader.buffer)} bytes understood"
         )

@@ -1,4 +1,4 @@
-"""CTranslate2: prompts alone, for it has no way to set a cache and a deep one is paid in full."""
+"""CTranslate2: prompts only, because its cache cannot be set and deep ones would be computed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from orders import serve
 
 
 class _Converter(TransformersConverter):
-    """Converts a directory without a tokenizer: its words are the numbers of the ids."""
+    """Convert a directory without a tokenizer: the words are the numbers of the ids."""
 
     def load_tokenizer(self, *unused: object, **also_unused: object) -> SimpleNamespace:
         return SimpleNamespace(
-            get_vocab=lambda: {}, bos_token="<extra_id_1>", eos_token="<extra_id_2>",
+            get_vocab=lambda: {},
+            bos_token="<extra_id_1>",
+            eos_token="<extra_id_2>",
             unk_token="<extra_id_0>",
-        )  # fmt: skip
+        )
 
 
 class CTranslate2:
@@ -40,7 +42,7 @@ class CTranslate2:
         return {"version": ctranslate2.__version__}
 
     def prefill(self, num_tokens: int) -> dict:
-        """Seconds of one prompt, to its first new token."""
+        """Return the seconds of one prompt, up to its first new token."""
         words = self._words(self.rng.integers(3, self.vocab_size, num_tokens))
         started = perf_counter()
         self.model.generate_batch(
@@ -49,11 +51,11 @@ class CTranslate2:
         return {"seconds": perf_counter() - started}
 
     def logits(self, token_ids: list[int]) -> dict:
-        """Logits after the last of the tokens."""
+        """Return the logits after the last of the tokens."""
         return {"logits": self._forward(token_ids)[0, -1].tolist()}
 
     def forget(self) -> dict:
-        """There is no cache."""
+        """Do nothing: there is no cache."""
         return {}
 
     def _forward(self, token_ids: list[int]) -> np.ndarray:

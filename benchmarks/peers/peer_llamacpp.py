@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python; each depth has a context of its own."""
+"""llama.cpp through llama-cpp-python; each depth has its own context."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from llamacpp_state import lengthened
 from orders import serve
 
-BATCH = 512  # tokens of one llama_decode, as our chunks of a prompt
+BATCH = 512  # tokens per llama_decode, like our chunks of a prompt
 SEED_TOKENS = 256  # computed, then repeated up to the depth
 KV_KINDS = {"float32": 0, "float16": 1, "q4_0": 2, "q8_0": 8, "bfloat16": 30}
 FILE_KINDS = {"q4_0": 2, "q8_0": 7}  # llama_ftype
@@ -53,13 +53,14 @@ class LlamaCpp:
         """Choose the attention kernel (`flash`: llama.cpp's own) and the cache's type."""
         self._free()
         self.settings = {
-            "flash_attn_type": int(flash), "type_k": KV_KINDS[kv_dtype],
+            "flash_attn_type": int(flash),
+            "type_k": KV_KINDS[kv_dtype],
             "type_v": KV_KINDS[kv_dtype],
-        }  # fmt: skip
+        }
         return {}
 
     def decode(self, depth: int, steps: int) -> dict:
-        """Seconds of each of `steps` tokens after `depth`; a depth is filled once."""
+        """Return the seconds of each of `steps` tokens after `depth`; each depth is filled once."""
         if depth not in self.contexts:
             self.contexts[depth] = self._context(depth + 2 * steps + BATCH)
             self._fill(self.contexts[depth], depth)
@@ -69,18 +70,18 @@ class LlamaCpp:
         return {"seconds": seconds}
 
     def prefill(self, num_tokens: int) -> dict:
-        """Seconds of one prompt."""
+        """Return the seconds of one prompt."""
         return {"seconds": self._prompt(self._spare(num_tokens), num_tokens)}
 
     def logits(self, token_ids: list[int]) -> dict:
-        """Logits after the last of the tokens."""
+        """Return the logits after the last of the tokens."""
         context = self._spare(len(token_ids))
         self._run(context, token_ids, 0)
         last = llama.llama_get_logits_ith(context, -1)
         return {"logits": np.ctypeslib.as_array(last, (self.vocab_size,)).tolist()}
 
     def forget(self) -> dict:
-        """Give the caches back."""
+        """Free the caches."""
         self._free()
         return {}
 
@@ -90,7 +91,7 @@ class LlamaCpp:
         self.contexts = {}
 
     def _spare(self, num_tokens: int) -> object:
-        """An empty context for prompts of that length."""
+        """Return an empty context for prompts of that length."""
         name = f"prompts of {num_tokens}"
         if name not in self.contexts:
             self.contexts[name] = self._context(num_tokens)
@@ -106,11 +107,11 @@ class LlamaCpp:
             setattr(params, name, value)
         context = llama.llama_init_from_model(self.model, params)
         if not context:
-            raise RuntimeError("llama.cpp refuses this context")
+            raise RuntimeError("llama.cpp rejects this context")
         return context
 
     def _fill(self, context: object, depth: int) -> None:
-        """Compute some tokens and repeat their keys and values; llama.cpp takes them as its own."""
+        """Compute some tokens and repeat their keys and values, which llama.cpp accepts."""
         self._prompt(context, min(SEED_TOKENS, depth))
         size = llama.llama_state_seq_get_size(context, 0)
         state = (ctypes.c_uint8 * size)()
@@ -119,7 +120,7 @@ class LlamaCpp:
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
         at = longer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if not llama.llama_state_seq_set_data(context, at, longer.size, 0):
-            raise RuntimeError(f"llama.cpp refuses a cache of {depth} tokens")
+            raise RuntimeError(f"llama.cpp rejects a cache of {depth} tokens")
 
     def _tokens(self, count: int) -> list[int]:
         return self.rng.integers(3, self.vocab_size, count).tolist()

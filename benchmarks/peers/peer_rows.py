@@ -26,19 +26,19 @@ PEERS = ("llama.cpp", "transformers", "ctranslate2")
 SHALLOW = 512  # attention alone is a deep step minus one at this depth
 _LLAMACPP_WEIGHTS = {"int8": "q8_0", "int4": "q4_0"}  # others go by their own names
 _LLAMACPP_KV = {"int8": "q8_0", "int4": "q4_0", "bfloat16": "float16"}
-# The cosine of both sides' logits: two runtimes that do not compute the same are not compared.
+# Minimum cosine of both sides' logits: runtimes that compute different models are not compared.
 _LIKENESS = {"int8": 0.99, "int4": 0.9}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What both sides run.
+    """The settings of both sides.
 
     Attributes:
         peer: a name of `PEERS`.
-        weights: of ours; llama.cpp takes q8_0 for int8 and q4_0 for int4, CTranslate2 its int8.
-        kv: of our cache; llama.cpp takes float16, q8_0 and q4_0.
-        flash: of llama.cpp: its own attention kernel, its default; it is not always the faster.
+        weights: of ours; llama.cpp uses q8_0 for int8 and q4_0 for int4, CTranslate2 its int8.
+        kv: of our cache; llama.cpp uses float16, q8_0 and q4_0.
+        flash: whether llama.cpp uses its own attention kernel (default; not always faster).
     """
 
     peer: str
@@ -48,7 +48,7 @@ class Setting:
 
     @property
     def peer_name(self) -> str:
-        """The peer with its settings."""
+        """The peer with its settings, as text."""
         if self.peer != "llama.cpp":
             return f"{self.peer} {self.weights}"
         weights = _LLAMACPP_WEIGHTS.get(self.weights, self.weights)
@@ -57,15 +57,17 @@ class Setting:
 
 
 def settings(peers: Sequence[str], weights: Sequence[str], kvs: Sequence[str]) -> list[Setting]:
-    """All pairs that exist of these; llama.cpp refuses quantised values without flash."""
+    """Return all possible pairs; llama.cpp rejects quantised values without flash."""
     found = []
     for peer in peers:
         for dtype in weights:
             if peer == "llama.cpp":
                 found += [
-                    Setting(peer, dtype, kv, flash) for kv in kvs for flash in (True, False)
+                    Setting(peer, dtype, kv, flash)
+                    for kv in kvs
+                    for flash in (True, False)
                     if flash or kv in FLOAT_DTYPES
-                ]  # fmt: skip
+                ]
             elif (dtype in FLOAT_DTYPES) == (peer == "transformers"):
                 found.append(Setting(peer, dtype, dtype if dtype in FLOAT_DTYPES else kvs[0]))
     if not found:
@@ -84,8 +86,8 @@ class Work:
         depths: of decode steps.
         attention: depths of attention alone.
         prefills: lengths of prompts.
-        rounds: of both sides.
-        steps: decode steps a turn.
+        rounds: turns of both sides.
+        steps: decode steps per turn.
     """
 
     depths: Sequence[int] = ()
@@ -96,28 +98,33 @@ class Work:
 
 
 class Files:
-    """The same random weights in every form that a side asks for, written when first needed."""
+    """The same random weights in every format that a side needs, written on first use."""
 
     def __init__(self, folder: Path, shape: str) -> None:
         """Write into `folder`."""
         self._folder, self._shape = folder, shape
 
     def directory(self, layers: int, dtype: str) -> Path:
-        """A Hugging Face directory."""
+        """Return a Hugging Face directory."""
         path = self._folder / f"{layers}-{dtype}"
         if not path.exists():
             write_directory(path, self._config(layers), dtype=dtype)
         return path
 
     def gguf(self, layers: int, kind: str, peer: Peer) -> Path:
-        """A GGUF file; llama.cpp itself quantises."""
+        """Return a GGUF file; llama.cpp itself quantises."""
         path = self._folder / f"{layers}-{kind}.gguf"
         if not path.exists() and kind in FLOAT_DTYPES:
             write_gguf(path, replace(self._config(layers), dtype=kind))
         elif not path.exists():
             source = self.gguf(layers, "bfloat16", peer)
-            peer.ask("quantize", source=str(source), target=str(path), kind=kind,
-                     threads=ops.num_threads())  # fmt: skip
+            peer.ask(
+                "quantize",
+                source=str(source),
+                target=str(path),
+                kind=kind,
+                threads=ops.num_threads(),
+            )
         return path
 
     def _config(self, layers: int) -> ModelConfig:
@@ -131,7 +138,7 @@ class Pair:
         """Open both.
 
         Raises:
-            RuntimeError: the peer is not there, or the two compute something else.
+            RuntimeError: the peer is not available, or the two compute different results.
         """
         self.setting, threads = setting, ops.num_threads()
         self.peer = Peer(python, f"peer_{setting.peer.replace('.', '')}")
@@ -152,7 +159,7 @@ class Pair:
         self._require_same_model()
 
     def decode(self, depth: int, work: Work) -> Row:
-        """Steps after a context."""
+        """Time steps after a context."""
         count = work.steps + 2  # the first two of a turn warm up
         rounds = take_turns(
             lambda: self.runner.decode(depth, count)[2:],
@@ -162,7 +169,7 @@ class Pair:
         return {"what": "decode", "depth": depth} | compare(rounds, self.runner.decode_bytes(depth))
 
     def attention(self, depth: int, work: Work) -> Row:
-        """A deep step minus a shallow one, a layer."""
+        """Time a deep step minus a shallow one, per layer."""
         count = work.steps + 2
 
         def ours(at: int) -> float:
@@ -182,7 +189,7 @@ class Pair:
         return {"what": "attention", "depth": depth} | row
 
     def prefill(self, num_tokens: int, work: Work) -> Row:
-        """Prompts."""
+        """Time prompts."""
         rounds = take_turns(
             lambda: [self.runner.prefill(num_tokens)],
             lambda: [self.peer.ask("prefill", num_tokens=num_tokens)["seconds"]],
@@ -191,7 +198,7 @@ class Pair:
         return {"what": "prefill", "tokens": num_tokens} | compare(rounds, None)
 
     def close(self) -> None:
-        """End the peer and give the caches back."""
+        """Terminate the peer and free the caches."""
         self.peer.close()
         del self.runner
         gc.collect()
@@ -213,11 +220,11 @@ class Pair:
 def peer_rows(
     chosen: Sequence[Setting], work: Work, *, python: str, shape: str, layers: int
 ) -> Iterator[tuple[int, int, Row]]:
-    """All rows, each as (done, of how many, row).
+    """Yield all rows, each as (done, total, row).
 
     Args:
-        chosen: of `settings`.
-        work: what to compare in each.
+        chosen: from `settings`.
+        work: what to compare in each setting.
         python: the interpreter that has the peers.
         shape: a name of `SHAPES`.
         layers: of the model; attention alone is measured in a model of one layer.
@@ -229,12 +236,20 @@ def peer_rows(
             pair = Pair(setting, files, n_layers, python, max(size for _, size in runs))
             for measure, size in runs:
                 done += 1
-                yield done, total, {
-                    "model": f"{shape}, {n_layers} layers", "layers": n_layers,
-                    "weights": setting.weights, "kv": setting.kv, "peer": setting.peer_name,
-                    "version": pair.about["version"], "threads": ops.num_threads(),
-                    **getattr(pair, measure)(size, work),
-                }  # fmt: skip
+                yield (
+                    done,
+                    total,
+                    {
+                        "model": f"{shape}, {n_layers} layers",
+                        "layers": n_layers,
+                        "weights": setting.weights,
+                        "kv": setting.kv,
+                        "peer": setting.peer_name,
+                        "version": pair.about["version"],
+                        "threads": ops.num_threads(),
+                        **getattr(pair, measure)(size, work),
+                    },
+                )
                 pair.peer.ask("forget")
             pair.close()
 
@@ -242,10 +257,10 @@ def peer_rows(
 def _plan(
     chosen: Sequence[Setting], work: Work, layers: int
 ) -> Iterator[tuple[Setting, int, list[tuple[str, int]]]]:
-    """Settings, layers, and the (kind, size) of what to measure with them."""
+    """Yield settings, layers, and the (kind, size) of what to measure with them."""
     for setting in chosen:
         runs = [("prefill", count) for count in work.prefills]
-        if setting.peer != "ctranslate2":  # it cannot be given a cache
+        if setting.peer != "ctranslate2":  # its cache cannot be set
             runs = [("decode", depth) for depth in work.depths] + runs
         if runs:
             yield setting, layers, runs

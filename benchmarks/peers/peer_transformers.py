@@ -10,7 +10,7 @@ from orders import serve
 
 
 class Transformers:
-    """One model; a cache a depth, of random keys and values."""
+    """One model; one cache of random keys and values per depth."""
 
     def __init__(self) -> None:
         transformers.logging.set_verbosity_error()
@@ -28,7 +28,7 @@ class Transformers:
 
     @torch.inference_mode()
     def decode(self, depth: int, steps: int) -> dict:
-        """Seconds of each of `steps` tokens after `depth`."""
+        """Return the seconds of each of `steps` tokens after `depth`."""
         if depth not in self.caches:
             self.caches = {depth: self._cache(depth)}
         cache, seconds = self.caches[depth], []
@@ -42,7 +42,7 @@ class Transformers:
 
     @torch.inference_mode()
     def prefill(self, num_tokens: int) -> dict:
-        """Seconds of one prompt."""
+        """Return the seconds of one prompt."""
         tokens = torch.randint(3, self.model.config.vocab_size, (1, num_tokens))
         started = perf_counter()
         self.model(input_ids=tokens, use_cache=True, logits_to_keep=1)
@@ -50,12 +50,12 @@ class Transformers:
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> dict:
-        """Logits after the last of the tokens."""
+        """Return the logits after the last of the tokens."""
         out = self.model(input_ids=torch.tensor([token_ids]), logits_to_keep=1)
         return {"logits": out.logits[0, -1].float().tolist()}
 
     def forget(self) -> dict:
-        """Give the caches back."""
+        """Free the caches."""
         self.caches = {}
         return {}
 

@@ -47,7 +47,7 @@ def open_checkpoint(
     check: str | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Opens a model's weights and configuration, and checks that they fit together.
+    """Open a model's weights and configuration, and check that they fit together.
 
     Args:
         model: a directory in Hugging Face's or Meta's layout, a GGUF file, a built-in name, or a

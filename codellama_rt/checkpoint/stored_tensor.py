@@ -19,7 +19,7 @@ Progress = Callable[[int, int, str], None]  # done bytes, total bytes, what is b
 
 
 def map_file(path: Path) -> np.ndarray:
-    """Maps a whole file read-only; pages are read when first touched.
+    """Map a whole file read-only; parts of it are read when first touched.
 
     Args:
         path: a file that is not empty.
@@ -85,7 +85,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def view(self) -> Weight:
-        """Returns the tensor as a view of the file's mapping."""
+        """Return the tensor as a view of the file's mapping."""
         if self.weight_dtype is not None:
             return Quantized(self.payload, self.weight_dtype, self.shape)
         array = self.payload.view(ENCODINGS[self.encoding]).reshape(self.shape)
@@ -94,14 +94,14 @@ class StoredTensor:
         return array if array.flags.aligned else array.copy()
 
     def decode(self, begin: int, end: int) -> np.ndarray:
-        """Returns the rows begin..end of axis 0 as floats; a view where the bytes are floats."""
+        """Return the rows begin..end of axis 0 as floats; a view if the bytes are floats."""
         assert self.is_float, self.encoding
         flat = self.payload.view(ENCODINGS[self.encoding])
         row = self.size // self.shape[0]
         return flat[begin * row : end * row].reshape(end - begin, *self.shape[1:])
 
     def release(self) -> None:
-        """Takes the tensor's pages out of this process; whoever reads it again maps them again.
+        """Release the tensor's memory pages from this process; reading it again maps them again.
 
         What is read once, to be converted, would otherwise count as resident to the end.
         """
@@ -114,7 +114,7 @@ class StoredTensor:
             mapping.madvise(mmap.MADV_DONTNEED, begin, first + self.payload.nbytes - begin)
 
     def release_file(self) -> None:
-        """Takes the pages of its whole file out of this process, as `release` does."""
+        """Release the memory pages of the whole file, as `release` does."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._mapping().madvise(mmap.MADV_DONTNEED)
 

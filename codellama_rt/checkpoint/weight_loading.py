@@ -22,7 +22,7 @@ _CHUNK_BYTES = 2**20  # stays in a core's second-level cache between the passes 
 
 
 def match_tensors(model: StoredModel) -> dict[str, StoredTensor]:
-    """Picks the tensors the model needs and refuses a file that holds others.
+    """Pick the tensors the model needs and reject a file that contains others.
 
     A tied model may carry `lm_head.weight`, which transformers ignores, too; so may old files carry
     `rotary_emb.inv_freq`, which follows from the configuration.
@@ -104,7 +104,7 @@ def load_arrays(
     quantization: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Weight]:
-    """Turns stored tensors into weights, one after another.
+    """Turn stored tensors into weights, one after another.
 
     Args:
         tensors: as `match_tensors` returns them.
@@ -180,7 +180,7 @@ def used_in_place(tensors: Mapping[str, StoredTensor], kept: set[str]) -> set[st
 
 
 def convert_tensor(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> np.ndarray:
-    """Converts a chunk of rows at a time, so that a quantised tensor is never whole in float32."""
+    """Convert a chunk of rows at a time, so that a quantised tensor is never whole in float32."""
     converted = np.empty(tensor.shape, dtype)
     n_rows = tensor.shape[0]
     step = max(1, _CHUNK_BYTES // (tensor.size // n_rows * 4))

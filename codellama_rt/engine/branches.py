@@ -35,7 +35,7 @@ class Branches:
         """Start with none; shares the prefix cache with the engine's requests.
 
         engine: its model and cache are used; it may have unfinished requests.
-            engine: whose model and pages are used; its own requests may be unfinished.
+            engine: its model and cache are used; its own requests may be unfinished.
         """
         self._engine = engine
         blocks = engine.scheduler.blocks

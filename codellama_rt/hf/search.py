@@ -63,7 +63,7 @@ class Search:
         return stopped
 
     def text_watch(self, prompt: Collection[int]) -> TextStream | None:
-        """What looks for stop strings in a row, if there are any."""
+        """Return what looks for stop strings in a row, or None without stop strings."""
         if not self.config.stop_strings:
             return None
         return TextStream(self.tokenizer.detokenizer(prompt), self.config.stop_strings)

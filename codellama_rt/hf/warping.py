@@ -9,7 +9,7 @@ from codellama_rt.hf.generation_config import GenerationConfig
 
 
 def warped(scores: np.ndarray, config: GenerationConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Applies temperature, top-k, top-p, min-p, typical-p, epsilon and eta.
+    """Apply temperature, top-k, top-p, min-p, typical-p, epsilon and eta.
 
     Args:
         scores: (vocab_size,) float64 with a finite maximum.
@@ -44,12 +44,12 @@ def _cut(
 
 
 def _above(probs: np.ndarray, threshold: float) -> np.ndarray:
-    """The tokens of at least this probability, and in any case the likeliest."""
+    """Return the tokens of at least this probability, and always the likeliest."""
     return (probs >= threshold) | (probs == probs.max())
 
 
 def _typical(probs: np.ndarray, mass: float) -> np.ndarray:
-    """The tokens nearest to the entropy in surprise that sum to `mass` (arXiv:2202.00666)."""
+    """Return the tokens with surprise nearest to the entropy, up to `mass` (arXiv:2202.00666)."""
     surprise = -np.log(probs)
     distance = np.abs(surprise - (probs * surprise).sum())
     order = np.argsort(distance, kind="stable")

@@ -15,7 +15,7 @@ Prompt = str | Sequence[int]
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-    """A list of prompts from one or several, and whether it was one.
+    """Return a list of prompts from one or several, and whether it was one.
 
     Raises:
         TypeError: neither str nor token ids nor a list of them.

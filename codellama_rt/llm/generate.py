@@ -11,10 +11,18 @@ from codellama_rt.llm.llm import LLM
 
 
 def generate(
-    model: str | os.PathLike[str] | LLM, prompts: Prompt | Sequence[Prompt], *,
-    max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
-    seed: int | None = None, stop: str | Sequence[str] = (), stream: bool = False, **llm_options,
-) -> str | list[str] | Iterator[str]:  # fmt: skip
+    model: str | os.PathLike[str] | LLM,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    stream: bool = False,
+    **llm_options,
+) -> str | list[str] | Iterator[str]:
     """Complete prompts; a prompt with <FILL_ME> is filled in instead.
 
     Args:
@@ -41,9 +49,13 @@ def generate(
         ' 4,'
     """
     params = SamplingParams(
-        max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+        max_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
         stop=stop,
-    )  # fmt: skip
+    )
     if isinstance(model, LLM) and llm_options:
         raise TypeError(f"an LLM is already made; it takes no {', '.join(sorted(llm_options))}")
     items, is_single = as_prompts(prompts)

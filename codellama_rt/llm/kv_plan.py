@@ -51,7 +51,7 @@ def _useful_blocks(config: ModelConfig, plan: Plan) -> int:
 
 
 def _too_little(config: ModelConfig, plan: Plan, most: int) -> str:
-    """What is missing, and every way out that is one."""
+    """Return a message that says what is missing, and every remedy."""
     dtype, block_size = plan.kv_dtype, plan.block_size
     tokens = plan.max_model_len or block_size
     blocks = -(-tokens // block_size)

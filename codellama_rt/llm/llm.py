@@ -37,14 +37,26 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | os.PathLike[str], *, device: str = "cpu", dtype: str = "auto",
-        quantization: str | None = None, kv_dtype: str = "auto", max_model_len: int | None = None,
-        kv_memory: int | str | None = None, block_size: int | None = None, max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 512, num_threads: int | None = None,
-        prefix_caching: bool = True, adapter: str | os.PathLike[str] | None = None,
-        attention: str = "custom", runtime: str = "direct", check: str | None = None,
+        self,
+        model: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        quantization: str | None = None,
+        kv_dtype: str = "auto",
+        max_model_len: int | None = None,
+        kv_memory: int | str | None = None,
+        block_size: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        num_threads: int | None = None,
+        prefix_caching: bool = True,
+        adapter: str | os.PathLike[str] | None = None,
+        attention: str = "custom",
+        runtime: str = "direct",
+        check: str | None = None,
         progress: Callable[[int, int, str], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Open a checkpoint; its weights are mapped, not copied, unless others are asked for.
 
         Args:
@@ -61,7 +73,7 @@ class LLM:
             kv_memory: bytes, or a str like "8GB", for the KV cache; by default what max_num_seqs
                 sequences can use, at most 80 % of the memory that the weights leave, or 95 % where
                 one of max_model_len tokens takes as much.
-            block_size: tokens a KV page, a multiple of 16; 64 by default, 128 on Ascend.
+            block_size: tokens per KV block, a multiple of 16; 64 by default, 128 on Ascend.
             max_num_seqs: sequences in one step.
             max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
             num_threads: threads an op, for the whole process; the CPUs of the process by default.
@@ -83,10 +95,15 @@ class LLM:
                 message says which kv_dtype or length would fit).
         """
         require_options(
-            device, kv_dtype, quantization, max_model_len=max_model_len, block_size=block_size,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            device,
+            kv_dtype,
+            quantization,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             num_threads=num_threads,
-        )  # fmt: skip
+        )
         require_runtime(runtime, device)
         if num_threads is not None:
             ops.set_num_threads(num_threads)
@@ -131,17 +148,24 @@ class LLM:
             weights = merged(weights, load_adapter(adapter, self.config))
         self.model, self.kv_cache = place(plan, self.config, weights)
         self.engine = Engine(
-            self.model, self.kv_cache, self.tokenizer, max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens, max_model_len=self.max_model_len,
-            prefix_caching=prefix_caching, generation_config=self.generation_config,
-        )  # fmt: skip
+            self.model,
+            self.kv_cache,
+            self.tokenizer,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            prefix_caching=prefix_caching,
+            generation_config=self.generation_config,
+        )
         self.jobs = Jobs(self.engine)  # whoever steps this engine takes its outputs from here
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
         adapter: LoraAdapter | None = None,
-    ) -> list[Completion]:  # fmt: skip
+    ) -> list[Completion]:
         """Complete prompts, all together; a str with <FILL_ME> is filled in.
 
         Args:
@@ -172,9 +196,12 @@ class LLM:
         return [completion for job in jobs for completion in job.completions]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *,
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
         adapter: LoraAdapter | None = None,
-    ) -> Iterator[str]:  # fmt: skip
+    ) -> Iterator[str]:
         """Complete one prompt and yield its text as it comes; closing the iterator aborts it.
 
         Raises:
@@ -186,9 +213,14 @@ class LLM:
         return self.jobs.stream(self._submit(prompt, params, adapter))
 
     def infill(
-        self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
-        suffix_first: bool = False, adapter: LoraAdapter | None = None,
-    ) -> Completion:  # fmt: skip
+        self,
+        prefix: str,
+        suffix: str,
+        params: SamplingParams | None = None,
+        *,
+        suffix_first: bool = False,
+        adapter: LoraAdapter | None = None,
+    ) -> Completion:
         """Fill the gap between `prefix` and `suffix`; the text is the filling alone.
 
         Args:
@@ -212,9 +244,13 @@ class LLM:
         return self.generate([request[0]], request[1], adapter=adapter)[0]
 
     def chat(
-        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None, *,
-        chat_template: str | None = None, adapter: LoraAdapter | None = None,
-    ) -> Completion:  # fmt: skip
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams | None = None,
+        *,
+        chat_template: str | None = None,
+        adapter: LoraAdapter | None = None,
+    ) -> Completion:
         """Answer a conversation; the text is the assistant's next message.
 
         Args:
@@ -232,20 +268,24 @@ class LLM:
         return self.generate([prompt], params, adapter=adapter)[0]
 
     def chat_prompt(
-        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None, *,
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams | None = None,
+        *,
         chat_template: str | None = None,
-    ) -> tuple[list[int], SamplingParams]:  # fmt: skip
-        """The prompt of a conversation, and parameters that end at the end of an answer: together
-        what `generate` and `stream` take.
+    ) -> tuple[list[int], SamplingParams]:
+        """Return the prompt of a conversation, and parameters that stop at the end of an answer.
+
+        Both can be passed to `generate` and `stream`.
 
         Raises:
-            ValueError, TypeError: a message, the order of the roles, or a template that cannot be;
+            ValueError, TypeError: an invalid message, order of roles or template;
                 or the checkpoint has no chat format.
         """
         return self.prompt_encoder.conversation(messages, self._checked(params), chat_template)
 
     def load_adapter(self, path: str | os.PathLike[str]) -> LoraAdapter:
-        """A LoRA adapter in PEFT's format, to be given to `generate` and the others.
+        """Load a LoRA adapter in PEFT's format, to be passed to `generate` and the others.
 
         Raises:
             CheckpointError: it is damaged, or for another model.
@@ -253,10 +293,13 @@ class LLM:
         return load_adapter(path, self.config)
 
     def logits(
-        self, token_ids: Sequence[int], first_position: int = 0, *,
+        self,
+        token_ids: Sequence[int],
+        first_position: int = 0,
+        *,
         adapter: LoraAdapter | None = None,
-    ) -> np.ndarray:  # fmt: skip
-        """Logits after every token of one sequence, computed in chunks in pages of its own.
+    ) -> np.ndarray:
+        """Return the logits after every token of one sequence, computed in chunks.
 
         Args:
             token_ids: the sequence, at least one token.
@@ -270,9 +313,13 @@ class LLM:
             ValueError: no token, or one outside the vocabulary.
         """
         return sequence_logits(
-            self.model, token_ids, first_position=first_position, kv_dtype=self.kv_cache.dtype,
-            chunk_size=self.engine.scheduler.max_num_batched_tokens, adapter=adapter,
-        )  # fmt: skip
+            self.model,
+            token_ids,
+            first_position=first_position,
+            kv_dtype=self.kv_cache.dtype,
+            chunk_size=self.engine.scheduler.max_num_batched_tokens,
+            adapter=adapter,
+        )
 
     def default_params(self) -> SamplingParams:
         """Greedy, or what the checkpoint's generation_config.json says."""
@@ -284,7 +331,7 @@ class LLM:
         self.kv_cache.close()
 
     def __enter__(self) -> LLM:
-        """The model itself; it is closed at the end of the block."""
+        """Return the model itself; it is closed at the end of the `with` block."""
         return self
 
     def __exit__(self, *exception: object) -> None:

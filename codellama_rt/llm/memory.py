@@ -6,12 +6,22 @@ import re
 from pathlib import Path
 
 HUGE_PAGE_BYTES = 2**21  # that the KV cache is committed by
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def parse_bytes(size: int | str) -> int:
-    """A number of bytes from 8000000000, "8GB" or "7.5 GiB".
+    """Return a number of bytes from 8000000000, "8GB" or "7.5 GiB".
 
     Raises:
         TypeError: neither int nor str.
@@ -56,7 +66,7 @@ def _meminfo(name: str) -> int:
 
 
 def _control_group() -> int | None:
-    """What is left below the memory limit of this process's control group (version 2), if any."""
+    """Return what is left below the limit of this process's control group (version 2), if any."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = (folder / "memory.max").read_text().strip()

@@ -53,7 +53,7 @@ class Estimate:
         made: of them those made anew: converted, quantised or put together when loading.
         read_per_token: of the weights those that every step reads.
         loading: most that loading takes at once; what is used where it lies is not read yet.
-        kv: keys and values of all sequences, in whole pages.
+        kv: keys and values of all sequences, in whole blocks.
         activations: of a step, with what kernels keep and RoPE's tables.
         tokenizer: of the model.
         decoder: what reads a GGUF file's blocks, where they are not used as they lie.
@@ -87,10 +87,10 @@ class Estimate:
         return self.added <= available and self.kv <= room
 
     def tokens_per_s(self, bandwidth: float, kv_bytes: int, num_seqs: int) -> float:
-        """The most tokens a second that reading allows.
+        """Return the most tokens per second that reading allows.
 
         Args:
-            bandwidth: bytes a second.
+            bandwidth: bytes per second.
             kv_bytes: of the caches, which a step reads whole.
             num_seqs: sequences in a step; the weights are read once for all of them.
         """

@@ -24,14 +24,16 @@ class PromptEncoder:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, chat_template: str | None = None,
+        self,
+        tokenizer: Tokenizer | None,
+        chat_template: str | None = None,
         variant: Variant | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._tokenizer, self._chat_template = tokenizer, chat_template
         self._variant = variant
 
     def completion(self, prompt: Prompt, params: SamplingParams) -> Request:
-        """A str, which is filled in where it says <FILL_ME>, or token ids as they are.
+        """Encode a str, with infilling where it has <FILL_ME>, or take token ids as they are.
 
         Raises:
             ValueError: a str without a tokenizer, two gaps, or a model that cannot fill in.
@@ -46,7 +48,7 @@ class PromptEncoder:
     def infilling(
         self, prefix: str, suffix: str, params: SamplingParams, *, suffix_first: bool = False
     ) -> Request:
-        """The gap between two texts.
+        """Encode the gap between two texts.
 
         Raises:
             ValueError: the model cannot fill in.
@@ -57,10 +59,12 @@ class PromptEncoder:
         return token_ids, _ending_at(params, [tokenizer.eot_id])
 
     def conversation(
-        self, messages: Sequence[Mapping[str, str]], params: SamplingParams,
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams,
         chat_template: str | None = None,
-    ) -> Request:  # fmt: skip
-        """A conversation whose next message is the assistant's.
+    ) -> Request:
+        """Encode a conversation whose next message is the assistant's.
 
         Raises:
             ValueError, TypeError: a message, the order of the roles, or a template that cannot be;
@@ -75,7 +79,7 @@ class PromptEncoder:
         return token_ids, _ending_at(params, style.end_ids(tokenizer))
 
     def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
+        """Return the tokenizer.
 
         Raises:
             ValueError: there is none.

@@ -41,18 +41,23 @@ def sequence_logits(
 
 
 def logits_by_chunk(
-    model: Decoder, token_ids: Collection[int], *, first_position: int = 0,
-    kv_dtype: str = "float32", block_size: int = 64, chunk_size: int = 512,
+    model: Decoder,
+    token_ids: Collection[int],
+    *,
+    first_position: int = 0,
+    kv_dtype: str = "float32",
+    block_size: int = 64,
+    chunk_size: int = 512,
     adapter: LoraAdapter | None = None,
-) -> Iterator[np.ndarray]:  # fmt: skip
-    """The same a chunk at a time, for sequences whose logits would not fit the memory.
+) -> Iterator[np.ndarray]:
+    """Yield the same chunk by chunk, for sequences whose logits would not fit the memory.
 
     Args:
         model: anything with `forward(batch, kv_cache)`.
         token_ids: the sequence, at least one token.
         first_position: position of its first token for RoPE; attention starts there as well.
         kv_dtype: of the cache.
-        block_size: tokens a page.
+        block_size: tokens per block.
         chunk_size: tokens a step; no bit of the result depends on it.
         adapter: applied to all tokens.
 

@@ -68,11 +68,17 @@ def _variant(size: int, kind: str) -> Variant:
     # 70B Instruct and Python were never trained at 16,384 tokens, and keep the base of Llama 2.
     is_short = size == 70 and kind != BASE
     config = ModelConfig(
-        n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=128, dim=dim,
-        hidden_dim=hidden_dim, vocab_size=_WITH_INFILLING if can_infill else _WITHOUT,
-        rope_theta=1e4 if is_short else 1e6, dtype="bfloat16",
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=128,
+        dim=dim,
+        hidden_dim=hidden_dim,
+        vocab_size=_WITH_INFILLING if can_infill else _WITHOUT,
+        rope_theta=1e4 if is_short else 1e6,
+        dtype="bfloat16",
         max_position_embeddings=4096 if is_short else 16384,
-    )  # fmt: skip
+    )
     if size == 70:  # its Python model has the large vocabulary, too, but no infilling
         config = replace(config, vocab_size=_WITH_INFILLING)
     name = f"CodeLlama-{size}b" + (f"-{kind}" if kind != BASE else "")
@@ -88,9 +94,17 @@ SHAPES = {  # by size alone, with room for contexts beyond the 16,384 tokens of 
     for size in _SIZES
 }
 SHAPES["tiny"] = ModelConfig(
-    n_layers=2, n_heads=8, n_kv_heads=2, head_dim=32, dim=256, hidden_dim=688, vocab_size=512,
-    rope_theta=1e6, dtype="bfloat16", max_position_embeddings=131072,
-)  # fmt: skip
+    n_layers=2,
+    n_heads=8,
+    n_kv_heads=2,
+    head_dim=32,
+    dim=256,
+    hidden_dim=688,
+    vocab_size=512,
+    rope_theta=1e6,
+    dtype="bfloat16",
+    max_position_embeddings=131072,
+)
 _COMPONENT = re.compile(
     r"(?:.*--)?code-?llama-(?P<size>\d+)b(?:-(?P<kind>python|instruct))?(?:-hf)?"
     r"(?:[.-](?:q\d\w*|f16|bf16|int8|int4))?(?:\.gguf)?",
@@ -99,7 +113,7 @@ _COMPONENT = re.compile(
 
 
 def find_variant(model: str | os.PathLike[str]) -> Variant | None:
-    """The variant that a path, file or hub id names; None for any other model, fine-tuned ones too.
+    """Return the variant that a path, file or hub id names; None for others, even fine-tuned ones.
 
     Example:
         >>> find_variant("models/codellama-70b-instruct.Q4_K_M.gguf").longest
@@ -114,14 +128,14 @@ def find_variant(model: str | os.PathLike[str]) -> Variant | None:
 
 
 def require_infilling(variant: Variant | None) -> None:
-    """Raises ValueError if a known model was not trained to fill gaps."""
+    """Raise ValueError if a known model was not trained to fill gaps."""
     if variant is not None and not variant.can_infill:
         able = ", ".join(v.name for v in VARIANTS.values() if v.can_infill)
         raise ValueError(f"{variant.name} cannot infill, it was not trained to; {able} can")
 
 
 def require_chat(variant: Variant | None) -> None:
-    """Raises ValueError if a known model was not trained to answer."""
+    """Raise ValueError if a known model was not trained to answer."""
     if variant is not None and not variant.can_chat:
         raise ValueError(
             f"{variant.name} cannot chat: it continues text; take an Instruct model, or give a "
@@ -130,7 +144,7 @@ def require_chat(variant: Variant | None) -> None:
 
 
 def require_length(variant: Variant | None, max_model_len: int | None) -> None:
-    """Raises ValueError for a context beyond what a known model makes sense of."""
+    """Raise ValueError for a context beyond what a known model was trained for."""
     if variant is not None and max_model_len is not None and max_model_len > variant.longest:
         raise ValueError(
             f"{variant.name} makes sense of {variant.longest} tokens at most, got "

@@ -1,7 +1,7 @@
 """Llama as a MindSpore cell of graph ops: one compiled graph for steps of any shape.
 
 The graph does what `model.Llama` does with the same kernels, and its logits have the same bits. It
-costs more on a CPU, where MindSpore adds microseconds to each operator (benchmarks/bench_roads.py);
+costs more on a CPU, where MindSpore adds microseconds to each operator (benchmarks/bench_calls.py);
 it is there for graphs that Llama is to be a part of, and for devices that run graphs best.
 
 MindSpore compiles more than about a hundred operators into an asynchronous pipeline whose threads

@@ -17,7 +17,7 @@ _MAX_RESERVED_ROWS = 131072
 
 
 def inverse_frequencies(config: ModelConfig, length: int | None = None) -> tuple[np.ndarray, float]:
-    """Computes the angle a position adds for each pair, as transformers 4.57 does, in float32.
+    """Compute the angle a position adds for each pair, as transformers 4.57 does, in float32.
 
     Args:
         config: the model; its rope_theta, head_dim and rope_scaling are used.
@@ -123,7 +123,7 @@ class RotaryEmbedding:
     """The rotation of each position, from one table that grows with the longest sequence.
 
     Rows already computed never change, and up to max_position_embeddings (131,072 at most) the
-    table stays at its address: its pages are reserved at once and touched only when filled.
+    table stays at its address: its memory is reserved at once and touched only when filled.
 
     Args:
         config: the model.
@@ -137,7 +137,7 @@ class RotaryEmbedding:
     """
 
     def __init__(self, config: ModelConfig):
-        """Computes the frequencies; the tables are filled on the first lookup."""
+        """Compute the frequencies; the tables are filled on the first lookup."""
         self.config = config
         self.is_dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
         self._frequencies, self._attention_factor = inverse_frequencies(config)
@@ -147,7 +147,7 @@ class RotaryEmbedding:
     def lookup(
         self, positions: np.ndarray, rope_lengths: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns tables and, for each token, the row of them that holds its rotation.
+        """Return tables and, for each token, the row of them that holds its rotation.
 
         Args:
             positions: int32 (num_tokens), each from 0.
@@ -189,7 +189,7 @@ class RotaryEmbedding:
     def _rotations(
         self, positions: np.ndarray, frequencies: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Computes cos and sin, float32 (len(positions), head_dim / 2), of float32 angles."""
+        """Compute cos and sin, float32 (len(positions), head_dim / 2), of float32 angles."""
         angles = (positions[:, None].astype(np.float32) * frequencies).astype(np.float64)
         cos, sin = np.cos(angles), np.sin(angles)
         if self._attention_factor != 1.0:
@@ -198,7 +198,7 @@ class RotaryEmbedding:
         return cos.astype(np.float32), sin.astype(np.float32)
 
     def _fill(self, length: int) -> None:
-        """Extends the tables to hold positions below `length`."""
+        """Extend the tables to hold positions below `length`."""
         if length <= self._rows:
             return
         rows = -(-length // _FILL_ROWS) * _FILL_ROWS

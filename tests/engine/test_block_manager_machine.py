@@ -1,4 +1,4 @@
-"""The block manager through random operations, with what every page should hold kept beside it."""
+"""The block manager through random operations, with what every block should hold kept beside it."""
 
 from hypothesis import settings
 from hypothesis import strategies as st

@@ -1,7 +1,7 @@
 """Logits are a function of the weights and of a sequence's own tokens: 500 schedules, every bit.
 
-Each schedule runs a random selection of requests with another batch size, token budget, page size,
-placement of pages, amount of KV memory, number of threads, order of arrival, and preemptions at
+Each schedule runs a random selection of requests with another batch size, token budget, block size,
+placement of blocks, amount of KV memory, number of threads, order of arrival, and preemptions at
 random steps. Every row of logits that the engine uses must equal, bit for bit, the row the same
 request got when it ran alone in ample memory, and so must the tokens.
 """

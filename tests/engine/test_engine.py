@@ -1,4 +1,4 @@
-"""What an engine gives for its requests, on a model that hashes what it reads from its pages."""
+"""What an engine gives for its requests, on a model that hashes what it reads from its blocks."""
 
 import pytest
 from helpers.paged_fakes import (

@@ -1,4 +1,4 @@
-"""Arrays, pages, RoPE tables and small models that several tests are made of."""
+"""Arrays, blocks, RoPE tables and small models that several tests are made of."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Paged:
         return self.query, self.key, self.value, self.cu_seqlens_q, ends(self.seq_lens)
 
     def repaged(self, rng: np.random.Generator, block_size: int) -> Paged:
-        """The same numbers in pages of another size and at other places."""
+        """The same numbers in blocks of another size and at other places."""
         cache_dtype = str(self.key_cache.dtype)
         pages = _lay_out(rng, self.key, self.value, self.seq_lens, block_size, cache_dtype)
         return replace(self, **pages)
@@ -123,7 +123,7 @@ def paged(
         num_queries: how many of the last keys of each sequence have queries.
         heads: (n_heads, n_kv_heads).
         head_dim: of all heads.
-        block_size: tokens a page.
+        block_size: tokens per block.
         dtype: of the queries.
         cache_dtype: of keys and values; quantised ones are written by `reshape_and_cache`, which
             has tests of its own.
@@ -142,7 +142,7 @@ def paged(
 
 
 def unwritten_caches(shape, dtype: str) -> list[np.ndarray] | list[Quantized]:
-    """Pages of keys and of values in which every number, or scale, is NaN."""
+    """Blocks of keys and of values in which every number, or scale, is NaN."""
     if dtype not in CACHE_DTYPES:
         return [np.full(shape, np.nan, numpy_dtype(dtype)) for _ in range(2)]
     caches = empty_caches(dtype, shape)

@@ -72,7 +72,7 @@ def make_engine(
     model: Any, *, num_blocks: int = 64, block_size: int = 16, kv_dtype: str = "float32",
     max_model_len: int = 100_000, **options: Any,
 ) -> Engine:  # fmt: skip
-    """An engine without tokenizer; what is in its pages at first is NaN, or scales of NaN."""
+    """An engine without tokenizer; what is in its blocks at first is NaN, or scales of NaN."""
     kv_cache = KVCache(model.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
     for caches in kv_cache.layers:
         for cache in caches:

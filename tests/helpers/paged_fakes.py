@@ -1,7 +1,7 @@
 """A model whose logits are a hash of what it reads back from a paged cache, for engine tests.
 
 Each slot holds a hash of the whole prefix up to its token, as real keys and values depend on it.
-A wrong block, a missing copy or a stale page changes every later token.
+A wrong block, a missing copy or a stale block changes every later token.
 """
 
 from types import SimpleNamespace

@@ -110,7 +110,7 @@ class Recorder:
             self.token_ids.setdefault(key, []).extend(output.token_ids)
 
     def finish(self) -> None:
-        """Count what happened; every page must be free again."""
+        """Count what happened; every block must be free again."""
         stats = self.engine.stats()
         assert stats["kv_blocks_free"] == stats["kv_blocks"], "pages leaked"
         self.counts["preemptions"] += stats["preemptions"]
@@ -166,7 +166,7 @@ def run_schedule(name: str, isa: str, seed: int) -> Recorder:
 
 
 def disturb(engine: Engine, rng: np.random.Generator) -> None:
-    """Now and then a running sequence, not the last in order, loses its pages."""
+    """Now and then a running sequence, not the last in order, loses its blocks."""
     running = engine.scheduler.running
     if running and rng.random() < 0.05:
         engine.scheduler.preempt(running[rng.integers(len(running))])

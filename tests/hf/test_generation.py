@@ -180,7 +180,7 @@ def test_branches_beside_requests(small):
 
 @pytest.mark.parametrize("num_blocks", [6, 64])
 def test_forks_go_their_own_way(small, num_blocks):
-    """Also when the pages do not hold all of them at once."""
+    """Also when the blocks do not hold all of them at once."""
     prompt = PROMPTS[2]
     engine = make_engine(small, num_blocks=num_blocks)
     with Branches(engine) as branches:

@@ -28,7 +28,7 @@ def llm(folder):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(request):
-    """After each test the shared engine has no request and all its pages."""
+    """After each test the shared engine has no request and all its blocks."""
     yield
     if "llm" in request.fixturenames:
         stats = request.getfixturevalue("llm").engine.stats()

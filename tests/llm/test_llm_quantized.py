@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(("quantization", "kv_dtype"), COMBINATIONS)
 def test_options_change_no_bit(folder, quantization, kv_dtype):
-    """Threads, pages, chunks, a prompt found cached; and a converted file against the original."""
+    """Threads, blocks, chunks, a prompt found cached; and a converted file against the original."""
     ids = tiny_golden(NAME).cases[3]["prompt"]
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     options = {"kv_memory": KV_MEMORY, "kv_dtype": kv_dtype}
@@ -84,7 +84,7 @@ def test_logits_are_near_those_in_float32(name, where, dtype):
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
 def test_samples_share_pages_until_they_differ(kv_dtype):
-    """Copy-on-write and preemption in few pages, against one sample at a time in many."""
+    """Copy-on-write and preemption in few blocks, against one sample at a time in many."""
     model = tiny_golden(NAME).model()
     prompt = tiny_golden(NAME).cases[3]["prompt"][:40]
     params = SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.9, seed=3, n=3)

@@ -1,4 +1,4 @@
-"""The KV cache's memory: its layout, its size, and how many pages are planned."""
+"""The KV cache's memory: its layout, its size, and how many blocks are planned."""
 
 from dataclasses import replace
 from pathlib import Path

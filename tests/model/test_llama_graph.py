@@ -1,4 +1,4 @@
-"""LlamaCell: the direct road's logits, bit for bit, from one compiled graph."""
+"""LlamaCell: the direct calls' logits, bit for bit, from one compiled graph."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def pages_of(kv_cache):
 
 
 class BothRoads:
-    """A model that takes every step on both roads, on pages that hold the same before it."""
+    """A model that takes each step by direct calls and by graph ops, from equal caches."""
 
     def __init__(self, checkpoint, whole_layers):
         self.config = checkpoint.config
@@ -61,7 +61,7 @@ class BothRoads:
 
 
 def run_requests(model, kv_dtype, seed=0):
-    """Nine requests that come in one after another, and not enough pages for all."""
+    """Nine requests that come in one after another, and not enough blocks for all."""
     rng = np.random.default_rng(seed)
     kv_cache = KVCache(model.config, num_blocks=14, block_size=16, dtype=kv_dtype)
     engine = Engine(model, kv_cache, max_num_batched_tokens=24, max_model_len=120)
@@ -116,7 +116,7 @@ def three_tokens(block_size):
 
 
 def test_pages_of_another_size_and_dtype():
-    """Another cache: other pages need no new graph, another dtype does."""
+    """Another cache: other blocks need no new graph, another dtype does."""
     checkpoint = open_checkpoint(TINY / STORED["float32"])
     cell, direct = make_cell(checkpoint, False), Llama(checkpoint.config, checkpoint.weights)
     before = compiled_graphs()
@@ -175,7 +175,7 @@ def quantized_cache(config, dtype, num_blocks, block_size):
 @VARIANTS
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_logits_over_quantized_caches(dtype, whole_layers):
-    """Pages of another number and size need no new graph."""
+    """Blocks of another number and size need no new graph."""
     checkpoint = open_checkpoint(TINY / "hd128_gqa_bf16")
     cell, direct = (
         make_cell(checkpoint, whole_layers), Llama(checkpoint.config, checkpoint.weights)

@@ -55,7 +55,7 @@ def guarded() -> Iterator[Callable[..., np.ndarray]]:
 
 @pytest.fixture
 def huge_cache() -> np.ndarray:
-    """A float16 cache of 2^31 elements and two pages; of its 4.3 GB only what is used exists."""
+    """A float16 cache of 2^31 elements and two blocks; of its 4.3 GB only what is used exists."""
     shape = (2**20 + 2, 1, 16, 128)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     memory = mmap.mmap(-1, 2 * int(np.prod(shape)), flags=flags)

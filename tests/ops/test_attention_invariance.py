@@ -1,7 +1,7 @@
 """A row of attention depends on its own sequence alone, bit for bit.
 
-Not on the batch, the chunk it is computed in, where its pages lie, their size, the threads, or
-whether its keys lie in pages at all.
+Not on the batch, the chunk it is computed in, where its blocks lie, their size, the threads, or
+whether its keys lie in blocks at all.
 """
 
 import numpy as np
@@ -75,7 +75,7 @@ def test_chunks(rng, dtype, cache_dtype, heads, length, head_dim):
 @pytest.mark.parametrize("head_dim", [40, 128])
 @pytest.mark.usefixtures("isa")
 def test_pages_and_contiguous_keys(rng, dtype, cache_dtype, head_dim):
-    """Other places, other sizes, no pages at all (which only floats can do without)."""
+    """Other places, other sizes, no blocks at all (which only floats can do without)."""
     if cache_dtype == "int4":
         head_dim = head_dim // 32 * 32
     case = paged(

@@ -1,4 +1,4 @@
-"""copy_blocks: whole pages, in order."""
+"""copy_blocks: whole blocks, in order."""
 
 import numpy as np
 import pytest

@@ -14,7 +14,7 @@ DIM, HIDDEN_DIM, HEAD_DIM = 48, 70, 16
 
 
 def make(rng, heads=(4, 2), dtype="float32", cache_dtype="float32", norm_dtype=None):
-    """Arguments by name; the pages hold what was computed before, and NaN elsewhere."""
+    """Arguments by name; the blocks hold what was computed before, and NaN elsewhere."""
     n_heads, n_kv_heads = heads
     p = paged(rng, SEQ_LENS, NUM_QUERIES, heads=heads, head_dim=HEAD_DIM, cache_dtype=cache_dtype)
     cos, sin = rope_tables(64, HEAD_DIM)

@@ -1,4 +1,4 @@
-"""The registered road: the direct road's bits in PyNative and in compiled graphs of any shape."""
+"""Graph ops: the direct calls' bits in PyNative and in compiled graphs of any shape."""
 
 import inspect
 import shutil

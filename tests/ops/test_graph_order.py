@@ -24,7 +24,7 @@ def slots_and_lengths():
 
 
 def run_repeatedly(compiled, direct, *arrays):
-    """Both roads from empty caches on, several times: an order that is not given may change."""
+    """Run direct calls and graph ops from empty caches several times: unfixed orders may change."""
     slots, lengths = slots_and_lengths()
     expected_caches = empty_caches()
     expected = direct(*arrays, *expected_caches, slots, lengths)
@@ -39,7 +39,7 @@ def run_repeatedly(compiled, direct, *arrays):
 
 
 def test_writes_and_reads_in_turn_by_tokens(rng):
-    """reshape_and_cache and paged_attention 16 times over the same page."""
+    """reshape_and_cache and paged_attention 16 times over the same block."""
     query, key, value = normal(rng, (3, 1, 1, HEAD_DIM))
 
     @mindspore.jit

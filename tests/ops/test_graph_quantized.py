@@ -1,4 +1,4 @@
-"""Quantised weights and caches on the registered road: the direct road's bits, in any size."""
+"""Quantised weights and caches as graph ops: the direct calls' bits, in any size."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def formats_of(arrays):
 
 
 def runner(name, arrays, mode):
-    """Takes arrays; of a graph, with all sizes of floats and pages unknown."""
+    """Takes arrays; of a graph, with all sizes of floats and blocks unknown."""
     if mode == "pynative":
         return lambda arrays: getattr(graph, name)(*map(as_tensor, arrays))
     cell = Compiled(name, formats_of(arrays))
@@ -84,7 +84,7 @@ def assert_same_as_direct(op, run, arrays):
 
 
 def with_caches(op, arrays, dtype, sizes):
-    """The pages hold rows that were written by the op that writes them."""
+    """The blocks hold rows that were written by the op that writes them."""
     arrays = dict(arrays)
     shape = arrays["key_cache"].shape
     caches = empty_caches(dtype, shape)
@@ -133,7 +133,7 @@ def test_embedding(rng, dtype, mode):
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("name", CACHE_OPS)
 def test_caches(name, dtype, mode):
-    """Pages of other numbers and sizes need no new graph."""
+    """Blocks of other numbers and sizes need no new graph."""
     op, run = OPS[name], None
     for changes in ({}, {"num_tokens": 17, "num_blocks": 9}, {"block_size": 32}):
         sizes = SIZES | changes

@@ -150,7 +150,7 @@ def test_scale_that_cannot_be(rng, scale):
 
 
 def test_offsets_past_2_31(rng, huge_cache):
-    """The last page of a cache of more than 2^31 elements, through both ops that address it."""
+    """The last block of a cache of more than 2^31 elements, through both ops that address it."""
     num_blocks = huge_cache.shape[0]
     key = normal(rng, (20, 1, 128), "float16")
     table = int32([[num_blocks - 1, 0]])

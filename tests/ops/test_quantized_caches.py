@@ -34,7 +34,7 @@ def written(rng, dtype, head_dim=64, **changes):
 
 
 def rows_of(cache, *, key):
-    """(num_tokens, n_kv_heads, head_dim) of pages in order."""
+    """(num_tokens, n_kv_heads, head_dim) of blocks in order."""
     numbers = read_cache(cache, key=key)
     return numbers.swapaxes(1, 2).reshape(-1, numbers.shape[1], numbers.shape[3])
 

@@ -16,7 +16,7 @@ from codellama_rt import ops
 from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops.schema import OPS
 
-# Where more is allowed than the schema says: the direct road has these at any stride between rows,
+# Where more is allowed than the schema says: direct calls allow these at any stride between rows,
 ROWS_MAY_LIE_APART = {("linear", "x"), ("linear", "out")}
 # and this in any float dtype; made by the op itself it has the schema's.
 ANY_FLOAT = {("linear", "out")}

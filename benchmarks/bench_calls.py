@@ -1,12 +1,12 @@
-"""What a call costs on each road to the kernels: a decode step of 32 layers without compute.
+"""The cost of calling a kernel in each way: a decode step of 32 layers without compute.
 
-    python benchmarks/bench_roads.py
+    python benchmarks/bench_calls.py
 
-Every size is 1 or 2, so the kernels do next to nothing and what is left is the road: Python and
-pybind11 for direct calls; MindSpore's PyNative pipeline; a compiled graph. One token, one
-sequence, one key. The best of all repetitions counts: MindSpore's threads suffer from whatever else
-runs. `MS_DEV_RUNTIME_CONF` is set to `graph_pipeline:false` unless the environment says something
-else; set it to nothing to see MindSpore's default.
+Every size is 1 or 2, so the kernels do almost nothing and what remains is the call: Python and
+pybind11 for direct calls; MindSpore's PyNative pipeline or a compiled graph for graph ops. One
+token, one sequence, one key. The best of all repetitions counts, because other programs disturb
+MindSpore's threads. `MS_DEV_RUNTIME_CONF` is set to `graph_pipeline:false` unless the environment
+sets it; set it to nothing to measure MindSpore's default.
 """
 
 from __future__ import annotations
@@ -42,78 +42,112 @@ CONFIG = ModelConfig(
     n_layers=N_LAYERS, n_heads=1, n_kv_heads=1, head_dim=2, dim=2, hidden_dim=1, vocab_size=2
 )
 SIZES = {
-    "num_tokens": 1, "num_seqs": 1, "num_keys": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 2,
-    "num_blocks": 2, "block_size": BLOCK_SIZE, "max_blocks": 2, "num_positions": 1, "num_pairs": 1,
-    "vocab_size": 2, "dim": 2, "hidden_dim": 1, "in_features": 2, "out_features": 1,
-}  # fmt: skip
-CALL_GOAL_US = 1.0  # of a direct call
+    "num_tokens": 1,
+    "num_seqs": 1,
+    "num_keys": 1,
+    "n_heads": 1,
+    "n_kv_heads": 1,
+    "head_dim": 2,
+    "num_blocks": 2,
+    "block_size": BLOCK_SIZE,
+    "max_blocks": 2,
+    "num_positions": 1,
+    "num_pairs": 1,
+    "vocab_size": 2,
+    "dim": 2,
+    "hidden_dim": 1,
+    "in_features": 2,
+    "out_features": 1,
+}
+CALL_GOAL_US = 1.0  # for a direct call
 
 
 def make_weights() -> LlamaWeights:
-    """Ones: the values do not matter, but they must stay finite."""
+    """Return weights of ones: the values do not matter, but they must stay finite."""
 
     def ones(*shape: int) -> np.ndarray:
         return np.ones(shape, np.float32)
 
     layers = [
         LayerWeights(
-            attention_norm=ones(2), q_proj=ones(2, 2), k_proj=ones(2, 2), v_proj=ones(2, 2),
-            o_proj=ones(2, 2), mlp_norm=ones(2), gate_proj=ones(1, 2), up_proj=ones(1, 2),
+            attention_norm=ones(2),
+            q_proj=ones(2, 2),
+            k_proj=ones(2, 2),
+            v_proj=ones(2, 2),
+            o_proj=ones(2, 2),
+            mlp_norm=ones(2),
+            gate_proj=ones(1, 2),
+            up_proj=ones(1, 2),
             down_proj=ones(2, 1),
         )
         for _ in range(N_LAYERS)
-    ]  # fmt: skip
+    ]
     return LlamaWeights(ones(2, 2), layers, ones(2), ones(2, 2))
 
 
 def make_batch() -> Batch:
-    """The first token of one sequence."""
+    """Return a batch of the first token of one sequence."""
     zero = np.zeros(1, np.int32)
     return Batch(
-        token_ids=zero, positions=zero, cu_seqlens_q=np.array([0, 1], np.int32),
-        seq_lens=np.ones(1, np.int32), block_tables=zero[None], slot_mapping=zero, logit_rows=zero,
-    )  # fmt: skip
+        token_ids=zero,
+        positions=zero,
+        cu_seqlens_q=np.array([0, 1], np.int32),
+        seq_lens=np.ones(1, np.int32),
+        block_tables=zero[None],
+        slot_mapping=zero,
+        logit_rows=zero,
+    )
 
 
 def whole_layers(model: Llama, batch: Batch, kv_cache: KVCache) -> np.ndarray:
-    """`Llama.forward` with one direct call a layer."""
+    """Compute `Llama.forward` with one direct call per layer."""
     weights, eps = model.weights, model.config.norm_eps
     cos, sin, index = model.rope.lookup(batch.positions)
     x = ops.embedding(batch.token_ids, weights.embedding)
     for layer, caches in zip(weights.layers, kv_cache.layers, strict=True):
         ops.decoder_layer(
-            x, *vars(layer).values(), cos, sin, index, *caches, batch.slot_mapping,
-            batch.block_tables, batch.seq_lens, batch.cu_seqlens_q, eps=eps, out=x,
-        )  # fmt: skip
+            x,
+            *vars(layer).values(),
+            cos,
+            sin,
+            index,
+            *caches,
+            batch.slot_mapping,
+            batch.block_tables,
+            batch.seq_lens,
+            batch.cu_seqlens_q,
+            eps=eps,
+            out=x,
+        )
     return ops.linear(ops.rms_norm(x[batch.logit_rows], weights.norm, eps), weights.lm_head)
 
 
 def steps() -> list[tuple[str, int, Callable[[], np.ndarray]]]:
-    """Each road: its name, operators in a step, and the step."""
+    """Return the ways of calling: name, operators per step, and the step."""
     weights, batch, not_compiled = make_weights(), make_batch(), LlamaCell.construct.__wrapped__
     kv_cache = KVCache(CONFIG, num_blocks=1, block_size=16)
     model = Llama(CONFIG, weights)
     num_ops, num_whole = 9 * N_LAYERS + 4, N_LAYERS + 4
-    roads = [
+    ways = [
         ("direct", num_ops - 1, lambda: model.forward(batch, kv_cache)),
         ("direct, whole layers", num_whole - 1, lambda: whole_layers(model, batch, kv_cache)),
     ]
     for name, count in (("", num_ops), (", whole layers", num_whole)):
         cell, fixed = (
             LlamaCell(CONFIG, weights, whole_layers=bool(name)) for _ in range(2)
-        )  # `fixed` never hears of sizes that vary
+        )  # `fixed` is never told that sizes vary
         tensors = cell.inputs(batch, kv_cache)
-        roads += [
+        ways += [
             (f"PyNative{name}", count, lambda c=cell, t=tensors: not_compiled(c, *t).asnumpy()),
             (f"@ms.jit{name}", count, lambda c=cell, t=tensors: c(*t).asnumpy()),
             (f"@ms.jit, fixed sizes{name}", count, lambda c=fixed, t=tensors: c(*t).asnumpy()),
             (f"LlamaCell.forward{name}", count, lambda c=cell: c.forward(batch, kv_cache)),
         ]
-    return roads
+    return ways
 
 
 def time_step(step: Callable[[], object], seconds: float) -> Timing:
-    """Time single steps for a while, after some that warm up."""
+    """Time single steps for a while, after warming up."""
     times: list[float] = []
     for _ in range(5):
         step()
@@ -125,26 +159,26 @@ def time_step(step: Callable[[], object], seconds: float) -> Timing:
 
 
 def compare_steps(seconds: float) -> list[dict]:
-    """Print what a step costs on each road."""
+    """Print what a step costs in each way of calling."""
     print(f"\nA decode step of {N_LAYERS} layers without compute")
-    print(f"{'road':34} {'ops':>4} | {'us/step':>8} {'median':>8} | {'us/layer':>8} | {'us/op':>6}")
-    rows, roads = [], steps()
-    expected = roads[0][2]()
-    for road, num_ops, step in roads:
+    print(f"{'call':34} {'ops':>4} | {'us/step':>8} {'median':>8} | {'us/layer':>8} | {'us/op':>6}")
+    rows, ways = [], steps()
+    expected = ways[0][2]()
+    for way, num_ops, step in ways:
         np.testing.assert_array_equal(step(), expected)
         timing = time_step(step, seconds)
         best = 1e6 * timing.best
         print(
-            f"{road:34} {num_ops:4} | {best:8.1f} {1e6 * timing.median:8.1f} | "
+            f"{way:34} {num_ops:4} | {best:8.1f} {1e6 * timing.median:8.1f} | "
             f"{best / N_LAYERS:8.2f} | {best / num_ops:6.2f}",
             flush=True,
         )
-        rows.append({"what": "step", "road": road, "ops": num_ops, **timing.record()})
+        rows.append({"what": "step", "call": way, "ops": num_ops, **timing.record()})
     return rows
 
 
 class Recorder:
-    """Stands for the compiled module and keeps what it is called with."""
+    """Replace the compiled module and record the arguments of calls."""
 
     args: tuple = ()
 
@@ -153,7 +187,7 @@ class Recorder:
 
 
 def time_call(function: Callable[..., object]) -> float:
-    """Microseconds of one of many calls, the best round of 40."""
+    """Return the microseconds per call of many calls, the best round of 40."""
     best = float("inf")
     for _ in range(40):
         started = perf_counter()
@@ -164,7 +198,7 @@ def time_call(function: Callable[..., object]) -> float:
 
 
 def call_costs(op: Op, arrays: dict[str, object]) -> tuple[float, float]:
-    """Microseconds of a call of the op, and of the call of the compiled module in it."""
+    """Return the microseconds of a call of the op, and of the compiled function alone."""
     whole = bind(op, arrays)
     recorder = Recorder()
     with patch.object(sys.modules[getattr(ops, op.name).__module__], "_core", recorder):
@@ -195,13 +229,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each road")
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--seconds", type=float, default=3.0, help="per way of calling")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     ops.set_num_threads(1)
     rows = compare_steps(args.seconds) + compare_calls()
     if args.json:
-        save(args.json, "roads", rows)
+        save(args.json, "calls", rows)
 
 
 if __name__ == "__main__":
