@@ -76,7 +76,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
-        """Builds the configuration from a Hugging Face config.json of a Llama model.
+        """Build the configuration from a Hugging Face config.json of a Llama model.
 
         Args:
             values: the parsed file, with `rope_theta` and `rope_scaling` or `rope_parameters`.
@@ -118,7 +118,7 @@ class ModelConfig:
 
 
 def check_consistency(config: ModelConfig, source: str) -> None:
-    """Checks the sizes of a configuration against one another.
+    """Check the sizes of a configuration against one another.
 
     Raises:
         CheckpointError: the sizes contradict one another.
@@ -168,7 +168,7 @@ def _check_architecture(fields: ConfigFields) -> None:
 
 
 def _check_features(fields: ConfigFields) -> None:
-    """Refuses what would change the result and is not implemented; Code Llama uses none of it."""
+    """Reject what would change the result and is not implemented; Code Llama uses none of it."""
     for key in ("attention_bias", "mlp_bias"):
         if fields.flag(key, False):
             raise fields.fault(key, "false", "projections with a bias are not supported")
@@ -196,7 +196,7 @@ def _read_dtype(fields: ConfigFields) -> str:
 
 
 def _read_rope(fields: ConfigFields) -> tuple[float, RopeScaling | None]:
-    """Reads base and scaling from `rope_parameters` (transformers 5) or the two older keys."""
+    """Read base and scaling from `rope_parameters` (transformers 5) or the two older keys."""
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(fields.values.get(key, None), (dict, type(None))):
             raise fields.fault(key, "an object or null")
@@ -252,7 +252,7 @@ def _read_scaling(fields: ConfigFields, max_position_embeddings: int) -> RopeSca
 
 
 def _unless_zero(fields: ConfigFields, key: str, default: float | None) -> Any:
-    """Reads a number of which 0 means absent, as transformers' `get(key) or default` has it."""
+    """Read a number of which 0 means absent, as transformers' `get(key) or default` has it."""
     return default if fields.values.get(key) == 0 else fields.number(key, default)
 
 

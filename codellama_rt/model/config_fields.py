@@ -10,7 +10,7 @@ _REQUIRED: Any = object()
 
 
 class ConfigFields:
-    """Reads numbers out of a configuration; each fault names the file, the key, and what was found.
+    """Read numbers out of a configuration; each fault names the file, the key, and what was found.
 
     Args:
         values: the configuration; a key with the value None counts as absent.
@@ -22,12 +22,12 @@ class ConfigFields:
     """
 
     def __init__(self, values: Mapping[str, Any], source: str):
-        """Keeps both arguments as attributes."""
+        """Keep both arguments as attributes."""
         self.values = values
         self.source = source
 
     def fault(self, key: str, expected: str, remedy: str = "") -> CheckpointError:
-        """Builds the error for a value that cannot be used."""
+        """Build the error for a value that cannot be used."""
         found = repr(self.values.get(key, "nothing"))
         found = found if len(found) <= 200 else found[:200] + "..."
         return CheckpointError(
@@ -35,7 +35,7 @@ class ConfigFields:
         )
 
     def integer(self, key: str, default: Any = _REQUIRED, *, low: int = 1, high: int) -> Any:
-        """Returns an integer in low..high, or the default when the key is absent."""
+        """Return an integer in low..high, or the default when the key is absent."""
         value = self.values.get(key)
         if value is None and default is not _REQUIRED:
             return default
@@ -44,7 +44,7 @@ class ConfigFields:
         return value
 
     def number(self, key: str, default: Any = _REQUIRED, *, above: float = 0.0) -> Any:
-        """Returns a finite float greater than `above`, or the default when the key is absent."""
+        """Return a finite float greater than `above`, or the default when the key is absent."""
         value = self.values.get(key)
         if value is None and default is not _REQUIRED:
             return default
@@ -60,7 +60,7 @@ class ConfigFields:
         return number
 
     def flag(self, key: str, default: bool) -> bool:
-        """Returns a boolean, or the default when the key is absent."""
+        """Return a boolean, or the default when the key is absent."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -69,7 +69,7 @@ class ConfigFields:
         return value
 
     def token_ids(self, key: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """Returns the ids of a key that holds one id, a list or null; absent gives the default."""
+        """Return the ids of a key that holds one id, a list or null; absent gives the default."""
         if key not in self.values:
             return default
         value = self.values[key]

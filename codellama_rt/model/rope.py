@@ -17,7 +17,7 @@ _MAX_RESERVED_ROWS = 131072
 
 
 def inverse_frequencies(config: ModelConfig, length: int | None = None) -> tuple[np.ndarray, float]:
-    """Computes the angle a position adds for each pair, as transformers 4.57 does, in float32.
+    """Compute the angle a position adds for each pair, as transformers 4.57 does, in float32.
 
     Args:
         config: the model; its rope_theta, head_dim and rope_scaling are used.
@@ -56,14 +56,14 @@ def _unscaled(theta: float, head_dim: int) -> np.ndarray:
 
 
 def _dynamic(config: ModelConfig, scaling: RopeScaling, length: int | None) -> np.ndarray:
-    """NTK-aware scaling: the base grows with the length once that exceeds the trained one."""
+    """Scale NTK-aware: the base grows with the length once that exceeds the trained one."""
     trained, dim = config.max_position_embeddings, config.head_dim
     stretch = scaling.factor * max(length or trained, trained) / trained - (scaling.factor - 1.0)
     return _unscaled(config.rope_theta * stretch ** (dim / (dim - 2)), dim)
 
 
 def _yarn(frequencies: np.ndarray, config: ModelConfig, scaling: RopeScaling) -> np.ndarray:
-    """Blends stretched and original frequencies by a ramp (arXiv:2309.00071, section 3.2)."""
+    """Blend stretched and original frequencies by a ramp (arXiv:2309.00071, section 3.2)."""
     dim, original = config.head_dim, scaling.original_max_position_embeddings
     assert original is not None
 
@@ -95,7 +95,7 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
 
 
 def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Stretches long wavelengths, keeps short ones, and blends those between."""
+    """Stretch long wavelengths, keep short ones, and blend those between."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     original = scaling.original_max_position_embeddings
     assert low is not None
@@ -107,7 +107,7 @@ def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def table_bytes(config: ModelConfig, length: int) -> int:
-    """Bytes that the tables take once a sequence has had `length` tokens.
+    """Return the bytes that the tables take once a sequence has had `length` tokens.
 
     Example:
         >>> config = ModelConfig(n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, dim=4,
@@ -123,7 +123,7 @@ class RotaryEmbedding:
     """The rotation of each position, from one table that grows with the longest sequence.
 
     Rows already computed never change, and up to max_position_embeddings (131,072 at most) the
-    table stays at its address: its pages are reserved at once and touched only when filled.
+    table stays at its address: its memory is reserved at once and touched only when filled.
 
     Args:
         config: the model.
@@ -137,7 +137,7 @@ class RotaryEmbedding:
     """
 
     def __init__(self, config: ModelConfig):
-        """Computes the frequencies; the tables are filled on the first lookup."""
+        """Compute the frequencies; the tables are filled on the first lookup."""
         self.config = config
         self.is_dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
         self._frequencies, self._attention_factor = inverse_frequencies(config)
@@ -147,7 +147,7 @@ class RotaryEmbedding:
     def lookup(
         self, positions: np.ndarray, rope_lengths: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns tables and, for each token, the row of them that holds its rotation.
+        """Return tables and, for each token, the row of them that holds its rotation.
 
         Args:
             positions: int32 (num_tokens), each from 0.
@@ -189,7 +189,7 @@ class RotaryEmbedding:
     def _rotations(
         self, positions: np.ndarray, frequencies: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Computes cos and sin, float32 (len(positions), head_dim / 2), of float32 angles."""
+        """Compute cos and sin, float32 (len(positions), head_dim / 2), of float32 angles."""
         angles = (positions[:, None].astype(np.float32) * frequencies).astype(np.float64)
         cos, sin = np.cos(angles), np.sin(angles)
         if self._attention_factor != 1.0:
@@ -198,7 +198,7 @@ class RotaryEmbedding:
         return cos.astype(np.float32), sin.astype(np.float32)
 
     def _fill(self, length: int) -> None:
-        """Extends the tables to hold positions below `length`."""
+        """Extend the tables to hold positions below `length`."""
         if length <= self._rows:
             return
         rows = -(-length // _FILL_ROWS) * _FILL_ROWS
