@@ -127,7 +127,7 @@ def _mindspore() -> str:
 
 
 def _graph_runtime() -> str:
-    """Whether `LLM(runtime="graph")` is available, and with which setting of MindSpore."""
+    """Tell whether `LLM(runtime="graph")` is available, and with which setting of MindSpore."""
     from codellama_rt.llm.placement import MINDSPORE_SETTINGS, NO_PIPELINE
 
     version = _version("mindspore")

@@ -27,7 +27,7 @@ class Placed(NamedTuple):
 
 
 def default_block_size(device: str) -> int:
-    """Tokens per block; Huawei's attention wants 128, elsewhere smaller ones share more."""
+    """Return the tokens per block: Huawei's attention wants 128, smaller ones share more."""
     return 128 if device == "ascend" else 64
 
 
@@ -137,7 +137,7 @@ def make_kv_cache(model: Decoder, **sizes: Any) -> KVCache:
 
 
 def _within_offsets(config: ModelConfig, plan: Plan) -> int:
-    """As many of the blocks as the 32-bit offsets of CANN's attention reach."""
+    """Return as many of the blocks as the 32-bit offsets of CANN's attention reach."""
     from codellama_rt.model.ascend.vendor import MAX_ELEMENTS
 
     most = MAX_ELEMENTS // (config.n_kv_heads * plan.block_size * config.head_dim)

@@ -22,7 +22,7 @@ MAX_POSITION = 2**20  # RoPE's tables hold every position below: 1 GB at head_di
 def sequence_logits(
     model: Decoder, token_ids: Collection[int], *, first_position: int = 0, **options: Any
 ) -> np.ndarray:
-    """Logits after every token, computed in chunks in a KV cache that lives as long as the call.
+    """Return the logits after every token, computed in chunks in a KV cache of the call's own.
 
     Args:
         model: anything with `forward(batch, kv_cache)`.
@@ -58,7 +58,7 @@ def logits_by_chunk(
         first_position: position of its first token for RoPE; attention starts there as well.
         kv_dtype: of the cache.
         block_size: tokens per block.
-        chunk_size: tokens a step; no bit of the result depends on it.
+        chunk_size: tokens per step; no bit of the result depends on it.
         adapter: applied to all tokens.
 
     Yields:

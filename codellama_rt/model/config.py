@@ -168,7 +168,7 @@ def _check_architecture(fields: ConfigFields) -> None:
 
 
 def _check_features(fields: ConfigFields) -> None:
-    """Refuses what would change the result and is not implemented; Code Llama uses none of it."""
+    """Reject what would change the result and is not implemented; Code Llama uses none of it."""
     for key in ("attention_bias", "mlp_bias"):
         if fields.flag(key, False):
             raise fields.fault(key, "false", "projections with a bias are not supported")

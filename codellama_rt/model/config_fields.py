@@ -10,7 +10,7 @@ _REQUIRED: Any = object()
 
 
 class ConfigFields:
-    """Reads numbers out of a configuration; each fault names the file, the key, and what was found.
+    """Read numbers out of a configuration; each fault names the file, the key, and what was found.
 
     Args:
         values: the configuration; a key with the value None counts as absent.

@@ -62,7 +62,7 @@ class KVCache:
             ops.copy_blocks(key_cache, value_cache, block_pairs)
 
     def close(self) -> None:
-        """Forget the blocks; the memory goes back with the last array that views it."""
+        """Forget the blocks; the memory is freed with the last array that views it."""
         self.layers = []
 
 

@@ -268,8 +268,8 @@ def _dynamic_inputs(config: ModelConfig, cache_dtype: str) -> list[Tensor]:
     if cache_dtype in CACHE_DTYPES:
         cache = Tensor(shape=(None, config.n_kv_heads, None), dtype=mindspore.uint8)
     else:
-        pages = (None, config.n_kv_heads, None, config.head_dim)
-        cache = Tensor(shape=pages, dtype=getattr(mindspore, cache_dtype))
+        blocks = (None, config.n_kv_heads, None, config.head_dim)
+        cache = Tensor(shape=blocks, dtype=getattr(mindspore, cache_dtype))
     numbers = integers(None)
     return [
         numbers,

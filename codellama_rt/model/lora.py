@@ -85,7 +85,7 @@ def check_adapter(adapter: object, model: Decoder) -> None:
 
 
 def merged(weights: LlamaWeights, adapter: LoraAdapter) -> LlamaWeights:
-    """Weights with an adapter's changes in them, rounded to the weights' own dtype.
+    """Return weights with an adapter's changes in them, rounded to the weights' own dtype.
 
     Raises:
         ValueError: a projection that it changes is quantised.

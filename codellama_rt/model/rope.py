@@ -56,14 +56,14 @@ def _unscaled(theta: float, head_dim: int) -> np.ndarray:
 
 
 def _dynamic(config: ModelConfig, scaling: RopeScaling, length: int | None) -> np.ndarray:
-    """NTK-aware scaling: the base grows with the length once that exceeds the trained one."""
+    """Scale NTK-aware: the base grows with the length once that exceeds the trained one."""
     trained, dim = config.max_position_embeddings, config.head_dim
     stretch = scaling.factor * max(length or trained, trained) / trained - (scaling.factor - 1.0)
     return _unscaled(config.rope_theta * stretch ** (dim / (dim - 2)), dim)
 
 
 def _yarn(frequencies: np.ndarray, config: ModelConfig, scaling: RopeScaling) -> np.ndarray:
-    """Blends stretched and original frequencies by a ramp (arXiv:2309.00071, section 3.2)."""
+    """Blend stretched and original frequencies by a ramp (arXiv:2309.00071, section 3.2)."""
     dim, original = config.head_dim, scaling.original_max_position_embeddings
     assert original is not None
 
@@ -95,7 +95,7 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
 
 
 def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Stretches long wavelengths, keeps short ones, and blends those between."""
+    """Stretch long wavelengths, keep short ones, and blend those between."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     original = scaling.original_max_position_embeddings
     assert low is not None
@@ -107,7 +107,7 @@ def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def table_bytes(config: ModelConfig, length: int) -> int:
-    """Bytes that the tables take once a sequence has had `length` tokens.
+    """Return the bytes that the tables take once a sequence has had `length` tokens.
 
     Example:
         >>> config = ModelConfig(n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, dim=4,
