@@ -1,10 +1,9 @@
 """Names that stand for a checkpoint: local paths first, then the built-in model, then hub ids.
 
-What only a download needs is imported by it.
+What only a download or a mistyped name needs is imported there.
 """
 
 import contextlib
-import difflib
 import hashlib
 import os
 import re
@@ -81,6 +80,8 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
 
 def _suggestion(name: str) -> str:
     """Return names like this one that would open, for the end of a message."""
+    import difflib
+
     path = Path(name)
     with contextlib.suppress(OSError, RuntimeError):
         beside = {str(path.parent / other.name) for other in path.expanduser().parent.iterdir()}

@@ -11,7 +11,7 @@ from helpers.quantized_models import floats, large_model, mapping_under, project
 from helpers.tiny_llm import make_folder
 
 from codellama_rt.checkpoint import open_checkpoint
-from codellama_rt.checkpoint.formats.safetensors import read_metadata, read_safetensors
+from codellama_rt.checkpoint.formats.safetensors import read_safetensors, read_safetensors_file
 from codellama_rt.checkpoint.quantize import QUANTIZATIONS
 from codellama_rt.errors import CheckpointError
 from codellama_rt.ops.quantized import Quantized, weight_num_bytes
@@ -165,10 +165,9 @@ def test_what_cannot_be_converted(tmp_path):
 def test_metadata_describes_every_quantised_tensor(tmp_path):
     convert(TINY / NAMES[0], tmp_path / "out", quantization="int4")
     file = tmp_path / "out" / "model.safetensors"
-    metadata = read_metadata(file)
+    stored, metadata = read_safetensors_file(file)
     assert metadata["codellama_rt.format_version"] == "2"
     described = json.loads(metadata["codellama_rt.quantized"])
-    stored = read_safetensors(file)
     assert set(described) == {name for name, tensor in stored.items() if tensor.encoding == "U8"}
     assert described["lm_head.weight"] == {"dtype": "int4", "shape": [512, 128]}
     assert (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from codellama_rt.checkpoint.formats.packed_weights import read_config_section, unpack
-from codellama_rt.checkpoint.formats.safetensors import read_metadata, read_safetensors
+from codellama_rt.checkpoint.formats.safetensors import read_safetensors, read_safetensors_file
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
 from codellama_rt.errors import CheckpointError
@@ -41,7 +41,7 @@ def read_directory(path: Path) -> StoredModel:
     config = ModelConfig.from_hf(values, source)
     if quantization is not None:
         file = path / _SINGLE
-        tensors = unpack(file, read_safetensors(file), read_metadata(file))
+        tensors = unpack(file, *read_safetensors_file(file))
     elif (path / _SINGLE).exists():  # like transformers, prefer it to an index beside it
         tensors = read_safetensors(path / _SINGLE)
     elif (path / _INDEX).exists():

@@ -54,33 +54,30 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         >>> read_safetensors(path)["a"].view()
         array([0.], dtype=float32)
     """
+    return read_safetensors_file(path)[0]
+
+
+def read_safetensors_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Map a safetensors file; return its tensors, as `read_safetensors`, and its metadata.
+
+    The metadata are free-form; empty where the file has none.
+
+    Raises:
+        CheckpointError: as `read_safetensors`, or the metadata are not strings.
+    """
     mapped = map_file(path)
     header, begin = _read_header(path, mapped)
     payload = mapped[begin:]
-    entries = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            _check_metadata(path, entry)
-        else:
-            entries.append((name, *_read_entry(path, name, entry)))
+    metadata = header.pop("__metadata__", {})
+    _check_metadata(path, metadata)
+    entries = [(name, *_read_entry(path, name, entry)) for name, entry in header.items()]
     entries.sort(key=lambda entry: entry[3:])
     _check_contiguous(path, entries, len(payload))
-    return {
+    tensors = {
         name: StoredTensor(name, path, dtype, shape, payload[start:stop])
         for name, dtype, shape, start, stop in entries
     }
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return the free-form metadata of a safetensors file; empty if it has none.
-
-    Raises:
-        CheckpointError: the header is damaged, or metadata values are not strings.
-    """
-    header, _ = _read_header(path, map_file(path))
-    metadata = header.get("__metadata__", {})
-    _check_metadata(path, metadata)
-    return metadata
+    return tensors, metadata
 
 
 def _read_header(path: Path, mapped: np.ndarray) -> tuple[dict[str, Any], int]:
