@@ -58,7 +58,7 @@ def logits_by_chunk(
         first_position: position of its first token for RoPE; attention starts there as well.
         kv_dtype: of the cache.
         block_size: tokens per block.
-        chunk_size: tokens a step; no bit of the result depends on it.
+        chunk_size: tokens per step; no bit of the result depends on it.
         adapter: applied to all tokens.
 
     Yields:
