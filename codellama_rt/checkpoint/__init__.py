@@ -102,7 +102,7 @@ def load_checkpoint(
     """
     float_dtype, tensors = opened.float_dtype(dtype), opened.tensors
     if check not in (None, "finite"):
-        raise ValueError(f"open_checkpoint: check must be None or 'finite', got {check!r}")
+        raise ValueError(f"check must be None or 'finite', got {check!r}")
     check_quantization(quantization)
     check_stored_quantization(opened, quantization)
     arrays = load_arrays(

@@ -34,10 +34,7 @@ class Opened(StoredModel):
             ValueError: neither "auto" nor a dtype of floats.
         """
         if dtype not in ("auto", *FLOAT_DTYPES):
-            raise ValueError(
-                f"open_checkpoint: dtype must be one of auto, {', '.join(FLOAT_DTYPES)}, "
-                f"got {dtype!r}"
-            )
+            raise ValueError(f"dtype must be one of auto, {', '.join(FLOAT_DTYPES)}, got {dtype!r}")
         return self.stored_dtype if dtype == "auto" else dtype
 
 

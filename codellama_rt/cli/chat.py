@@ -52,7 +52,8 @@ def chat(
             raise ValueError(f"chat takes no --{sampling.needs_json[0].replace('_', '-')}")
         sampling.resolve(SamplingParams())
         from codellama_rt.cli import run as cli_run
-        from codellama_rt.cli.chat_session import ChatSession, chat_defaults
+        from codellama_rt.cli.chat_defaults import chat_defaults
+        from codellama_rt.cli.chat_session import ChatSession
 
         with cli_run.open_model(model) as llm:
             cli_run.require_tokenizer(llm, model.model)

@@ -12,11 +12,7 @@ from pathlib import Path
 from codellama_rt.engine.completion import Completion
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.llm import LLM
-from codellama_rt.model.config import ModelConfig
 from codellama_rt.text.chat import Message, checked_messages
-
-_SMALL = 10**9  # weights; below, greedy answers soon repeat themselves
-SMALL_MODEL_SAMPLING = {"temperature": 0.3, "top_p": 0.9, "repetition_penalty": 1.1}
 
 _HELP = {
     "/help, /?": "list the commands",
@@ -31,30 +27,6 @@ _HELP = {
     "/load FILE": "continue a conversation that was kept",
 }
 _SETTABLE = tuple(field.name for field in fields(SamplingParams) if field.name != "n")
-
-
-def chat_defaults(llm: LLM, *, greedy_is_meant: bool = False) -> SamplingParams:
-    """Return how to sample answers where no option says it.
-
-    That is what the checkpoint's generation_config.json says. Without one, answers are as long as
-    the model makes them, and a model under 1B parameters samples with `SMALL_MODEL_SAMPLING`.
-
-    Args:
-        llm: the model.
-        greedy_is_meant: an option says how tokens are chosen, so a small model gets no defaults.
-    """
-    params = llm.default_params()
-    if not llm.generation_config.get("max_new_tokens"):
-        params = replace(params, max_tokens=None)
-    is_greedy = params.temperature == 0.0 and params.repetition_penalty == 1.0
-    if is_greedy and not greedy_is_meant and _layer_weights(llm.config) < _SMALL:
-        params = replace(params, **SMALL_MODEL_SAMPLING)
-    return params
-
-
-def _layer_weights(config: ModelConfig) -> int:
-    attention = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim * config.dim
-    return config.n_layers * (attention + 3 * config.dim * config.hidden_dim)
 
 
 class ChatSession:

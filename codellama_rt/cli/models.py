@@ -37,7 +37,7 @@ def convert(
     ] = "huggingface",
     quantization: Annotated[
         QuantizationName | None,
-        typer.Option(help="Quantize the weights; the result opens as it lies."),
+        typer.Option(help="Quantise the weights; the result opens as it lies."),
     ] = None,
     dtype: Annotated[
         DtypeName, typer.Option(help="Dtype of the floats; auto: as stored.")
@@ -48,7 +48,7 @@ def convert(
     ] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write a checkpoint in another layout, or with quantized weights.
+    """Write a checkpoint in another layout, or with quantised weights.
 
     If interrupted, no loadable directory is left behind; rerun the command to resume.
     """

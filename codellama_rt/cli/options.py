@@ -45,7 +45,7 @@ DeviceOption = Annotated[
 ]
 DtypeOption = Annotated[DtypeName, typer.Option(help="Dtype of the weights; auto: as stored.")]
 QuantizationOption = Annotated[
-    QuantizationName | None, typer.Option(help="Quantize the weights while they are loaded.")
+    QuantizationName | None, typer.Option(help="Quantise the weights while they are loaded.")
 ]
 KvDtypeOption = Annotated[
     KvDtypeName,

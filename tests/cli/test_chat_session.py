@@ -8,8 +8,9 @@ import pytest
 from helpers.tiny_llm import KV_MEMORY, make_folder
 
 from codellama_rt.cli import main as cli
+from codellama_rt.cli.chat_defaults import SMALL_MODEL_SAMPLING, chat_defaults
 from codellama_rt.cli.chat_input import completer
-from codellama_rt.cli.chat_session import SMALL_MODEL_SAMPLING, ChatSession, chat_defaults
+from codellama_rt.cli.chat_session import ChatSession
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.llm import LLM
 from codellama_rt.llm.variants import VARIANTS

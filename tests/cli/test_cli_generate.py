@@ -118,10 +118,11 @@ def test_convert_writes_what_generate_opens(run, model, tmp_path):
     expected = clrt.generate(model, PROMPT, quantization="int4", max_new_tokens=9)
     assert run("generate", out, "-p", PROMPT, "--max-new-tokens", 9) == (0, expected, "")
     assert_one_line_error(
-        run("convert", model, "--quantization", "int4", "--out", out), "is there already"
+        run("convert", model, "--quantization", "int4", "--out", out), "already exists"
     )
     assert_one_line_error(
-        run("convert", out, "--quantization", "int8", "--out", tmp_path / "b"), "in int4 already"
+        run("convert", out, "--quantization", "int8", "--out", tmp_path / "b"),
+        "already quantised to int4",
     )
 
 
