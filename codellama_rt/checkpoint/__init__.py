@@ -58,7 +58,7 @@ def open_checkpoint(
             what differs.
         quantization: "int8" or "int4" quantises the projections and the head, a tensor at a time.
             None keeps what is stored; so it opens what `convert` quantised.
-        check: "finite" reads every weight and refuses NaN and infinities; None reads none.
+        check: "finite" reads every weight and rejects NaN and infinities; None skips the check.
         progress: called with bytes done, bytes in all, and what is being done.
 
     Returns:

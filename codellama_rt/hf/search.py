@@ -26,7 +26,7 @@ class Search:
         ends: the tokens that end each row.
         pad_id: fills rows.
         max_new_tokens: columns the result may have after the prompts.
-        max_model_len: tokens a row may have.
+        max_model_len: maximum tokens per row.
         seed: of the draws.
         processors: called with (input_ids, scores).
         criteria: called with (input_ids, scores); True or (rows,) of bool ends rows.

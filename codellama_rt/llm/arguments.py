@@ -38,11 +38,11 @@ def require_options(
     """Refuse options that no model could be opened with.
 
     Raises:
-        ValueError, TypeError: a dtype that is none, or a count that is no positive int.
+        ValueError, TypeError: an unknown dtype, or a count that is not a positive int.
         RuntimeError: no such device here.
     """
     require_device(device)
-    if device != "cuda":  # its cache has dtypes of its own, and place() refuses others
+    if device != "cuda":  # its cache has its own dtypes, and place() rejects others
         require_dtype(kv_dtype)
     check_quantization(quantization)
     require_counts(**counts)

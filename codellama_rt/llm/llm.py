@@ -84,7 +84,7 @@ class LLM:
                 without adapters of single requests).
             adapter: directory of a LoRA adapter that is merged into the weights; `load_adapter`
                 applies one to single requests.
-            check: "finite" refuses weights with NaN or infinity (reads every byte).
+            check: "finite" rejects weights with NaN or infinity (reads every byte).
             progress: called with (bytes done, bytes in all, what) while weights are converted or
                 quantised.
 

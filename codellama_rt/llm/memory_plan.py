@@ -1,6 +1,6 @@
 """What a model takes of memory, and how fast this machine can read it, before it is opened.
 
-`LLM` refuses by these figures what cannot fit; `codellama-rt estimate` shows them.
+`LLM` rejects models that cannot fit by these figures; `codellama-rt estimate` shows them.
 """
 
 from __future__ import annotations

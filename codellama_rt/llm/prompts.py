@@ -82,7 +82,7 @@ class PromptEncoder:
         """Return the tokenizer.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the model has no tokenizer.
         """
         if self._tokenizer is None:
             raise ValueError("this checkpoint brings no tokenizer; give prompts as token ids")

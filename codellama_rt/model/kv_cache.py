@@ -38,7 +38,7 @@ class KVCache:
         Raises:
             ValueError: a size that is not positive, block_size not a multiple of 16, an unknown
                 dtype, or one that heads of this size cannot have.
-            RuntimeError: the system refuses the memory.
+            RuntimeError: the system does not provide the memory.
         """
         check_blocks(num_blocks, block_size)
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
