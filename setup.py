@@ -23,7 +23,7 @@ class CMakeBuild(build_ext):
         too, where it finds the sources before what is installed.
         """
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+        build = Path(os.environ.get("CODELLAMA_RT_BUILD_DIR") or self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         cmake = find_cmake()
         require_compiler()

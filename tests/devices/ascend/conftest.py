@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from aclnn import Aclnn
+from helpers.building import building
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 BUILD = REPOSITORY / "build" / "ascend"
@@ -24,9 +25,10 @@ def ascend_build() -> Path:
     configure = ["cmake", "-S", REPOSITORY / "csrc" / "ascend", "-B", BUILD, *generator]
     options = ["-DCODELLAMA_RT_ASCEND=EMU", "-DCODELLAMA_RT_ASCEND_TESTS=ON",
                f"-DPython3_EXECUTABLE={sys.executable}"]  # fmt: skip
-    for command in ([*configure, *options], ["cmake", "--build", BUILD, "--parallel", jobs]):
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    with building(BUILD):
+        for command in ([*configure, *options], ["cmake", "--build", BUILD, "--parallel", jobs]):
+            result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     return BUILD
 
 

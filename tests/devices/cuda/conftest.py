@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pybind11
 import pytest
+from helpers.building import building
 
 from codellama_rt.model.cuda import tensor
 from codellama_rt.ops import native
@@ -28,11 +29,13 @@ def _run(*command):
 def emulated_module():
     """`_cuda` with the emulator in CUDA's place, compiled when its sources changed."""
     build = REPOSITORY / "build" / "cuda_emulated"
-    _run(
-        "cmake", "-S", str(REPOSITORY / "tests/emulators/cuda"), "-B", str(build), "-G", "Ninja",
-        f"-DPython3_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    )  # fmt: skip
-    _run("cmake", "--build", str(build), "--parallel", str(min(os.cpu_count() or 1, 4)))
+    with building(build):
+        _run(
+            "cmake", "-S", str(REPOSITORY / "tests/emulators/cuda"), "-B", str(build), "-G",
+            "Ninja", f"-DPython3_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        )  # fmt: skip
+        _run("cmake", "--build", str(build), "--parallel", str(min(os.cpu_count() or 1, 4)))
     (path,) = build.glob("_cuda_emulated.*.so")
     spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
     module = importlib.util.module_from_spec(spec)
