@@ -11,10 +11,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from codellama_rt.ops.attention import flash_attention, merge_attention, paged_attention
-from codellama_rt.ops.cache import (
+from codellama_rt.ops.attention import (
     apply_rotary_pos_emb,
     copy_blocks,
+    flash_attention,
+    merge_attention,
+    paged_attention,
     reshape_and_cache,
     rope_and_cache,
 )

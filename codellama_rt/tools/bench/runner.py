@@ -155,7 +155,7 @@ class _Recorder:
     @contextlib.contextmanager
     def in_place_of_kernels(self) -> Iterator[None]:
         """Stand where the operators look for their kernels."""
-        callers = (ops.attention, ops.cache, ops.dense)
+        callers = (ops.attention, ops.dense)
         for module in callers:
             module._core = self
         try:
