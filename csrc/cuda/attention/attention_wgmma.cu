@@ -8,7 +8,7 @@
 //          rows each; they take turns at q . k, so that one's softmax runs beside the other's
 //          products; blocks of late rows come first
 // Numerics the sums of tile.cuh in the same order: tiles of 64 keys, splits, nodes. Whether wgmma
-//          adds the 16 products of a step as mma does is the hardware's; tests/devices/cuda asks it.
+//          adds the 16 products of a step as mma does is the hardware's; tests/devices/cuda asks.
 #include "cuda/attention/attention.h"
 #include "cuda/attention/kernels.cuh"
 #include "cuda/runtime/wgmma.cuh"
