@@ -1,6 +1,9 @@
 """Instruction sets, threads and devices: chosen by call or by environment, refused by name."""
 
+import contextlib
+import ctypes
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -174,3 +177,35 @@ def test_the_driver_is_looked_for_by_its_library(monkeypatch):
     assert native.has_nvidia_driver()
     monkeypatch.setattr(native, "_DRIVER", "lib-of-no-driver.so.1")
     assert not native.has_nvidia_driver()
+
+
+@contextlib.contextmanager
+def flushing_subnormals():
+    """Set flush-to-zero and subnormals-are-zero in this thread, as frameworks do in theirs."""
+    libm = ctypes.CDLL("libm.so.6")
+    kept, changed = ctypes.create_string_buffer(32), ctypes.create_string_buffer(32)
+    libm.fegetenv(kept)
+    libm.fegetenv(changed)
+    mxcsr = ctypes.c_uint32.from_buffer(changed, 28)  # glibc's fenv_t on x86-64
+    mxcsr.value |= 0x8040
+    libm.fesetenv(changed)
+    try:
+        yield
+    finally:
+        libm.fesetenv(kept)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="sets a register of x86-64")
+def test_the_callers_floating_point_mode_changes_no_bit(rng):
+    """Neither that of the calling thread, nor that of the thread which started the workers."""
+    x = normal(rng, (5, 256))
+    weight = np.full((4096, 256), 2.0**-24, np.float16)  # the smallest subnormal
+    for name in ops.available_isas():
+        with running_on(isa=name, num_threads=3):
+            expected = ops.linear(x, weight)
+        assert np.any(expected)
+        with running_on(isa=name, num_threads=2):
+            with flushing_subnormals():
+                ops.set_num_threads(4)  # the next call starts a pool of that many
+                assert_equal_bits(ops.linear(x, weight), expected)
+            assert_equal_bits(ops.linear(x, weight), expected)

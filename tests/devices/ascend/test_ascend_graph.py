@@ -165,9 +165,9 @@ def test_the_functions_hand_their_arguments_over_in_order(monkeypatch):
 
 def test_without_an_npu_it_says_so():
     ascend_graph.primitive.cache_clear()
-    with pytest.raises(RuntimeError, match="need MindSpore on an NPU, its device is CPU"):
+    with pytest.raises(RuntimeError, match="need MindSpore on an NPU, but its device is CPU"):
         ascend_graph.rms_norm(None, None)
-    with pytest.raises(ValueError, match="no Ascend op named 'reshape_and_cache'; there are rms"):
+    with pytest.raises(ValueError, match="no Ascend op named 'reshape_and_cache'; available: rms"):
         ascend_graph.primitive("reshape_and_cache")
     with pytest.raises(ValueError, match="halves, not interleaved"):
         ascend_graph.rope_and_cache(*[None] * 7, interleaved=True)

@@ -34,8 +34,8 @@ tool = load_tool()
 def test_it_loads_without_a_gpu_and_says_so():
     code = (
         "import importlib\n"
-        "from codellama_rt.model.cuda import device\n"
-        "usable, text = device.available()\n"
+        "from codellama_rt import ops\n"
+        "usable, text = ops.available('cuda')\n"
         "assert usable or text.startswith('cuda kernels are built, but '), text\n"
         "module = importlib.import_module('codellama_rt._cuda')\n"
         "if not usable:\n"
