@@ -105,15 +105,16 @@ TensorView view_array(const py::array& array) {
 
 // The shape of a contiguous tensor. A size that 64 bits cannot hold is left for the checks to
 // refuse.
-void set_shape(TensorView& t, const py::object& shape) {
-  if (!PyTuple_Check(shape.ptr())) throw DtypeError("the shape of a tensor must be a tuple");
-  t.ndim = int(PyTuple_GET_SIZE(shape.ptr()));
+void set_shape(TensorView& t, const py::object& sizes) {
+  const auto shape = py::reinterpret_steal<py::tuple>(PySequence_Tuple(sizes.ptr()));
+  if (!shape) throw py::error_already_set();
+  t.ndim = int(shape.size());
   if (t.ndim > kMaxDims) fail_dims(t.ndim);
   for (int i = 0; i < t.ndim; ++i) {
-    PyObject* size = PyTuple_GET_ITEM(shape.ptr(), i);
-    if (!PyLong_Check(size)) throw DtypeError("the sizes of a tensor must be integers");
+    const auto size = py::reinterpret_steal<py::object>(PyNumber_Index(shape[i].ptr()));
+    if (!size) throw py::error_already_set();
     int overflow = 0;
-    t.shape[i] = PyLong_AsLongLongAndOverflow(size, &overflow);
+    t.shape[i] = PyLong_AsLongLongAndOverflow(size.ptr(), &overflow);
     if (overflow != 0) t.shape[i] = overflow > 0 ? INT64_MAX : INT64_MIN;
   }
   set_contiguous_strides(t);
