@@ -83,7 +83,7 @@ def _left_in_group(folder: Path) -> int | None:
 
 
 def _inactive_file(path: Path) -> int:
-    """Return the bytes of file pages not used for long: in version 1 `total_` has the subgroups'."""
+    """Return the bytes of file pages not used for long; in version 1 `total_` has the subgroups."""
     try:
         statistics = path.read_text()
     except OSError:

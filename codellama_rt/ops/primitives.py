@@ -76,9 +76,13 @@ def check_tensors(name: str, tensors: tuple[Any, ...]) -> None:
 
 
 def _is_view(tensor: mindspore.Tensor) -> bool:
-    """Return whether a tensor is only a part of its memory, or in another order."""
+    """Return whether a tensor is a slice, a part of its memory, or in another order.
+
+    MindSpore does not say so of a reshape of a whole tensor.
+    """
     return (
-        tensor.storage_offset() != 0
+        tensor.parent_tensor_ is not None
+        or tensor.storage_offset() != 0
         or not tensor.is_contiguous()
         or tensor.untyped_storage().size() != tensor.nbytes
     )
