@@ -39,8 +39,12 @@ def python(code, *arguments, **environment):
     """Run code in a new interpreter; return its exit status and output."""
     result = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     return result.returncode, result.stdout.strip() + result.stderr.strip()
 
 
