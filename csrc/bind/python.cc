@@ -285,10 +285,12 @@ void choose_isa(const std::string& name) {
                               "' is not available; available:" + names);
 }
 
-void choose_num_threads(int n) {
-  if (n < 1)
-    throw std::invalid_argument("num_threads must be at least 1, got " + std::to_string(n));
-  set_num_threads(n);
+void choose_num_threads(int64_t n) {
+  if (n < 1 || n > INT32_MAX) {
+    throw std::invalid_argument("num_threads must be at least 1 and fit 32 bits, got " +
+                                std::to_string(n));
+  }
+  set_num_threads(int(n));
 }
 #endif
 

@@ -30,8 +30,9 @@ bool has_elements(const TensorView& t) {
 bool sizes_are_sane(const TensorView& t) {
   int64_t elements = 1;
   for (int i = 0; i < t.ndim; ++i) {
-    if (t.shape[i] < 0 || t.shape[i] > kMaxElements / elements) return false;
-    if (t.shape[i] > 0) elements *= t.shape[i];
+    const int64_t size = t.shape[i] == 0 ? 1 : t.shape[i];
+    if (size < 0 || __builtin_mul_overflow(elements, size, &elements)) return false;
+    if (elements > kMaxElements) return false;
   }
   return true;
 }
@@ -139,8 +140,10 @@ void Check::tensor(const char* name, const TensorView& t, std::initializer_list<
                      ", got " + describe(t) + "; cast it with .astype");
   }
   if (t.ndim != int(axes.size())) fail_shape(name, t, dtype_wanted, axes);
-  require(sizes_are_sane(t), std::string(name) + " " + describe(t) +
-                                 " has a size below 0, or more than 2^48 elements");
+  if (!sizes_are_sane(t)) {  // messages are made where they are needed: it takes as long as an op
+    require(false, std::string(name) + " " + describe(t) +
+                       " has a size below 0, or more than 2^48 elements");
+  }
   int i = 0;
   for (const Axis* axis : axes) {
     if (axis->size >= 0 && axis->size != t.shape[i]) fail_shape(name, t, dtype_wanted, axes);
@@ -148,9 +151,11 @@ void Check::tensor(const char* name, const TensorView& t, std::initializer_list<
   }
   i = 0;
   for (Axis* axis : axes) axis->size = t.shape[i++];
-  require(is_aligned(t), std::string(name) + " " + describe(t) + " must lie at a multiple of " +
-                             std::to_string(item_size(t.dtype)) +
-                             " bytes in memory; copy it with .copy()");
+  if (!is_aligned(t)) {
+    require(false, std::string(name) + " " + describe(t) + " must lie at a multiple of " +
+                       std::to_string(item_size(t.dtype)) +
+                       " bytes in memory; copy it with .copy()");
+  }
   if (is_contiguous(t, rows_apart)) return;
   throw std::invalid_argument(std::string(op_) + ": " + name + " " + describe(t) +
                               " must be contiguous" + (rows_apart ? " within its rows" : "") +

@@ -123,9 +123,9 @@ def test_a_bad_folder_of_ascend_libraries_is_refused(monkeypatch, tmp_path):
         ops.available("ascend")
 
 
-@pytest.mark.parametrize("count", [0, -1])
+@pytest.mark.parametrize("count", [0, -1, 2**31, -(2**40)])
 def test_no_threads_are_refused(count):
-    with pytest.raises(ValueError, match=f"num_threads must be at least 1, got {count}"):
+    with pytest.raises(ValueError, match=f"num_threads must be at least 1 .*, got {count}"):
         ops.set_num_threads(count)
 
 
