@@ -287,7 +287,8 @@ void choose_isa(const std::string& name) {
 
 void choose_num_threads(int64_t n) {
   if (n < 1 || n > INT32_MAX) {
-    throw std::invalid_argument("num_threads must be at least 1 and fit 32 bits, got " +
+    throw std::invalid_argument(std::string("num_threads must be at ") +
+                                (n < 1 ? "least 1" : "most 2147483647") + ", got " +
                                 std::to_string(n));
   }
   set_num_threads(int(n));
