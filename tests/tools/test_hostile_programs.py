@@ -1,0 +1,112 @@
+"""Hostile programs: no pass, no process, no file and little memory is gained by any of them."""
+
+import os
+import tempfile
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from helpers.hostile_programs import FORGED, GREEDY, LINGERING, MARK, MURDEROUS
+
+from codellama_rt.tools.evaluation import execution
+from codellama_rt.tools.evaluation.execution import FAILED, PASSED, TIMED_OUT, run_program
+
+TIMEOUT_S = 1.0
+MODES = ("as found", "no namespaces", "no namespaces, same user")
+
+
+@pytest.fixture(params=MODES)
+def mode(request, monkeypatch, tmp_path):
+    """Take away, step by step, what the system gives for the separation of programs."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if os.geteuid() == 0:  # a program's own user must reach its folder
+        for parent in (tmp_path, *tmp_path.parents[:3]):
+            parent.chmod(0o711)
+    if request.param != MODES[0]:
+        monkeypatch.setattr(execution, "_prefix", tuple)
+    if request.param == MODES[2]:
+        monkeypatch.setattr(execution, "_users", lambda: None)
+    return request.param
+
+
+def ours():
+    """Return the processes of programs and their supervisors."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"supervisor.py" in words or MARK.encode() in words:
+            found.add(folder.name)
+    return found
+
+
+class PeakOfMemory:
+    """Growth of this process's resident memory while the block runs, in bytes."""
+
+    def __enter__(self):
+        self.first = self.peak = self._now()
+        self.over = threading.Event()
+        self.watch = threading.Thread(target=self._follow)
+        self.watch.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.watch.join()
+        self.growth = self.peak - self.first
+
+    def _follow(self):
+        while not self.over.wait(0.01):
+            self.peak = max(self.peak, self._now())
+
+    @staticmethod
+    def _now():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def judged(program, folder):
+    """Run a program and check that it is gone without a trace in time."""
+    before, shared = ours(), set(os.listdir("/dev/shm"))
+    began = time.monotonic()
+    with PeakOfMemory() as memory:
+        verdict = run_program(textwrap.dedent(program), timeout_s=TIMEOUT_S)
+    assert time.monotonic() - began < TIMEOUT_S + 4  # most take less than a second more
+    assert memory.growth < 2**26
+    assert ours() <= before
+    assert list(folder.iterdir()) == []
+    assert {name for name in set(os.listdir("/dev/shm")) - shared if "program-" in name} == set()
+    return verdict
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_limits_hold(mode, name, tmp_path):
+    assert judged(GREEDY[name], tmp_path).result in (FAILED, TIMED_OUT)
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_pass_is_not_forged(mode, name, tmp_path):
+    assert judged(FORGED[name], tmp_path).result == FAILED
+
+
+@pytest.mark.parametrize("name", MURDEROUS)
+def test_others_live(mode, name, tmp_path):
+    if mode == MODES[2] and not signals_are_confined():
+        pytest.skip("this system would let the program kill this test")
+    verdict = judged(MURDEROUS[name], tmp_path)
+    assert verdict.result in (FAILED, TIMED_OUT)
+    assert "supervisor" not in verdict.reason
+
+
+def signals_are_confined():
+    import ctypes
+
+    return ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) >= 6  # Landlock's version
+
+
+@pytest.mark.parametrize("name", LINGERING)
+def test_nothing_goes_on(mode, name, tmp_path):
+    assert judged(LINGERING[name], tmp_path).result == PASSED
