@@ -75,6 +75,19 @@ GREEDY = {
         for i in itertools.count():
             open(str(i), "wb").write(bytes(2**24))
     """,
+    "removed_files": """
+        import os
+        held = []
+        while True:
+            held.append(open("file", "wb", 0))
+            held[-1].write(bytes(2**24))
+            os.remove("file")
+    """,
+    "files_of_memory": """
+        import os
+        while True:
+            os.write(os.memfd_create("file"), bytes(2**24))
+    """,
     "many_empty_files": """
         import itertools
         for i in itertools.count():
@@ -246,8 +259,29 @@ FORGED = {
     "prlimit_of_the_parent": """
         import os, resource
         parent = int(open("/proc/self/stat").read().split(")")[-1].split()[1])
+        if os.fork() == 0:
+            os.setsid()
+            while True: pass
         resource.prlimit(parent, resource.RLIMIT_CPU, (0, 0))
         raise ValueError
+    """,
+    "links_out_of_the_folder": """
+        import os, pathlib
+        os.symlink("/dev/shm", "outside")
+        os.symlink(pathlib.Path.home().parent, "above")
+        os.symlink("/", "root")
+        os.chmod(".", 0o500)
+        raise ValueError
+    """,
+    "capabilities_by_exec": """
+        import subprocess, sys
+        code = "import ctypes; print(ctypes.CDLL(None).unshare(0x00020000))"
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        assert out.strip() == "0"
+    """,
+    "segment_that_outlives": """
+        import ctypes
+        assert ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0
     """,
 }
 
@@ -310,6 +344,12 @@ LINGERING = {
         import atexit, os, sys
         atexit.register(os.abort)
         sys.excepthook = sys.unraisablehook = lambda *_: os.abort()
+    """,
+    "ended_child": """
+        import subprocess
+        child = subprocess.Popen(["sleep", "1000"])
+        child.kill()
+        assert child.wait() == -9
     """,
     "input": "import sys\nassert sys.stdin.read() == ''",
 }

@@ -22,8 +22,10 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 from codellama_rt.tools.evaluation import supervisor
+from codellama_rt.tools.evaluation.confinement import Settings
 
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 _RESULTS = {
@@ -33,6 +35,13 @@ _NAMESPACES = ("unshare", "--net", "--pid", "--ipc", "--fork", "--kill-child")
 _OWN_USER = ("--user", "--map-root-user")
 # User ids that no account has, in a system that maps all and in one that maps 65,536 of them.
 _USER_RANGES = (range(2_000_000_000, 2_000_000_000 + 2**20), range(20_000, 60_000))
+_START = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from codellama_rt.tools.evaluation.supervisor import main
+del sys.path[0]
+main(sys.argv[2])
+"""
 _GRACE_S = 5.0  # for the supervisor to start and to end
 
 
@@ -60,15 +69,15 @@ def run_program(source: str, *, timeout_s: float = 10.0, memory_bytes: int = 2**
     """
     folder = tempfile.mkdtemp(prefix="program-")
     users = _users()
-    settings = supervisor.Settings(
+    settings = Settings(
         timeout_s=timeout_s,
         memory_bytes=memory_bytes,
         folder=folder,
         user=None if users is None else users.start + secrets.randbelow(len(users)),
         namespace=is_isolated(),
     )
-    command = [*_prefix(), sys.executable, "-I", supervisor.__file__]
-    command.append(json.dumps(settings._asdict()))
+    arguments = [str(Path(__file__).parents[3]), json.dumps(settings._asdict())]
+    command = [*_prefix(), sys.executable, "-I", "-c", _START, *arguments]
     try:
         return _supervise(command, source, folder, timeout_s + _GRACE_S)
     finally:
@@ -96,11 +105,11 @@ def _supervise(command: list[str], source: str, folder: str, timeout_s: float) -
         return Verdict(TIMED_OUT)
     finally:
         _end(process)
-    if status == 1:
-        raise RuntimeError(f"the program's supervisor failed: {reason}")
-    if status not in _RESULTS:
-        return Verdict(FAILED, "the program's supervisor was ended")
-    return Verdict(_RESULTS[status], reason)
+    if status in _RESULTS:
+        return Verdict(_RESULTS[status], reason)
+    if status < 0 or status > 128:
+        return Verdict(FAILED, "the program's supervisor was ended by a signal")
+    raise RuntimeError(f"the program's supervisor failed: {reason}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

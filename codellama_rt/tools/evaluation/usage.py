@@ -1,0 +1,84 @@
+"""What the processes below this one use together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+
+MAX_TASKS = 64  # processes and threads of a program
+MAX_FILES = 1000  # in its folder
+MAX_FOLDER_BYTES = 2**26  # with files that have been removed, but are open
+_TOO_MANY_TASKS = f"more than {MAX_TASKS} processes and threads"
+
+
+def find_excess(folder: str, memory_bytes: int) -> str:
+    """Return which limit all processes of the program together have passed, or an empty string."""
+    tasks = memory = 0
+    pids = list(descendants())
+    if len(pids) > MAX_TASKS:
+        return _TOO_MANY_TASKS
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended
+            tasks += len(os.listdir(f"/proc/{pid}/task"))
+            memory += _resident_bytes(pid)
+    if tasks > MAX_TASKS:
+        return _TOO_MANY_TASKS
+    if memory > memory_bytes:
+        return f"more than {memory_bytes} bytes of memory"
+    return _folder_excess(folder, _unlinked_bytes(pids))
+
+
+def descendants() -> Iterator[int]:
+    """Yield the processes below this one, each as soon as it is found, numbered as in /proc."""
+    pending = ["self"]
+    while pending:
+        folder = f"/proc/{pending.pop()}/task"
+        with contextlib.suppress(OSError):  # it has ended
+            for task in os.listdir(folder):
+                with open(f"{folder}/{task}/children", "rb") as file:
+                    children = file.read().decode().split()
+                yield from map(int, children)
+                pending += children
+
+
+def _resident_bytes(pid: int) -> int:
+    """Return the memory of a process without the files it maps."""
+    with open(f"/proc/{pid}/status", "rb") as file:
+        fields = (line.split() for line in file)
+        return sum(int(f[1]) * 1024 for f in fields if f[0] in (b"RssAnon:", b"RssShmem:"))
+
+
+def _unlinked_bytes(pids: Iterable[int]) -> int:
+    """Return the size of open files that no folder holds any more, or never did."""
+    sizes = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended, or must not be looked at
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                its = os.stat(f"/proc/{pid}/fd/{name}")
+                if stat.S_ISREG(its.st_mode) and its.st_nlink == 0:
+                    sizes[its.st_dev, its.st_ino] = its.st_blocks * 512
+    return sum(sizes.values())
+
+
+def _folder_excess(folder: str, size: int) -> str:
+    """Return whether the folder's files, added to `size` bytes, are too many or too large."""
+    count = 0
+    pending = [folder]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    count += 1
+                    with contextlib.suppress(FileNotFoundError):
+                        size += entry.stat(follow_symlinks=False).st_blocks * 512
+                        if entry.is_dir(follow_symlinks=False):
+                            pending.append(entry.path)
+                    if count > MAX_FILES or size > MAX_FOLDER_BYTES:
+                        return f"more than {MAX_FILES} files or {MAX_FOLDER_BYTES} bytes in files"
+        except FileNotFoundError:  # the program has removed it
+            continue
+        except OSError as error:
+            return f"a folder that cannot be read: {error.strerror}"
+    return ""
