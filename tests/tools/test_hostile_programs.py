@@ -115,7 +115,7 @@ def test_nothing_goes_on(mode, name, tmp_path):
     assert judged(LINGERING[name], tmp_path).result == PASSED
 
 
-def test_programs_end_with_the_evaluator(mode):
+def test_programs_end_with_the_evaluator(mode, tmp_path):
     """Even when it is killed."""
     before = ours()
     lines = "import sys\nfrom codellama_rt.tools.evaluation import execution\n"
@@ -125,7 +125,9 @@ def test_programs_end_with_the_evaluator(mode):
         lines += "execution._users = lambda: None\n"
     program = "import os\nos.fork()\nos.setsid()\nwhile True: pass"
     lines += f"execution.run_program({program!r}, timeout_s=60)"
-    evaluator = subprocess.Popen([sys.executable, "-c", lines])
+    evaluator = subprocess.Popen(
+        [sys.executable, "-c", lines], env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
     while not ours() - before and evaluator.poll() is None:
         time.sleep(0.01)
     evaluator.kill()
@@ -134,6 +136,7 @@ def test_programs_end_with_the_evaluator(mode):
     while ours() - before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert ours() <= before
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_supervised_is_an_error(monkeypatch):

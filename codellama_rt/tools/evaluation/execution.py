@@ -16,7 +16,6 @@ import functools
 import json
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -81,7 +80,7 @@ def run_program(source: str, *, timeout_s: float = 10.0, memory_bytes: int = 2**
     try:
         return _supervise(command, source, folder, timeout_s + _GRACE_S)
     finally:
-        _remove(folder)
+        supervisor.remove(folder)  # should it have been killed
 
 
 def _supervise(command: list[str], source: str, folder: str, timeout_s: float) -> Verdict:
@@ -121,17 +120,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _remove(folder: str) -> None:
-    """Remove what a program has left, whatever its depth and permissions; follow no link."""
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass
-    except (OSError, RecursionError):
-        subprocess.run(["chmod", "-R", "u+rwx", "--", folder], capture_output=True, check=False)
-        subprocess.run(["rm", "-rf", "--", folder], capture_output=True, check=False)
 
 
 def is_isolated() -> bool:

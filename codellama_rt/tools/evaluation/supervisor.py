@@ -19,8 +19,10 @@ import json
 import os
 import secrets
 import select
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from typing import NoReturn
@@ -55,6 +57,7 @@ def main(options: str) -> None:
         status, reason = supervise(child, ours, settings)
     finally:
         kill_descendants(settings)
+        remove(settings.folder)
     with contextlib.suppress(BrokenPipeError):
         os.write(1, reason.encode(errors="replace"))
     os._exit(status)
@@ -153,6 +156,17 @@ def _strike(settings: Settings) -> None:
         for pid in descendants():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def remove(folder: str) -> None:
+    """Remove what a program has left, whatever its depth and permissions; follow no link."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except (OSError, RecursionError):
+        subprocess.run(["chmod", "-R", "u+rwx", "--", folder], capture_output=True, check=False)
+        subprocess.run(["rm", "-rf", "--", folder], capture_output=True, check=False)
 
 
 def run(source: str, channel: int, settings: Settings) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -62,23 +63,22 @@ def _unlinked_bytes(pids: Iterable[int]) -> int:
     return sum(sizes.values())
 
 
-def _folder_excess(folder: str, size: int) -> str:
-    """Return whether the folder's files, added to `size` bytes, are too many or too large."""
-    count = 0
-    pending = [folder]
-    while pending:
+def _folder_excess(folder: str, unlinked: int) -> str:
+    """Return whether files in and outside the folder are too many or too large."""
+    count, size, pending = 0, unlinked, [folder]
+    while pending and count <= MAX_FILES and size <= MAX_FOLDER_BYTES:
         try:
             with os.scandir(pending.pop()) as entries:
-                for entry in entries:
+                for entry in itertools.islice(entries, MAX_FILES + 1):
                     count += 1
                     with contextlib.suppress(FileNotFoundError):
                         size += entry.stat(follow_symlinks=False).st_blocks * 512
                         if entry.is_dir(follow_symlinks=False):
                             pending.append(entry.path)
-                    if count > MAX_FILES or size > MAX_FOLDER_BYTES:
-                        return f"more than {MAX_FILES} files or {MAX_FOLDER_BYTES} bytes in files"
         except FileNotFoundError:  # the program has removed it
             continue
         except OSError as error:
             return f"a folder that cannot be read: {error.strerror}"
+    if count > MAX_FILES or size > MAX_FOLDER_BYTES:
+        return f"more than {MAX_FILES} files or {MAX_FOLDER_BYTES} bytes in files"
     return ""
