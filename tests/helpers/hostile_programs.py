@@ -216,6 +216,82 @@ FORGED = {
                     pass
         os._exit(0)
     """,
+    "answer_of_the_protocol": """
+        import os
+        for descriptor in range(3, 64):
+            try:
+                os.write(descriptor, b"done")
+                os.write(descriptor, os.read(descriptor, 64))
+            except OSError:
+                pass
+        os._exit(0)
+    """,
+    "answer_of_another_thread": """
+        import os, threading, time
+        def answer():
+            for descriptor in range(3, 64):
+                try:
+                    os.write(descriptor, b"done")
+                    os.write(descriptor, os.read(descriptor, 64))
+                except OSError:
+                    pass
+            os._exit(0)
+        threading.Thread(target=answer).start()
+        time.sleep(1000)
+    """,
+    "answer_of_another_thread_after_a_failure": """
+        import os, threading, time
+        def answer():
+            for descriptor in range(3, 64):
+                try:
+                    os.write(descriptor, b"done")
+                    os.write(descriptor, os.read(descriptor, 64))
+                except OSError:
+                    pass
+        threading.Thread(target=answer).start()
+        time.sleep(0.1)
+        raise ValueError
+    """,
+    "answer_of_a_child": """
+        import os
+        if os.fork():
+            os.wait()
+        for descriptor in range(3, 64):
+            try:
+                os.write(descriptor, b"done")
+                os.write(descriptor, os.read(descriptor, 64))
+            except OSError:
+                pass
+        os._exit(0)
+    """,
+    "answer_of_an_exception": """
+        import os
+        class Answer(Exception):
+            def __str__(self):
+                for descriptor in range(3, 64):
+                    try:
+                        os.write(descriptor, b"done")
+                        os.write(descriptor, os.read(descriptor, 64))
+                    except OSError:
+                        pass
+                os._exit(0)
+        raise Answer
+    """,
+    "jump_to_the_end": """
+        import sys
+        frame = sys._getframe(1)
+        lines = sorted({line for *_, line in frame.f_code.co_lines() if line})
+        def trace(frame, event, argument):
+            for line in reversed(lines):
+                try:
+                    frame.f_lineno = line
+                except ValueError:
+                    pass
+            return trace
+        frame.f_trace = trace
+        sys.settrace(trace)
+        raise ValueError
+    """,
     "replaced_builtins": """
         import builtins, os, sys
         def nothing(*args, **kwargs): return 0
@@ -322,6 +398,17 @@ LINGERING = {
         import threading, time
         for _ in range(8):
             threading.Thread(target=time.sleep, args=(1000,)).start()
+    """,
+    "threads_that_compute": """
+        import threading
+        def compute():
+            while True: pass
+        for _ in range(4):
+            threading.Thread(target=compute).start()
+    """,
+    "deep_call_before": """
+        def f(n): return sorted([n], key=lambda n: n and f(n - 1) or 0)
+        f(100)
     """,
     "removed_folder": """
         import os, shutil

@@ -98,12 +98,15 @@ def test_limits_hold(mode, name, tmp_path):
 
 @pytest.mark.parametrize("name", FORGED)
 def test_a_pass_is_not_forged(mode, name, tmp_path):
-    assert judged(FORGED[name], tmp_path).result == FAILED
+    if name.startswith("answer") and not Path("/proc/self/syscall").exists():
+        pytest.skip("this system does not tell where a process waits")
+    assert judged(FORGED[name], tmp_path).result in (FAILED, TIMED_OUT)
 
 
 @pytest.mark.parametrize("name", MURDEROUS)
 def test_others_live(mode, name, tmp_path):
-    if mode == MODES[2] and landlock_version() < 6:
+    alone = execution._prefix() or execution._users()
+    if not alone and landlock_version() < 6:
         pytest.skip("this system would let the program kill this test")
     verdict = judged(MURDEROUS[name], tmp_path)
     assert verdict.result in (FAILED, TIMED_OUT)

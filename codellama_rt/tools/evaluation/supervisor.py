@@ -4,15 +4,19 @@ The main module of a process that `execution` starts. It reads the program from 
 reason of a failure to stdout and tells the verdict by its exit status, so that nothing the program
 writes anywhere is taken for one.
 
-A pass is agreed on after the program's last line: the child says that it is done, then gets a
-number drawn at that moment, and returns it. Until then there is no secret in the child's memory,
-arguments, environment or files, and an unexpected message is a failure. What remains is a program
-written against this very protocol, or one that changes the interpreter's memory with native code:
-the tests and the program share one interpreter.
+A pass is agreed on after the program's last line: the child says that it is done and waits for a
+number drawn at that moment, which it returns. Until then there is no secret in the child's memory,
+arguments, environment or files, and an unexpected message is a failure. The number is only sent
+while the child's first thread waits at the depth of the stack where it waited before the program
+began; code of the program, called from there, is always deeper. What remains is a program that
+changes the interpreter itself, with native code or, from Python 3.13 on, through the local
+variables of the frames below its own, or that makes its tests meaningless: the tests and the
+program share one interpreter.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import json
@@ -25,14 +29,15 @@ import socket
 import subprocess
 import sys
 import time
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from codellama_rt.tools.evaluation.confinement import Settings, enter_limits
-from codellama_rt.tools.evaluation.usage import descendants, find_excess
+from codellama_rt.tools.evaluation.usage import descendants, find_excess, place
 
 PASSED, FAILED, TIMED_OUT = 10, 11, 12  # exit statuses
 MAX_REASON_BYTES = 500
 _TICK_S = 0.02  # between two looks at what the program uses
+_SHORT_TICK_S = 0.001  # while it is about to wait
 _READY, _DONE, _FAILED = b"ready", b"done", b"failed"  # what a child says
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -53,8 +58,8 @@ def main(options: str) -> None:
         run(source, theirs.detach(), settings)
     theirs.close()
     try:
-        await_start(ours)
-        status, reason = supervise(child, ours, settings)
+        end = await_start(ours, settings)
+        status, reason = supervise(child, ours, settings, end)
     finally:
         kill_descendants(settings)
         remove(settings.folder)
@@ -63,8 +68,19 @@ def main(options: str) -> None:
     os._exit(status)
 
 
-def await_start(channel: socket.socket) -> None:
-    """Wait until the child is within its limits.
+class End(NamedTuple):
+    """Where a program's process waits before and after the program."""
+
+    pid: int  # as in /proc
+    place: tuple[bytes, ...]  # empty: unknown
+
+    def is_reached(self, settings: Settings) -> bool:
+        """Return whether the process waits there now."""
+        return not self.place or place(self.pid, settings.user) == self.place
+
+
+def await_start(channel: socket.socket, settings: Settings) -> End:
+    """Wait until the child is within its limits, and let it begin.
 
     Raises:
         RuntimeError: it cannot enter them.
@@ -72,9 +88,14 @@ def await_start(channel: socket.socket) -> None:
     message = channel.recv(MAX_REASON_BYTES)
     if message != _READY:
         raise RuntimeError(message.decode(errors="replace") or "the child has ended")
+    pid = next(descendants())
+    while (waits := place(pid, settings.user)) is None:
+        time.sleep(_SHORT_TICK_S)
+    channel.send(_READY)
+    return End(pid, waits)
 
 
-def supervise(child: int, channel: socket.socket, settings: Settings) -> tuple[int, str]:
+def supervise(child: int, channel: socket.socket, settings: Settings, end: End) -> tuple[int, str]:
     """Follow a program until it has ended or reached a limit.
 
     Returns:
@@ -84,24 +105,27 @@ def supervise(child: int, channel: socket.socket, settings: Settings) -> tuple[i
     poller = select.poll()
     poller.register(channel, select.POLLIN)
     poller.register(1, 0)  # an error: the evaluator has gone
-    secret = None
+    done, secret = False, None
     while (left := deadline - time.monotonic()) > 0:
         exited = child in _reap()  # what it wrote before can be read by now
-        events = dict(poller.poll(0 if exited else min(left, _TICK_S) * 1000))
+        tick = _SHORT_TICK_S if done and secret is None else _TICK_S
+        events = dict(poller.poll(0 if exited else min(left, tick) * 1000))
         if 1 in events:
             return FAILED, "the evaluator has ended"
         if channel.fileno() in events:
             message = channel.recv(len(_FAILED) + MAX_REASON_BYTES + 1)
             if secret is not None:
                 return (PASSED, "") if message == secret else (FAILED, "a pass was forged")
-            if message != _DONE:
+            if done or message != _DONE:
                 return FAILED, _reason(message)
+            done = True
+        elif exited:
+            return FAILED, "the process was ended by a limit, or by itself"
+        if done and secret is None and end.is_reached(settings):
             secret = secrets.token_bytes(32)
             with contextlib.suppress(OSError):  # the child has gone
                 channel.send(secret)
-        elif exited:
-            return FAILED, "the process was ended by a limit, or by itself"
-        if excess := find_excess(settings.folder, settings.memory_bytes):
+        if excess := find_excess(settings.folder, settings.memory_bytes, settings.user):
             return FAILED, excess
     return TIMED_OUT, ""
 
@@ -176,9 +200,13 @@ def run(source: str, channel: int, settings: Settings) -> NoReturn:
     except (OSError, ValueError) as error:
         os.write(channel, str(error).encode(errors="replace")[:MAX_REASON_BYTES])
         os._exit(1)
-    os.write(channel, _READY)
+    sys.addaudithook(_refuse_tracing)
     # The program may replace what modules and builtins hold.
     pid, getpid, read, write, leave = os.getpid(), os.getpid, os.read, os.write, os._exit
+    # The C library's read differs once a process has had a second thread, and must not.
+    _thread.start_new_thread(getpid, ())
+    write(channel, _READY)
+    read(channel, 64)
     try:
         exec(compile(source, "<program>", "exec"), {"__name__": "__main__"})
         if getpid() == pid:
@@ -192,3 +220,9 @@ def run(source: str, channel: int, settings: Settings) -> NoReturn:
         write(channel, (_FAILED + text.encode(errors="replace"))[:MAX_REASON_BYTES])
     finally:
         leave(0)
+
+
+def _refuse_tracing(event: str, arguments: tuple[Any, ...]) -> None:
+    """Refuse a trace function, which could move the frames of this module to their ends."""
+    if event == "sys.settrace":
+        raise RuntimeError("programs cannot trace")
