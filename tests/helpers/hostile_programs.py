@@ -277,6 +277,22 @@ FORGED = {
                 os._exit(0)
         raise Answer
     """,
+    "answer_of_a_builtin": """
+        import builtins, os, sys
+        def answer(*arguments):
+            for descriptor in range(3, 64):
+                try:
+                    os.write(descriptor, b"done")
+                    os.write(descriptor, os.read(descriptor, 64))
+                except OSError:
+                    pass
+            os._exit(0)
+        frame = sys._getframe(1)
+        for name in ("type", "kind", "getpid", "read", "write", "leave", "str", "compile"):
+            frame.f_globals[name] = answer
+        builtins.type = answer
+        raise ValueError
+    """,
     "jump_to_the_end": """
         import sys
         frame = sys._getframe(1)

@@ -81,7 +81,7 @@ def enter_limits(channel: int, settings: Settings) -> None:
     _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _LIBC.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # its folder in /proc is its own again
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    _confine_to(settings.folder)
+    _confine_to(".")  # its path may be hidden from the user
     if os.uname().machine in _CALLS:
         _restrict(_CALLS[os.uname().machine])
 

@@ -201,8 +201,10 @@ def run(source: str, channel: int, settings: Settings) -> NoReturn:
         os.write(channel, str(error).encode(errors="replace")[:MAX_REASON_BYTES])
         os._exit(1)
     sys.addaudithook(_refuse_tracing)
-    # The program may replace what modules and builtins hold.
+    # The program may replace what modules and builtins hold; what it puts there must not be called
+    # from here, at the depth of the end.
     pid, getpid, read, write, leave = os.getpid(), os.getpid, os.read, os.write, os._exit
+    kind = type
     # The C library's read differs once a process has had a second thread, and must not.
     _thread.start_new_thread(getpid, ())
     write(channel, _READY)
@@ -214,7 +216,7 @@ def run(source: str, channel: int, settings: Settings) -> NoReturn:
             write(channel, read(channel, 64))
     except BaseException as error:
         try:
-            text = f"{type(error).__name__}: {error}"
+            text = f"{kind(error).__name__}: {error}"
         except BaseException:  # its __str__ is the program's
             text = "an exception without text"
         write(channel, (_FAILED + text.encode(errors="replace"))[:MAX_REASON_BYTES])
