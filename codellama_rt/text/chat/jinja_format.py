@@ -9,12 +9,14 @@ text are the template's, and the separators are removed from the rest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from codellama_rt.text.chat.messages import Message
 from codellama_rt.text.chat.sandbox import ChatTemplateError, render_template
 
-_PRIVATE_USE = range(0xE000, 0xF900)  # characters without an assigned meaning
+# Characters without an assigned meaning, in Unicode's three areas for private use.
+_PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 
 class JinjaFormat:
@@ -101,7 +103,13 @@ def render_messages(
 
 def _separator(texts: Iterator[str]) -> str:
     used = set().union(*texts)
-    return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+    for code in chain(*_PRIVATE_USE):
+        if chr(code) not in used:
+            return chr(code)
+    raise ValueError(
+        "messages contain every private-use character; one must be free, to keep "
+        "names of control tokens in messages apart from the template's"
+    )
 
 
 def _set_apart(content: str, names: Sequence[str], separator: str) -> str:
