@@ -339,11 +339,9 @@ class OfNoNames:
         return parts
 
 
-def test_a_message_of_all_private_characters_leaves_one_to_separate():
+def test_a_message_must_leave_a_private_character_to_separate():
     style = JinjaFormat("{{ messages[0].content }}")
-    areas = [range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)]
-    text = "".join(map(chr, areas[0]))
-    assert style.encode(OfNoNames(), [Message("user", text)]) == [text]
-    text = "".join(map(chr, itertools.chain(*areas)))
+    text = "".join(map(chr, range(0xE000, 0xF900)))
+    assert style.encode(OfNoNames(), [Message("user", text[:-1])]) == [text[:-1]]
     with pytest.raises(ValueError, match="every private-use character"):
         style.encode(OfNoNames(), [Message("user", text)])

@@ -9,14 +9,12 @@ text are the template's, and the separators are removed from the rest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 from codellama_rt.text.chat.messages import Message
 from codellama_rt.text.chat.sandbox import ChatTemplateError, render_template
 
-# Characters without an assigned meaning, in Unicode's three areas for private use.
-_PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+_PRIVATE_USE = range(0xE000, 0xF900)  # characters without an assigned meaning
 
 
 class JinjaFormat:
@@ -103,12 +101,12 @@ def render_messages(
 
 def _separator(texts: Iterator[str]) -> str:
     used = set().union(*texts)
-    for code in chain(*_PRIVATE_USE):
+    for code in _PRIVATE_USE:
         if chr(code) not in used:
             return chr(code)
     raise ValueError(
-        "messages contain every private-use character; one must be free, to keep "
-        "names of control tokens in messages apart from the template's"
+        "messages contain every private-use character from U+E000 to U+F8FF; one must be free, to "
+        "tell names of control tokens in messages from the template's"
     )
 
 
