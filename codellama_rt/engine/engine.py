@@ -6,7 +6,7 @@ its seed; other requests and the order of calls do not change it.
 
 import secrets
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -57,6 +57,7 @@ class Engine:
         max_model_len: int,
         prefix_caching: bool = True,
         generation_config: Mapping | None = None,
+        check_files: Callable[[], None] | None = None,
     ) -> None:
         """Start with nothing queued and an empty prefix cache.
 
@@ -69,11 +70,13 @@ class Engine:
             max_model_len: tokens of prompt and output together.
             prefix_caching: whether equal prefixes are computed once.
             generation_config: its "eos_token_id" replaces the model's.
+            check_files: called before each request; raises if a file with weights has changed.
         """
         if max_model_len < 2:
             raise ValueError(f"max_model_len must be >= 2 (one in, one out), got {max_model_len}")
         self.model, self.kv_cache, self.tokenizer = model, kv_cache, tokenizer
         self.max_model_len = max_model_len
+        self.check_files = check_files or (lambda: None)
         self.eos_token_ids = _eos_token_ids(model.config, generation_config or {})
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
         self.scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens)
@@ -107,7 +110,7 @@ class Engine:
         Raises:
             ValueError: an id in use, a token outside the vocabulary, a prompt that can never fit.
             TypeError: a wrong type. In both cases nothing has changed.
-            RuntimeError: the engine is closed.
+            RuntimeError: the engine is closed, or a file with weights has changed.
         """
         self._check_request(request_id, priority)
         params = SamplingParams() if params is None else params
@@ -207,7 +210,13 @@ class Engine:
     def make_sequence(
         self, token_ids: array, order: tuple[int, int, int], adapter: LoraAdapter | None = None
     ) -> Sequence:
-        """Return a prompt as a sequence whose last token's logits are needed."""
+        """Return a prompt as a sequence whose last token's logits are needed.
+
+        Raises:
+            ValueError: an adapter of another model.
+            RuntimeError: a file with weights has changed.
+        """
+        self.check_files()
         salt = self._cache_salt(prompt_len := len(token_ids))
         if adapter is not None:  # its keys and values differ from those of the plain model
             check_adapter(adapter, self.model)

@@ -219,13 +219,16 @@ class LlamaForCausalLM:
         Raises:
             ValueError: the weights are quantised, or config.json cannot express the RoPE scaling.
             OSError: a file cannot be written.
+            CheckpointError: a file of the model has been written or cut since it was opened.
         """
+        self.llm.engine.check_files()
         write_directory(
             Path(save_directory),
             self.config,
             self.llm.model.weights,
             max_shard_bytes=parse_bytes(max_shard_size),
         )
+        self.llm.engine.check_files()
         self.generation_config.save_pretrained(save_directory)
         if self.llm.tokenizer is not None:
             save_tokenizer(self.llm.tokenizer, Path(save_directory), self.llm.chat_template)

@@ -147,6 +147,7 @@ class LLM:
         if adapter is not None:
             weights = merged(weights, load_adapter(adapter, self.config))
         self.model, self.kv_cache = place(plan, self.config, weights)
+        checkpoint.files.check()  # the device may have copied what was just being written
         self.engine = Engine(
             self.model,
             self.kv_cache,
@@ -156,6 +157,7 @@ class LLM:
             max_model_len=self.max_model_len,
             prefix_caching=prefix_caching,
             generation_config=self.generation_config,
+            check_files=checkpoint.files.check,
         )
         self.jobs = Jobs(self.engine)  # whoever steps this engine takes its outputs from here
 
@@ -179,6 +181,7 @@ class LLM:
 
         Raises:
             ValueError, TypeError: a prompt or parameter that cannot be; nothing was computed then.
+            CheckpointError: a file of the model has been written or cut since it was opened.
         """
         prompts, _ = as_prompts(prompts)
         if not isinstance(params, (list, tuple)):
@@ -311,7 +314,9 @@ class LLM:
 
         Raises:
             ValueError: no token, or one outside the vocabulary.
+            CheckpointError: as `generate`.
         """
+        self.engine.check_files()
         return sequence_logits(
             self.model,
             token_ids,
