@@ -29,7 +29,9 @@ from codellama_rt.text.tokenizer import has_tokenizer, load_tokenizer
 
 
 class LLM:
-    """A model to generate with.
+    """A model to generate with, from any thread.
+
+    Calls of several threads are computed together, each with the result that it has alone.
 
     Example:
         >>> with LLM("smollm2-135m-instruct") as llm:  # doctest: +SKIP
@@ -157,7 +159,7 @@ class LLM:
             prefix_caching=prefix_caching,
             generation_config=self.generation_config,
         )
-        self.jobs = Jobs(self.engine)  # whoever steps this engine takes its outputs from here
+        self.jobs = Jobs(self.engine)
 
     def generate(
         self,
@@ -311,7 +313,9 @@ class LLM:
 
         Raises:
             ValueError: no token, or one outside the vocabulary.
+            RuntimeError: the LLM is closed.
         """
+        self.engine.check_open()
         return sequence_logits(
             self.model,
             token_ids,
@@ -319,6 +323,7 @@ class LLM:
             kv_dtype=self.kv_cache.dtype,
             chunk_size=self.engine.scheduler.max_num_batched_tokens,
             adapter=adapter,
+            forward=self.engine.forward,
         )
 
     def default_params(self) -> SamplingParams:
@@ -326,7 +331,7 @@ class LLM:
         return default_params(self.generation_config)
 
     def close(self) -> None:
-        """Abort what runs and give the KV cache's memory back."""
+        """Abort what runs, in any thread, and give the KV cache's memory back."""
         self.engine.close()
         self.kv_cache.close()
 

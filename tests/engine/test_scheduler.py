@@ -21,16 +21,17 @@ def add(scheduler, length, arrival, priority=0, first=0):
 
 def run(scheduler):
     """One step: commits every chunk; a sequence that is computed gets token 0."""
-    schedule = scheduler.schedule()
-    for chunk in schedule.chunks:
+    chunks = scheduler.schedule()
+    scheduler.blocks.copied()
+    for chunk in chunks:
         scheduler.commit(chunk)
         if chunk.samples:
             chunk.sequence.token_ids.append(0)
-    return schedule
+    return chunks
 
 
-def spans(schedule):
-    return [(chunk.sequence.order[1], chunk.start, chunk.stop) for chunk in schedule.chunks]
+def spans(chunks):
+    return [(chunk.sequence.order[1], chunk.start, chunk.stop) for chunk in chunks]
 
 
 @pytest.mark.parametrize("sizes", [(0, 32), (8, 0)])
@@ -49,7 +50,7 @@ def test_a_long_prompt_is_cut_into_chunks_of_the_budget():
         [(0, 64, 70)],
         [(0, 70, 71)],
     ]
-    assert [s.chunks[0].num_logits for s in steps] == [0, 0, 1, 1]
+    assert [chunks[0].num_logits for chunks in steps] == [0, 0, 1, 1]
 
 
 def test_decodes_go_before_prompts_and_prompts_in_order_of_arrival():
@@ -75,7 +76,7 @@ def test_no_more_sequences_than_allowed_nor_than_tokens():
         for arrival in range(6):
             add(scheduler, 1, arrival)
         for _ in range(3):
-            assert len(run(scheduler).chunks) == expected
+            assert len(run(scheduler)) == expected
 
 
 def test_a_prompt_that_can_never_fit_is_refused():
@@ -103,8 +104,7 @@ def test_the_newest_gives_way_and_is_recomputed_with_what_it_generated():
     young = add(scheduler, 7, 1)
     run(scheduler)  # both have two blocks, tokens 0 to 6
     run(scheduler)  # token 7 fills the last slot
-    schedule = run(scheduler)
-    assert spans(schedule) == [(0, 8, 9)]
+    assert spans(run(scheduler)) == [(0, 8, 9)]
     assert scheduler.num_preemptions == 1
     assert scheduler.waiting == [young]
     assert (young.num_computed, young.num_uncomputed, young.prompt_len) == (0, 9, 7)
@@ -135,7 +135,7 @@ def test_all_finish_when_each_may_take_the_whole_cache():
     for arrival in range(64):
         add(scheduler, 1 + arrival % 16, arrival)
     for _ in range(5000):
-        for chunk in run(scheduler).chunks:
+        for chunk in run(scheduler):
             if len(chunk.sequence.token_ids) == 17:
                 scheduler.remove(chunk.sequence)
     assert not scheduler.running
@@ -171,7 +171,7 @@ def test_preemptions_and_recomputed_tokens_are_bounded():
     for step in range(2000):
         if step % 3 == 0 and (arrival := next(arrivals, None)) is not None:
             add(scheduler, 4 + arrival % 13, arrival, priority=-arrival)
-        for chunk in run(scheduler).chunks:
+        for chunk in run(scheduler):
             computed += chunk.stop - chunk.start
             if len(chunk.sequence.token_ids) == target[chunk.sequence.order[1]]:
                 scheduler.remove(chunk.sequence)
@@ -186,7 +186,7 @@ def test_preemptions_and_recomputed_tokens_are_bounded():
 def test_forks_share_the_prompt_and_copy_its_last_block():
     scheduler = scheduler_of()
     parent = add(scheduler, 6, 0)
-    (chunk,) = scheduler.schedule().chunks
+    (chunk,) = scheduler.schedule()
     scheduler.commit(chunk)
     children = [parent.fork(i) for i in (1, 2)]
     for child in children:
@@ -194,9 +194,8 @@ def test_forks_share_the_prompt_and_copy_its_last_block():
     assert scheduler.blocks.num_free == 62
     for sequence in (parent, *children):
         sequence.token_ids.append(0)
-    schedule = scheduler.schedule()
-    assert spans(schedule) == [(0, 6, 7)] * 3
-    assert len(schedule.block_copies) == 2
+    assert spans(scheduler.schedule()) == [(0, 6, 7)] * 3
+    assert len(scheduler.blocks.copies) == 2
     assert scheduler.blocks.num_free == 60
 
 
