@@ -7,6 +7,9 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import NamedTuple
 from weakref import WeakSet
 
 
@@ -34,16 +37,18 @@ class Owner:
         """Start free; `recover` makes good what an exception left half done."""
         self._recover = recover
         self._is_torn = False
-        self._release()
+        self._forget_threads()
         _owners.add(self)
 
     def is_free(self) -> bool:
         """Return whether nobody holds it: entering would not wait. May be called anywhere."""
-        return self._holder is None and not self._mutex.locked()
+        return not self._queue
 
     def is_inside(self) -> bool:
         """Return whether the caller was itself called from inside `with owner:`."""
-        frame = sys._getframe(1) if self._holder == threading.get_ident() else None
+        holder, frame = self._holder(), sys._getframe(1)
+        if holder is None or holder.thread != threading.get_ident():
+            return False
         while frame is not None and frame is not self._frame:
             frame = frame.f_back
         return frame is not None
@@ -56,9 +61,9 @@ class Owner:
         """
         if self.is_inside():
             raise RuntimeError("an engine cannot be used from inside its own step")
-        me = threading.get_ident()
-        if self._holder != me:  # else an exception kept this thread from leaving
-            self._wait(me)
+        holder, me = self._holder(), threading.get_ident()
+        if holder is None or holder.thread != me:  # else an exception kept it from leaving
+            self._wait(_Turn(me, threading.Lock()))
         self._frame = sys._getframe(1)
         if self._is_torn:
             self._recover()
@@ -69,49 +74,50 @@ class Owner:
         if kind is None:
             self._is_torn = False
         self._frame = None
-        with self._mutex:
-            self._hand_over()
+        self._leave(self._queue[0])
 
-    def _wait(self, me: int) -> None:
-        turn = threading.Lock()
-        turn.acquire()
-        entry = turn, me
-        with self._mutex:
-            if self._holder is None:
-                self._holder = me
-                return
-            self._queue.append(entry)
+    def _holder(self) -> _Turn | None:
         try:
-            turn.acquire()  # until the holder before this one hands over
+            return self._queue[0]
+        except IndexError:
+            return None
+
+    def _wait(self, turn: _Turn) -> None:
+        turn.wake.acquire()
+        self._queue.append(turn)
+        try:
+            while self._holder() is not turn:
+                turn.wake.acquire(timeout=_LOST_WAKE_UP_S)
         except BaseException:
-            with self._mutex:
-                if entry in self._queue:
-                    self._queue.remove(entry)
-                else:
-                    self._hand_over()
+            self._leave(turn)
             raise
 
-    def _hand_over(self) -> None:
-        if not self._queue:
-            self._holder = None
-            return
-        turn, self._holder = self._queue.popleft()
-        turn.release()
+    def _leave(self, turn: _Turn) -> None:
+        with suppress(ValueError):
+            self._queue.remove(turn)
+        if (holder := self._holder()) is not None:
+            with suppress(RuntimeError):  # it is awake
+                holder.wake.release()
 
-    def _release(self) -> None:
+    def _forget_threads(self) -> None:
         """Forget who holds it and who waits: a forked child has none of those threads."""
-        self._mutex = threading.Lock()  # held for moments, to change the queue
-        self._queue: deque[tuple[threading.Lock, int]] = deque()
-        self._holder: int | None = None
-        self._frame = None  # where the holder is inside
+        # The first is the holder. What a deque does is atomic, so nothing else has to be locked.
+        self._queue: deque[_Turn] = deque()
+        self._frame: FrameType | None = None  # where the holder is inside
 
 
+class _Turn(NamedTuple):
+    thread: int
+    wake: threading.Lock
+
+
+_LOST_WAKE_UP_S = 0.1  # an exception may keep a thread from waking the next one
 _owners: WeakSet[Owner] = WeakSet()
 
 
-def _release_all() -> None:
+def _forget_threads() -> None:
     for owner in _owners:
-        owner._release()
+        owner._forget_threads()
 
 
-os.register_at_fork(after_in_child=_release_all)
+os.register_at_fork(after_in_child=_forget_threads)

@@ -2,11 +2,10 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 
 
 class Faults:
-    """Count the calls inside `watching`, of Python and of C, and raise at one of them.
+    """Count the calls that functions make, of Python and of C, and raise at one of them.
 
     Args:
         at: which one, from 0; None: only count.
@@ -18,26 +17,19 @@ class Faults:
         self.count = 0
         self.raised_in = ""
 
-    @contextmanager
-    def watching(self):
+    def call(self, function: Callable, *args):
+        """Call a function; its calls are counted, and one of them may raise."""
         sys.setprofile(self._on_event)
         try:
-            yield
+            return function(*args)
         finally:
             sys.setprofile(None)
 
     def _on_event(self, frame, event: str, argument: object) -> None:
         if event not in ("call", "c_call") or frame.f_code.co_filename == __file__:
             return
-        count, self.count = self.count, self.count + 1
-        if count == self.at:
+        self.count += 1
+        if self.count - 1 == self.at:
             called = argument.__name__ if event == "c_call" else frame.f_code.co_name
             self.raised_in = f"{event} {called} in {frame.f_code.co_filename}:{frame.f_lineno}"
             raise self.error("injected")
-
-
-def count_calls(run: Callable[[Faults], object]) -> int:
-    """How many calls `run` makes under `watching`."""
-    faults = Faults()
-    run(faults)
-    return faults.count
