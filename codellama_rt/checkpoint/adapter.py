@@ -94,7 +94,7 @@ def _pairs(
     found: dict[tuple[str, int, str], dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
-        if match is None or not tensor.is_float:
+        if match is None or tensor.float_dtype is None:
             raise CheckpointError(
                 f"{file}: tensor {name!r}: expected float lora_A or lora_B of a projection"
             )
@@ -119,7 +119,7 @@ def _read(
     if len(found) != 2 or not all(wanted in (None, size) for wanted, size in pairs):
         words = ", ".join("rank" if size is None else str(size) for size in shape)
         raise CheckpointError(f"{file}: {module}.lora_{side}: expected ({words}), found {found}")
-    array = sides[side].view().astype(np.float32)
+    array = sides[side].decode(0, found[0]).astype(np.float32)
     require_finite(array, f"{file}: {module}.lora_{side}")
     return array
 

@@ -58,6 +58,25 @@ _BY_META = {kind.meta: kind for kind in _LAYER}
 _TOP_BY_META = {f"{kind.meta}.weight": f"{kind.hf}.weight" for kind in _TOP}
 
 
+_RECOMPUTED = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    "attn_rot_embd.weight",
+    "rope.freqs",
+)
+
+
+def is_recomputed(name: str) -> bool:
+    """Return whether a tensor follows from the configuration: old files carry rotary tables.
+
+    Example:
+        >>> is_recomputed("model.layers.0.self_attn.rotary_emb.inv_freq")
+        True
+    """
+    return name.endswith(_RECOMPUTED)
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """List the tensors of a model by Hugging Face's names; weights of projections are (out, in).
 

@@ -14,7 +14,7 @@ from codellama_rt.checkpoint.stored_tensor import (
     StoredTensor,
     Weight,
 )
-from codellama_rt.checkpoint.tensor_names import EMBEDDING, HEAD, expected_shapes
+from codellama_rt.checkpoint.tensor_names import EMBEDDING, HEAD, expected_shapes, is_recomputed
 from codellama_rt.errors import CheckpointError
 from codellama_rt.ops.dtypes import ENCODINGS, numpy_dtype
 
@@ -25,7 +25,7 @@ def match_tensors(model: StoredModel) -> dict[str, StoredTensor]:
     """Pick the tensors the model needs and reject a file that contains others.
 
     A tied model may carry `lm_head.weight`, which transformers ignores, too; so may old files carry
-    `rotary_emb.inv_freq`, which follows from the configuration.
+    rotary tables, which follow from the configuration.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape, or not of floats.
@@ -53,7 +53,7 @@ def match_tensors(model: StoredModel) -> dict[str, StoredTensor]:
 
 
 def _is_harmless(name: str) -> bool:
-    return name == HEAD or name.endswith("rotary_emb.inv_freq")
+    return name == HEAD or is_recomputed(name)
 
 
 def _and_others(names: list[str], what: str) -> str:
@@ -87,13 +87,13 @@ def choose_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype:
     """
     projections = [tensor for name, tensor in tensors.items() if name.endswith("_proj.weight")]
     if any(tensor.weight_dtype in QUANTIZATIONS for tensor in projections):
-        return ENCODINGS[tensors[EMBEDDING].encoding]
-    if not all(tensor.is_float for tensor in projections):
-        return numpy_dtype("bfloat16")
-    elements: collections.Counter[str] = collections.Counter()
+        return tensors[EMBEDDING].float_dtype
+    elements: collections.Counter[np.dtype] = collections.Counter()
     for tensor in projections:
-        elements[tensor.encoding] += tensor.size
-    return ENCODINGS[elements.most_common(1)[0][0]]
+        if tensor.float_dtype is None:
+            return numpy_dtype("bfloat16")
+        elements[tensor.float_dtype] += tensor.size
+    return elements.most_common(1)[0][0]
 
 
 def load_arrays(
@@ -150,7 +150,7 @@ def used_as_stored(
 ) -> set[str]:
     """Names of the tensors that are used without conversion."""
     is_mixed = quantization is not None or not all(
-        tensor.is_float for name, tensor in tensors.items() if is_quantized(name)
+        tensor.float_dtype is not None for name, tensor in tensors.items() if is_quantized(name)
     )
 
     def lies_right(name: str, tensor: StoredTensor) -> bool:

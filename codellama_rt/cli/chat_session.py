@@ -228,7 +228,7 @@ class ChatSession:
         path = _path(rest)
         if not self._messages:
             raise ValueError("nothing has been said yet")
-        text = json.dumps([message._asdict() for message in self.messages], ensure_ascii=False)
+        text = json.dumps([message.as_dict() for message in self.messages], ensure_ascii=False)
         beside = path.with_name(f".{path.name}.new")
         beside.write_text(text + "\n", "utf-8")
         beside.replace(path)

@@ -195,7 +195,7 @@ def estimate(opened: Opened, plan: Plan, *, context: int, num_seqs: int = 1) -> 
     activations = num_tokens * (
         4 * sum(Activations.widths(config).values()) + _PACKED_ITEM_BYTES * config.hidden_dim
     )
-    decodes = made > 0 and not all(tensor.is_float for tensor in tensors.values())
+    decodes = made > 0 and any(tensor.float_dtype is None for tensor in tensors.values())
     return Estimate(
         weights,
         made,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from codellama_rt.errors import CheckpointError
+from codellama_rt.errors import CheckpointError, warn_of_checkpoint
 from codellama_rt.model.config_fields import ConfigFields
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
 
@@ -92,7 +92,8 @@ class ModelConfig:
         _check_architecture(fields)
         n_heads = fields.integer("num_attention_heads", high=MAX_HEADS)
         dim = fields.integer("hidden_size", high=MAX_DIM)
-        bos = fields.token_ids("bos_token_id", (1,))
+        vocab_size = fields.integer("vocab_size", high=MAX_VOCAB_SIZE)
+        bos = fields.token_ids("bos_token_id", (1,), vocab_size=vocab_size)
         rope_theta, rope_scaling = _read_rope(fields)
         config = cls(
             n_layers=fields.integer("num_hidden_layers", high=MAX_LAYERS),
@@ -101,7 +102,7 @@ class ModelConfig:
             head_dim=_head_dim(fields, dim, n_heads),
             dim=dim,
             hidden_dim=fields.integer("intermediate_size", high=MAX_HIDDEN_DIM),
-            vocab_size=fields.integer("vocab_size", high=MAX_VOCAB_SIZE),
+            vocab_size=vocab_size,
             rope_theta=rope_theta,
             norm_eps=fields.number("rms_norm_eps", 1e-6),
             max_position_embeddings=fields.integer(
@@ -110,7 +111,7 @@ class ModelConfig:
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
             rope_scaling=rope_scaling,
             bos_token_id=bos[0] if bos else None,
-            eos_token_ids=fields.token_ids("eos_token_id", (2,)),
+            eos_token_ids=fields.token_ids("eos_token_id", (2,), vocab_size=vocab_size),
             dtype=_read_dtype(fields),
         )
         check_consistency(config, source)
@@ -156,15 +157,26 @@ def _head_dim(fields: ConfigFields, dim: int, n_heads: int) -> int:
 
 def _check_architecture(fields: ConfigFields) -> None:
     architectures, model_type = fields.values.get("architectures"), fields.values.get("model_type")
-    if architectures is None and model_type is None:
+    if not architectures and model_type is None:
         raise fields.fault("architectures", f"[{ARCHITECTURE!r}]")
-    if architectures is not None and architectures != [ARCHITECTURE]:
-        raise fields.fault(
-            "architectures", f"[{ARCHITECTURE!r}]", f"only {ARCHITECTURE} is supported"
+    if architectures not in (None, [], [ARCHITECTURE]):
+        if not _is_old_name(architectures):
+            raise fields.fault(
+                "architectures", f"[{ARCHITECTURE!r}]", f"only {ARCHITECTURE} is supported"
+            )
+        warn_of_checkpoint(
+            f"{fields.source}: architectures: {architectures} is an old name of {ARCHITECTURE}"
         )
     if model_type not in (None, "llama"):
         raise fields.fault("model_type", "'llama'", f"only {ARCHITECTURE} is supported")
     _check_features(fields)
+
+
+def _is_old_name(architectures: Any) -> bool:
+    """Return whether it is what the first conversions called a Llama: "LLaMAForCausalLM"."""
+    return isinstance(architectures, list) and [
+        name.lower() if isinstance(name, str) else name for name in architectures
+    ] == [ARCHITECTURE.lower()]
 
 
 def _check_features(fields: ConfigFields) -> None:
@@ -190,6 +202,8 @@ def _read_dtype(fields: ConfigFields) -> str:
     if value is None:
         return "float32"
     name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if name == "float64":  # computed with as float32, see `DoubleTensor`
+        return "float32"
     if name not in FLOAT_DTYPES:
         raise fields.fault(key, f"one of {', '.join(FLOAT_DTYPES)}")
     return name

@@ -4,7 +4,7 @@ import math
 import pytest
 from helpers.checkpoint_files import MINI_CONFIG, TINY, TINY_NAMES
 
-from codellama_rt.errors import CheckpointError
+from codellama_rt.errors import CheckpointError, CheckpointWarning
 from codellama_rt.model.config import ModelConfig, RopeScaling
 
 LLAMA3 = {
@@ -85,7 +85,7 @@ def test_head_dim_may_differ_from_the_implied_one():
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(2, (2,)), ([2, 32010, 2], (2, 32010)), (None, ()), ([], ())]
+    ("value", "expected"), [(2, (2,)), ([2, 9, 2], (2, 9)), (None, ()), ([], ())]
 )
 def test_eos_is_one_or_several(value, expected):
     assert parse(eos_token_id=value).eos_token_ids == expected
@@ -186,7 +186,7 @@ BAD_CONFIGS = [
     *[({key: ...}, f"{key}: expected an integer .* found 'nothing'") for key in REQUIRED],
     *[({"rope_scaling": value}, message) for value, message in BAD_SCALINGS],
     ({"architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM'.*only LlamaForCausalLM"),
-    ({"architectures": []}, "architectures: expected"),
+    ({"architectures": [], "model_type": ...}, "architectures: expected"),
     ({"architectures": "LlamaForCausalLM"}, "architectures: expected"),
     ({"architectures": ["LlamaModel", "LlamaForCausalLM"]}, "architectures: expected"),
     ({"architectures": ..., "model_type": ...}, "architectures: expected"),
@@ -210,9 +210,10 @@ BAD_CONFIGS = [
     ({"rope_theta": 1.0}, "rope_theta: expected a finite number above 1"),
     ({"rope_theta": -1e6}, "rope_theta"),
     ({"rope_theta": True}, "rope_theta"),
-    ({"torch_dtype": "float64"}, "torch_dtype: expected one of float32"),
+    ({"torch_dtype": "int8"}, "torch_dtype: expected one of float32"),
     ({"dtype": 16}, "dtype: expected one of float32"),
-    ({"eos_token_id": -1}, "eos_token_id: expected a token id"),
+    ({"eos_token_id": 2**64}, "eos_token_id: expected a token id"),
+    ({"eos_token_id": 2.0}, "eos_token_id: expected a token id"),
     ({"eos_token_id": "2"}, "eos_token_id"),
     ({"eos_token_id": [2, None]}, "eos_token_id"),
     ({"bos_token_id": True}, "bos_token_id"),
@@ -228,6 +229,27 @@ def test_bad_configs(changes, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         parse(**changes)
     assert str(caught.value).startswith("config.json")
+
+
+@pytest.mark.parametrize("none", [-1, 10, 32000, 2**31, 2**32 - 1, -(2**63), 2**64 - 1])
+def test_ids_that_mean_none(none):
+    """Llama 1 and 2 were published with a pad id of -1 and of 32000 among 32000 tokens."""
+    with pytest.warns(CheckpointWarning, match=f"eos_token_id: {none} is none of the 10 tokens"):
+        assert parse(eos_token_id=none).eos_token_ids == ()
+    with pytest.warns(CheckpointWarning, match="eos_token_id"):
+        assert parse(eos_token_id=[2, none, 7]).eos_token_ids == (2, 7)
+    with pytest.warns(CheckpointWarning, match="bos_token_id"):
+        assert parse(bos_token_id=none).bos_token_id is None
+
+
+def test_old_names_of_the_architecture():
+    with pytest.warns(CheckpointWarning, match="LLaMAForCausalLM.* is an old name"):
+        assert parse(architectures=["LLaMAForCausalLM"]) == parse()
+    assert parse(architectures=[]) == parse(architectures=None) == parse()
+
+
+def test_float64_is_computed_with_as_float32():
+    assert parse(torch_dtype="float64").dtype == "float32"
 
 
 def test_long_values_are_cut_in_messages():

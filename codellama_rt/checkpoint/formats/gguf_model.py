@@ -14,7 +14,7 @@ from codellama_rt.checkpoint.finiteness import first_non_finite
 from codellama_rt.checkpoint.formats.gguf_file import GgufFile, read_gguf
 from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
 from codellama_rt.checkpoint.tensor_names import gguf_name, names_in_gguf
-from codellama_rt.errors import CheckpointError
+from codellama_rt.errors import CheckpointError, warn_of_checkpoint
 from codellama_rt.model.config import (
     MAX_DIM,
     MAX_HEAD_DIM,
@@ -71,8 +71,11 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     dim = fields.integer("llama.embedding_length", high=MAX_DIM)
     head_dim = _head_dim(fields, dim, n_heads)
     positions = fields.integer("llama.context_length", high=MAX_POSITIONS)
-    bos = fields.token_ids("tokenizer.ggml.bos_token_id")
-    ends = [fields.token_ids(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    vocab_size = _vocab_size(file, fields)
+    ends = [
+        fields.token_ids(f"tokenizer.ggml.{kind}_token_id", vocab_size=vocab_size)
+        for kind in ("eos", "eot")
+    ]
     config = ModelConfig(
         n_layers=fields.integer("llama.block_count", high=MAX_LAYERS),
         n_heads=n_heads,
@@ -80,13 +83,13 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         head_dim=head_dim,
         dim=dim,
         hidden_dim=fields.integer("llama.feed_forward_length", high=MAX_HIDDEN_DIM),
-        vocab_size=_vocab_size(file, fields),
+        vocab_size=vocab_size,
         rope_theta=fields.number("llama.rope.freq_base", 10000.0, above=1.0),
         norm_eps=_short_decimal(fields.number("llama.attention.layer_norm_rms_epsilon")),
         max_position_embeddings=positions,
         tie_word_embeddings="output.weight" not in file.tensors,
         rope_scaling=_rope_scaling(file, fields, positions, head_dim),
-        bos_token_id=bos[0] if bos else None,
+        bos_token_id=fields.token_id("tokenizer.ggml.bos_token_id", vocab_size=vocab_size),
         eos_token_ids=tuple(dict.fromkeys(sum(ends, ()))),
         rope_interleaved=True,
     )
@@ -123,22 +126,29 @@ def _head_dim(fields: ConfigFields, dim: int, n_heads: int) -> int:
 
 
 def _vocab_size(file: GgufFile, fields: ConfigFields) -> int:
-    """Take the vocabulary size from the embedding; all other statements of it must agree."""
+    """Return the rows of the embedding, which decide; warn where the metadata say otherwise."""
     embedding = file.tensors.get("token_embd.weight")
-    tokens = file.metadata.get("tokenizer.ggml.tokens")
-    n_tokens = len(tokens) if isinstance(tokens, list) else None
-    size = fields.integer("llama.vocab_size", n_tokens, high=MAX_VOCAB_SIZE)
-    if embedding is not None:
-        size = size or embedding.shape[0]
-    if size is None:
+    if embedding is None:
         raise CheckpointError(
             f"{file.path}: expected tensor 'token_embd.weight', found no such tensor"
         )
-    if n_tokens not in (None, size):
+    size = embedding.shape[0]
+    if size > MAX_VOCAB_SIZE:
         raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.tokens: expected {size} tokens, as llama.vocab_size "
-            f"says, found {n_tokens}"
+            f"{file.path}: tensor 'token_embd.weight': expected at most {MAX_VOCAB_SIZE} rows, "
+            f"found {size}"
         )
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    said = {
+        "llama.vocab_size": fields.integer("llama.vocab_size", None, low=-(2**63), high=2**64),
+        "tokenizer.ggml.tokens": len(tokens) if isinstance(tokens, list) else None,
+    }
+    for key, value in said.items():
+        if value not in (None, size):
+            warn_of_checkpoint(
+                f"{file.path}: {key}: expected {size}, the rows of the embedding, which are used; "
+                f"found {value!r:.100}"
+            )
     return size
 
 

@@ -10,6 +10,7 @@ from codellama_rt.checkpoint.formats.packed_weights import read_config_section, 
 from codellama_rt.checkpoint.formats.safetensors import read_safetensors, read_safetensors_file
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
+from codellama_rt.checkpoint.tensor_names import HEAD, is_recomputed
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.config_fields import ConfigFields
@@ -51,7 +52,11 @@ def read_directory(path: Path) -> StoredModel:
             f"{path}: expected {_SINGLE} or {_INDEX}, found {_what_is_there(path)}"
         )
     return StoredModel(
-        path, config, tensors, _read_generation_config(path), quantization=quantization
+        path,
+        config,
+        tensors,
+        _read_generation_config(path, config.vocab_size),
+        quantization=quantization,
     )
 
 
@@ -119,13 +124,15 @@ def _check_index(
     index_path: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]
 ) -> None:
     for name, file in weight_map.items():
+        if name not in tensors and (name == HEAD or is_recomputed(name)):
+            continue  # of a tied head, or rotary tables, some indexes speak without their bytes
         found = tensors[name].file.name if name in tensors else "no shard"
         if found != file:
             raise CheckpointError(
                 f"{index_path}: tensor {name!r}: expected it in {file}, found it in {found}"
             )
     for name, tensor in tensors.items():
-        if name not in weight_map:
+        if name not in weight_map and not is_recomputed(name):
             raise CheckpointError(
                 f"{index_path}: tensor {name!r}: expected only tensors of the index in "
                 f"{tensor.file.name}, "
@@ -133,10 +140,16 @@ def _check_index(
             )
 
 
-def _read_generation_config(path: Path) -> dict[str, Any]:
+def _read_generation_config(path: Path, vocab_size: int) -> dict[str, Any]:
     file = path / "generation_config.json"
     if not file.exists():
         return {}
     values = read_object(file)
-    ConfigFields(values, str(file)).token_ids("eos_token_id")
+    fields = ConfigFields(values, str(file))
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = fields.token_ids(key, vocab_size=vocab_size)
+        if isinstance(values.get(key), list) and ids:
+            values[key] = list(ids)
+        elif values.get(key) is not None and not ids:
+            del values[key]
     return values

@@ -21,7 +21,7 @@ from codellama_rt.checkpoint.formats.pth_pickle import (
     TensorDescription,
     read_tensor_pickle,
 )
-from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
+from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file, stored_tensor
 from codellama_rt.errors import CheckpointError
 from codellama_rt.ops.dtypes import ENCODINGS
 
@@ -88,7 +88,7 @@ def _tensor(path: Path, name: str, said: TensorDescription, storage: Any) -> Sto
             f"{said.shape} from {said.offset}",
         )
     payload = storage[said.offset * itemsize : (said.offset + size) * itemsize]
-    return StoredTensor(name, path, said.encoding, said.shape, payload)
+    return stored_tensor(name, path, said.encoding, said.shape, payload)
 
 
 class _BoundedFile(io.FileIO):

@@ -15,7 +15,7 @@ import numpy as np
 
 from codellama_rt.checkpoint.formats.strict_json import MAX_JSON_BYTES, parse_object
 from codellama_rt.checkpoint.formats.tensor_file import Entry, write_tensor_file
-from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
+from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file, stored_tensor
 from codellama_rt.errors import CheckpointError
 
 _ITEM_BYTES = {
@@ -74,7 +74,7 @@ def read_safetensors_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str
     entries.sort(key=lambda entry: entry[3:])
     _check_contiguous(path, entries, len(payload))
     tensors = {
-        name: StoredTensor(name, path, dtype, shape, payload[start:stop])
+        name: stored_tensor(name, path, dtype, shape, payload[start:stop])
         for name, dtype, shape, start, stop in entries
     }
     return tensors, metadata

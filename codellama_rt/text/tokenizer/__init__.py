@@ -76,7 +76,7 @@ def has_tokenizer(path: Path, metadata: Mapping[str, Any] | None) -> bool:
         metadata: of the GGUF file; None for a directory.
     """
     if metadata is not None:
-        return "tokenizer.ggml.model" in metadata
+        return metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
     return any((path / name).is_file() for name in _FILES)
 
 
