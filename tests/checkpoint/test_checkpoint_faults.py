@@ -11,6 +11,7 @@ from helpers.checkpoint_files import (
     write_mini,
     write_sharded,
 )
+from helpers.pth_files import call, pth
 
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.errors import CheckpointError
@@ -182,7 +183,7 @@ def instead(file, content):
     """Replaces the weights by another file."""
 
     def change(folder):
-        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors").unlink(missing_ok=True)
         (folder / file).write_bytes(content)
 
     return change
@@ -204,11 +205,22 @@ BAD_FOLDERS = {
     "empty": (keep_only(), "config.json and model.safetensors, found an empty directory"),
     "no config": (keep_only("model.safetensors"), "expected config.json"),
     "no weights": (keep_only("config.json"), "expected model.safetensors or .*index.json, found"),
-    "pickles": (instead("pytorch_model.bin", b""), "pickled weights are never loaded: save them"),
-    "pickle shards": (instead("pytorch_model-00001-of-00002.bin", b""), "safe_serialization"),
+    "pickles": (instead("pytorch_model.bin", b"x"), "pytorch_model.bin: expected a zip archive"),
+    "pickle shards": (
+        instead("pytorch_model-00001-of-00002.bin", b""),
+        "shards need their pytorch_model.bin.index.json",
+    ),
+    "a pickle that calls": (
+        instead("pytorch_model.bin", pth(call("os", "system", "true"))),
+        "pytorch_model.bin: .*'os.system', which no tensors need; nothing was run",
+    ),
     "Meta's layout": (instead("consolidated.00.pth", b""), "found config.json, consolidated"),
     "shards alone": (instead("model-00001-of-00002.safetensors", b""), "shards need their"),
-    "GGUF beside": (instead("model.gguf", b""), "give the .gguf file itself"),
+    "an empty GGUF file": (instead("model.gguf", b""), "model.gguf: expected a checkpoint, found"),
+    "several GGUF files": (
+        lambda folder: [instead(f, b"")(folder) for f in ("a.gguf", "b.gguf")],
+        "expected one GGUF model, found a.gguf, b.gguf; give one of these files",
+    ),
     "config not JSON": (overwritten("config.json", b"{"), "config.json: expected JSON"),
     "config empty": (overwritten("config.json", b""), "config.json: expected JSON"),
     "config list": (overwritten("config.json", b"[]"), "config.json: expected a JSON object"),

@@ -90,7 +90,14 @@ BAD_FILES = {
         mini_gguf_bytes(general__architecture="qwen2"),
         "general.architecture: expected 'llama', found 'qwen2'; no other architecture",
     ),
-    "a part of a split": (mini_gguf_bytes(split__count=3), "llama-gguf-split --merge"),
+    "a part under another name": (
+        mini_gguf_bytes(split__count=3),
+        "split.count: expected a file name that ends in -00001-of-00003.gguf, found part 1 of 3",
+    ),
+    "too many parts": (
+        mini_gguf_bytes(split__count=10**6),
+        "split.count: expected an integer from",
+    ),
     "experts": (mini_gguf_bytes(llama__expert_count=8), "mixtures of experts"),
     "no layers": (
         mini_gguf_bytes(llama__block_count=...),

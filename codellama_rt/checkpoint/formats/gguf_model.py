@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from codellama_rt.checkpoint.finiteness import first_non_finite
-from codellama_rt.checkpoint.formats.gguf_file import GgufFile, read_gguf
+from codellama_rt.checkpoint.formats.gguf_file import GgufFile
+from codellama_rt.checkpoint.formats.gguf_parts import read_gguf_parts
 from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
 from codellama_rt.checkpoint.tensor_names import gguf_name, names_in_gguf
 from codellama_rt.errors import CheckpointError, warn_of_checkpoint
@@ -36,22 +37,22 @@ def read_gguf_model(path: Path) -> StoredModel:
     """Open a GGUF file of architecture "llama".
 
     Args:
-        path: the file.
+        path: the file; of a model in several files any part.
 
     Returns:
         The model; no weight has been read.
 
     Raises:
-        CheckpointError: `read_gguf` rejects the file, or it has another architecture, is a part of
-            a split model, or has metadata that is missing, out of range or not supported.
+        CheckpointError: `read_gguf_parts` rejects the file, or it has another architecture, or
+            metadata that is missing, out of range or not supported.
     """
-    file = read_gguf(path)
+    file = read_gguf_parts(path)
     config = config_from_gguf(file)
     names = names_in_gguf(config.n_layers)
     tensors = {
         names.get(name, name): tensor for name, tensor in file.tensors.items() if name != _FACTORS
     }
-    return StoredModel(path, config, tensors, {}, gguf_name, metadata=file.metadata)
+    return StoredModel(file.path, config, tensors, {}, gguf_name, metadata=file.metadata)
 
 
 def config_from_gguf(file: GgufFile) -> ModelConfig:
@@ -63,8 +64,6 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     fields = ConfigFields(_plain(file.metadata), str(file.path))
     if fields.values.get("general.architecture") != "llama":
         raise fields.fault("general.architecture", "'llama'", "no other architecture is supported")
-    if fields.integer("split.count", 0, low=0, high=65535) > 1:
-        raise fields.fault("split.count", "1", "join the parts with llama-gguf-split --merge")
     if fields.integer("llama.expert_count", 0, low=0, high=65535):
         raise fields.fault("llama.expert_count", "0", "mixtures of experts are not supported")
     n_heads = fields.integer("llama.attention.head_count", high=MAX_HEADS)

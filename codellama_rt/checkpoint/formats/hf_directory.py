@@ -1,8 +1,9 @@
-"""Hugging Face checkpoint directories: config.json and safetensors, in one file or in shards.
+"""Hugging Face checkpoint directories: config.json and weights, in one file or in shards.
 
 `convert` writes such a directory as well: one file, with some tensors in int8 or int4.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from codellama_rt.model.config_fields import ConfigFields
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_BIN = "pytorch_model.bin"  # what torch.save wrote, before safetensors
+_BIN_INDEX = "pytorch_model.bin.index.json"
 
 
 def read_directory(path: Path) -> StoredModel:
     """Open a directory in the layout of Hugging Face's transformers.
 
     Args:
-        path: a directory with config.json and model.safetensors, or shards and their index.
+        path: a directory with config.json and model.safetensors, or shards and their index; or the
+            same files as torch.save wrote them, pytorch_model.bin.
 
     Returns:
         The model; no weight has been read.
@@ -43,14 +47,8 @@ def read_directory(path: Path) -> StoredModel:
     if quantization is not None:
         file = path / _SINGLE
         tensors = unpack(file, *read_safetensors_file(file))
-    elif (path / _SINGLE).exists():  # like transformers, prefer it to an index beside it
-        tensors = read_safetensors(path / _SINGLE)
-    elif (path / _INDEX).exists():
-        tensors = _read_shards(path)
     else:
-        raise CheckpointError(
-            f"{path}: expected {_SINGLE} or {_INDEX}, found {_what_is_there(path)}"
-        )
+        tensors = _read_tensors(path)
     return StoredModel(
         path,
         config,
@@ -60,29 +58,43 @@ def read_directory(path: Path) -> StoredModel:
     )
 
 
+def has_weights(path: Path) -> bool:
+    """Return whether a directory has weights in this layout."""
+    return any((path / name).exists() for name in (_SINGLE, _INDEX, _BIN, _BIN_INDEX))
+
+
+def _read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Read the first of the files there are; transformers, too, prefers one to an index."""
+    if (path / _SINGLE).exists():
+        return read_safetensors(path / _SINGLE)
+    if (path / _INDEX).exists():
+        return _read_shards(path / _INDEX, ".safetensors", read_safetensors)
+    if not has_weights(path):
+        raise CheckpointError(
+            f"{path}: expected {_SINGLE} or {_INDEX}, found {_what_is_there(path)}"
+        )
+    from codellama_rt.checkpoint.formats.pth import read_pth  # a machine that others never need
+
+    if (path / _BIN).exists():
+        return read_pth(path / _BIN)
+    return _read_shards(path / _BIN_INDEX, ".bin", read_pth)
+
+
 def _what_is_there(path: Path) -> str:
     """Describe a directory without usable weights, and the remedy."""
     names = sorted(entry.name for entry in path.iterdir())
     if not names:
         return "an empty directory"
     found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    if any(
-        name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json"))
-        for name in names
-    ):
-        return (
-            f"{found}; pickled weights are never loaded: save them again with transformers' "
-            "save_pretrained(..., safe_serialization=True)"
-        )
-    if any(name.endswith(".gguf") for name in names):
-        return f"{found}; give the .gguf file itself"
-    if any(name.endswith(".safetensors") for name in names):
-        return f"{found}; shards need their {_INDEX}"
+    for suffix, index in ((".safetensors", _INDEX), (".bin", _BIN_INDEX)):
+        if any(name.endswith(suffix) for name in names):
+            return f"{found}; shards need their {index}"
     return found
 
 
-def _read_shards(path: Path) -> dict[str, StoredTensor]:
-    index_path = path / _INDEX
+def _read_shards(
+    index_path: Path, suffix: str, read: Callable[[Path], dict[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
     weight_map = read_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -90,8 +102,9 @@ def _read_shards(path: Path) -> dict[str, StoredTensor]:
             f"{weight_map!r:.200}"
         )
     tensors: dict[str, StoredTensor] = {}
-    for shard_name in dict.fromkeys(_shard_name(index_path, item) for item in weight_map.items()):
-        shard = read_safetensors(path / shard_name)
+    names = [_shard_name(index_path, suffix, item) for item in weight_map.items()]
+    for shard_name in dict.fromkeys(names):
+        shard = read(index_path.with_name(shard_name))
         for name, tensor in shard.items():
             if name in tensors:
                 raise CheckpointError(
@@ -103,19 +116,18 @@ def _read_shards(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _shard_name(index_path: Path, item: tuple[str, Any]) -> str:
+def _shard_name(index_path: Path, suffix: str, item: tuple[str, Any]) -> str:
     """Check that a shard is a plain file name: an index must not point outside its directory."""
     name, file = item
     if (
         not isinstance(file, str)
-        or not file.endswith(".safetensors")
+        or not file.endswith(suffix)
         or Path(file).name != file
         or "\0" in file
     ):
         raise CheckpointError(
-            f"{index_path}: tensor {name!r}: expected the name of a .safetensors file beside the "
-            "index, "
-            f"found {file!r:.200}"
+            f"{index_path}: tensor {name!r}: expected the name of a {suffix} file beside the "
+            f"index, found {file!r:.200}"
         )
     return file
 

@@ -1,4 +1,4 @@
-"""Read PyTorch's .pth files: float tensors as views of the mapped archive, without running code.
+"""Read PyTorch's .pth and .bin files: tensors as views of the mapped archive, without running code.
 
 The archive has `<folder>/data.pkl`, which places each tensor in a storage, and one member
 `<folder>/data/<key>` per storage. Members must be stored uncompressed; nothing is ever inflated.
@@ -21,9 +21,9 @@ from codellama_rt.checkpoint.formats.pth_pickle import (
     TensorDescription,
     read_tensor_pickle,
 )
+from codellama_rt.checkpoint.formats.safetensors import ITEM_BYTES
 from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file, stored_tensor
 from codellama_rt.errors import CheckpointError
-from codellama_rt.ops.dtypes import ENCODINGS
 
 # Of the list of members: a shard of the largest model has under a thousand.
 MAX_DIRECTORY_BYTES = 2**25
@@ -34,14 +34,14 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
     """Map a file that torch.save wrote and list its tensors.
 
     Args:
-        path: the file, a dictionary of names and tensors of float32, float16 or bfloat16.
+        path: the file, a dictionary of names and tensors.
 
     Returns:
         The tensors by name; none has been read.
 
     Raises:
         CheckpointError: not such an archive, a damaged one, or a pickle that contains anything but
-            tensors in float storages.
+            tensors.
     """
     members = _read_zip(path, map_file(path))
     pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
@@ -72,7 +72,7 @@ def _tensor(path: Path, name: str, said: TensorDescription, storage: Any) -> Sto
 
     if storage is None:
         raise fault(f"its bytes in data/{said.storage}", "no such member")
-    itemsize = ENCODINGS[said.encoding].itemsize
+    itemsize = ITEM_BYTES[said.encoding]
     if storage.nbytes != said.storage_size * itemsize:
         raise fault(f"a storage of {said.storage_size} {said.encoding}", f"{storage.nbytes} bytes")
     size, stride = math.prod(said.shape), 1
