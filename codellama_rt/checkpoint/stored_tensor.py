@@ -80,6 +80,11 @@ class StoredTensor:
         return True
 
     @property
+    def is_repacked(self) -> bool:
+        """Whether `view` makes the weight anew, in the layout `weight_dtype`."""
+        return False
+
+    @property
     def num_bytes(self) -> int:
         """Bytes in the files."""
         return self.payload.nbytes

@@ -124,12 +124,17 @@ def load_arrays(
     """
     todo = dict(tensors) if quantization is None else sources(tensors)
     kept = used_as_stored(todo, target, is_auto, quantization)
-    counter = Counter(sum(t.num_bytes for n, t in todo.items() if n not in kept), progress)
+    made = [t for n, t in todo.items() if n not in kept or t.is_repacked]
+    counter = Counter(sum(t.num_bytes for t in made), progress)
     weights: dict[str, Weight] = {}
     mapped = used_in_place(todo, kept)
     for name, tensor in todo.items():
         if name in mapped:
             weights[name] = tensor.view()
+        elif name in kept and tensor.is_repacked:
+            weights[name] = tensor.view()
+            counter.add(tensor.num_bytes, f"repacking to {tensor.weight_dtype}")
+            tensor.release()
         elif name in kept:
             weights[name] = tensor.view().copy()
             weights[name].flags.writeable = False
@@ -156,6 +161,8 @@ def used_as_stored(
     def lies_right(name: str, tensor: StoredTensor) -> bool:
         if tensor.weight_dtype in QUANTIZATIONS:
             return True
+        if tensor.is_repacked:
+            return is_auto and quantization is None
         if not tensor.is_whole:
             return False
         if quantization is not None and is_quantized(name):
@@ -174,9 +181,9 @@ def used_in_place(tensors: Mapping[str, StoredTensor], kept: set[str]) -> set[st
     Where others of a file are made anew, its vectors are copied: a page that is touched brings its
     neighbours, up to 2 MB of them, into the process, and the norms lie all over the file.
     """
-    if len(kept) == len(tensors):
+    if len(kept) == len(tensors) and not any(t.is_repacked for t in tensors.values()):
         return kept
-    return {name for name in kept if len(tensors[name].shape) > 1}
+    return {name for name in kept if len(tensors[name].shape) > 1 and not tensors[name].is_repacked}
 
 
 def convert_tensor(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> np.ndarray:

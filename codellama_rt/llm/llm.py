@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +54,8 @@ class LLM:
         num_threads: int | None = None,
         prefix_caching: bool = True,
         adapter: str | os.PathLike[str] | None = None,
+        rope_theta: float | None = None,
+        rope_scaling: Mapping[str, Any] | None = None,
         attention: str = "custom",
         runtime: str = "direct",
         check: str | None = None,
@@ -84,6 +88,10 @@ class LLM:
                 without adapters of single requests).
             adapter: directory of a LoRA adapter that is merged into the weights; `load_adapter`
                 applies one to single requests.
+            rope_theta: base of RoPE; None: the checkpoint's.
+            rope_scaling: how RoPE is stretched, as `rope_scaling` in config.json, for example
+                {"rope_type": "yarn", "factor": 4.0}; {"rope_type": "default"} is no scaling, None
+                the checkpoint's. Give max_model_len as well where contexts are to be longer.
             check: "finite" rejects weights with NaN or infinity (reads every byte).
             progress: called with (bytes done, bytes in all, what) while weights are converted or
                 quantised.
@@ -108,6 +116,7 @@ class LLM:
         if num_threads is not None:
             ops.set_num_threads(num_threads)
         opened = resolve(model)
+        opened = replace(opened, config=opened.config.with_rope(rope_theta, rope_scaling))
         self.variant = find_variant(model)
         require_length(self.variant, max_model_len)
         asked = Plan(

@@ -82,7 +82,7 @@ def logits_by_chunk(
     sequence = Sequence(ids, len(ids), (0, 0, 0), first_logit=0, adapter=adapter)
     sequence.block_ids = int32_list(range(num_blocks))
     scaling = model.config.rope_scaling
-    is_dynamic = scaling is not None and scaling.kind == "dynamic"
+    is_dynamic = scaling is not None and scaling.depends_on_length
     kv_cache = make_kv_cache(model, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
     for begin in range(0, len(ids), chunk_size):
         end = min(begin + chunk_size, len(ids))

@@ -59,6 +59,14 @@ class ConfigFields:
             raise self.fault(key, expected)
         return number
 
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """Return a list of so many finite floats greater than 0."""
+        values = self.values.get(key)
+        if not isinstance(values, list) or len(values) != count:
+            raise self.fault(key, f"a list of {count} numbers")
+        each = (ConfigFields({key: value}, self.source).number(key) for value in values)
+        return tuple(each)
+
     def flag(self, key: str, default: bool) -> bool:
         """Return a boolean, or the default when the key is absent."""
         value = self.values.get(key)

@@ -128,6 +128,7 @@ class Projection(NamedTuple):
     layer: int
     names: tuple[str, ...]  # fields of `LayerWeights`
     runs: list[Run]
+    bias: Array | None = None  # (sum of their rows) float32
 
 
 class Layer(NamedTuple):
@@ -152,7 +153,11 @@ class Llama:
         self.config = config
         self.weights = weights
         self.rope = RotaryEmbedding(config)
-        self.layers = [_layer(i, layer) for i, layer in enumerate(weights.layers)]
+        biases = weights.biases or ({},) * config.n_layers
+        self.layers = [
+            _layer(i, layer, its)
+            for i, (layer, its) in enumerate(zip(weights.layers, biases, strict=True))
+        ]
         self._memory = np.empty(0, np.float32)  # of the activations; it only ever grows
         self._activations: Activations | None = None
 
@@ -200,9 +205,10 @@ class Llama:
         return self._activations
 
 
-def _layer(i: int, weights: LayerWeights) -> Layer:
+def _layer(i: int, weights: LayerWeights, biases: Mapping[str, Array]) -> Layer:
     def projection(*names: str) -> Projection:
-        return Projection(i, names, _runs(*(getattr(weights, name) for name in names)))
+        members = {name: getattr(weights, name) for name in names}
+        return Projection(i, names, _runs(*members.values()), joined_biases(members, biases))
 
     return Layer(
         weights.attention_norm,
@@ -211,6 +217,24 @@ def _layer(i: int, weights: LayerWeights) -> Layer:
         weights.mlp_norm,
         projection("gate_proj", "up_proj"),
         projection("down_proj"),
+    )
+
+
+def joined_biases(members: Mapping[str, Weight], biases: Mapping[str, Array]) -> Array | None:
+    """Return the biases of projections side by side, in float32.
+
+    Args:
+        members: the projections by name.
+        biases: of those that have one; the others get zeros.
+
+    Returns:
+        (sum of their rows); None where no projection has one.
+    """
+    if not members.keys() & biases.keys():
+        return None
+    zeros = {name: np.zeros(weight.shape[0], np.float32) for name, weight in members.items()}
+    return np.concatenate([biases.get(name, zero) for name, zero in zeros.items()]).astype(
+        np.float32
     )
 
 
@@ -232,6 +256,8 @@ def _linear(x: Array, projection: Projection, out: Array) -> None:
     """Multiply x by a projection's weights, into (num_tokens, sum of their rows)."""
     for weights, columns in projection.runs:
         ops.linear(x, weights, out=out if columns is None else out[:, columns])
+    if projection.bias is not None:
+        np.add(out, projection.bias, out=out)
 
 
 def _with_adapters(adapted: Sequence[tuple[Any, Array]]) -> Callable[..., None]:

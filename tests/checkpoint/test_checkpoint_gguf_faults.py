@@ -124,7 +124,7 @@ BAD_FILES = {
         mini_gguf_bytes(llama__vocab_size="12"),
         "vocab_size: expected an int",
     ),
-    "scaling kind": (mini_gguf_bytes(llama__rope__scaling__type="longrope"), "none, linear, yarn"),
+    "scaling kind": (mini_gguf_bytes(llama__rope__scaling__type="dynamic"), "none, linear, yarn"),
     "negative factor": (mini_gguf_bytes(llama__rope__scaling__factor=-1.0), "scaling.factor"),
     "yarn extrapolation": (
         mini_gguf_bytes(**YARN, llama__rope__scaling__yarn_ext_factor=0.5),
@@ -145,7 +145,14 @@ BAD_FILES = {
     ),
     "no norm": (tensors_with({NORM: ...}), f"{NORM}.*found none of that name"),
     "no embedding": (tensors_with({"token_embd.weight": ...}), "token_embd.weight.*no such"),
-    "a bias": (tensors_with({"blk.0.attn_q.bias": floats(8)}), "blk.0.attn_q.bias.*found this one"),
+    "a bias of a norm": (
+        tensors_with({"blk.0.attn_norm.bias": floats(8)}),
+        "blk.0.attn_norm.bias.*found this one",
+    ),
+    "a short bias": (
+        tensors_with({"blk.0.attn_q.bias": floats(7)}),
+        r"blk.0.attn_q.bias.*expected shape \(8,\), found \(7,\)",
+    ),
     "a shape": (tensors_with({Q: floats(4, 8)}), rf"{Q}.*expected shape \(8, 8\), found \(4, 8\)"),
 }
 

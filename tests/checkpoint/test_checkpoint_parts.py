@@ -20,6 +20,7 @@ from codellama_rt.checkpoint.formats.safetensors import read_safetensors
 from codellama_rt.checkpoint.tensor_names import named_weights
 from codellama_rt.errors import CheckpointError
 from codellama_rt.text.tokenizer import load_tokenizer
+from codellama_rt.tools.convert.convert import convert
 
 # GGUF in parts
 
@@ -310,3 +311,9 @@ def test_golden_models_in_pickles(tmp_path):
     (tmp_path / "config.json").write_text((TINY / name / "config.json").read_text())
     (tmp_path / "pytorch_model.bin").write_bytes(saved(tensors))
     assert_same_weights(open_checkpoint(tmp_path), open_checkpoint(TINY / name))
+
+
+def test_pickles_are_converted_to_safetensors(tmp_path):
+    convert(write_bin_shards(tmp_path / "bin"), tmp_path / "safe")
+    found = open_checkpoint(tmp_path / "safe")
+    assert_same_weights(found, open_checkpoint(write_mini(tmp_path / "plain")))

@@ -150,7 +150,7 @@ def gguf_tensors(tensors: dict[str, np.ndarray], config: ModelConfig, encode=Non
     for name in expected_shapes(config):
         array = tensors[name]
         if "q_proj" in name or "k_proj" in name:
-            halves = array.reshape(-1, 2, config.head_dim // 2, array.shape[1])
+            halves = array.reshape(-1, 2, config.head_dim // 2, *array.shape[1:])
             array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
         kind, raw = SAFETENSORS_TYPES[array.dtype.name], array.tobytes()
         if encode is not None:

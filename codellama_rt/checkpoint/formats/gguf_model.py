@@ -17,6 +17,7 @@ from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
 from codellama_rt.checkpoint.tensor_names import gguf_name, names_in_gguf
 from codellama_rt.errors import CheckpointError, warn_of_checkpoint
 from codellama_rt.model.config import (
+    ATTENTION_BIASES,
     MAX_DIM,
     MAX_HEAD_DIM,
     MAX_HEADS,
@@ -24,6 +25,7 @@ from codellama_rt.model.config import (
     MAX_LAYERS,
     MAX_POSITIONS,
     MAX_VOCAB_SIZE,
+    MLP_BIASES,
     ModelConfig,
     RopeScaling,
     check_consistency,
@@ -31,6 +33,7 @@ from codellama_rt.model.config import (
 from codellama_rt.model.config_fields import ConfigFields
 
 _FACTORS = "rope_freqs.weight"
+_SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"  # of longrope
 
 
 def read_gguf_model(path: Path) -> StoredModel:
@@ -50,7 +53,9 @@ def read_gguf_model(path: Path) -> StoredModel:
     config = config_from_gguf(file)
     names = names_in_gguf(config.n_layers)
     tensors = {
-        names.get(name, name): tensor for name, tensor in file.tensors.items() if name != _FACTORS
+        names.get(name, name): tensor
+        for name, tensor in file.tensors.items()
+        if name not in (_FACTORS, _SHORT, _LONG)
     }
     return StoredModel(file.path, config, tensors, {}, gguf_name, metadata=file.metadata)
 
@@ -90,10 +95,22 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         rope_scaling=_rope_scaling(file, fields, positions, head_dim),
         bos_token_id=fields.token_id("tokenizer.ggml.bos_token_id", vocab_size=vocab_size),
         eos_token_ids=tuple(dict.fromkeys(sum(ends, ()))),
+        biased=_biased(file),
         rope_interleaved=True,
     )
     check_consistency(config, str(file.path))
     return config
+
+
+def _biased(file: GgufFile) -> tuple[str, ...]:
+    """Return the projections with a bias: those that the first layer has."""
+    names = {f"self_attn.{field}": field for field in ATTENTION_BIASES}
+    names |= {f"mlp.{field}": field for field in MLP_BIASES}
+    return tuple(
+        field
+        for module, field in names.items()
+        if gguf_name(f"model.layers.0.{module}.bias") in file.tensors
+    )
 
 
 def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -161,8 +178,10 @@ def _rope_scaling(
         or _unless_zero(fields, "llama.rope.scale_linear")
         or 1.0
     )
-    if kind not in ("none", "linear", "yarn"):
-        raise fields.fault(prefix + "type", "one of none, linear, yarn")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise fields.fault(prefix + "type", "one of none, linear, yarn, longrope")
+    if kind == "longrope" or _LONG in file.tensors:
+        return _longrope(file, fields, prefix, positions, head_dim)
     scaling = None
     if kind == "yarn":
         scaling = _yarn(fields, prefix, factor, positions)
@@ -198,12 +217,33 @@ def _yarn(fields: ConfigFields, prefix: str, factor: float, positions: int) -> R
     )
 
 
+def _longrope(
+    file: GgufFile, fields: ConfigFields, prefix: str, positions: int, head_dim: int
+) -> RopeScaling:
+    factors = {}
+    for name in (_SHORT, _LONG):
+        if name not in file.tensors:
+            raise CheckpointError(
+                f"{file.path}: tensor {name!r}: expected it for longrope, found none"
+            )
+        factors[name] = _read_factors(file.tensors[name], head_dim)
+    original = fields.integer(prefix + "original_context_length", positions, high=MAX_POSITIONS)
+    return RopeScaling(
+        "longrope",
+        positions / original,
+        original,
+        attention_factor=fields.number(prefix + "attn_factor", 1.0),
+        frequency_factors=factors[_SHORT],
+        long_factors=factors[_LONG],
+    )
+
+
 def _unless_zero(fields: ConfigFields, key: str) -> float | None:
     return fields.number(key, None) if fields.values.get(key) else None
 
 
 def _read_factors(tensor: StoredTensor, head_dim: int) -> tuple[float, ...]:
-    """Read Llama 3's frequency divisors: the one tensor whose values are part of the config."""
+    """Read frequency divisors: the tensors whose values are part of the configuration."""
     if tensor.encoding != "F32" or tensor.shape != (head_dim // 2,):
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name!r}: expected F32 ({head_dim // 2},), "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from codellama_rt.checkpoint.formats.gptq_awq import join_packed, read_packed_kind
 from codellama_rt.checkpoint.formats.packed_weights import read_config_section, unpack
 from codellama_rt.checkpoint.formats.safetensors import read_safetensors, read_safetensors_file
 from codellama_rt.checkpoint.formats.strict_json import read_object
@@ -41,7 +42,8 @@ def read_directory(path: Path) -> StoredModel:
         )
     values, source = read_object(path / "config.json"), str(path / "config.json")
     quantization = read_config_section(values, source)
-    if quantization is not None:
+    packed = read_packed_kind(values, source)
+    if quantization is not None or packed is not None:
         values.pop("quantization_config")
     config = ModelConfig.from_hf(values, source)
     if quantization is not None:
@@ -49,6 +51,8 @@ def read_directory(path: Path) -> StoredModel:
         tensors = unpack(file, *read_safetensors_file(file))
     else:
         tensors = _read_tensors(path)
+    if packed is not None:
+        tensors = join_packed(path, tensors, packed)
     return StoredModel(
         path,
         config,

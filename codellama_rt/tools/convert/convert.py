@@ -136,6 +136,11 @@ def _checked(options: Options) -> Options:
     return options
 
 
+def _is_written_so(stored: StoredModel) -> bool:
+    """Return whether the files are what would be written: floats, and not in pickles."""
+    return all(t.is_float and t.file.suffix == ".safetensors" for t in stored.tensors.values())
+
+
 def _check_source(stored: StoredModel, options: Options) -> None:
     if stored.quantization is not None:
         raise CheckpointError(
@@ -144,7 +149,7 @@ def _check_source(stored: StoredModel, options: Options) -> None:
         )
     is_file = not stored.path.is_dir()
     found = None if is_file else META if is_meta_directory(stored.path) else HUGGING_FACE
-    is_same = found == options.to and options.to != META
+    is_same = found == options.to and options.to != META and _is_written_so(stored)
     if is_same and options.quantization is None and options.dtype == "auto":
         raise ValueError(
             f"{stored.path} is already in that layout; give a quantization, a dtype or to='meta'"

@@ -124,6 +124,7 @@ def _hf_config(
     if not (stored.path.is_dir() and file.exists()):
         return hf_config(stored.config) | {"torch_dtype": dtype}
     config = read_object(file)
+    config.pop("quantization_config", None)  # of GPTQ or AWQ: floats are written
     if options.dtype != "auto":
         config.pop("dtype", None)
         config["torch_dtype"] = dtype
