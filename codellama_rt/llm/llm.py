@@ -23,7 +23,7 @@ from codellama_rt.llm.memory_plan import settle
 from codellama_rt.llm.placement import default_block_size, place, require_runtime
 from codellama_rt.llm.plan import Plan
 from codellama_rt.llm.prompts import PromptEncoder
-from codellama_rt.llm.scoring import sequence_logits
+from codellama_rt.llm.scoring import pooled, sequence_hidden_states, sequence_logits
 from codellama_rt.llm.variants import find_variant, require_length
 from codellama_rt.model.lora import LoraAdapter, merged
 from codellama_rt.text.chat import read_chat_template
@@ -330,6 +330,52 @@ class LLM:
             adapter=adapter,
         )
 
+    def hidden_states(
+        self, token_ids: Sequence[int], *, adapter: LoraAdapter | None = None
+    ) -> np.ndarray:
+        """Return what the layers pass on for every token of one sequence, as Transformers has it.
+
+        Args:
+            token_ids: the sequence, at least one token.
+            adapter: as in `generate`.
+
+        Returns:
+            (n_layers + 1, len(token_ids), dim) float32: the embeddings, the residual stream after
+            each layer but the last, and after the last one normalised.
+
+        Raises:
+            ValueError: no token, one outside the vocabulary, or a device or runtime that has none.
+        """
+        return self._hidden_states(token_ids, adapter)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        adapter: LoraAdapter | None = None,
+    ) -> np.ndarray:
+        """Return one vector per prompt, made of the last hidden states of its tokens.
+
+        Args:
+            prompts: as in `generate`.
+            pooling: "last" takes the last token's, "mean" the mean of all tokens'.
+            normalize: divide each vector by its length.
+            adapter: as in `generate`.
+
+        Returns:
+            (number of prompts, dim) float32.
+
+        Raises:
+            ValueError: an unknown pooling, an empty prompt, or as `hidden_states`.
+            TypeError: as `generate`.
+        """
+        prompts, _ = as_prompts(prompts)
+        ids = [self.prompt_encoder.tokens(prompt) for prompt in prompts]
+        states = (self._hidden_states(one, adapter, last_only=True)[0] for one in ids)
+        return pooled(states, len(ids), self.config.dim, pooling, normalize)
+
     def default_params(self) -> SamplingParams:
         """Greedy, or what the checkpoint's generation_config.json says."""
         return default_params(self.generation_config)
@@ -346,6 +392,18 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         """Close."""
         self.close()
+
+    def _hidden_states(
+        self, token_ids: Sequence[int], adapter: LoraAdapter | None, *, last_only: bool = False
+    ) -> np.ndarray:
+        return sequence_hidden_states(
+            self.model,
+            token_ids,
+            last_only=last_only,
+            kv_dtype=self.kv_cache.dtype,
+            chunk_size=self.engine.scheduler.max_num_batched_tokens,
+            adapter=adapter,
+        )
 
     def _submit(
         self, prompt: Prompt, params: SamplingParams | None, adapter: LoraAdapter | None

@@ -39,6 +39,7 @@ def decoder_stack(
     a: Activations,
     step: StepArrays,
     kv_layers: Sequence[tuple[Any, Any]],
+    watch: Callable[[int], None] | None = None,
 ) -> None:
     """Take the residual stream through all layers, as far as the last addition to it.
 
@@ -50,11 +51,14 @@ def decoder_stack(
         a: `a.residual` holds the embeddings; afterwards `a.residual + a.sublayer` is the stream.
         step: which tokens these are, and where their keys and values lie.
         kv_layers: per layer (key_cache, value_cache); written.
+        watch: called with each layer's index when `a.residual` is its input.
     """
     eps, stream = config.norm_eps, (a.x, a.residual)
     next_norms = [*(layer.attention_norm for layer in layers[1:]), None]
     ops.rms_norm(a.residual, layers[0].attention_norm, eps, out=a.x)
-    for layer, caches, next_norm in zip(layers, kv_layers, next_norms, strict=True):
+    for i, (layer, caches, next_norm) in enumerate(zip(layers, kv_layers, next_norms, strict=True)):
+        if watch is not None:
+            watch(i)
         linear(a.x, layer.qkv_proj, out=a.qkv)
         ops.rope_and_cache(
             a.qkv, *step.rope, *caches, step.slots, interleaved=config.rope_interleaved, out=a.query
@@ -147,6 +151,7 @@ class Llama:
 
     kv_cache_type = KVCache
     applies_adapters = True  # of single requests: `Batch.adapted`
+    gives_hidden_states = True
 
     def __init__(self, config: ModelConfig, weights: LlamaWeights) -> None:
         """Take the weights as they lie; nothing is copied."""
@@ -171,6 +176,35 @@ class Llama:
         Returns:
             (num_logits, vocab_size) float32: the rows `batch.logit_rows`, in that order.
         """
+        a = self._through_layers(batch, kv_cache)
+        return self._logits(a.sublayer, a.residual, batch.logit_rows)
+
+    def hidden_states(self, batch: Batch, kv_cache: KVCache, *, last_only: bool = False) -> Array:
+        """Compute one step: write the tokens' keys and values, and return what layers pass on.
+
+        Args:
+            batch: the tokens of this step; their blocks must be allocated.
+            kv_cache: those blocks.
+            last_only: return only the last of the states.
+
+        Returns:
+            (n_layers + 1, num_tokens, dim) float32: the embeddings, the residual stream after each
+            layer but the last, and after the last one normalised, as the head takes it.
+        """
+        count = 1 if last_only else self.config.n_layers + 1
+        states = np.empty((count, len(batch.token_ids), self.config.dim), np.float32)
+
+        def watch(i: int) -> None:
+            states[i] = self._scratch(len(batch.token_ids)).residual
+
+        a = self._through_layers(batch, kv_cache, None if last_only else watch)
+        norm, eps = self.weights.norm, self.config.norm_eps
+        states[-1], _ = ops.add_rms_norm(a.sublayer, a.residual, norm, eps)
+        return states
+
+    def _through_layers(
+        self, batch: Batch, kv_cache: KVCache, watch: Callable[[int], None] | None = None
+    ) -> Activations:
         a = self._scratch(len(batch.token_ids))
         step = StepArrays(
             self.rope.lookup(batch.positions, batch.rope_lengths),
@@ -179,8 +213,8 @@ class Llama:
         )
         linear = _with_adapters(batch.adapted) if batch.adapted else _linear
         ops.embedding(batch.token_ids, self.weights.embedding, out=a.residual)
-        decoder_stack(ops, linear, self.layers, self.config, a, step, kv_cache.layers)
-        return self._logits(a.sublayer, a.residual, batch.logit_rows)
+        decoder_stack(ops, linear, self.layers, self.config, a, step, kv_cache.layers, watch)
+        return a
 
     def _logits(self, sublayer: Array, residual: Array, rows: Array) -> Array:
         if len(rows) != len(residual):

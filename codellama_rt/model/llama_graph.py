@@ -51,6 +51,7 @@ class LlamaCell(nn.Cell):
 
     kv_cache_type = KVCache
     applies_adapters = False
+    gives_hidden_states = False
 
     def __init__(
         self, config: ModelConfig, weights: LlamaWeights, *, whole_layers: bool = False
