@@ -85,6 +85,11 @@ class StoredTensor:
         return False
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that have its bytes."""
+        return (self.file,)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes in the files."""
         return self.payload.nbytes

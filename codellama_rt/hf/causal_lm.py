@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from codellama_rt.checkpoint.formats.generation_config import rejected
 from codellama_rt.checkpoint.formats.hf_writer import write_directory
 from codellama_rt.engine.branches import Branches
 from codellama_rt.engine.request import check_token_id
@@ -44,7 +45,10 @@ class LlamaForCausalLM:
         """Wrap an LLM; use `from_pretrained` to open a checkpoint."""
         self.llm = llm
         self.config = llm.config
-        self.generation_config = GenerationConfig.from_dict(llm.generation_config)
+        try:
+            self.generation_config = GenerationConfig.from_dict(llm.generation_config)
+        except (ValueError, TypeError) as error:  # values that contradict one another
+            raise rejected(llm.path, error) from None
         self._stored_ends = self.generation_config.eos_token_id
         self._adapters: dict[str, LoraAdapter] = {}
         self._adapter: LoraAdapter | None = None

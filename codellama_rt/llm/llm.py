@@ -12,6 +12,7 @@ import numpy as np
 from codellama_rt import ops
 from codellama_rt.checkpoint import load_checkpoint
 from codellama_rt.checkpoint.adapter import load_adapter
+from codellama_rt.checkpoint.formats.generation_config import rejected
 from codellama_rt.checkpoint.open import resolve
 from codellama_rt.engine.completion import Completion, Job
 from codellama_rt.engine.engine import Engine
@@ -141,6 +142,11 @@ class LLM:
             progress=progress,
         )
         self.config, self.generation_config = checkpoint.config, checkpoint.generation_config
+        self.path = checkpoint.path
+        try:
+            self.default_params()
+        except (ValueError, TypeError) as error:  # values of its generation_config.json
+            raise rejected(self.path, error) from None
         self.stored_bytes = checkpoint.stored_bytes
         self.tokenizer = self.chat_template = None
         if has_tokenizer(opened.path, opened.metadata):

@@ -57,7 +57,7 @@ BAD_FILES = {
     "empty": (b"", "found an empty file"),
     "7 bytes": (b"1234567", "8 bytes of header length, found a file of 7 bytes; it is truncated"),
     "only a length": (bytes(8), "expected JSON"),
-    "length 2**63": ((2**63).to_bytes(8, "little") + GOOD[8:], "at most 100000000 bytes, found 9"),
+    "length 2**63": ((2**63).to_bytes(8, "little") + GOOD[8:], "at most 16777216 bytes, found 9"),
     "length over the cap": ((100_000_001).to_bytes(8, "little") + GOOD[8:], "header of at most"),
     "length past the end": ((10**6).to_bytes(8, "little") + GOOD[8:], "the file is truncated"),
     "a pickle": (b"\x80\x04\x95" + bytes(100), "header of at most|truncated|JSON"),
@@ -310,3 +310,15 @@ def test_bad_shards(file, content, message, tmp_path):
     (write_sharded(tmp_path, SHARDS) / file).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "INDEX"])
+def test_json_that_would_fill_the_memory(tmp_path, file):
+    folder = write_mini(tmp_path / "m")
+    if file == "INDEX":
+        (folder / "model.safetensors").unlink()
+        file = "model.safetensors.index.json"
+    with open(folder / file, "wb") as big:
+        big.truncate(2**24 + 1)
+    with pytest.raises(CheckpointError, match=f"{file}: expected a JSON file of at most 16777216"):
+        open_checkpoint(folder)

@@ -124,6 +124,11 @@ class PackedProjection(StoredTensor):
         return "q4_0" if self.kind.is_symmetric else "q4_1"
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the parts."""
+        return (self.file, self.qzeros.file, self.scales.file)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the parts."""
         return sum(part.payload.nbytes for part in (self, self.qzeros, self.scales))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from codellama_rt.checkpoint.formats.generation_config import read_generation_config
 from codellama_rt.checkpoint.formats.gptq_awq import join_packed, read_packed_kind
 from codellama_rt.checkpoint.formats.packed_weights import read_config_section, unpack
 from codellama_rt.checkpoint.formats.safetensors import read_safetensors, read_safetensors_file
@@ -15,7 +16,6 @@ from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
 from codellama_rt.checkpoint.tensor_names import HEAD, is_recomputed
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import ModelConfig
-from codellama_rt.model.config_fields import ConfigFields
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -57,7 +57,7 @@ def read_directory(path: Path) -> StoredModel:
         path,
         config,
         tensors,
-        _read_generation_config(path, config.vocab_size),
+        read_generation_config(path, config.vocab_size),
         quantization=quantization,
     )
 
@@ -154,18 +154,3 @@ def _check_index(
                 f"{tensor.file.name}, "
                 "found this one beside them"
             )
-
-
-def _read_generation_config(path: Path, vocab_size: int) -> dict[str, Any]:
-    file = path / "generation_config.json"
-    if not file.exists():
-        return {}
-    values = read_object(file)
-    fields = ConfigFields(values, str(file))
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        ids = fields.token_ids(key, vocab_size=vocab_size)
-        if isinstance(values.get(key), list) and ids:
-            values[key] = list(ids)
-        elif values.get(key) is not None and not ids:
-            del values[key]
-    return values

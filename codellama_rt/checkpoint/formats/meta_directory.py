@@ -58,6 +58,16 @@ class ShardedTensor(StoredTensor):
         return False
 
     @property
+    def float_dtype(self) -> np.dtype | None:
+        """That of the parts."""
+        return self.parts[0].float_dtype
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the parts."""
+        return tuple(part.file for part in self.parts)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.num_bytes for part in self.parts)

@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 
 from codellama_rt.ops.dtypes import FLOATS
 
-MAX_PICKLE_BYTES = 2**24  # the 723 tensors of a shard of 70B take under 200 kB
+# The 723 tensors of a shard of 70B take under 200 kB. Interpreted, a pickle takes up to 70 times
+# its size: a dictionary is one byte of it.
+MAX_PICKLE_BYTES = 2**21
 _MAX_AXES = 8
 _OPCODES = (
     "PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE "

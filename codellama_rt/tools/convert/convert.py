@@ -103,9 +103,10 @@ def convert(
     _check_source(stored, options)
     options = with_dtype(stored, options)
     plan = make_plan(stored, options)
-    with Journal(out, _identity(path, options)) as journal:
+    with Journal(out, _identity(path, stored, options)) as journal:
         try:
             _check_space(plan, journal)
+            _check_sums(stored, progress)
             _write_tensors(plan, journal, options, progress)
             _write_companions(stored, journal.output, options)
             write_texts(plan, journal.output, _write_file)
@@ -156,9 +157,10 @@ def _check_source(stored: StoredModel, options: Options) -> None:
         )
 
 
-def _identity(path: Path, options: Options) -> dict[str, Any]:
+def _identity(path: Path, stored: StoredModel, options: Options) -> dict[str, Any]:
     """Return the facts that identify a conversion."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    beside = [path] if path.is_file() else [p for p in path.iterdir() if p.is_file()]
+    files = sorted({*beside, *(file for t in stored.tensors.values() for file in t.files)})
     described = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return {"format": _FORMAT, "source": str(path.resolve()), "files": described, **vars(options)}
 
@@ -173,6 +175,23 @@ def _check_space(plan: Plan, journal: Journal) -> None:
             f"{needed / 1e9:.2f} GB are needed, and the disk has {free / 1e9:.2f} GB",
             str(journal.output.parent.parent),
         )
+
+
+def _check_sums(stored: StoredModel, progress: Progress | None) -> None:
+    """Verify the checksums that .pth and .bin files have, before their bytes are taken over.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    files = sorted({file for tensor in stored.tensors.values() for file in tensor.files})
+    files = [file for file in files if file.suffix in (".pth", ".bin")]
+    if not files:
+        return
+    from codellama_rt.checkpoint.formats.pth import verify_pth  # a machine that others never need
+
+    counter = Counter(sum(file.stat().st_size for file in files), progress)
+    for file in files:
+        verify_pth(file, lambda count: counter.add(count, "verifying checksums"))
 
 
 def _write_tensors(
