@@ -26,13 +26,17 @@ from codellama_rt.llm.plan import Plan
 from codellama_rt.llm.prompts import PromptEncoder
 from codellama_rt.llm.scoring import pooled, sequence_hidden_states, sequence_logits
 from codellama_rt.llm.variants import find_variant, require_length
+from codellama_rt.model.batch import Batch
+from codellama_rt.model.interface import KVCache
 from codellama_rt.model.lora import LoraAdapter, merged
 from codellama_rt.text.chat import read_chat_template
 from codellama_rt.text.tokenizer import has_tokenizer, load_tokenizer
 
 
 class LLM:
-    """A model to generate with.
+    """A model to generate with, from any thread.
+
+    Calls of several threads are computed together, each with the result that it has alone.
 
     Example:
         >>> with LLM("smollm2-135m-instruct") as llm:  # doctest: +SKIP
@@ -81,7 +85,8 @@ class LLM:
             block_size: tokens per KV block, a multiple of 16; 64 by default, 128 on Ascend.
             max_num_seqs: sequences in one step.
             max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
-            num_threads: threads an op, for the whole process; the CPUs of the process by default.
+            num_threads: threads per op, for the whole process; by default what the environment
+                says, else the CPUs within the quota of the container.
             prefix_caching: whether equal prefixes are computed once.
             attention: on Ascend "custom" (this project's kernels) or "vendor" (MindSpore's).
             runtime: "direct" calls the kernels one after another; "graph" runs the model as a
@@ -162,6 +167,7 @@ class LLM:
         if adapter is not None:
             weights = merged(weights, load_adapter(adapter, self.config))
         self.model, self.kv_cache = place(plan, self.config, weights)
+        checkpoint.files.check()  # the device may have copied what was just being written
         self.engine = Engine(
             self.model,
             self.kv_cache,
@@ -171,8 +177,9 @@ class LLM:
             max_model_len=self.max_model_len,
             prefix_caching=prefix_caching,
             generation_config=self.generation_config,
+            check_files=checkpoint.files.check,
         )
-        self.jobs = Jobs(self.engine)  # whoever steps this engine takes its outputs from here
+        self.jobs = Jobs(self.engine)
 
     def generate(
         self,
@@ -194,6 +201,7 @@ class LLM:
 
         Raises:
             ValueError, TypeError: a prompt or parameter that cannot be; nothing was computed then.
+            CheckpointError: a file of the model has been written or cut since it was opened.
         """
         prompts, _ = as_prompts(prompts)
         if not isinstance(params, (list, tuple)):
@@ -326,7 +334,11 @@ class LLM:
 
         Raises:
             ValueError: no token, or one outside the vocabulary.
+            CheckpointError: as `generate`.
+            RuntimeError: the LLM is closed.
         """
+        self.engine.check_open()
+        self.engine.check_files()
         return sequence_logits(
             self.model,
             token_ids,
@@ -334,6 +346,7 @@ class LLM:
             kv_dtype=self.kv_cache.dtype,
             chunk_size=self.engine.scheduler.max_num_batched_tokens,
             adapter=adapter,
+            forward=self.engine.forward,
         )
 
     def hidden_states(
@@ -387,7 +400,7 @@ class LLM:
         return default_params(self.generation_config)
 
     def close(self) -> None:
-        """Abort what runs and give the KV cache's memory back."""
+        """Abort what runs, in any thread, and give the KV cache's memory back."""
         self.engine.close()
         self.kv_cache.close()
 
@@ -402,10 +415,18 @@ class LLM:
     def _hidden_states(
         self, token_ids: Sequence[int], adapter: LoraAdapter | None, *, last_only: bool = False
     ) -> np.ndarray:
+        self.engine.check_open()
+        self.engine.check_files()
+
+        def run(batch: Batch, kv_cache: KVCache) -> np.ndarray:
+            with self.engine.owner:  # between two steps
+                self.engine.check_open()
+                return self.model.hidden_states(batch, kv_cache, last_only=last_only)
+
         return sequence_hidden_states(
             self.model,
             token_ids,
-            last_only=last_only,
+            hidden_states=run,
             kv_dtype=self.kv_cache.dtype,
             chunk_size=self.engine.scheduler.max_num_batched_tokens,
             adapter=adapter,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Collection
 from numbers import Integral
 from typing import Any
@@ -42,38 +42,45 @@ def sequence_logits(
 
 
 def sequence_hidden_states(
-    model: Decoder, token_ids: Collection[int], *, last_only: bool = False, **options: Any
+    model: Decoder,
+    token_ids: Collection[int],
+    *,
+    hidden_states: Callable[[Batch, KVCache], np.ndarray],
+    **options: Any,
 ) -> np.ndarray:
     """Return what the layers pass on for every token, computed in chunks like the logits.
 
     Args:
         model: one that `gives_hidden_states`.
         token_ids: the sequence, at least one token.
-        last_only: return only the last of the states, the one that the head takes.
+        hidden_states: runs the model for (states, tokens of the chunk, dim).
         **options: as `logits_by_chunk` takes them.
 
     Returns:
-        (n_layers + 1, len(token_ids), dim) float32, the embeddings first and the last one
-        normalised, as Transformers has them; with last_only (1, len(token_ids), dim).
+        (states, len(token_ids), dim) float32.
 
     Raises:
         TypeError, ValueError: as `logits_by_chunk`; or the model has no hidden states to give.
     """
     if not model.gives_hidden_states:
         raise ValueError("hidden states are supported on device='cpu' with runtime='direct' only")
-    steps = _steps(model, token_ids, **options)
-    chunks = [model.hidden_states(*step, last_only=last_only) for step in steps]
+    chunks = [hidden_states(*step) for step in _steps(model, token_ids, **options)]
     return np.concatenate(chunks, axis=1)
 
 
 def logits_by_chunk(
-    model: Decoder, token_ids: Collection[int], **options: Any
+    model: Decoder,
+    token_ids: Collection[int],
+    *,
+    forward: Callable[[Batch, KVCache], np.ndarray] | None = None,
+    **options: Any,
 ) -> Iterator[np.ndarray]:
     """Yield the same chunk by chunk, for sequences whose logits would not fit the memory.
 
     Args:
         model: anything with `forward(batch, kv_cache)`.
         token_ids: the sequence, at least one token.
+        forward: runs the model; None: its own `forward`. `Engine.forward` waits for its turn.
         **options: first_position (of the first token for RoPE, 0), kv_dtype (of the cache,
             "float32"), block_size (tokens per block, 64), chunk_size (tokens per step, 512; no bit
             of the result depends on it), adapter (applied to all tokens, None).
@@ -86,7 +93,7 @@ def logits_by_chunk(
         ValueError: no token, one outside the vocabulary, or positions outside [0, MAX_POSITION).
     """
     for step in _steps(model, token_ids, **options):
-        yield model.forward(*step)
+        yield (forward or model.forward)(*step)
 
 
 def _steps(

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from codellama_rt.checkpoint.mapped_files import MappedFile
 from codellama_rt.checkpoint.stored_tensor import StoredTensor
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config_fields import ConfigFields
@@ -124,11 +125,6 @@ class PackedProjection(StoredTensor):
         return "q4_0" if self.kind.is_symmetric else "q4_1"
 
     @property
-    def files(self) -> tuple[Path, ...]:
-        """The files of the parts."""
-        return (self.file, self.qzeros.file, self.scales.file)
-
-    @property
     def num_bytes(self) -> int:
         """Bytes of the parts."""
         return sum(part.payload.nbytes for part in (self, self.qzeros, self.scales))
@@ -179,6 +175,11 @@ class PackedProjection(StoredTensor):
         q = self._integers(begin, end).astype(np.float32)
         with np.errstate(invalid="ignore"):  # 0 times inf, which check="finite" finds
             return (q - zeros[:, groups]) * scales[:, groups]
+
+    def mappings(self) -> list[MappedFile]:
+        """Return the mappings of all parts' files."""
+        parts = (super(), self.qzeros, self.scales)
+        return [mapping for part in parts for mapping in part.mappings()]
 
     def release(self) -> None:
         """Release the memory of the parts' mapped pages."""

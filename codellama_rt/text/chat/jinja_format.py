@@ -105,7 +105,13 @@ def _separator(texts: Iterator[str]) -> str:
     for text in texts:
         used |= set(text)
         used |= {chr(int(code, 16)) for code in _ESCAPE.findall(text)}
-    return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+    for code in _PRIVATE_USE:
+        if chr(code) not in used:
+            return chr(code)
+    raise ValueError(
+        "messages contain every private-use character from U+E000 to U+F8FF; one must be free, to "
+        "tell names of control tokens in messages from the template's"
+    )
 
 
 def _without(separator: str, text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -56,13 +57,13 @@ def checked_messages(messages: Any) -> list[Message]:
             "messages must be a list of {'role': ..., 'content': ...}, "
             f"got {type(messages).__name__}"
         )
-    checked = [_checked(f"messages[{i}]", message) for i, message in enumerate(messages)]
+    first = islice(messages, MAX_MESSAGES + 1)  # an iterator may have no end
+    checked = [_checked(f"messages[{i}]", message) for i, message in enumerate(first)]
     if not checked:
         raise ValueError("a conversation has at least one message, got none")
     if len(checked) > MAX_MESSAGES:
         raise ValueError(
-            f"a conversation has at most {MAX_MESSAGES} messages, got {len(checked)}; "
-            "drop the oldest"
+            f"a conversation has at most {MAX_MESSAGES} messages, got more; drop the oldest"
         )
     return checked
 
@@ -82,8 +83,17 @@ def _checked(where: str, message: Any) -> Message:
     if role not in ROLES:
         raise ValueError(f"{where}: role must be one of {', '.join(ROLES)}, got {role!r:.40}")
     for text in texts_of([content, extra]):
-        text.encode("utf-8")
+        _require_unicode(where, "content" if text is content else "a text", text)
     return Message(role, content, extra)
+
+
+def _require_unicode(where: str, what: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: {what} must be Unicode, got half of a surrogate pair at {error.start}"
+        ) from None
 
 
 def _text(where: str, content: Any) -> str:

@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from codellama_rt.checkpoint.formats.tensor_file import Entry, sync, write_tenso
 from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.checkpoint.open import resolve
 from codellama_rt.checkpoint.quantize import check_quantization, is_quantized
-from codellama_rt.checkpoint.stored_tensor import Counter, Progress, StoredModel
+from codellama_rt.checkpoint.stored_tensor import Counter, Progress, StoredModel, mapped_files
 from codellama_rt.errors import CheckpointError
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.tools.convert.journal import Journal
@@ -85,7 +86,8 @@ def convert(
         `out`.
 
     Raises:
-        CheckpointError: the model cannot be read, is already quantised, or verification failed.
+        CheckpointError: the model cannot be read, is already quantised or is written meanwhile, or
+            verification failed.
         ValueError: an unknown option, options that contradict each other, or nothing to convert.
         FileExistsError: `out` exists.
         RuntimeError: another process is writing it.
@@ -102,16 +104,17 @@ def convert(
     stored = resolve(path)
     _check_source(stored, options)
     options = with_dtype(stored, options)
-    plan = make_plan(stored, options)
+    plan, source = make_plan(stored, options), mapped_files(stored.tensors.values())
     with Journal(out, _identity(path, stored, options)) as journal:
         try:
             _check_space(plan, journal)
             _check_sums(stored, progress)
-            _write_tensors(plan, journal, options, progress)
+            _write_tensors(plan, journal, options, progress, source.check)
             _write_companions(stored, journal.output, options)
             write_texts(plan, journal.output, _write_file)
             if verify:
                 _verify(plan, path, journal.output, options, progress)
+            source.check()
             journal.output.rename(out)
             journal.discard()
         except (CheckpointError, ValueError):  # it would fail again
@@ -157,10 +160,16 @@ def _check_source(stored: StoredModel, options: Options) -> None:
         )
 
 
+def _files_of(stored: StoredModel) -> set[Path]:
+    """Return the files that have the weights."""
+    tensors = stored.tensors.values()
+    return {mapping.path for tensor in tensors for mapping in tensor.mappings()}
+
+
 def _identity(path: Path, stored: StoredModel, options: Options) -> dict[str, Any]:
     """Return the facts that identify a conversion."""
     beside = [path] if path.is_file() else [p for p in path.iterdir() if p.is_file()]
-    files = sorted({*beside, *(file for t in stored.tensors.values() for file in t.files)})
+    files = sorted({*(file.absolute() for file in beside), *_files_of(stored)})
     described = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return {"format": _FORMAT, "source": str(path.resolve()), "files": described, **vars(options)}
 
@@ -183,8 +192,7 @@ def _check_sums(stored: StoredModel, progress: Progress | None) -> None:
     Raises:
         CheckpointError: a file is damaged.
     """
-    files = sorted({file for tensor in stored.tensors.values() for file in tensor.files})
-    files = [file for file in files if file.suffix in (".pth", ".bin")]
+    files = sorted(file for file in _files_of(stored) if file.suffix in (".pth", ".bin"))
     if not files:
         return
     from codellama_rt.checkpoint.formats.pth import verify_pth  # a machine that others never need
@@ -195,13 +203,18 @@ def _check_sums(stored: StoredModel, progress: Progress | None) -> None:
 
 
 def _write_tensors(
-    plan: Plan, journal: Journal, options: Options, progress: Progress | None
+    plan: Plan,
+    journal: Journal,
+    options: Options,
+    progress: Progress | None,
+    check_source: Callable[[], None],
 ) -> None:
     counter = Counter(plan.num_bytes, progress)
     for file, layout in plan.files.items():
         done = journal.done(file, layout)
 
         def written(entry: Entry) -> None:
+            check_source()  # before the journal says that the tensor is right
             plan.made_from[entry.name].release()
             is_packed = options.quantization is not None and is_quantized(entry.name)
             what = f"quantising to {options.quantization}" if is_packed else "copying"
