@@ -272,7 +272,9 @@ def _check_features(fields: ConfigFields) -> None:
         )
     if fields.values.get("quantization_config") is not None:
         raise fields.fault(
-            "quantization_config", "nothing", "give the unquantised weights or a GGUF file"
+            "quantization_config",
+            "nothing, or quant_method awq or gptq",
+            "give the unquantised weights or a GGUF file",
         )
 
 

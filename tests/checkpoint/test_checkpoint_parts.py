@@ -170,6 +170,12 @@ def test_other_layouts_come_before_a_gguf_file(tmp_path):
     assert open_checkpoint(folder).path == folder
 
 
+def test_a_projector_of_images_is_no_second_model(tmp_path):
+    write_parts(tmp_path, 1)
+    (tmp_path / "mmproj-model-f16.gguf").write_bytes(b"not read")
+    assert open_checkpoint(tmp_path).config.n_layers == 1
+
+
 def test_parts_are_read_in_their_order(tmp_path):
     write_parts(tmp_path)
     tensors = read_gguf_parts(tmp_path / "mini-00003-of-00003.gguf").tensors

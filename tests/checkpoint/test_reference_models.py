@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -12,11 +13,14 @@ from helpers.oracle import forward
 
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.checkpoint.formats.hf_writer import write_directory
+from codellama_rt.checkpoint.open import resolve
 from codellama_rt.checkpoint.tensor_names import named_weights
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.errors import CheckpointError
 from codellama_rt.llm.llm import LLM
-from codellama_rt.llm.placement import make_model
+from codellama_rt.llm.memory_plan import estimate
+from codellama_rt.llm.placement import make_model, place
+from codellama_rt.llm.plan import Plan
 from codellama_rt.llm.scoring import sequence_logits
 from codellama_rt.model.llama import Llama
 from codellama_rt.ops.quantized import Quantized
@@ -149,9 +153,6 @@ def test_biases_of_some_projections_alone(tmp_path):
 
 @pytest.mark.parametrize("device", ["cuda", "ascend"])
 def test_other_devices_have_no_biases(device):
-    from codellama_rt.llm.placement import place
-    from codellama_rt.llm.plan import Plan
-
     checkpoint = open_checkpoint(REFERENCE / "bias_attention")
     with pytest.raises(ValueError, match=r"projections with biases .* on device 'cpu' only"):
         place(Plan(device=device), checkpoint.config, checkpoint.weights)
@@ -309,6 +310,27 @@ def test_logits_of_the_kernels_are_near(name):
         found = sequence_logits(model, prompt)
         assert np.abs(found - logits).max() < 0.03 * np.abs(logits).max()
         assert (sequence_logits(model, prompt, chunk_size=3) == found).all()
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_the_graph_reads_them_with_the_same_bits(name):
+    checkpoint = open_checkpoint(REFERENCE / name)
+    cell = make_model("cpu", checkpoint.config, checkpoint.weights, runtime="graph")
+    model = Llama(checkpoint.config, checkpoint.weights)
+    for prompt, _ in prompts(name):
+        assert (sequence_logits(cell, prompt) == sequence_logits(model, prompt)).all()
+
+
+@pytest.mark.parametrize("name", [*PACKED, *BIASED])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_the_estimate_is_what_is_loaded(name, quantization):
+    opened = resolve(REFERENCE / name)
+    weights = open_checkpoint(REFERENCE / name, quantization=quantization).weights
+    loaded = named_weights(replace(opened.config, tie_word_embeddings=False), weights)
+    total = sum(weight.nbytes for weight in loaded.values())
+    if weights.lm_head is weights.embedding:
+        total -= weights.embedding.nbytes
+    assert estimate(opened, Plan(quantization=quantization), context=8).weights == total
 
 
 def test_layers_that_were_not_converted_stay_as_they_are():

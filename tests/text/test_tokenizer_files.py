@@ -244,6 +244,7 @@ BAD_GGUF = [
     (bpe_fields() | {"token_type": [1, 2]}, f"token_type: expected {len(BPE_PIECES)} numbers"),
     (SPM_FIELDS | {"token_type": [7] * 421}, "token_type: expected numbers from 0 to 6"),
     (SPM_FIELDS | {"scores": [0.0] * 420}, "scores: expected 421 numbers"),
+    (SPM_FIELDS | {"scores": [float("nan")] * 421}, "scores: expected numbers, found NaN"),
     (bpe_fields() | {"bos_token_id": "0"}, "bos_token_id: expected a token id"),
     (SPM_FIELDS | {"tokens": ["<unk>"] * 421}, "SentencePiece rejects the model"),
     (SPM_FIELDS | {"add_bos_token": "yes"}, "add_bos_token: expected true or false"),

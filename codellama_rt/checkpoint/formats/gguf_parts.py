@@ -75,10 +75,13 @@ def _number(file: GgufFile, key: str, default: int | None) -> int | None:
 def find_gguf(folder: Path) -> Path | None:
     """Return the GGUF model in a directory, None if it has no such file.
 
+    A projector of images (mmproj-...) beside a model is none.
+
     Raises:
         CheckpointError: there are several; the parts of a split model count as one.
     """
-    return only_model(folder, sorted(folder.glob("*.gguf")))
+    files = [file for file in folder.glob("*.gguf") if not file.name.startswith("mmproj")]
+    return only_model(folder, sorted(files))
 
 
 def only_model(where: Path | str, files: list[Path]) -> Path | None:

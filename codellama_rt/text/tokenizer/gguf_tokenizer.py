@@ -106,7 +106,10 @@ class _GgufVocabulary:
     def scores(self) -> list[float]:
         """Return the score of each piece, 0 without the list."""
         if "scores" in self.fields.values:
-            return self.numbers("scores")
+            scores = self.numbers("scores")
+            if any(score != score for score in scores):  # NaN has no place in an order
+                raise CheckpointError(f"{self.fields.source}.scores: expected numbers, found NaN")
+            return scores
         self._warn_of_missing("scores", "all pieces count as equally good")
         return [0.0] * len(self.pieces)
 
