@@ -169,7 +169,42 @@ def test_biases_of_zeros_are_left_out_and_others_are_not(tmp_path):
         open_checkpoint(changed(tmp_path / "m", "gptq", tensors=bad))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "file", "section"),
+    [
+        ("gptq", "quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False}),
+        ("awq", "quant_config.json", {"w_bit": 4, "q_group_size": 32, "version": "GEMM"}),
+    ],
+)
+def test_a_file_of_its_own_says_how(tmp_path, name, file, section):
+    """As AutoGPTQ and AutoAWQ wrote it before config.json had a section."""
+    folder = shutil.copytree(REFERENCE / name, tmp_path / "m")
+    values = json.loads((folder / "config.json").read_text())
+    del values["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / file).write_text(json.dumps(section))
+    found, expected = open_checkpoint(folder), open_checkpoint(REFERENCE / name)
+    for mine, theirs in zip(found.weights.layers, expected.weights.layers, strict=True):
+        assert (mine.k_proj.payload == theirs.k_proj.payload).all()
+    (folder / file).write_text(json.dumps(section | {"bits": 3, "w_bit": 3}))
+    with pytest.raises(CheckpointError, match="bits: expected 4, found 3"):
+        open_checkpoint(folder)
+    (folder / file).write_text("{")
+    with pytest.raises(CheckpointError, match=f"{file}: expected JSON"):
+        open_checkpoint(folder)
+
+
+def test_biases_of_a_model_that_has_them_are_kept_even_of_zeros(tmp_path):
+    stored = load_file(REFERENCE / "gptq" / "model.safetensors")
+    folder = changed(tmp_path / "m", "gptq")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"attention_bias": True}))
+    biases = open_checkpoint(folder).weights.biases
+    assert [sorted(its) for its in biases] == [["k_proj", "o_proj", "q_proj", "v_proj"]] * 2
+    assert f"{K}.bias" in stored
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, "bfloat16"])
 def test_scales_in_other_dtypes(tmp_path, dtype):
     """Kernels take float16; what it may not hold becomes floats."""
     import ml_dtypes
@@ -178,6 +213,6 @@ def test_scales_in_other_dtypes(tmp_path, dtype):
     folder = changed(tmp_path / "m", "awq", tensors=instead("scales", lambda a: a.astype(kind)))
     found = open_checkpoint(folder)
     plain = open_checkpoint(REFERENCE / "awq", dtype="float32").weights.layers[0].k_proj
-    scale = 1e-7 if dtype == np.float32 else 2**-7
+    scale = 2**-7 if dtype == "bfloat16" else 1e-7
     weight = found.weights.layers[0].k_proj.astype(np.float32)
     assert np.abs(weight - plain).max() <= scale * np.abs(plain).max() + 1e-3 * np.abs(plain).max()

@@ -17,18 +17,18 @@ than that of their groups (`desc_act`), have no such layout: those weights becom
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.checkpoint.mapped_files import MappedFile
 from codellama_rt.checkpoint.stored_tensor import StoredTensor
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config_fields import ConfigFields
-from codellama_rt.ops.dtypes import ENCODINGS
 from codellama_rt.ops.quantized import Quantized
 
 METHODS = ("gptq", "awq")
@@ -38,6 +38,10 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where column i of eight is in AWQ's wor
 _ONES = 0x11111111
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _GROUP_SIZES = 2**20
+_OWN_FILES = {  # before config.json had a section: the method, and other names of keys
+    "quantize_config.json": ("gptq", {}),
+    "quant_config.json": ("awq", {"w_bit": "bits", "q_group_size": "group_size"}),
+}
 
 
 class PackedKind(NamedTuple):
@@ -54,6 +58,19 @@ class PackedKind(NamedTuple):
     group_size: int | None
     is_symmetric: bool
     adds_one: bool
+
+
+def with_own_file(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return config.json with the section that the programs first kept in a file of its own.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    for name, (method, keys) in _OWN_FILES.items():
+        if values.get("quantization_config") is None and (folder / name).is_file():
+            found = {keys.get(key, key): item for key, item in read_object(folder / name).items()}
+            values = values | {"quantization_config": {"quant_method": method} | found}
+    return values
 
 
 def read_packed_kind(values: Mapping[str, Any], source: str) -> PackedKind | None:
@@ -113,7 +130,8 @@ class PackedProjection(StoredTensor):
     @property
     def float_dtype(self) -> np.dtype:
         """That of the scales."""
-        return ENCODINGS[self.scales.encoding]
+        assert self.scales.float_dtype is not None
+        return self.scales.float_dtype
 
     @property
     def weight_dtype(self) -> str | None:
@@ -136,7 +154,7 @@ class PackedProjection(StoredTensor):
     def view(self) -> Quantized:
         """Repack the weight and return it."""
         assert self.weight_dtype is not None
-        zeros, scales = self._zeros(), self.scales.view()
+        zeros, scales = self._zeros(0, self.shape[0]), self.scales.view()
         if self.kind.is_symmetric and (zeros != 8).any():
             raise CheckpointError(
                 f"{self.file}: tensor {self.qzeros.name!r}: expected zero points of 8, as sym says "
@@ -170,8 +188,8 @@ class PackedProjection(StoredTensor):
         groups = self.order
         if groups is None:
             groups = np.arange(self.shape[1]) // self._group_size
-        rows = np.s_[begin:end]
-        zeros, scales = self._zeros()[:, rows].T, self.scales.view()[:, rows].T.astype(np.float32)
+        zeros = self._zeros(begin, end).T
+        scales = self.scales.decode(0, len(zeros.T))[:, begin:end].T.astype(np.float32)
         q = self._integers(begin, end).astype(np.float32)
         with np.errstate(invalid="ignore"):  # 0 times inf, which check="finite" finds
             return (q - zeros[:, groups]) * scales[:, groups]
@@ -192,21 +210,27 @@ class PackedProjection(StoredTensor):
         if self.kind.method == "gptq":
             words = words.reshape(-1, self.shape[0])[:, begin:end]
             return _unpacked(words.T, range(_PER_WORD))
-        first = begin // _PER_WORD
-        words = words.reshape(self.shape[1], -1)[:, first : -(-end // _PER_WORD)]
-        skip = begin - first * _PER_WORD
-        return _unpacked(words, _AWQ_ORDER)[:, skip : skip + end - begin].T
+        return _columns(words.reshape(self.shape[1], -1), _AWQ_ORDER, begin, end).T
 
-    def _zeros(self) -> np.ndarray:
-        """Return the zero points, uint8 (groups, out)."""
+    def _zeros(self, begin: int, end: int) -> np.ndarray:
+        """Return the zero points of the rows begin..end, uint8 (groups, rows)."""
         words = self.qzeros.payload.view("<u4").reshape(self.qzeros.shape)
-        if self.kind.adds_one:  # of the whole word, as GPTQModel: a zero point of 0 has borrowed
-            words = words + np.uint32(_ONES)
         order = _AWQ_ORDER if self.kind.method == "awq" else range(_PER_WORD)
-        return _unpacked(words, order)
+        # one is added to the whole word, as GPTQModel does: a zero point of 0 has borrowed
+        return _columns(words, order, begin, end, _ONES if self.kind.adds_one else 0)
 
 
-def _unpacked(words: np.ndarray, order: Any) -> np.ndarray:
+def _columns(
+    words: np.ndarray, order: Iterable[int], begin: int, end: int, added: int = 0
+) -> np.ndarray:
+    """Return the columns begin..end of the integers of words, uint8 (rows, end - begin)."""
+    first = begin // _PER_WORD
+    some = words[:, first : -(-end // _PER_WORD)] + np.uint32(added)
+    skip = begin - first * _PER_WORD
+    return _unpacked(some, order)[:, skip : skip + end - begin]
+
+
+def _unpacked(words: np.ndarray, order: Iterable[int]) -> np.ndarray:
     """Return the integers of words (rows, n), uint8 (rows, 8 n); `order`: where each one is."""
     out = np.empty((*words.shape, _PER_WORD), np.uint8)
     for i, place in enumerate(order):
@@ -221,7 +245,10 @@ def _halves(values: np.ndarray, times: int, n_blocks: int) -> np.ndarray:
 
 
 def join_packed(
-    path: Path, tensors: Mapping[str, StoredTensor], kind: PackedKind
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    kind: PackedKind,
+    biased: Collection[str] = (),
 ) -> dict[str, StoredTensor]:
     """Replace the parts of each projection by one tensor, under the name of its weight.
 
@@ -229,6 +256,7 @@ def join_packed(
         path: the directory.
         tensors: as the files name them.
         kind: what config.json says.
+        biased: the projections with biases.
 
     Raises:
         CheckpointError: a part is missing, or its dtype, shape or values do not fit.
@@ -239,15 +267,14 @@ def join_packed(
         if part == "qweight":
             parts = {p: tensors[f"{module}.{p}"] for p in _PARTS if f"{module}.{p}" in tensors}
             joined[f"{module}.weight"] = _join(path, module, parts, kind)
-        elif part == "bias" and f"{module}.qweight" in tensors and _is_zero(tensor):
-            continue  # the first programs wrote one of zeros for every projection
-        elif part not in _PARTS or f"{module}.qweight" not in tensors:
+        elif f"{module}.qweight" not in tensors:
+            joined[name] = tensor
+        elif part == "bias" and module.rpartition(".")[2] not in biased:
+            if tensor.payload.any():  # the first programs wrote zeros for every projection
+                joined[name] = tensor
+        elif part not in _PARTS:
             joined[name] = tensor
     return joined
-
-
-def _is_zero(bias: StoredTensor) -> bool:
-    return not bias.payload.any()
 
 
 def _join(

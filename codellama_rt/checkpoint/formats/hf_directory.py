@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from codellama_rt.checkpoint.formats.generation_config import read_generation_config
-from codellama_rt.checkpoint.formats.gptq_awq import join_packed, read_packed_kind
+from codellama_rt.checkpoint.formats.gptq_awq import join_packed, read_packed_kind, with_own_file
 from codellama_rt.checkpoint.formats.packed_weights import read_config_section, unpack
 from codellama_rt.checkpoint.formats.safetensors import read_safetensors, read_safetensors_file
 from codellama_rt.checkpoint.formats.strict_json import read_object
@@ -40,7 +40,8 @@ def read_directory(path: Path) -> StoredModel:
         raise CheckpointError(
             f"{path}: expected config.json and {_SINGLE}, found {_what_is_there(path)}"
         )
-    values, source = read_object(path / "config.json"), str(path / "config.json")
+    source = str(path / "config.json")
+    values = with_own_file(read_object(path / "config.json"), path)
     quantization = read_config_section(values, source)
     packed = read_packed_kind(values, source)
     if quantization is not None or packed is not None:
@@ -52,7 +53,7 @@ def read_directory(path: Path) -> StoredModel:
     else:
         tensors = _read_tensors(path)
     if packed is not None:
-        tensors = join_packed(path, tensors, packed)
+        tensors = join_packed(path, tensors, packed, config.biased)
     return StoredModel(
         path,
         config,
