@@ -168,11 +168,12 @@ class Engine:
         request = self._make_request(request_id, sequence, params, inbox)
         with self.owner:
             self._drop_discarded()
-            is_new = request_id not in self._requests
-            if is_new and not self._closed:
+            is_closed, is_new = self._closed, request_id not in self._requests
+            if is_new and not is_closed:
                 sequence.order = priority, self._num_arrived, 0
                 self._add(request)
-        self.check_open()
+        if is_closed:
+            self.check_open()
         if not is_new:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
 

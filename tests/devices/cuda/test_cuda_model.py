@@ -200,8 +200,8 @@ def test_a_failing_step_leaves_no_graph(rng, monkeypatch):
         real(*arguments)
 
     monkeypatch.setattr(model, "compute", fail_once)
-    with pytest.raises(RuntimeError, match="no luck"):
-        generate(model, cache, prompts)
+    assert generate(model, cache, prompts) == expected  # the engine tries each sequence again
+    assert len(calls) > 3
     assert generate(model, DeviceKVCache(
         model.config, num_blocks=cache.num_blocks, block_size=16, dtype="bfloat16"
     ), prompts) == expected  # fmt: skip
