@@ -5,6 +5,7 @@ which a text never becomes a control token; `CodeLlamaTokenizer` follows the slo
 Transformers, which parses control tokens.
 """
 
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -18,6 +19,7 @@ from codellama_rt.text.tokenizer.tokenizer_base import (
     Tokenizer,
     check_text,
 )
+from codellama_rt.text.tokenizer.tokenizer_config import read_config
 
 __all__ = [
     "FILL_TOKEN",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 FILL_TOKEN = "<FILL_ME>"
+MAX_MODEL_BYTES = 2**26  # of a tokenizer.model; that of Llama has 500 kB
 _FILES = ("tokenizer.model", "tokenizer.json")
 
 
@@ -47,10 +50,11 @@ def load_tokenizer(
         metadata: of the GGUF file at `path`, where it has been read already.
 
     Returns:
-        The tokenizer; ids up to `vocab_size` that it does not have decode to nothing.
+        The tokenizer; ids up to `vocab_size` that it does not have decode to nothing. Where it has
+        more tokens than the model has rows it warns: such a token cannot be used.
 
     Raises:
-        CheckpointError: no tokenizer was found, it is damaged, or has more pieces than the model.
+        CheckpointError: no tokenizer was found, or it or its configuration is damaged.
 
     Example:
         >>> load_tokenizer("CodeLlama-7b-hf").encode("def f():")  # doctest: +SKIP
@@ -59,13 +63,20 @@ def load_tokenizer(
     file = _find(Path(path))
     tokenizer = _load_file(file, metadata)
     if vocab_size is not None:
-        if tokenizer.vocab_size > vocab_size:
-            raise CheckpointError(
-                f"{file}: expected at most {vocab_size} pieces, the model's vocab_size, found "
-                f"{tokenizer.vocab_size}; it is another model's tokenizer"
-            )
+        _warn_of_missing_rows(tokenizer, vocab_size, file)
         tokenizer.pad_vocabulary(vocab_size)
     return tokenizer
+
+
+def _warn_of_missing_rows(tokenizer: Tokenizer, vocab_size: int, file: Path) -> None:
+    excess = [repr(piece) for piece in tokenizer.pieces[vocab_size:]]
+    if excess:
+        shown = ", ".join(excess[:4]) + (", ..." if len(excess) > 4 else "")
+        warnings.warn(
+            f"{file}: {len(tokenizer.pieces)} tokens, but the model has {vocab_size} rows: "
+            f"{shown} cannot be used",
+            stacklevel=3,
+        )
 
 
 def has_tokenizer(path: Path, metadata: Mapping[str, Any] | None) -> bool:
@@ -122,6 +133,22 @@ def _load_file(path: Path, metadata: Mapping[str, Any] | None) -> Tokenizer:
         from codellama_rt.text.tokenizer.json_tokenizer import tokenizer_from_json
 
         return tokenizer_from_json(path)
-    from codellama_rt.text.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+    return _sentencepiece(path)
 
-    return SentencePieceTokenizer(path.read_bytes(), source=str(path))
+
+def _sentencepiece(path: Path) -> Tokenizer:
+    from codellama_rt.text.tokenizer.json_tokenizer import converted_contents
+    from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
+        SentencePieceTokenizer,
+        parse_model,
+    )
+
+    if path.stat().st_size > MAX_MODEL_BYTES:
+        raise CheckpointError(
+            f"{path}: expected at most {MAX_MODEL_BYTES} bytes, found {path.stat().st_size}"
+        )
+    model_proto = path.read_bytes()
+    pieces = [entry.piece for entry in parse_model(model_proto, str(path)).pieces]
+    contents = converted_contents(path.with_name("tokenizer.json"))
+    config = read_config(path.parent, pieces, contents, has_model=True)
+    return SentencePieceTokenizer(model_proto, config, source=str(path))

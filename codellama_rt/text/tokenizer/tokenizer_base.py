@@ -6,10 +6,13 @@ UTF-8 decode, whole or incremental, for every kind of tokenizer.
 
 import codecs
 import operator
-import re
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
+
+from codellama_rt.text.tokenizer.added_tokens import AddedToken, TokenSplitter
+from codellama_rt.text.tokenizer.end_tokens import find_end_ids
+from codellama_rt.text.tokenizer.tokenizer_config import ROLES, TokenizerConfig
 
 DECODE_LIKE_SENTENCEPIECE = "codellama_rt.replace_one_byte"
 
@@ -30,14 +33,20 @@ codecs.register_error(DECODE_LIKE_SENTENCEPIECE, _replace_one_byte)
 class Tokenizer:
     """The interface of all tokenizers; a subclass defines how plain text becomes ids.
 
-    The name of a special token in a text is plain text, unless `parse_special` is set.
+    The name of a special token in a text is plain text, unless `parse_special` is set. An added
+    token that is not special is matched in every text.
 
     Args:
-        pieces: the vocabulary's entries as the file names them, by id.
+        pieces: the vocabulary's entries as the file names them, by id, with the added tokens.
         piece_bytes: the UTF-8 bytes of each entry's text, by id; for a special token, its name.
-        special_ids: ids that are control tokens, not text.
-        bos_id, eos_id: begin and end of sequence, or None.
+        special_ids: ids that are control tokens, not text, besides the special ones of `config`.
+        config: added tokens, roles, and what surrounds a text.
+
+    Attributes:
+        bos_id, eos_id, unk_id, pad_id: ids of the roles, or None.
         adds_bos: whether the model expects `bos_id` before a prompt.
+        adds_eos: whether Transformers puts `eos_id` after a text; a prompt goes on without it.
+        end_ids: ids that end an answer.
     """
 
     decode_errors = "replace"  # how invalid UTF-8 decodes; SentencePiece differs
@@ -51,24 +60,26 @@ class Tokenizer:
         pieces: Sequence[str],
         piece_bytes: Sequence[bytes],
         special_ids: Iterable[int],
-        *,
-        bos_id: int | None,
-        eos_id: int | None,
-        adds_bos: bool,
+        config: TokenizerConfig,
     ) -> None:
         self.pieces = list(pieces)
-        self.special_ids = frozenset(special_ids)
-        self.bos_id = bos_id
-        self.eos_id = eos_id
-        self.adds_bos = adds_bos and bos_id is not None
+        self.config = config
+        self.special_ids = frozenset(special_ids).union(t.id for t in config.added if t.special)
+        self.bos_id, self.eos_id, self.unk_id, self.pad_id = map(config.role_ids.get, ROLES)
+        self.adds_bos = config.adds_bos and self.bos_id is not None
+        self.adds_eos = config.adds_eos and self.eos_id is not None
         self._piece_bytes = list(piece_bytes)
-        self._id_of = {piece: token_id for token_id, piece in enumerate(self.pieces)}
-        names = sorted((self.pieces[i] for i in self.special_ids), key=len, reverse=True)
-        self._special_name = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+        self._id_of = {piece: token_id for token_id, piece in enumerate(self.pieces) if piece}
+        self.end_ids = find_end_ids(self.pieces, (self.eos_id, self.eot_id, *config.end_ids))
+        plain = [token for token in config.added if token.id not in self.special_ids]
+        own = self.special_ids.difference(token.id for token in config.added)
+        own = [AddedToken(i, self.pieces[i], special=True) for i in sorted(own)]
+        self._plain = TokenSplitter(plain, self._normalize)
+        self._all = TokenSplitter([*own, *config.added], self._normalize)
 
     @property
     def vocab_size(self) -> int:
-        """Number of pieces."""
+        """Number of pieces, added tokens included."""
         return len(self.pieces)
 
     @property
@@ -77,10 +88,16 @@ class Tokenizer:
         return None not in (self.prefix_id, self.middle_id, self.suffix_id)
 
     def pad_vocabulary(self, vocab_size: int) -> None:
-        """Let further ids, up to the model's `vocab_size`, decode to nothing: padding rows."""
+        """Fit the rows of a model: further ids, up to `vocab_size`, decode to nothing.
+
+        Infilling tokens without a row are given up.
+        """
         extra = range(self.vocab_size, vocab_size)
         self._piece_bytes += [b""] * len(extra)
         self.special_ids |= frozenset(extra)
+        infill = (self.prefix_id, self.middle_id, self.suffix_id, self.eot_id)
+        if any(token_id is not None and token_id >= vocab_size for token_id in infill):
+            self.prefix_id = self.middle_id = self.suffix_id = self.eot_id = None
 
     def piece_id(self, piece: str) -> int | None:
         """Return the id of a vocabulary entry, or None if it does not exist."""
@@ -111,48 +128,72 @@ class Tokenizer:
             [1, 822, 285, 7295]
         """
         check_text(text)
-        head = [self.bos_id] if bos and self.adds_bos else []
-        return head + (self._encode_special(text) if parse_special else self._encode_text(text))
+        splitter = self._all if parse_special else self._plain
+        return self._head(bos) + self._encode_parts(splitter.split(self._prepare(text)))
+
+    def encode_plain(self, text: str, *, bos: bool = False) -> list[int]:
+        """Encode a user's text, in which no control token can occur.
+
+        Args:
+            text: any text.
+            bos: put the begin token in front if the model expects one.
+
+        Raises:
+            TypeError, ValueError: as for `encode`.
+        """
+        return self.encode(text, bos=bos)
 
     def encode_infill(self, prefix: str, suffix: str, *, suffix_first: bool = False) -> list[int]:
         """Build an infilling prompt; not supported by this tokenizer, so it raises ValueError."""
         raise cannot_infill(self.vocab_size)
 
-    def _encode_text(self, text: str) -> list[int]:
-        raise NotImplementedError
+    def split_special(self, text: str) -> list[int | str]:
+        """Split a rendered chat template at the names of added and control tokens.
 
-    def _encode_special(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for part in self.split_special(text):
-            ids += [part] if isinstance(part, int) else self._encode_text(part)
-        return ids
+        Returns:
+            The ids of the tokens, and the texts between them, to be passed to `encode_rendered`.
+        """
+        return self._all.split(self._prepare(text))
+
+    def encode_rendered(self, parts: Iterable[int | str]) -> list[int]:
+        """Encode what `split_special` has split; no name in the texts becomes a token any more."""
+        return self._encode_parts(parts)
 
     @property
     def special_names(self) -> list[str]:
-        """The names of the control tokens, as `split_special` finds them in a text."""
-        return [piece for piece in map(self.piece, self.special_ids) if piece]
+        """The names that no message of a conversation may turn into a token.
 
-    def encode_plain(self, text: str) -> list[int]:
-        """Encode a user's text to ids without any control token, not even the begin token.
-
-        Raises:
-            TypeError, ValueError: as for `encode`.
+        They are those of control tokens, of ends, and of added tokens in the form <|name|>.
         """
-        check_text(text)
-        return self._encode_text(text)
+        marks = (t.id for t in self.config.added if t.content[:2] + t.content[-2:] == "<||>")
+        ids = self.special_ids | self.end_ids | frozenset(marks)
+        return [piece for piece in map(self.piece, sorted(ids)) if piece]
 
-    def encode_rendered(self, parts: Iterable[int | str]) -> list[int]:
-        """Encode a rendered chat template that `split_special` has split."""
+    def control_id(self, name: str) -> int | None:
+        """Return the id of the control token of this name, as a text writes it, or None."""
+        found = (self._id_of.get(name), self._id_of.get(f"▁{name}"))
+        return next((i for i in found if i in self.special_ids), None)
+
+    def _head(self, bos: bool) -> list[int]:
+        return [self.bos_id] if bos and self.adds_bos else []
+
+    def _prepare(self, text: str) -> str:
+        """Return a whole text as it is before it is split at tokens."""
+        return text
+
+    def _normalize(self, text: str) -> str:
+        """Return the normalised form of a text between tokens."""
+        return text
+
+    def _encode_parts(self, parts: Iterable[int | str]) -> list[int]:
         ids: list[int] = []
-        for part in parts:
-            ids += [part] if isinstance(part, int) else self.encode_plain(part)
+        for i, part in enumerate(parts):
+            ids += [part] if isinstance(part, int) else self._encode_stretch(part, i == 0)
         return ids
 
-    def split_special(self, text: str) -> list[int | str]:
-        """Split text at the names of special tokens, longest first; each name becomes its id."""
-        parts = self._special_name.split(text)
-        # A pattern with one group puts the matches at the odd indices.
-        return [self._id_of[part] if i % 2 else part for i, part in enumerate(parts) if part]
+    def _encode_stretch(self, text: str, is_first: bool) -> list[int]:
+        """Encode a normalised text between tokens, the first part of a whole text or not."""
+        raise NotImplementedError
 
     # Ids to text
 
