@@ -14,12 +14,12 @@ import numpy as np
 
 from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.block_manager import BlockManager
+from codellama_rt.engine.ends import end_token_ids
 from codellama_rt.engine.request import Output, Request, Sample, check_params, checked_prompt
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.scheduler import Schedule, Scheduler
 from codellama_rt.engine.sequence import Chunk, Sequence
 from codellama_rt.engine.stop_strings import Tokenizer
-from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.interface import Decoder, KVCache
 from codellama_rt.model.lora import LoraAdapter, check_adapter
 
@@ -68,13 +68,13 @@ class Engine:
             max_num_batched_tokens: tokens per step; longer prompts are computed in chunks.
             max_model_len: tokens of prompt and output together.
             prefix_caching: whether equal prefixes are computed once.
-            generation_config: its "eos_token_id" replaces the model's.
+            generation_config: its "eos_token_id" ends an output, too.
         """
         if max_model_len < 2:
             raise ValueError(f"max_model_len must be >= 2 (one in, one out), got {max_model_len}")
         self.model, self.kv_cache, self.tokenizer = model, kv_cache, tokenizer
         self.max_model_len = max_model_len
-        self.eos_token_ids = _eos_token_ids(model.config, generation_config or {})
+        self.eos_token_ids = end_token_ids(model.config, generation_config or {}, tokenizer)
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
         self.scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens)
         scaling = model.config.rope_scaling
@@ -309,10 +309,3 @@ class Engine:
     def _free(self, sample: Sample) -> None:
         self.scheduler.remove(sample.sequence)
         del self._samples[sample.sequence]
-
-
-def _eos_token_ids(config: ModelConfig, generation_config: Mapping) -> tuple[int, ...]:
-    eos = generation_config.get("eos_token_id")
-    if eos is None:
-        return tuple(config.eos_token_ids)
-    return (eos,) if isinstance(eos, int) else tuple(eos)

@@ -74,8 +74,9 @@ class Request:
         self.params = params
         self.seed = seed
         self.max_len = max_len
-        self.end_ids = frozenset(params.stop_token_ids) | frozenset(
-            () if params.ignore_eos else eos_token_ids
+        self.stop_names = _control_tokens(params.stop, tokenizer, vocab_size)
+        self.end_ids = frozenset(params.stop_token_ids).union(
+            self.stop_names, () if params.ignore_eos else eos_token_ids
         )
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
@@ -172,7 +173,8 @@ class Sample:
     def _read(self, token_id: int, may_stop: bool, output: Output) -> None:
         """Fill in the text of a new token, and whether it ends the output."""
         if token_id in self.request.end_ids and may_stop:
-            output.finish_reason, output.stop_reason = "stop", token_id
+            output.finish_reason = "stop"
+            output.stop_reason = self.request.stop_names.get(token_id, token_id)
         elif self._stream is not None:
             output.text, stop = self._stream.push(token_id, may_stop=may_stop)
             if stop is not None:
@@ -184,6 +186,14 @@ class Sample:
             output.finished = True
             if self._stream is not None:
                 output.text += self._stream.flush()
+
+
+def _control_tokens(
+    stop: Iterable[str], tokenizer: Tokenizer | None, vocab_size: int
+) -> dict[int, str]:
+    """Return the stop strings that name control tokens, by id: no text would ever hold them."""
+    ids = {} if tokenizer is None else {name: tokenizer.control_id(name) for name in stop}
+    return {i: name for name, i in ids.items() if i is not None and i < vocab_size}
 
 
 def checked_prompt(prompt_token_ids: object, vocab_size: int) -> array:

@@ -15,7 +15,16 @@ class Detokenizer(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What the engine asks of a tokenizer."""
+    """What the engine asks of a tokenizer.
+
+    Attributes:
+        end_ids: tokens that end an answer.
+    """
+
+    end_ids: Collection[int]
+
+    def control_id(self, name: str) -> int | None:
+        """Return the id of a control token, which has no text, by its name; None: no such token."""
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         """Return an incremental decoder for the tokens that follow a prompt."""

@@ -10,6 +10,7 @@ from codellama_rt.llm.arguments import Prompt
 from codellama_rt.llm.variants import Variant, require_chat, require_infilling
 from codellama_rt.text.chat import checked_messages, find_format
 from codellama_rt.text.tokenizer import Tokenizer, split_fill
+from codellama_rt.text.tokenizer.infill_template import parse_infill_template
 
 Request = tuple[list[int], SamplingParams]
 
@@ -35,15 +36,22 @@ class PromptEncoder:
     def completion(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Encode a str, with infilling where it has <FILL_ME>, or take token ids as they are.
 
+        A str that is Code Llama's whole infilling template, as editors send it, is filled in, too.
+
         Raises:
-            ValueError: a str without a tokenizer, two gaps, or a model that cannot fill in.
+            ValueError: a str without a tokenizer, two gaps, a model that cannot fill in, or a token
+                that the model has no row for.
         """
         if not isinstance(prompt, str):
             return prompt, params
+        tokenizer = self.require_tokenizer()
         parts = split_fill(prompt)
-        if parts is None:
-            return self.require_tokenizer().encode(prompt), params
-        return self.infilling(*parts, params)
+        if parts is not None:
+            return self.infilling(*parts, params)
+        template = parse_infill_template(prompt) if tokenizer.can_infill else None
+        if template is not None:
+            return tokenizer.encode_infill(**template._asdict()), params
+        return tokenizer.encode_plain(prompt, bos=True), params
 
     def infilling(
         self, prefix: str, suffix: str, params: SamplingParams, *, suffix_first: bool = False
@@ -55,8 +63,7 @@ class PromptEncoder:
         """
         tokenizer = self.require_tokenizer()
         require_infilling(self._variant)
-        token_ids = tokenizer.encode_infill(prefix, suffix, suffix_first=suffix_first)
-        return token_ids, _ending_at(params, [tokenizer.eot_id])
+        return tokenizer.encode_infill(prefix, suffix, suffix_first=suffix_first), params
 
     def conversation(
         self,

@@ -173,10 +173,11 @@ class SentencePieceTokenizer(Tokenizer):
             ValueError: an id is outside the vocabulary.
         """
         checked = self._checked(as_id_list(ids))
-        text = ""
-        for is_own, run in itertools.groupby(checked, key=lambda i: i < self._own_size):
-            text += self._model.decode(list(run)) if is_own else "".join([self.piece(i) for i in run])
-        return text
+        runs = itertools.groupby(checked, key=lambda token_id: token_id < self._own_size)
+        return "".join(self._joined(list(run), is_own) for is_own, run in runs)
+
+    def _joined(self, ids: list[int], are_own: bool) -> str:
+        return self._model.decode(ids) if are_own else "".join(self.piece(i) for i in ids)
 
     def _prepare(self, text: str) -> str:
         return SPACE + text.replace(SPACE, " ") if text and self.spacing == "start" else text

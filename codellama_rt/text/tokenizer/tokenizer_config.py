@@ -256,13 +256,12 @@ def _special_id(step: Mapping[str, Any], part: Mapping[str, Any]) -> int | None:
 
 
 def _spacing(fields: ConfigFields, source: ConfigFields, kind: str, has_model: bool) -> Spacing:
-    is_code = kind.startswith("CodeLlama")
+    is_code = kind.startswith("CodeLlama")  # these classes do not know add_prefix_space
     legacy, has_space = fields.flag("legacy", None), fields.flag("add_prefix_space", None)
-    space = None if is_code else has_space  # Code Llama's classes do not know the option
-    if source.values and not (has_model and space is not None):
+    if source.values and not (has_model and has_space is not None and not is_code):
         return _spacing_of_json(source.values)
-    if space is False:
-        return "none"
+    if not has_space and "add_prefix_space" in fields.values and not is_code:
+        return "none"  # a null, too, which LlamaTokenizerFast writes, is false to LlamaTokenizer
     if kind == "CodeLlamaTokenizer" and not legacy:
         return "start"
     return "first" if legacy is False and not is_code else "each"
