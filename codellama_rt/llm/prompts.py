@@ -45,13 +45,15 @@ class PromptEncoder:
         if not isinstance(prompt, str):
             return prompt, params
         tokenizer = self.require_tokenizer()
+        is_able = tokenizer.can_infill and (self._variant is None or self._variant.can_infill)
+        template = parse_infill_template(prompt) if is_able else None
+        if template is not None:
+            prefix, suffix, suffix_first = template
+            return self.infilling(prefix, suffix, params, suffix_first=suffix_first)
         parts = split_fill(prompt)
         if parts is not None:
             return self.infilling(*parts, params)
-        template = parse_infill_template(prompt) if tokenizer.can_infill else None
-        if template is not None:
-            return tokenizer.encode_infill(**template._asdict()), params
-        return tokenizer.encode_plain(prompt, bos=True), params
+        return self._checked(tokenizer.encode_plain(prompt, bos=True)), params
 
     def infilling(
         self, prefix: str, suffix: str, params: SamplingParams, *, suffix_first: bool = False
@@ -63,7 +65,8 @@ class PromptEncoder:
         """
         tokenizer = self.require_tokenizer()
         require_infilling(self._variant)
-        return tokenizer.encode_infill(prefix, suffix, suffix_first=suffix_first), params
+        token_ids = tokenizer.encode_infill(prefix, suffix, suffix_first=suffix_first)
+        return self._checked(token_ids), params
 
     def conversation(
         self,
@@ -82,8 +85,19 @@ class PromptEncoder:
         if chat_template is None:
             require_chat(self._variant)
         style = find_format(chat_template, tokenizer)
-        token_ids = style.encode(tokenizer, checked_messages(messages))
+        token_ids = self._checked(style.encode(tokenizer, checked_messages(messages)))
         return token_ids, _ending_at(params, style.end_ids(tokenizer))
+
+    def _checked(self, token_ids: list[int]) -> list[int]:
+        """Return a prompt; refuse a token that the tokenizer has and the model does not."""
+        rows = self._tokenizer.num_rows
+        beyond = next((i for i in token_ids if i >= rows), None)
+        if beyond is not None:
+            raise ValueError(
+                f"the prompt holds {self._tokenizer.piece(beyond)!r}, token {beyond} of the "
+                f"tokenizer, and the model has rows for {rows} tokens only"
+            )
+        return token_ids
 
     def require_tokenizer(self) -> Tokenizer:
         """Return the tokenizer.

@@ -13,6 +13,7 @@ from typing import Any
 
 from codellama_rt.text.chat.messages import Message
 from codellama_rt.text.chat.sandbox import ChatTemplateError, render_template
+from codellama_rt.text.tokenizer.tokenizer_config import ROLES
 
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters without an assigned meaning
 
@@ -47,7 +48,7 @@ class JinjaFormat:
         Raises:
             ChatTemplateError: the template is faulty, forbidden, or rejects the conversation.
         """
-        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        ids = {f"{role}_token": getattr(tokenizer, f"{role}_id") for role in ROLES}
         names = {name: "" if i is None else tokenizer.piece(i) for name, i in ids.items()}
         return render_messages(self.source, messages, names, add_generation_prompt)
 

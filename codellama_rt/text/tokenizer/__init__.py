@@ -5,14 +5,13 @@ which a text never becomes a control token; `CodeLlamaTokenizer` follows the slo
 Transformers, which parses control tokens.
 """
 
-import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from codellama_rt.checkpoint.formats.gguf_file import find_gguf_metadata
-from codellama_rt.errors import CheckpointError
+from codellama_rt.errors import CheckpointError, warn_of_checkpoint
 from codellama_rt.text.tokenizer.tokenizer_base import (
     IncrementalDetokenizer,
     TokenIdError,
@@ -72,10 +71,9 @@ def _warn_of_missing_rows(tokenizer: Tokenizer, vocab_size: int, file: Path) -> 
     excess = [repr(piece) for piece in tokenizer.pieces[vocab_size:]]
     if excess:
         shown = ", ".join(excess[:4]) + (", ..." if len(excess) > 4 else "")
-        warnings.warn(
-            f"{file}: {len(tokenizer.pieces)} tokens, but the model has {vocab_size} rows: "
-            f"{shown} cannot be used",
-            stacklevel=3,
+        warn_of_checkpoint(
+            f"{file}: {len(tokenizer.pieces)} tokens, but the model has {vocab_size} rows; a "
+            f"prompt that holds one of the others is refused: {shown}"
         )
 
 

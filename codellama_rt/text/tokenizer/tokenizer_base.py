@@ -47,6 +47,7 @@ class Tokenizer:
         adds_bos: whether the model expects `bos_id` before a prompt.
         adds_eos: whether Transformers puts `eos_id` after a text; a prompt goes on without it.
         end_ids: ids that end an answer.
+        num_rows: ids that the model has rows for.
     """
 
     decode_errors = "replace"  # how invalid UTF-8 decodes; SentencePiece differs
@@ -69,6 +70,7 @@ class Tokenizer:
         self.adds_bos = config.adds_bos and self.bos_id is not None
         self.adds_eos = config.adds_eos and self.eos_id is not None
         self._piece_bytes = list(piece_bytes)
+        self.num_rows = len(self.pieces)
         self._id_of = {piece: token_id for token_id, piece in enumerate(self.pieces) if piece}
         self.end_ids = find_end_ids(self.pieces, (self.eos_id, self.eot_id, *config.end_ids))
         plain = [token for token in config.added if token.id not in self.special_ids]
@@ -92,6 +94,7 @@ class Tokenizer:
 
         Infilling tokens without a row are given up.
         """
+        self.num_rows = vocab_size
         extra = range(self.vocab_size, vocab_size)
         self._piece_bytes += [b""] * len(extra)
         self.special_ids |= frozenset(extra)

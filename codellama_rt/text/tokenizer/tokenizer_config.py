@@ -93,13 +93,14 @@ def read_config(
     ids = {piece: i for i, piece in enumerate(pieces)} | {t.content: t.id for t in added}
     role_ids = {role: None if name is None else ids[name] for role, name in roles.items()}
     kind = _class(fields, source, pieces, has_model)
+    is_extended = any(token.id >= len(pieces) for token in added)
     adds_bos, adds_eos = _surroundings(fields, source, role_ids, kind)
     return TokenizerConfig(
         added=tuple(added),
         role_ids=role_ids,
         adds_bos=adds_bos,
         adds_eos=adds_eos,
-        spacing=_spacing(fields, source, kind, has_model),
+        spacing=_spacing(fields, source, kind, has_model, is_extended),
     )
 
 
@@ -255,14 +256,21 @@ def _special_id(step: Mapping[str, Any], part: Mapping[str, Any]) -> int | None:
     return ids[0] if len(ids) == 1 else None
 
 
-def _spacing(fields: ConfigFields, source: ConfigFields, kind: str, has_model: bool) -> Spacing:
+def _spacing(
+    fields: ConfigFields, source: ConfigFields, kind: str, has_model: bool, is_extended: bool
+) -> Spacing:
+    """Return where the extra space goes.
+
+    Code Llama's own vocabulary follows its slow class, whose ids are Meta's for a text; with tokens
+    added to it, as in fine-tunes, it follows AutoTokenizer.
+    """
     is_code = kind.startswith("CodeLlama")  # these classes do not know add_prefix_space
     legacy, has_space = fields.flag("legacy", None), fields.flag("add_prefix_space", None)
     if source.values and not (has_model and has_space is not None and not is_code):
         return _spacing_of_json(source.values)
     if not has_space and "add_prefix_space" in fields.values and not is_code:
         return "none"  # a null, too, which LlamaTokenizerFast writes, is false to LlamaTokenizer
-    if kind == "CodeLlamaTokenizer" and not legacy:
+    if kind == "CodeLlamaTokenizer" and not legacy and not is_extended:
         return "start"
     return "first" if legacy is False and not is_code else "each"
 
