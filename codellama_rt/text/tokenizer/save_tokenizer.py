@@ -61,7 +61,7 @@ def spacing_options(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         "start": {"tokenizer_class": "CodeLlamaTokenizer"},
         "each": {"tokenizer_class": kind, "legacy": True},
         "first": {"tokenizer_class": "LlamaTokenizer", "legacy": False},
-        "none": {"tokenizer_class": kind, "legacy": True, "add_prefix_space": False},
+        "none": {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_prefix_space": False},
     }[tokenizer.spacing]
 
 

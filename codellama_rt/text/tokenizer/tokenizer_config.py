@@ -167,8 +167,8 @@ def _special(*sources: ConfigFields) -> tuple[dict[str, str | None], list[_Decla
         for role in ROLES:
             key = f"{role}_token"
             if key in source.values:
-                stated = source.values[key] or None
-                token = None if stated is None else _declared(source, key, stated)
+                stated = source.values[key]
+                token = None if stated in (None, "") else _declared(source, key, stated)
                 roles[role] = None if token is None else token.content
                 special |= {} if token is None else {token.content: token}
         key = "additional_special_tokens"
