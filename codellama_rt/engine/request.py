@@ -75,8 +75,9 @@ class Request:
         self.seed = seed
         self.max_len = max_len
         self.stop_names = _control_tokens(params.stop, tokenizer, vocab_size)
+        ends = {*eos_token_ids, *_filling_end(sequence, tokenizer)}
         self.end_ids = frozenset(params.stop_token_ids).union(
-            self.stop_names, () if params.ignore_eos else eos_token_ids
+            self.stop_names, () if params.ignore_eos else ends
         )
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
@@ -186,6 +187,12 @@ class Sample:
             output.finished = True
             if self._stream is not None:
                 output.text += self._stream.flush()
+
+
+def _filling_end(prompt: Sequence, tokenizer: Tokenizer | None) -> list[int]:
+    """Return <EOT> for a prompt that asks for a filling, in a list."""
+    end = None if tokenizer is None else tokenizer.filling_end(prompt.token_ids)
+    return [] if end is None else [end]
 
 
 def _control_tokens(

@@ -18,10 +18,13 @@ class Tokenizer(Protocol):
     """What the engine asks of a tokenizer.
 
     Attributes:
-        end_ids: tokens that end an answer.
+        end_ids: tokens that end every answer.
     """
 
     end_ids: Collection[int]
+
+    def filling_end(self, prompt_ids: Sequence[int]) -> int | None:
+        """Return the token that ends what follows a prompt that asks for a filling, else None."""
 
     def control_id(self, name: str) -> int | None:
         """Return the id of a control token, which has no text, by its name; None: no such token."""

@@ -153,8 +153,8 @@ class LlamaForCausalLM:
 
         Returns:
             Tensor (rows, length + new tokens) in input_ids' dtype, prompts and continuations; a
-            GenerateOutput if return_dict_in_generate. The default end tokens are the checkpoint's;
-            eos_token_id=None or [] means none.
+            GenerateOutput if return_dict_in_generate. The default end tokens are the checkpoint's,
+            and <EOT> in a row that asks for infilling; eos_token_id=None or [] means none.
 
         Raises:
             TypeError: input_ids is not a Tensor of integers, or an unknown argument.
@@ -257,13 +257,16 @@ class LlamaForCausalLM:
             check_token_id(token_id, vocab_size, "eos_token_id")
         check_token_id(pad_id, vocab_size, "pad_token_id")
         reader = self._reader(tokenizer) if config.stop_strings else None
-        named = (reader.control_id(name) for name in config.stop_strings)  # they have no text
-        row_ends = frozenset(all_ends).union(i for i in named if i in range(vocab_size))
+        named = [reader.control_id(name) for name in config.stop_strings]  # they have no text
         return Search(
             config,
             prompts,
             rows.astype(np.int64),
-            [row_ends] * len(prompts),
+            [
+                frozenset((*(self._usual_ends(prompt) if ends is None else ends), *named))
+                & frozenset(range(vocab_size))
+                for prompt in prompts
+            ],
             pad_id,
             config.new_tokens(rows.shape[1]),
             self.llm.max_model_len,
@@ -282,6 +285,11 @@ class LlamaForCausalLM:
             )
         found.pad_vocabulary(self.config.vocab_size)
         return found
+
+    def _usual_ends(self, prompt: list[int]) -> tuple[int | None, ...]:
+        """Return the checkpoint's end tokens, and <EOT> for a prompt that asks for infilling."""
+        ends, tokenizer = self.llm.engine.eos_token_ids, self.llm.tokenizer
+        return ends if tokenizer is None else (*ends, tokenizer.filling_end(prompt))
 
     @staticmethod
     def _result(search: Search, found: Found, dtype: np.dtype) -> Any:

@@ -106,6 +106,9 @@ class FakeTokenizer:
     def control_id(self, name):
         return None
 
+    def filling_end(self, prompt_ids):
+        return None
+
     def detokenizer(self, prompt_ids):
         assert all(type(token_id) is int for token_id in prompt_ids)
         return FakeDetokenizer()

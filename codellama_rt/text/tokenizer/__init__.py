@@ -137,6 +137,7 @@ def _load_file(path: Path, metadata: Mapping[str, Any] | None) -> Tokenizer:
 def _sentencepiece(path: Path) -> Tokenizer:
     from codellama_rt.text.tokenizer.json_tokenizer import converted_contents
     from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
+        CONTROL,
         SentencePieceTokenizer,
         parse_model,
     )
@@ -146,7 +147,9 @@ def _sentencepiece(path: Path) -> Tokenizer:
             f"{path}: expected at most {MAX_MODEL_BYTES} bytes, found {path.stat().st_size}"
         )
     model_proto = path.read_bytes()
-    pieces = [entry.piece for entry in parse_model(model_proto, str(path)).pieces]
+    entries = parse_model(model_proto, str(path)).pieces
+    control = [entry.piece for entry in entries if entry.type == CONTROL]
     contents = converted_contents(path.with_name("tokenizer.json"))
-    config = read_config(path.parent, pieces, contents, has_model=True)
+    pieces = [entry.piece for entry in entries]
+    config = read_config(path.parent, pieces, contents, model_control=control)
     return SentencePieceTokenizer(model_proto, config, source=str(path))

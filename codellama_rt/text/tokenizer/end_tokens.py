@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-# Those that llama.cpp takes as ends by their name, and Code Llama's <EOT>, which ends a filling.
+# Those that llama.cpp takes as ends by their name. Code Llama's own "▁<EOT>" is none of them: it
+# ends a filling, and is a token like any other elsewhere.
 END_NAMES = frozenset(
     (
         "<|im_end|>",
@@ -26,7 +27,6 @@ END_NAMES = frozenset(
         "<EOT>",
         "< EOT >",
         "_<EOT>",
-        "▁<EOT>",
     )
 )
 

@@ -34,11 +34,11 @@ def tokenizer_from_json(path: Path) -> Tokenizer:
     pieces = _pieces(path, contents)
     if model.get("byte_fallback"):
         # Running the model in SentencePiece keeps Meta's ids, which conversion often loses.
-        config = read_config(path.parent, pieces, contents, has_model=False)
+        config = read_config(path.parent, pieces, contents)
         return SentencePieceTokenizer(_model_proto(contents, pieces), config, source=str(path))
     if '"ByteLevel"' not in json.dumps([contents.get("pre_tokenizer"), contents.get("decoder")]):
         raise CheckpointError(f"{path}: expected ByteLevel or byte_fallback, found neither")
-    config = read_config(path.parent, pieces, contents, has_model=False)
+    config = read_config(path.parent, pieces, contents)
     return BpeTokenizer(backend, pieces, (), config, str(path))
 
 

@@ -62,6 +62,7 @@ def spacing_options(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         "each": {"tokenizer_class": kind, "legacy": True},
         "first": {"tokenizer_class": "LlamaTokenizer", "legacy": False},
         "none": {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_prefix_space": False},
+        "never": {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": False},
     }[tokenizer.spacing]
 
 

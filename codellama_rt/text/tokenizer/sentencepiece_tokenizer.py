@@ -19,7 +19,7 @@ from codellama_rt.text.tokenizer.tokenizer_base import (
     as_id_list,
     check_text,
 )
-from codellama_rt.text.tokenizer.tokenizer_config import TokenizerConfig
+from codellama_rt.text.tokenizer.tokenizer_config import Spacing, TokenizerConfig
 
 SPACE = "▁"  # U+2581, a space inside a piece
 INFILL_PIECES = {"prefix": "▁<PRE>", "middle": "▁<MID>", "suffix": "▁<SUF>", "eot": "▁<EOT>"}
@@ -66,7 +66,7 @@ class SentencePieceTokenizer(Tokenizer):
         proto.normalizer_spec.add_dummy_prefix = False
         self._model = _processor(proto.SerializeToString(), source)
         config = _completed(config or TokenizerConfig(), proto, self._model)
-        self.spacing = config.spacing if has_space else "none"
+        self.spacing: Spacing = config.spacing if has_space else "none"
 
         pieces = config.pieces([entry.piece for entry in proto.pieces])
         infill_ids = config.infill_ids
@@ -172,8 +172,8 @@ class SentencePieceTokenizer(Tokenizer):
         Raises:
             ValueError: an id is outside the vocabulary.
         """
-        checked = self._checked(as_id_list(ids))
-        runs = itertools.groupby(checked, key=lambda token_id: token_id < self._own_size)
+        shown = [i for i in self._checked(as_id_list(ids)) if i < self.vocab_size]
+        runs = itertools.groupby(shown, key=lambda token_id: token_id < self._own_size)
         return "".join(self._joined(list(run), is_own) for is_own, run in runs)
 
     def _joined(self, ids: list[int], are_own: bool) -> str:
@@ -183,7 +183,9 @@ class SentencePieceTokenizer(Tokenizer):
         return SPACE + text.replace(SPACE, " ") if text and self.spacing == "start" else text
 
     def _normalize(self, text: str) -> str:
-        return SPACE + text.replace(" ", SPACE) if text and self.spacing == "each" else text
+        if self.spacing not in ("each", "none") or not text:
+            return text
+        return (SPACE if self.spacing == "each" else "") + text.replace(" ", SPACE)
 
     def _encode_stretch(self, text: str, is_first: bool) -> list[int]:
         takes_space = self.spacing == "first" and is_first and text
@@ -192,7 +194,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.encode(text)
 
     def _lead_length(self, ids: Sequence[int]) -> int:
-        has_lead = self.spacing != "none"
+        has_lead = self.spacing not in ("none", "never")
         return int(has_lead and bool(ids) and self.piece(ids[0]).startswith(SPACE))
 
 

@@ -46,7 +46,7 @@ class Tokenizer:
         bos_id, eos_id, unk_id, pad_id: ids of the roles, or None.
         adds_bos: whether the model expects `bos_id` before a prompt.
         adds_eos: whether Transformers puts `eos_id` after a text; a prompt goes on without it.
-        end_ids: ids that end an answer.
+        end_ids: ids that end every answer.
         num_rows: ids that the model has rows for.
     """
 
@@ -72,7 +72,7 @@ class Tokenizer:
         self._piece_bytes = list(piece_bytes)
         self.num_rows = len(self.pieces)
         self._id_of = {piece: token_id for token_id, piece in enumerate(self.pieces) if piece}
-        self.end_ids = find_end_ids(self.pieces, (self.eos_id, self.eot_id, *config.end_ids))
+        self.end_ids = find_end_ids(self.pieces, (self.eos_id, *config.end_ids))
         plain = [token for token in config.added if token.id not in self.special_ids]
         own = self.special_ids.difference(token.id for token in config.added)
         own = [AddedToken(i, self.pieces[i], special=True) for i in sorted(own)]
@@ -176,6 +176,10 @@ class Tokenizer:
         """Return the id of the control token of this name, as a text writes it, or None."""
         found = (self._id_of.get(name), self._id_of.get(f"▁{name}"))
         return next((i for i in found if i in self.special_ids), None)
+
+    def filling_end(self, prompt_ids: Sequence[int]) -> int | None:
+        """Return the token that ends what follows a prompt that asks for a filling, else None."""
+        return self.eot_id if self.can_infill and self.middle_id in prompt_ids else None
 
     def _head(self, bos: bool) -> list[int]:
         return [self.bos_id] if bos and self.adds_bos else []

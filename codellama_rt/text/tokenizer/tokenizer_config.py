@@ -17,8 +17,9 @@ from codellama_rt.text.tokenizer.added_tokens import FLAGS, AddedToken
 
 # Where SentencePiece's extra space goes in a text that is cut at control tokens:
 # before the text, as in slow CodeLlamaTokenizer; before each stretch of text, as in "legacy"
-# tokenizers and llama.cpp; before the text unless it begins with a space, as in other fast ones.
-Spacing = Literal["start", "each", "first", "none"]
+# tokenizers and llama.cpp; before the text unless it begins with a space, as in other fast ones; or
+# nowhere, where normalised text has ▁ for spaces ("none") or not ("never").
+Spacing = Literal["start", "each", "first", "none", "never"]
 
 CONFIG_FILE = "tokenizer_config.json"
 ROLES = ("bos", "eos", "unk", "pad")
@@ -64,7 +65,11 @@ class TokenizerConfig:
 
 
 def read_config(
-    folder: Path, pieces: Sequence[str], contents: Mapping[str, Any] | None, *, has_model: bool
+    folder: Path,
+    pieces: Sequence[str],
+    contents: Mapping[str, Any] | None,
+    *,
+    model_control: Collection[str] | None = None,
 ) -> TokenizerConfig:
     """Read the configuration of a directory's tokenizer.
 
@@ -72,11 +77,12 @@ def read_config(
         folder: the directory.
         pieces: the vocabulary by id, without added tokens.
         contents: of tokenizer.json, if it describes this vocabulary.
-        has_model: whether the vocabulary is that of a tokenizer.model.
+        model_control: the control tokens of a tokenizer.model; None: there is none.
 
     Raises:
         CheckpointError: a value cannot be used; the message names the file and the key.
     """
+    has_model = model_control is not None
     fields = read_fields(folder / CONFIG_FILE)
     source = ConfigFields(contents or {}, str(folder / "tokenizer.json"))
     has_decoder = fields.values.get("added_tokens_decoder") is not None
@@ -89,6 +95,7 @@ def read_config(
         listed += _by_name(read_fields(folder / "added_tokens.json"), names)
     if len(listed) + len(special) > MAX_ADDED_TOKENS:
         raise fields.fault("added_tokens_decoder", f"at most {MAX_ADDED_TOKENS} tokens to add")
+    listed = [*(_Declared(name, {"special": True}) for name in model_control or ()), *listed]
     added = _placed(listed, special, pieces)
     ids = {piece: i for i, piece in enumerate(pieces)} | {t.content: t.id for t in added}
     role_ids = {role: None if name is None else ids[name] for role, name in roles.items()}
@@ -185,28 +192,27 @@ def _placed(
     """Give every token its id: that of its piece, the stated one, or the next free one.
 
     Args:
-        listed: tokens that files list; of two with one name the last one's flags count.
+        listed: tokens that files list; of two with one name the first one's flags count.
         special: control tokens by name: listed, in the vocabulary, or to be added.
         pieces: the vocabulary without them.
     """
     known = {piece: i for i, piece in enumerate(pieces)}
     control = {token.content for token in special}
-    names = {token.content for token in listed}
-    plain_pieces = [t._replace(flags={}) if t.content in known else t for t in special]
-    tokens: dict[str, AddedToken] = {}
+    declared: dict[str, _Declared] = {}
+    for token in (*listed, *special):
+        declared.setdefault(token.content, token)
+    tokens: list[AddedToken] = []
     taken, free = set(), len(pieces)
-    for content, flags, stated in (*listed, *(t for t in plain_pieces if t.content not in names)):
-        is_control = flags.get("special", False) or content in control
+    for content, flags, stated in declared.values():
         token_id = known.get(content, stated)
-        if content in tokens:
-            token_id = tokens[content].id
-        elif token_id is None or token_id in taken:
+        if token_id is None or token_id in taken:
             token_id = free
         taken.add(token_id)
         free = max(free, token_id + 1)
-        flags = {"normalized": not is_control} | flags | {"special": is_control}
-        tokens[content] = AddedToken(token_id, content, **flags)
-    return list(tokens.values())
+        is_control = flags.get("special", False) or content in control
+        values = {"normalized": not is_control} | flags | {"special": is_control}
+        tokens.append(AddedToken(token_id, content, **values))
+    return tokens
 
 
 def _class(
@@ -269,21 +275,24 @@ def _spacing(
     if source.values and not (has_model and has_space is not None and not is_code):
         return _spacing_of_json(source.values)
     if not has_space and "add_prefix_space" in fields.values and not is_code:
-        return "none"  # a null, too, which LlamaTokenizerFast writes, is false to LlamaTokenizer
+        # A null, too, which LlamaTokenizerFast writes, is false to LlamaTokenizer.
+        return "never" if legacy is False else "none"
     if kind == "CodeLlamaTokenizer" and not legacy and not is_extended:
         return "start"
     return "first" if legacy is False and not is_code else "each"
 
 
 def _spacing_of_json(contents: Mapping[str, Any]) -> Spacing:
-    spacing: Spacing = "none"
+    spacing: Spacing = "never"
     for stage, parts in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
         step = contents.get(stage) or {}
         for part in step.get(parts, [step]):
             kind, scheme = part.get("type"), part.get("prepend_scheme")
             if kind == "Prepend":
                 spacing = "each"
+            elif kind == "Replace" and spacing == "never":
+                spacing = "none"
             elif kind == "Metaspace":
                 old = "always" if part.get("add_prefix_space", True) else "never"
-                spacing = {"always": "each", "first": "first"}.get(scheme or old, "none")
+                spacing = {"always": "each", "first": "first"}.get(scheme or old, "never")
     return spacing
