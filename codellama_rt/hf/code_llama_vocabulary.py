@@ -163,8 +163,8 @@ class CodeLlamaVocabulary:
 
     @property
     def vocab_size(self) -> int:
-        """Number of pieces."""
-        return self.runtime.vocab_size
+        """Number of pieces, without tokens added behind them; `len` counts those, too."""
+        return self.runtime.own_size
 
     def __len__(self) -> int:
         return self.runtime.vocab_size

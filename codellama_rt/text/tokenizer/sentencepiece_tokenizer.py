@@ -41,6 +41,9 @@ class SentencePieceTokenizer(Tokenizer):
         config: what the checkpoint says beside it.
         source: the file's name, for messages.
 
+    Attributes:
+        own_size: pieces of the model itself, without tokens added behind them.
+
     Raises:
         CheckpointError: the bytes are not a usable SentencePiece model.
 
@@ -61,7 +64,7 @@ class SentencePieceTokenizer(Tokenizer):
     ) -> None:
         proto = parse_model(model_proto, source)
         self.model_proto = model_proto
-        self._own_size = len(proto.pieces)
+        self.own_size = len(proto.pieces)
         has_space = proto.normalizer_spec.add_dummy_prefix
         proto.normalizer_spec.add_dummy_prefix = False
         self._model = _processor(proto.SerializeToString(), source)
@@ -173,7 +176,7 @@ class SentencePieceTokenizer(Tokenizer):
             ValueError: an id is outside the vocabulary.
         """
         shown = [i for i in self._checked(as_id_list(ids)) if i < self.vocab_size]
-        runs = itertools.groupby(shown, key=lambda token_id: token_id < self._own_size)
+        runs = itertools.groupby(shown, key=lambda token_id: token_id < self.own_size)
         return "".join(self._joined(list(run), is_own) for is_own, run in runs)
 
     def _joined(self, ids: list[int], are_own: bool) -> str:

@@ -189,7 +189,7 @@ def _special(*sources: ConfigFields) -> tuple[dict[str, str | None], list[_Decla
 def _placed(
     listed: Iterable[_Declared], special: Iterable[_Declared], pieces: Sequence[str]
 ) -> list[AddedToken]:
-    """Give every token its id: that of its piece, the stated one, or the next free one.
+    """Give every token its id: that of its piece, the stated one behind the pieces, or a free one.
 
     Args:
         listed: tokens that files list; of two with one name the first one's flags count.
@@ -204,9 +204,10 @@ def _placed(
     tokens: list[AddedToken] = []
     taken, free = set(), len(pieces)
     for content, flags, stated in declared.values():
-        token_id = known.get(content, stated)
-        if token_id is None or token_id in taken:
-            token_id = free
+        token_id = known.get(content)
+        if token_id is None:
+            is_free = stated is not None and stated >= len(pieces) and stated not in taken
+            token_id = stated if is_free else free
         taken.add(token_id)
         free = max(free, token_id + 1)
         is_control = flags.get("special", False) or content in control
