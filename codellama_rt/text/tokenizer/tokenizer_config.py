@@ -168,22 +168,21 @@ def _by_name(fields: ConfigFields, special: Collection[str]) -> Iterator[_Declar
 
 def _special(*sources: ConfigFields) -> tuple[dict[str, str | None], list[_Declared]]:
     """Return the names of the roles, the last file's if several state one, and special tokens."""
-    roles: dict[str, str | None] = {}
-    special: dict[str, _Declared] = {}
+    roles: dict[str, _Declared | None] = {}
+    additional: list[_Declared] = []
     for source in sources:
         for role in ROLES:
             key = f"{role}_token"
             if key in source.values:
-                stated = source.values[key]
-                token = None if stated in (None, "") else _declared(source, key, stated)
-                roles[role] = None if token is None else token.content
-                special |= {} if token is None else {token.content: token}
+                token = source.values[key]
+                roles[role] = None if token in (None, "") else _declared(source, key, token)
         key = "additional_special_tokens"
         further = source.values.get(key) or []
         if not isinstance(further, list):
             raise source.fault(key, "a list of tokens")
-        special |= {token.content: token for t in further if (token := _declared(source, key, t))}
-    return roles, list(special.values())
+        additional += [_declared(source, key, token) for token in further]
+    names = {role: None if token is None else token.content for role, token in roles.items()}
+    return names, [*filter(None, roles.values()), *additional]
 
 
 def _placed(
