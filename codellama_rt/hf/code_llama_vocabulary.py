@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, InitVar, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from codellama_rt.errors import CheckpointError
 from codellama_rt.hf.batch_encoding import check_side
 from codellama_rt.model.config_fields import ConfigFields
 from codellama_rt.text.chat import read_chat_template
-from codellama_rt.text.tokenizer import FILL_TOKEN, Tokenizer, load_tokenizer
+from codellama_rt.text.tokenizer import FILL_TOKEN, load_tokenizer
 from codellama_rt.text.tokenizer.save_tokenizer import added_tokens_decoder, spacing_options
 from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
     INFILL_PIECES,
@@ -32,7 +32,8 @@ class CodeLlamaVocabulary:
     Unlike in Transformers, a vocabulary cannot be extended: a model has infilling tokens or not.
 
     Args:
-        vocab_file: a tokenizer.model, or another file or directory with a SentencePiece vocabulary.
+        vocab_file: a tokenizer.model, another file or directory with a SentencePiece vocabulary, or
+            what `load_tokenizer` made of one.
 
     Attributes:
         runtime: the tokenizer with Meta's ids, used by the engine.
@@ -42,7 +43,7 @@ class CodeLlamaVocabulary:
         ValueError: a token is not in the vocabulary, or a side is not "left" or "right".
     """
 
-    vocab_file: str | PathLike[str]
+    vocab_file: str | PathLike[str] | SentencePieceTokenizer
     _: KW_ONLY
     bos_token: str | None = "<s>"
     eos_token: str | None = "</s>"
@@ -66,16 +67,9 @@ class CodeLlamaVocabulary:
     suffix_id: int | None = field(init=False)
     eot_id: int | None = field(init=False)
 
-    loaded: InitVar[Tokenizer | None] = None  # the runtime tokenizer, if it has been read already
-
-    def __post_init__(self, loaded: Tokenizer | None) -> None:
-        runtime = loaded or load_tokenizer(self.vocab_file)
-        if not isinstance(runtime, SentencePieceTokenizer):
-            raise CheckpointError(
-                f"{self.vocab_file}: expected a SentencePiece vocabulary, found byte-level BPE; "
-                "load_tokenizer reads it"
-            )
-        self.runtime = runtime
+    def __post_init__(self) -> None:
+        is_loaded = isinstance(self.vocab_file, SentencePieceTokenizer)
+        self.runtime = runtime = self.vocab_file if is_loaded else _load(self.vocab_file)
         for role in INFILL_PIECES:
             wanted = getattr(self, f"{role}_token") is not None
             token_id = getattr(runtime, f"{role}_id") if wanted else None
@@ -98,14 +92,16 @@ class CodeLlamaVocabulary:
             CheckpointError, ValueError: as for the class.
         """
         path = Path(path)
-        runtime = load_tokenizer(path)
+        runtime = _load(path)
         known = _options(read_fields((path if path.is_dir() else path.parent) / CONFIG_FILE))
         for role in ROLES:
             token_id = getattr(runtime, f"{role}_id")
             known[f"{role}_token"] = None if token_id is None else runtime.piece(token_id)
         known |= {"add_bos_token": runtime.adds_bos, "add_eos_token": runtime.adds_eos}
         known["chat_template"] = read_chat_template(path)
-        return cls(path, loaded=runtime, **(known | options))
+        tokenizer = cls(runtime, **(known | options))
+        tokenizer.vocab_file = path
+        return tokenizer
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str = "") -> tuple[str]:
         """Write tokenizer.model into a directory and return its path in a tuple."""
@@ -200,6 +196,16 @@ class CodeLlamaVocabulary:
     @classmethod
     def _option_names(cls) -> list[str]:
         return [option.name for option in fields(cls) if option.kw_only and option.init]
+
+
+def _load(path: str | PathLike[str]) -> SentencePieceTokenizer:
+    runtime = load_tokenizer(path)
+    if not isinstance(runtime, SentencePieceTokenizer):
+        raise CheckpointError(
+            f"{path}: expected a SentencePiece vocabulary, found byte-level BPE; load_tokenizer "
+            "reads it"
+        )
+    return runtime
 
 
 def _options(config: ConfigFields) -> dict[str, Any]:
