@@ -40,8 +40,8 @@ class CMakeBuild(build_ext):
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DPython3_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11_dir()}",
-                f"-DCODELLAMA_RT_CUDA={os.environ.get('CODELLAMA_RT_CUDA', 'AUTO')}",
-                f"-DCODELLAMA_RT_ASCEND={os.environ.get('CODELLAMA_RT_ASCEND', 'OFF')}",
+                f"-DCODELLAMA_RT_CUDA={os.environ.get('CODELLAMA_RT_CUDA') or 'AUTO'}",
+                f"-DCODELLAMA_RT_ASCEND={os.environ.get('CODELLAMA_RT_ASCEND') or 'OFF'}",
             ],
             check=True,
         )

@@ -7,6 +7,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message has file, tensor, expected and found."""
 
 
+class CheckpointChangedError(CheckpointError, RuntimeError):
+    """A file whose weights are in use has been written or cut; no request is at fault."""
+
+
 class CheckpointWarning(UserWarning):
     """A checkpoint is used although something in it is wrong; the message has file and remedy."""
 

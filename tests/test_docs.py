@@ -16,6 +16,7 @@ import pytest
 from helpers.adapter_files import write_adapter
 from helpers.checkpoint_files import MINI_CONFIG, write_mini
 from helpers.evaluation_problems import PROBLEMS
+from helpers.mbpp_problems import write_mbpp
 from helpers.quantized_models import q8_model
 from helpers.tiny_llm import make_folder
 from helpers.tokenizer_files import model_file, sentencepiece_model
@@ -86,6 +87,7 @@ def desk(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("hole.py").write_text("a = <FILL_ME>\n")
     Path("prompt.txt").write_text("def f(")
+    write_mbpp(Path("mbpp.jsonl"))
     Path("long.py").write_text("def f(x):\n    return x\n" * 20)
     Path("lora-folder").symlink_to(Path(folder).parent / "lora")
     Path(CONVERTED).symlink_to(folder)
@@ -179,7 +181,7 @@ def run_evaluation(words):
     words = [smaller.get(word, word) for word in words]
     if words[1] == "needle":
         words += ["--source", "source.py"]
-    elif words[1] == "humaneval":
+    elif words[1] in ("humaneval", "mbpp"):
         words += ["--max-new-tokens", "8"]
     run(words)
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from codellama_rt.checkpoint.finiteness import check_finite
+from codellama_rt.checkpoint.mapped_files import MappedFiles
 from codellama_rt.checkpoint.open import Opened, resolve
 from codellama_rt.checkpoint.quantize import check_quantization
-from codellama_rt.checkpoint.stored_tensor import Progress
+from codellama_rt.checkpoint.stored_tensor import Progress, mapped_files
 from codellama_rt.checkpoint.tensor_names import assemble
 from codellama_rt.checkpoint.weight_loading import load_arrays
 from codellama_rt.errors import CheckpointError
@@ -37,6 +38,7 @@ class Checkpoint:
     tokenizer_path: Path  # the directory or GGUF file
     stored_bytes: int  # of the tensors in the files
     mapped_bytes: int  # of the weights that are used where they lie in the files
+    files: MappedFiles  # that the weights are views of, to check before each use
 
 
 def open_checkpoint(
@@ -98,7 +100,7 @@ def load_checkpoint(
         progress: as in `open_checkpoint`.
 
     Raises:
-        CheckpointError, ValueError: as `open_checkpoint`.
+        CheckpointError, ValueError: as `open_checkpoint`; also a file has changed since `resolve`.
     """
     float_dtype, tensors = opened.float_dtype(dtype), opened.tensors
     if check not in (None, "finite"):
@@ -114,6 +116,8 @@ def load_checkpoint(
     )
     if check == "finite":
         check_finite(tensors, arrays, progress)
+    files = mapped_files(tensors.values())
+    files.check()  # what was converted may have been read while it was written
     weights = assemble(arrays, opened.config.n_layers)
     projection = weights.layers[0].q_proj
     if not isinstance(projection, Quantized):
@@ -132,6 +136,7 @@ def load_checkpoint(
         opened.path,
         stored_bytes,
         mapped_bytes,
+        files,
     )
 
 

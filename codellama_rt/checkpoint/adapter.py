@@ -13,7 +13,7 @@ import numpy as np
 from codellama_rt.checkpoint.finiteness import require_finite
 from codellama_rt.checkpoint.formats.safetensors import read_safetensors
 from codellama_rt.checkpoint.formats.strict_json import read_object
-from codellama_rt.checkpoint.stored_tensor import StoredTensor
+from codellama_rt.checkpoint.stored_tensor import StoredTensor, mapped_files
 from codellama_rt.checkpoint.tensor_names import pairs_first
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import ModelConfig
@@ -43,7 +43,7 @@ def load_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraAdapt
 
     Raises:
         CheckpointError: not a LoRA adapter, one with anything but low-rank changes of
-            projections, or one for another model.
+            projections, one for another model, or a file that is written while it is read.
     """
     path = Path(path)
     if not (path / "adapter_config.json").is_file():
@@ -60,7 +60,8 @@ def load_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraAdapt
     widths = projection_widths(config)
     inputs = {name: shape[-1] for name, shape in layer_shapes(config).items()}
     layers: list[dict[str, LowRank]] = [{} for _ in range(config.n_layers)]
-    for (module, layer, name), sides in _pairs(file, read_safetensors(file)).items():
+    tensors = read_safetensors(file)
+    for (module, layer, name), sides in _pairs(file, tensors).items():
         if layer >= config.n_layers or name not in widths:
             raise CheckpointError(f"{file}: {module}: expected a projection of the model")
         shapes = {"A": (None, inputs[name]), "B": (widths[name], None)}
@@ -74,6 +75,7 @@ def load_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraAdapt
         if name in ("q_proj", "k_proj") and config.rope_interleaved:
             up = pairs_first(up, config.head_dim)
         layers[layer][name] = LowRank(down, np.ascontiguousarray(up))
+    mapped_files(tensors.values()).check()  # all is copied by now, and the file may be replaced
     return LoraAdapter(path, layers, widths)
 
 

@@ -2,13 +2,14 @@
 
 import math
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from codellama_rt.checkpoint.mapped_files import MappedFile, MappedFiles
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.weights import Weight
@@ -40,8 +41,7 @@ def map_file(path: Path) -> np.ndarray:
             raise CheckpointError(f"{path}: expected a regular file, found {found}")
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path}: expected a checkpoint, found an empty file")
-        with open(path, "rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        return np.frombuffer(MappedFile(path), np.uint8)
     except OSError as error:
         raise CheckpointError(f"{path}: expected a readable file, found {error.strerror}") from None
 
@@ -118,11 +118,20 @@ class StoredTensor:
         if hasattr(mmap, "MADV_DONTNEED"):
             self._mapping().madvise(mmap.MADV_DONTNEED)
 
-    def _mapping(self) -> mmap.mmap:
+    def mappings(self) -> list[MappedFile]:
+        """Return the mappings of the files that have the tensor's bytes."""
+        return [self._mapping()]
+
+    def _mapping(self) -> MappedFile:
         mapping = self.payload
         while isinstance(mapping, np.ndarray):
             mapping = mapping.base
         return mapping.obj if isinstance(mapping, memoryview) else mapping
+
+
+def mapped_files(tensors: Iterable[StoredTensor]) -> MappedFiles:
+    """Return the files that tensors lie in, to see whether they have changed."""
+    return MappedFiles(mapping for tensor in tensors for mapping in tensor.mappings())
 
 
 @dataclass(frozen=True)

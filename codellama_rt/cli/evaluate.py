@@ -1,4 +1,4 @@
-"""The commands `codellama-rt eval humaneval | infilling | perplexity | needle`."""
+"""The commands `codellama-rt eval humaneval | mbpp | infilling | perplexity | needle`."""
 
 from __future__ import annotations
 
@@ -35,50 +35,92 @@ class ResultOptions:
     debug: DebugOption = False
 
 
-@app.command()
-@with_options
-def humaneval(
-    model: ModelOptions,
-    result: ResultOptions,
-    n: Annotated[int, typer.Option(help="Samples per problem.")] = 1,
+@dataclass
+class SamplesOptions:
+    """How many solutions of how many problems are written, how, and whether they are tested."""
+
+    n: Annotated[int, typer.Option(help="Samples per problem.")] = 1
     k: Annotated[
         list[int] | None, typer.Option(help="The k of pass@k; may be repeated (default: 1).")
-    ] = None,
+    ] = None
     temperature: Annotated[
         float, typer.Option(help="Randomness; 0: always the likeliest token.")
-    ] = 0.0,
+    ] = 0.0
     top_p: Annotated[
         float,
         typer.Option(
             help="Sample from the likeliest tokens of this probability; 0.95 in the paper."
         ),
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a completion at most.")] = 512,
-    limit: Annotated[int | None, typer.Option(help="Problems at most.")] = None,
-    execute: Annotated[bool, typer.Option("--execute", help=_EXECUTE)] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds per test at most.")] = 10.0,
+    ] = 1.0
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a completion at most.")] = 512
+    limit: Annotated[int | None, typer.Option(help="Problems at most.")] = None
+    execute: Annotated[bool, typer.Option("--execute", help=_EXECUTE)] = False
+    timeout: Annotated[float, typer.Option(help="Seconds per test at most.")] = 10.0
+
+    def params(self) -> SamplingParams:
+        """Return how to sample; refuse values out of range."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            max_tokens=self.max_new_tokens,
+        )
+
+    def arguments(self, bar: ProgressBar) -> dict[str, Any]:
+        """Return what the evaluations by tests take in common."""
+        return {
+            "params": self.params(),
+            "n": self.n,
+            "ks": tuple(self.k or (1,)),
+            "limit": self.limit,
+            "execute": self.execute,
+            "timeout_s": self.timeout,
+            "progress": bar.update,
+            "execution_progress": _testing(bar),
+        }
+
+
+@app.command()
+@with_options
+def humaneval(
+    model: ModelOptions,
+    result: ResultOptions,
+    samples: SamplesOptions,
 ) -> None:
     """Write 164 functions from their docstrings; with --execute their tests give pass@k."""
-    params = _params(
-        result, temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens
-    )
+    with reported_errors(result.debug):
+        samples.params()
 
     def evaluate(llm: LLM, bars: Callable) -> dict[str, Any]:
         from codellama_rt.tools.evaluation.humaneval import evaluate_humaneval
 
         with bars("completing") as bar:
-            return evaluate_humaneval(
-                llm,
-                params=params,
-                n=n,
-                ks=tuple(k or (1,)),
-                limit=limit,
-                execute=execute,
-                timeout_s=timeout,
-                progress=bar.update,
-                execution_progress=_testing(bar),
-            )
+            return evaluate_humaneval(llm, **samples.arguments(bar))
+
+    _run(model, result, evaluate)
+
+
+@app.command()
+@with_options
+def mbpp(
+    model: ModelOptions,
+    result: ResultOptions,
+    problems: Annotated[
+        Path, typer.Option(help="The published file: mbpp.jsonl or sanitized-mbpp.json.")
+    ],
+    samples: SamplesOptions,
+) -> None:
+    """Write 500 functions from a sentence, three tests and three examples; --execute tests them."""
+    with reported_errors(result.debug):
+        from codellama_rt.tools.evaluation.mbpp import evaluate_mbpp, read_problems
+
+        samples.params()
+        read = read_problems(problems)
+
+    def evaluate(llm: LLM, bars: Callable) -> dict[str, Any]:
+        with bars("completing") as bar:
+            return evaluate_mbpp(llm, read, **samples.arguments(bar))
 
     _run(model, result, evaluate)
 
@@ -179,12 +221,6 @@ def needle(
 
 def _testing(bar: ProgressBar) -> Callable[[int, int], None]:
     return lambda done, total: bar.update(done, total, "testing")
-
-
-def _params(result: ResultOptions, **values: Any) -> SamplingParams:
-    """Refuse values out of range before the model is opened."""
-    with reported_errors(result.debug):
-        return SamplingParams(**values)
 
 
 def _run(

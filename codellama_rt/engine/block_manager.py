@@ -4,15 +4,20 @@ Every block is in one of three states: owned (by one or more sequences), free, o
 owner, but holding keys and values that the prefix cache can give to the next sequence that begins
 with the same tokens.
 
+An exception may interrupt any of the methods (a signal handler raises anywhere). What a sequence
+knows of its own blocks, and which prefix a block holds, then stays valid: both change by plain
+assignments, without a call between those that belong together. `recover` computes all else anew.
+
 The prefix cache is a trie stored as one dictionary: (name of the parent prefix, token ids of the
 next full block) -> block. The key holds the tokens themselves and the dictionary compares them, so
 two texts with equal hashes cannot be confused. A name is given once and never reused.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from codellama_rt.engine.sequence import Sequence
+from codellama_rt.engine.sequence import Sequence, int32_list
 
 PrefixKey = tuple[int, bytes]  # (prefix_id of the parent, int32 token ids of the block)
 
@@ -51,7 +56,8 @@ class BlockManager:
         self.prefix_caching = prefix_caching
         self.num_queried_tokens = 0  # prompt tokens looked up in the prefix cache, and hits
         self.num_hit_tokens = 0
-        self._owners = [0] * num_blocks  # block -> number of sequences with it in their table
+        self.copies: dict[int, int] = {}  # destination -> source: to be done before they are read
+        self._owners = [0] * num_blocks  # block -> number of tables and of copies that read it
         self._free = list(range(num_blocks))[::-1]  # pop() gives block 0 first
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._index: dict[PrefixKey, int] = {}  # prefix -> block
@@ -65,7 +71,11 @@ class BlockManager:
 
     def num_owners(self, block_id: int) -> int:
         """Return the number of sequences that have the block in their table."""
-        return self._owners[block_id]
+        return self._owners[block_id] - list(self.copies.values()).count(block_id)
+
+    def num_needed(self, sequence: Sequence) -> int:
+        """Return how many of the free blocks `allocate` would take for a sequence."""
+        return self._num_needed(sequence, self._longest_cached_prefix(sequence))
 
     def allocate(self, sequence: Sequence) -> bool:
         """Give a sequence without blocks room for all its tokens, sharing cached blocks.
@@ -75,16 +85,16 @@ class BlockManager:
         """
         assert not sequence.block_ids
         hits = self._longest_cached_prefix(sequence)
-        num_idle_hits = sum(self._owners[block_id] == 0 for block_id in hits)
-        missing = self._blocks_for(len(sequence.token_ids)) - len(hits)
-        if missing > self.num_free - num_idle_hits:
+        if self._num_needed(sequence, hits) > self.num_free:
             return False
         for block_id in hits:
             self._own(block_id)
-        sequence.block_ids.extend(hits)
-        sequence.block_ids.extend([self._take() for _ in range(missing)])
-        sequence.num_indexed_blocks = len(hits)
-        sequence.num_computed = len(hits) * self.block_size
+        block_ids, num_hits = int32_list(hits), len(hits)
+        missing = self._blocks_for(len(sequence.token_ids)) - num_hits
+        block_ids.extend([self._take() for _ in range(missing)])
+        sequence.block_ids = block_ids
+        sequence.num_indexed_blocks = num_hits
+        sequence.num_computed = num_hits * self.block_size
         if hits:
             sequence.prefix_id = self._cached[hits[-1]].prefix_id
         if self.prefix_caching:
@@ -92,13 +102,15 @@ class BlockManager:
             self.num_hit_tokens += sequence.num_computed
         return True
 
-    def grow(self, sequence: Sequence, num_tokens: int, copies: list[tuple[int, int]]) -> bool:
+    def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make room for the next `num_tokens` tokens, in blocks that no other sequence reads.
+
+        A block that must be copied first is added to `copies`; until `copied` is called, its source
+        cannot be given to anyone else.
 
         Args:
             sequence: a sequence that has been allocated.
             num_tokens: number of tokens after `num_computed` that will be written.
-            copies: receives (source, destination) of a block that must be copied first.
 
         Returns:
             False if there is no room; nothing has changed then.
@@ -106,24 +118,30 @@ class BlockManager:
         block_ids = sequence.block_ids
         first = sequence.num_computed // self.block_size
         missing = self._blocks_for(sequence.num_computed + num_tokens) - len(block_ids)
-        shared = first < len(block_ids) and self._owners[block_ids[first]] > 1
+        shared = first < len(block_ids) and self.num_owners(block_ids[first]) > 1
         if missing <= 0 and not shared:
             return True
         if max(missing, 0) + shared > self.num_free:
             return False
         if shared:  # only the last, partly filled block of a fork: full ones are never rewritten
-            source, block_ids[first] = block_ids[first], self._take()
-            self._disown(source)
-            copies.append((source, block_ids[first]))
+            destination = self._take()
+            self.copies[destination] = block_ids[first]  # the copy owns it in the table's place
+            block_ids[first] = destination
         block_ids.extend([self._take() for _ in range(missing)])
         return True
 
+    def copied(self) -> None:
+        """Forget the copies, which have been done."""
+        for source in self.copies.values():
+            self._disown(source)
+        self.copies = {}
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let `child`, which has the same tokens, share all blocks of `parent`."""
+        """Let `child`, which has the same computed tokens, share all blocks of `parent`."""
         assert not child.block_ids
         for block_id in parent.block_ids:
             self._owners[block_id] += 1
-        child.block_ids.extend(parent.block_ids)
+        child.block_ids = parent.block_ids[:]
         child.num_computed = parent.num_computed
         child.num_indexed_blocks = parent.num_indexed_blocks
         child.prefix_id = parent.prefix_id
@@ -142,14 +160,16 @@ class BlockManager:
             i = sequence.num_indexed_blocks
             key = (sequence.prefix_id, sequence.token_ids[i * size : (i + 1) * size].tobytes())
             own = sequence.block_ids[i]
-            block_id = self._index.setdefault(key, own)
-            if block_id != own:
+            block_id = self._index.get(key)
+            if block_id is None:
+                block_id, prefix = own, _CachedPrefix(key, self._next_prefix_id)
+                self._next_prefix_id += 1
+                self._cached[own] = prefix
+                self._index[key] = own
+            elif block_id != own:
                 self._own(block_id)
                 self._disown(own)
                 sequence.block_ids[i] = block_id
-            elif self._cached[own] is None:
-                self._cached[own] = _CachedPrefix(key, self._next_prefix_id)
-                self._next_prefix_id += 1
             sequence.prefix_id = self._cached[block_id].prefix_id
             sequence.num_indexed_blocks += 1
 
@@ -157,7 +177,32 @@ class BlockManager:
         """Take back all blocks; cached ones can still be found until their memory is needed."""
         for block_id in reversed(sequence.block_ids):  # evict the end of a prefix first
             self._disown(block_id)
+            if (source := self.copies.pop(block_id, None)) is not None:
+                self._disown(source)
         sequence.leave_cache()
+
+    def recover(self, sequences: Iterable[Sequence]) -> None:
+        """Compute owners, free blocks and the index anew, after an exception.
+
+        Args:
+            sequences: all that are to keep their blocks.
+        """
+        owners = Counter(block_id for sequence in sequences for block_id in sequence.block_ids)
+        self.copies = {to: source for to, source in self.copies.items() if to in owners}
+        owners.update(self.copies.values())
+        cached = self._cached
+        self._owners = [owners[block_id] for block_id in range(self.num_blocks)]
+        unowned = [block_id for block_id in range(self.num_blocks) if not owners[block_id]]
+        self._free = [block_id for block_id in reversed(unowned) if cached[block_id] is None]
+        idle = {block_id for block_id in unowned if cached[block_id] is not None}
+        lost = sorted(idle.difference(self._idle), key=lambda i: -cached[i].prefix_id)
+        # A prefix is named after the prefixes that it continues, so those are evicted later.
+        self._idle = OrderedDict.fromkeys([*(i for i in self._idle if i in idle), *lost])
+        self._index = {cached[i].key: i for i in range(self.num_blocks) if cached[i] is not None}
+
+    def _num_needed(self, sequence: Sequence, hits: list[int]) -> int:
+        num_idle_hits = sum(self._owners[block_id] == 0 for block_id in hits)
+        return self._blocks_for(len(sequence.token_ids)) - len(hits) + num_idle_hits
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -194,7 +239,8 @@ class BlockManager:
         if self._free:
             block_id = self._free.pop()
         else:
-            block_id, _ = self._idle.popitem(last=False)
+            block_id = next(iter(self._idle))
+            del self._idle[block_id]
             del self._index[self._cached[block_id].key]
             self._cached[block_id] = None
         self._owners[block_id] = 1

@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 from bisect import insort
 from collections.abc import Collection
+from operator import attrgetter
+from threading import get_ident
 
 import numpy as np
 
@@ -34,15 +36,25 @@ class Branches:
     def __init__(self, engine: Engine) -> None:
         """Start with none; shares the prefix cache with the engine's requests.
 
-        engine: its model and cache are used; it may have unfinished requests.
-            engine: its model and cache are used; its own requests may be unfinished.
+        Args:
+            engine: its model and cache are used; it may have unfinished requests.
         """
         self._engine = engine
         blocks = engine.scheduler.blocks
         limits = engine.scheduler.max_num_running, engine.scheduler.max_num_batched_tokens
         self._scheduler = Scheduler(blocks, *limits)
-        self._rows: dict[Branch, np.ndarray] = {}  # computed ones, hidden from the scheduler
         self._numbers = itertools.count()
+        self._thread = get_ident()
+        self.live: dict[Branch, np.ndarray | None] = {}  # logits; None: queued to be computed
+        with engine.owner:
+            engine.check_open()
+            self._age = next(_ages)
+            engine.searches.add(self)
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether some branches have yet to be computed."""
+        return any(logits is None for logits in self.live.values())
 
     def add(self, prompt_token_ids: Collection[int], adapter: LoraAdapter | None = None) -> Branch:
         """Start a branch from a prompt.
@@ -56,38 +68,41 @@ class Branches:
         """
         token_ids = checked_prompt(prompt_token_ids, self._engine.model.config.vocab_size)
         self._engine.check_length(len(token_ids))
+        self._scheduler.check_length(len(token_ids))
         branch = self._engine.make_sequence(token_ids, (0, 0, next(self._numbers)), adapter)
-        self._scheduler.add(branch)
+        with self._engine.owner:
+            self.live[branch] = None
+            self._scheduler.add(branch)
         return branch
 
     def fork(self, branch: Branch) -> Branch:
         """Return another branch with the same tokens and known logits; blocks are shared."""
         child = branch.fork(next(self._numbers))
-        if branch.block_ids:
-            self._scheduler.blocks.fork(branch, child)
-        self._rows[child] = self._rows[branch]
+        with self._engine.owner:
+            self.live[child] = self._known(branch)
+            if branch.block_ids:
+                self._scheduler.blocks.fork(branch, child)
         return child
 
     def append(self, branch: Branch, token_id: int) -> None:
         """Extend a branch whose logits are known by one token."""
-        del self._rows[branch]
-        branch.token_ids.append(token_id)
-        waits = not branch.block_ids  # it was preempted
-        insort(
-            self._scheduler.waiting if waits else self._scheduler.running,
-            branch,
-            key=lambda other: other.order,
-        )
+        with self._engine.owner:
+            self._known(branch)
+            branch.token_ids.append(token_id)
+            self.live[branch] = None
+            # Without blocks it has been preempted, and waits.
+            queue = self._scheduler.running if branch.block_ids else self._scheduler.waiting
+            insort(queue, branch, key=_by_order)
 
     def drop(self, branch: Branch) -> None:
         """Forget a branch and free its blocks."""
-        if self._rows.pop(branch, None) is None:
-            self._scheduler.remove(branch)
-        else:
-            self._scheduler.blocks.release(branch)
+        with self._engine.owner:
+            self._drop(branch)
 
     def logits(self, branches: Collection[Branch]) -> np.ndarray:
         """Return the logits after the last token of each branch.
+
+        Other threads use the engine between the steps that this takes.
 
         Args:
             branches: live ones; all branches that were extended are computed.
@@ -96,11 +111,42 @@ class Branches:
             (len(branches), vocab_size) float32.
 
         Raises:
-            RuntimeError: other requests hold all blocks.
+            RuntimeError: the engine is closed, or other searches of this thread hold all blocks.
         """
-        while self._scheduler.running or self._scheduler.waiting:
-            self._step()
-        return np.stack([self._rows[branch] for branch in branches])
+        self._thread = get_ident()
+        while self.is_computing:
+            with self._engine.owner:
+                self._engine.check_open()
+                self._step()
+        return np.stack([self._known(branch) for branch in branches])
+
+    def give_way(self, *, everything: bool = False) -> bool:
+        """Free the blocks of one branch, which is computed again when needed; for the owner only.
+
+        Args:
+            everything: also of a branch that `logits` is computing in another thread.
+
+        Returns:
+            Whether a branch had any.
+        """
+        everything = everything or self._thread == get_ident()  # which is not inside `logits`
+        holding = [
+            branch
+            for branch, logits in self.live.items()
+            if branch.block_ids and (everything or logits is not None)
+        ]
+        if not holding:
+            return False
+        last = max(holding, key=_by_order)
+        if self.live[last] is None:
+            self._scheduler.preempt(last)
+        else:
+            self._scheduler.blocks.release(last)
+        return True
+
+    def recover(self) -> None:
+        """Queue what is to be computed, and nothing else, after an exception; for the owner."""
+        self._scheduler.recover(branch for branch, logits in self.live.items() if logits is None)
 
     def __enter__(self) -> Branches:
         """Return the branches themselves."""
@@ -108,29 +154,62 @@ class Branches:
 
     def __exit__(self, *exception: object) -> None:
         """Drop all branches."""
-        for branch in [*self._rows, *self._scheduler.running, *self._scheduler.waiting]:
-            self.drop(branch)
+        with self._engine.owner:
+            for branch in list(self.live):
+                self._drop(branch)
+            self._engine.searches.discard(self)
+
+    def _known(self, branch: Branch) -> np.ndarray:
+        logits = self.live[branch]
+        assert logits is not None, "the branch has been extended: ask for its logits first"
+        return logits
+
+    def _drop(self, branch: Branch) -> None:
+        if self.live[branch] is None:
+            self._scheduler.remove(branch)
+        else:
+            self._scheduler.blocks.release(branch)
+        del self.live[branch]
 
     def _step(self) -> None:
-        schedule = self._scheduler.schedule()
-        if not schedule.chunks:
+        self._engine.copy_blocks()
+        chunks = self._scheduler.schedule()
+        if not chunks:
             self._make_room()
             return
-        logits = self._engine.compute(schedule)
-        end = 0
-        for chunk in schedule.chunks:
-            end += chunk.num_logits
+        self._engine.copy_blocks()
+        for chunk, logits in zip(chunks, self._engine.compute(chunks), strict=True):
+            is_computed = chunk.samples
+            if is_computed:
+                self.live[chunk.sequence] = logits[-1]
             self._scheduler.commit(chunk)
-            if chunk.samples:
-                self._rows[chunk.sequence] = logits[end - 1]
+            if is_computed:
                 self._scheduler.running.remove(chunk.sequence)
 
     def _make_room(self) -> None:
-        """Take the blocks of the last computed branch; it is recomputed when extended."""
-        holding = [branch for branch in self._rows if branch.block_ids]
-        if not holding:
-            raise RuntimeError(
-                "the KV cache has no free blocks: other requests hold them; end those or raise "
-                "kv_memory"
-            )
-        self._scheduler.blocks.release(max(holding, key=lambda branch: branch.order))
+        """Take blocks: computed branches' of this search, requests', or another search's.
+
+        A search that began earlier and computes in another thread keeps its own: then this one has
+        to wait for some turns. So the earliest always makes progress.
+        """
+        scheduler, computed = (
+            self._engine.scheduler,
+            [b for b, row in self.live.items() if row is not None],
+        )
+        holding = [branch for branch in computed if branch.block_ids]
+        if holding:
+            scheduler.blocks.release(max(holding, key=_by_order))
+            return
+        if scheduler.running:
+            scheduler.preempt(scheduler.running[-1])
+            return
+        others = sorted(self._engine.searches, key=lambda search: -search._age)
+        others.remove(self)
+        if any(search.give_way(everything=search._age > self._age) for search in others):
+            return
+        if not any(search.is_computing for search in others):
+            raise RuntimeError("the KV cache has no free blocks; raise kv_memory")
+
+
+_ages = itertools.count()
+_by_order = attrgetter("order")

@@ -39,21 +39,32 @@ class Completion:
 class Job:
     """A request that is followed, and its completions as they grow."""
 
-    def __init__(self, name: str, prompt_token_ids: list[int], n: int) -> None:
-        """Start with n empty completions."""
+    def __init__(
+        self, name: str, prompt_token_ids: list[int], n: int, inbox: deque[Output]
+    ) -> None:
+        """Start with n empty completions; the engine puts outputs into the inbox."""
         self.name, self.prompt_token_ids, self.unfinished = name, prompt_token_ids, n
+        self.inbox = inbox
         self.started = time.perf_counter()
         self.completions = [
             Completion(prompt_token_ids=prompt_token_ids, index=i) for i in range(n)
         ]
 
-    def take(self, outputs: deque[Output]) -> None:
-        """Add the outputs to the completions, and empty the queue."""
-        while outputs:
-            output = outputs.popleft()
+    def take(self) -> list[Output]:
+        """Move what has come from the inbox to the completions, and return it.
+
+        Raises:
+            Exception: what ended the request with "error".
+        """
+        taken = []
+        while self.inbox:
+            output = self.inbox.popleft()
             if output.error is not None:
+                self.unfinished -= 1
                 raise output.error
             self._add(output, self.completions[output.index])
+            taken.append(output)
+        return taken
 
     def _add(self, output: Output, completion: Completion) -> None:
         now = time.perf_counter() - self.started

@@ -1,27 +1,50 @@
 """Requests in, tokens out: one step schedules, computes and samples for all of them.
 
-Synchronous and single-threaded. A request's output is a function of its tokens, its parameters and
-its seed; other requests and the order of calls do not change it.
+A request's output is a function of its tokens, its parameters and its seed; other requests, the
+order of calls and the threads they come from do not change it.
+
+Each method has the engine to itself (`Owner`), and whatever is raised in it, nothing is lost: what
+is known of a request are its tokens, which of them are in the cache, and its outputs. They change
+together, by plain assignments; everything else is computed anew from them (`_recover`).
 """
 
+from __future__ import annotations
+
+import itertools
 import secrets
 from array import array
-from collections.abc import Collection, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 
 from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.block_manager import BlockManager
 from codellama_rt.engine.ends import end_token_ids
+from codellama_rt.engine.owner import Owner
 from codellama_rt.engine.request import Output, Request, Sample, check_params, checked_prompt
 from codellama_rt.engine.sampling_params import SamplingParams
-from codellama_rt.engine.scheduler import Schedule, Scheduler
+from codellama_rt.engine.scheduler import Scheduler
 from codellama_rt.engine.sequence import Chunk, Sequence
 from codellama_rt.engine.stop_strings import Tokenizer
+from codellama_rt.model.batch import Batch
 from codellama_rt.model.interface import Decoder, KVCache
 from codellama_rt.model.lora import LoraAdapter, check_adapter
+
+if TYPE_CHECKING:
+    from codellama_rt.engine.branches import Branches
+
+
+class _InFlight(NamedTuple):
+    """A sample that is taking its logits, and what it had before."""
+
+    sample: Sample
+    num_tokens: int
+    num_samples: int  # of its request
 
 
 @dataclass(slots=True)
@@ -57,6 +80,7 @@ class Engine:
         max_model_len: int,
         prefix_caching: bool = True,
         generation_config: Mapping | None = None,
+        check_files: Callable[[], None] | None = None,
     ) -> None:
         """Start with nothing queued and an empty prefix cache.
 
@@ -69,11 +93,13 @@ class Engine:
             max_model_len: tokens of prompt and output together.
             prefix_caching: whether equal prefixes are computed once.
             generation_config: its "eos_token_id" ends an output, too.
+            check_files: called before each request; raises if a file with weights has changed.
         """
         if max_model_len < 2:
             raise ValueError(f"max_model_len must be >= 2 (one in, one out), got {max_model_len}")
         self.model, self.kv_cache, self.tokenizer = model, kv_cache, tokenizer
         self.max_model_len = max_model_len
+        self.check_files = check_files or (lambda: None)
         self.eos_token_ids = end_token_ids(model.config, generation_config or {}, tokenizer)
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
         self.scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens)
@@ -81,6 +107,11 @@ class Engine:
         self._has_dynamic_rope = scaling is not None and scaling.kind == "dynamic"
         self._requests: dict[str, Request] = {}  # unfinished
         self._samples: dict[Sequence, Sample] = {}  # unfinished and forked
+        self.searches: WeakSet[Branches] = WeakSet()  # others that use the same blocks
+        self.owner = Owner(self._recover)
+        self._in_flight: _InFlight | None = None
+        self._outputs: list[Output] = []  # for the next `step`
+        self._discarded: deque[str] = deque()  # requests to end before anything else
         self._adapter_numbers: dict[LoraAdapter, int] = {}  # never reused: blocks outlive requests
         self._num_arrived = 0
         self._totals = _Totals()
@@ -94,6 +125,7 @@ class Engine:
         *,
         priority: int = 0,
         adapter: LoraAdapter | None = None,
+        inbox: deque[Output] | None = None,
     ) -> None:
         """Queue a request; `step` returns its outputs.
 
@@ -103,58 +135,88 @@ class Engine:
             params: how to sample; None: greedy.
             priority: smaller goes first; equal priorities are served in order of arrival.
             adapter: applied to the tokens of this request only.
+            inbox: receives the outputs in place of `step`'s result.
 
         Raises:
             ValueError: an id in use, a token outside the vocabulary, a prompt that can never fit.
             TypeError: a wrong type. In both cases nothing has changed.
-            RuntimeError: the engine is closed.
+            RuntimeError: the engine is closed, or a file with weights has changed.
         """
-        self._check_request(request_id, priority)
+        _check_names(request_id, priority)
         params = SamplingParams() if params is None else params
         vocab_size = self.model.config.vocab_size
         check_params(params, vocab_size, self.tokenizer is not None)
         token_ids = checked_prompt(prompt_token_ids, vocab_size)
         self.check_length(len(token_ids))
-        sequence = self.make_sequence(token_ids, (priority, self._num_arrived, 0), adapter)
-        request = self._make_request(request_id, sequence, params)
-        sample = request.samples[0]
-        self.scheduler.add(sample.sequence)
-        self._num_arrived += 1
-        self._requests[request_id] = request
-        self._samples[sample.sequence] = sample
-        self._totals.prompt_tokens += len(token_ids)
+        self.scheduler.check_length(len(token_ids))
+        sequence = self.make_sequence(token_ids, (priority, 0, 0), adapter)
+        request = self._make_request(request_id, sequence, params, inbox)
+        with self.owner:
+            self._drop_discarded()
+            is_new = request_id not in self._requests
+            if is_new and not self._closed:
+                sequence.order = priority, self._num_arrived, 0
+                self._add(request)
+        self.check_open()
+        if not is_new:
+            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
 
     def step(self) -> list[Output]:
         """Compute one batch and return what each sample gained, possibly nothing.
 
+        Outputs that no call has returned yet come first: of a step that raised, or that was made
+        by another thread for requests of its own.
+
+        If the model fails, each sequence is tried alone, and one that fails again ends with
+        `finish_reason="error"`; so does one whose token cannot be chosen or decoded.
+
         Raises:
-            Exception: the model's own error; no request has changed, so the step can be repeated.
+            Exception: the step was interrupted, or blocks could not be copied. No output is lost,
+                and the step can be repeated.
         """
-        if not self._requests:
-            return []
-        started = perf_counter()
-        schedule = self.scheduler.schedule()
-        if not schedule.chunks:
-            raise RuntimeError("the scheduler found nothing to do for unfinished requests")
-        self._totals.schedule_seconds += perf_counter() - started
-        logits = self.compute(schedule)
-        computed = perf_counter()
-        outputs = self._take_logits(schedule, logits)
-        self._totals.sample_seconds += perf_counter() - computed
+        with self.owner:
+            self._advance()
+        outputs, self._outputs = self._outputs, []
         return outputs
 
-    def compute(self, schedule: Schedule) -> np.ndarray:
-        """Run the model on a schedule of `scheduler`, or of another one over the same blocks.
+    def advance(self, inboxes: Mapping[str, deque[Output]]) -> None:
+        """Compute one batch, unless an inbox has something once it is this thread's turn.
+
+        Args:
+            inboxes: by the ids of their requests.
+
+        Raises:
+            RuntimeError: none of these requests is left, so nothing can come.
+            Exception: as for `step`, which returns the outputs of requests without an inbox.
+        """
+        with self.owner:
+            is_over = not any(name in self._requests for name in inboxes)
+            if not is_over and not any(inboxes.values()):
+                self._advance()
+        if is_over and not any(inboxes.values()):
+            raise RuntimeError(f"the engine has no request {', '.join(inboxes)}")
+
+    def forward(self, batch: Batch, kv_cache: KVCache) -> np.ndarray:
+        """Run the model on another KV cache, between two steps; otherwise as `Decoder.forward`.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
+        with self.owner:
+            self.check_open()
+            return self.model.forward(batch, kv_cache)
+
+    def compute(self, chunks: Collection[Chunk]) -> list[np.ndarray]:
+        """Run the model once; for the owner only. Blocks to be copied have been.
+
+        Args:
+            chunks: of `scheduler`, or of another scheduler over the same blocks.
 
         Returns:
-            (num_logits, vocab_size) float32, the rows of the chunks in order.
+            Per chunk (num_logits, vocab_size) float32.
         """
         started = perf_counter()
-        if schedule.block_copies:
-            self.kv_cache.copy_blocks(np.array(schedule.block_copies, np.int32))
-        batch = build_batch(
-            schedule.chunks, self.kv_cache.block_size, rope_lengths=self._has_dynamic_rope
-        )
+        batch = build_batch(chunks, self.kv_cache.block_size, rope_lengths=self._has_dynamic_rope)
         scheduled = perf_counter()
         logits = self.model.forward(batch, self.kv_cache)
         totals = self._totals
@@ -162,27 +224,47 @@ class Engine:
         totals.computed_tokens += len(batch.token_ids)
         totals.schedule_seconds += scheduled - started
         totals.model_seconds += perf_counter() - scheduled
-        return logits
+        ends = itertools.accumulate(chunk.num_logits for chunk in chunks)
+        return [
+            logits[end - chunk.num_logits : end] for chunk, end in zip(chunks, ends, strict=True)
+        ]
+
+    def copy_blocks(self) -> None:
+        """Copy the blocks that forks are about to write; for the owner only."""
+        blocks = self.scheduler.blocks
+        if blocks.copies:
+            pairs = [(source, to) for to, source in blocks.copies.items()]
+            self.kv_cache.copy_blocks(np.array(pairs, np.int32))
+            blocks.copied()
 
     def abort(self, request_id: str) -> list[Output]:
         """End a request now and free its blocks; an unknown or finished one is ignored.
 
+        From inside a step, as in a signal handler, it takes effect after the step.
+
         Returns:
             The last output of each of its unfinished samples, with any text held back so far.
         """
-        request = self._requests.get(request_id)
-        if request is None:
+        if self.owner.is_inside():
+            self._discarded.append(request_id)
             return []
-        unfinished = [s for s in request.samples if s.sequence in self._samples]
-        for sample in unfinished:
-            self._free(sample)
-        del self._requests[request_id]
-        # Samples that still wait for the prompt get their last output, too.
-        return [sample.end("abort") for sample in (*unfinished, *request.fork())]
+        with self.owner:
+            self._drop_discarded()
+            return self._abort(request_id)
+
+    def discard(self, request_id: str) -> None:
+        """End a request whose outputs nobody wants, without waiting: now or before the next step.
+
+        It may be called anywhere: in a finalizer, a signal handler, another thread.
+        """
+        self._discarded.append(request_id)
+        if self.owner.is_free():
+            with self.owner:
+                self._drop_discarded()
 
     def has_unfinished(self) -> bool:
-        """Return whether another step is needed."""
-        return bool(self._requests)
+        """Return whether another step would compute something or return an output."""
+        return bool(self._requests or self._outputs)
 
     def progress(self, request_id: str) -> tuple[int, int]:
         """Return how far an unfinished prompt is: (tokens computed, tokens of the prompt)."""
@@ -190,7 +272,13 @@ class Engine:
         return min(sequence.num_computed, sequence.prompt_len), sequence.prompt_len
 
     def stats(self) -> dict[str, int | float]:
-        """Return current gauges (running, waiting, KV use) and totals since the start."""
+        """Return current gauges (running, waiting, KV use) and totals since the start.
+
+        It does not wait for a step under way in another thread.
+        """
+        if self.owner.is_free():
+            with self.owner:
+                self._drop_discarded()
         blocks, totals = self.scheduler.blocks, self._totals
         return {
             "running": len(self.scheduler.running),
@@ -207,7 +295,13 @@ class Engine:
     def make_sequence(
         self, token_ids: array, order: tuple[int, int, int], adapter: LoraAdapter | None = None
     ) -> Sequence:
-        """Return a prompt as a sequence whose last token's logits are needed."""
+        """Return a prompt as a sequence whose last token's logits are needed.
+
+        Raises:
+            ValueError: an adapter of another model.
+            RuntimeError: a file with weights has changed.
+        """
+        self.check_files()
         salt = self._cache_salt(prompt_len := len(token_ids))
         if adapter is not None:  # its keys and values differ from those of the plain model
             check_adapter(adapter, self.model)
@@ -224,23 +318,25 @@ class Engine:
                 "shorten the prompt or raise max_model_len"
             )
 
-    def close(self) -> None:
-        """Abort unfinished requests and accept no further ones."""
-        for request_id in list(self._requests):
-            self.abort(request_id)
-        self._closed = True
-
-    def _check_request(self, request_id: str, priority: int) -> None:
+    def check_open(self) -> None:
+        """Raise RuntimeError if the engine is closed."""
         if self._closed:
             raise RuntimeError("the engine is closed; make a new one")
-        if not isinstance(request_id, str) or not request_id:
-            raise TypeError(f"request_id must be a non-empty str, got {request_id!r}")
-        if request_id in self._requests:
-            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-        if not isinstance(priority, int) or isinstance(priority, bool):
-            raise TypeError(f"priority must be an int, got {type(priority).__name__}")
 
-    def _make_request(self, request_id: str, sequence: Sequence, params: SamplingParams) -> Request:
+    def close(self) -> None:
+        """Abort unfinished requests, after a step under way, and accept no further ones."""
+        with self.owner:
+            self._closed = True
+            for request_id in list(self._requests):
+                self._abort(request_id)
+
+    def _make_request(
+        self,
+        request_id: str,
+        sequence: Sequence,
+        params: SamplingParams,
+        inbox: deque[Output] | None,
+    ) -> Request:
         if params.prompt_logprobs is not None:
             sequence.first_logit = 0
         return Request(
@@ -252,7 +348,16 @@ class Engine:
             eos_token_ids=self.eos_token_ids,
             vocab_size=self.model.config.vocab_size,
             tokenizer=self.tokenizer,
+            inbox=inbox,
         )
+
+    def _add(self, request: Request) -> None:
+        sample = request.samples[0]
+        self._num_arrived += 1
+        self._totals.prompt_tokens += sample.sequence.prompt_len
+        self._requests[request.request_id] = request
+        self._samples[sample.sequence] = sample
+        self.scheduler.add(sample.sequence)
 
     def _max_len(self, prompt_len: int, params: SamplingParams) -> int:
         # The last token is never computed, so it needs no room in the cache.
@@ -266,46 +371,141 @@ class Engine:
             return 0
         return max(0, prompt_len - self.model.config.max_position_embeddings)
 
-    def _take_logits(self, schedule: Schedule, logits: np.ndarray) -> list[Output]:
-        outputs: list[Output] = []
-        end = 0
-        for chunk in schedule.chunks:
-            begin, end = end, end + chunk.num_logits
-            self.scheduler.commit(chunk)
-            if chunk.num_logits:
-                self._take_chunk(chunk, logits[begin:end], outputs)
-        return outputs
-
-    def _take_chunk(self, chunk: Chunk, logits: np.ndarray, outputs: list[Output]) -> None:
-        """Use the logits of a chunk's last tokens, (num_logits, vocab_size)."""
-        sample = self._samples[chunk.sequence]
-        request = sample.request
-        num_prompt_logits = len(logits) - chunk.samples
-        if num_prompt_logits:
-            first = chunk.stop - len(logits)
-            request.take_prompt_logits(logits[:num_prompt_logits], first)
-        if not chunk.samples:
+    def _advance(self) -> None:
+        """Make a step; its outputs go to where they are waited for."""
+        self._drop_discarded()
+        if not self._requests:
             return
-        forks = request.fork() if len(request.samples) < request.params.n else ()
+        started = perf_counter()
+        self.copy_blocks()  # of a step that was interrupted
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            self._make_room()
+        self.copy_blocks()
+        self._totals.schedule_seconds += perf_counter() - started
+        results = self._results(chunks)
+        computed = perf_counter()
+        for chunk, result in zip(chunks, results, strict=True):
+            self._take(chunk, result)
+        self._totals.sample_seconds += perf_counter() - computed
+
+    def _results(self, chunks: list[Chunk]) -> list[np.ndarray | Exception]:
+        """Return the logits of each chunk, or what the model raised for it alone."""
+        if not chunks:
+            return []
+        try:
+            return self.compute(chunks)
+        except Exception:  # of one of them, or a passing one
+            return [self._result(chunk) for chunk in chunks]
+
+    def _result(self, chunk: Chunk) -> np.ndarray | Exception:
+        try:
+            [logits] = self.compute([chunk])
+        except Exception as error:
+            return error
+        return logits
+
+    def _make_room(self) -> None:
+        """Have searches give up blocks they can do without; they compute them again."""
+        searches = list(self.searches)
+        if not any(search.give_way() or search.is_computing for search in searches):
+            raise RuntimeError("the scheduler found nothing to do for unfinished requests")
+
+    def _take(self, chunk: Chunk, result: np.ndarray | Exception) -> None:
+        """Give a sequence its logits, or end it with an error."""
+        sample = self._samples[chunk.sequence]
+        request, sequence, num_samples = sample.request, chunk.sequence, len(sample.request.samples)
+        first_logit = max(sequence.first_logit, chunk.stop)
+        in_flight = _InFlight(sample, len(sequence.token_ids), num_samples)
+        self._in_flight = in_flight
+        if not isinstance(result, Exception):
+            result = self._gained(request, chunk, result)
+        if isinstance(result, Exception):
+            gained, num_computed = request.fail(sample, result), sequence.num_computed
+        else:
+            gained, num_computed = result, chunk.stop
+        # No call stands between these lines, so that no exception can.
+        if request.inbox is None:
+            self._outputs += gained
+        else:
+            request.inbox += gained
+        sequence.num_computed = num_computed
+        sequence.first_logit = first_logit
+        self._in_flight = None
+
+        self._totals.generated_tokens += sum(len(output.token_ids) for output in gained)
+        self.scheduler.blocks.index_full_blocks(sequence)
+        forks = request.samples[num_samples:]
         for fork in forks:
             self._samples[fork.sequence] = fork
-            self.scheduler.add_fork(chunk.sequence, fork.sequence)
-        for sampled in (sample, *forks):
-            outputs.append(self._sample(sampled, logits[-1]))
+            self.scheduler.add_fork(sequence, fork.sequence)
+        for one in (sample, *forks):
+            if one.is_finished:
+                self._free(one)
+        if request.is_finished:
+            del self._requests[request.request_id]
 
-    def _sample(self, sample: Sample, logits: np.ndarray) -> Output:
+    def _gained(
+        self, request: Request, chunk: Chunk, logits: np.ndarray
+    ) -> list[Output] | Exception:
+        """Return what a request gains by its logits, or what was raised twice over them."""
+        sample = self._in_flight.sample
         try:
-            output = sample.accept(logits)
-            self._totals.generated_tokens += 1
-        except Exception as error:  # ends one request; the others must not lose their tokens
-            output = sample.end("error", error)
-        if output.finished:
-            self._free(sample)
-            sample.request.num_unfinished -= 1
-            if sample.request.num_unfinished == 0:
-                del self._requests[sample.request.request_id]
-        return output
+            return request.take(sample, chunk, logits)
+        except Exception:  # perhaps a passing one
+            self._undo()
+        try:
+            return request.take(sample, chunk, logits)
+        except Exception as error:
+            self._undo()
+            return error
+
+    def _undo(self) -> None:
+        """Go back to before the sample in flight took its logits."""
+        sample, num_tokens, num_samples = self._in_flight
+        sample.request.undo(sample, num_tokens, num_samples)
+
+    def _recover(self) -> None:
+        """Make good what an exception has left half done."""
+        if self._in_flight is not None:
+            self._undo()
+            self._in_flight = None
+        requests = {name: r for name, r in self._requests.items() if not r.is_finished}
+        samples = [sample for request in requests.values() for sample in request.samples]
+        self._requests = requests
+        self._samples = {sample.sequence: sample for sample in samples if not sample.is_finished}
+        searches = list(self.searches)
+        branches = [branch for search in searches for branch in search.live]
+        self.scheduler.blocks.recover([*self._samples, *branches])
+        self.scheduler.recover(self._samples)
+        for search in searches:
+            search.recover()
+
+    def _drop_discarded(self) -> None:
+        while self._discarded:
+            self._abort(self._discarded[0])
+            del self._discarded[0]
+
+    def _abort(self, request_id: str) -> list[Output]:
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        outputs = request.end("abort")
+        if request.inbox is not None:
+            request.inbox += outputs
+        del self._requests[request_id]
+        for sample in request.samples:
+            if sample.sequence in self._samples:
+                self._free(sample)
+        return outputs
 
     def _free(self, sample: Sample) -> None:
         self.scheduler.remove(sample.sequence)
         del self._samples[sample.sequence]
+
+
+def _check_names(request_id: object, priority: object) -> None:
+    if not isinstance(request_id, str) or not request_id:
+        raise TypeError(f"request_id must be a non-empty str, got {request_id!r}")
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise TypeError(f"priority must be an int, got {type(priority).__name__}")

@@ -1,4 +1,4 @@
-"""Requests of an engine that one caller follows to their end, several at a time."""
+"""Requests of an engine that their callers follow to their ends, from any number of threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from codellama_rt.engine.sampling_params import SamplingParams
 
 
 class Jobs:
-    """What is under way; each step of the engine brings all of it on.
+    """Requests under way; each step of the engine, whoever makes it, brings all of them on.
 
     Example:
         >>> jobs = Jobs(llm.engine)  # doctest: +SKIP
@@ -26,8 +26,7 @@ class Jobs:
     def __init__(self, engine: Engine) -> None:
         """Start with nothing under way."""
         self._engine = engine
-        self._inbox: dict[str, deque[Output]] = {}
-        self._names = (f"llm-{i}" for i in itertools.count())
+        self._numbers = itertools.count()
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, **options: Any) -> Job:
         """Queue a request; options as `Engine.add_request` takes them.
@@ -35,25 +34,22 @@ class Jobs:
         Raises:
             ValueError, TypeError: as there.
         """
-        name = next(self._names)
-        self._engine.add_request(name, prompt, params, **options)
-        self._inbox[name] = deque()
-        return Job(name, [int(token_id) for token_id in prompt], params.n)
+        name, inbox = f"llm-{next(self._numbers)}", deque()
+        self._engine.add_request(name, prompt, params, inbox=inbox, **options)
+        return Job(name, [int(token_id) for token_id in prompt], params.n, inbox)
 
     def follow(self, jobs: Sequence[Job]) -> Iterator[list[Output]]:
         """Run jobs to their ends, a step of the engine each time the iterator is asked.
 
+        Where another thread's step has brought something already, no step is made. A job that is
+        aborted ends, and so do all when the engine is closed.
+
         Yields:
-            What the jobs gained in the step, already added to their completions; possibly nothing.
+            What the jobs gained, already added to their completions; possibly nothing.
         """
-        while any(job.unfinished for job in jobs):
-            for output in self._engine.step():
-                if output.request_id in self._inbox:
-                    self._inbox[output.request_id].append(output)
-            gained = [output for job in jobs for output in self._inbox[job.name]]
-            for job in jobs:
-                job.take(self._inbox[job.name])
-            yield gained
+        while unfinished := [job for job in jobs if job.unfinished]:
+            self._engine.advance({job.name: job.inbox for job in unfinished})
+            yield [output for job in unfinished for output in job.take()]
 
     def finish(self, jobs: Sequence[Job]) -> None:
         """Run jobs to their ends at once."""
@@ -67,9 +63,9 @@ class Jobs:
         return pieces
 
     def dismiss(self, job: Job) -> None:
-        """Forget a job, and abort what is left of it."""
-        self._engine.abort(job.name)
-        self._inbox.pop(job.name, None)
+        """Abort what is left of a job; it may be called anywhere, and does not wait."""
+        if job.unfinished:
+            self._engine.discard(job.name)
 
     def _stream(self, job: Job) -> Iterator[str]:
         try:

@@ -48,6 +48,10 @@ class PromptLogprobs(Sequence):
         row = self._rows[position]
         return None if row is None else row.as_dict()
 
+    def truncate(self, length: int) -> None:
+        """Forget the tokens of the prompt after the first `length`."""
+        del self._rows[length:]
+
     def append(self, logits: np.ndarray, token_id: int, num_top: int) -> None:
         """Add the next token of the prompt, given the logits before it."""
         self._rows.append(_rank_tokens(logits, token_id, num_top))

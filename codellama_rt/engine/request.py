@@ -1,6 +1,9 @@
 """A request in the engine: its samples, when each one ends, and its outputs."""
 
+from __future__ import annotations
+
 from array import array
+from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from numbers import Integral
@@ -10,7 +13,7 @@ import numpy as np
 from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
 from codellama_rt.engine.sampler import TokenSampler
 from codellama_rt.engine.sampling_params import SamplingParams
-from codellama_rt.engine.sequence import Sequence, int32_list
+from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
 from codellama_rt.engine.stop_strings import TextStream, Tokenizer
 
 
@@ -57,8 +60,9 @@ class Request:
         eos_token_ids: Iterable[int],
         vocab_size: int,
         tokenizer: Tokenizer | None,
+        inbox: deque[Output] | None = None,
     ) -> None:
-        """Start with the first sample; `fork` adds the others.
+        """Start with the first sample; its first logits add the others.
 
         Args:
             request_id: unique among the unfinished requests.
@@ -69,6 +73,7 @@ class Request:
             eos_token_ids: the model's ends of sequence.
             vocab_size: of the model.
             tokenizer: for the text; None: tokens only.
+            inbox: where its outputs go; None: to whoever calls `Engine.step`.
         """
         self.request_id = request_id
         self.params = params
@@ -82,17 +87,67 @@ class Request:
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
         self.prompt_logprobs = None if params.prompt_logprobs is None else PromptLogprobs()
-        self.num_unfinished = params.n
+        self.inbox = inbox
         self.samples = [Sample(self, sequence)]
+        self._has_ended = False
 
-    def fork(self) -> list["Sample"]:
-        """Create the samples that do not exist yet, from the first one's tokens."""
-        first = self.samples[0].sequence
-        forks = [Sample(self, first.fork(i)) for i in range(len(self.samples), self.params.n)]
+    @property
+    def is_finished(self) -> bool:
+        """Whether every sample has had its last output."""
+        is_forked = len(self.samples) == self.params.n
+        return self._has_ended or (is_forked and all(s.is_finished for s in self.samples))
+
+    def take(self, sample: Sample, chunk: Chunk, logits: np.ndarray) -> list[Output]:
+        """Use the logits of a chunk's last tokens.
+
+        Args:
+            sample: one of this request's; with its first token it creates the other samples.
+            chunk: of the sample's sequence.
+            logits: (chunk.num_logits, vocab_size) float32.
+
+        Returns:
+            What the samples gained.
+
+        Raises:
+            Exception: of sampling or decoding; the caller goes back by `undo`.
+        """
+        num_prompt_logits = len(logits) - chunk.samples
+        if num_prompt_logits:
+            first = chunk.stop - len(logits)
+            self._take_prompt_logits(logits[:num_prompt_logits], first)
+        if not chunk.samples:
+            return []
+        forks = [
+            Sample(self, sample.sequence.fork(i, first_logit=chunk.stop))
+            for i in range(len(self.samples), self.params.n)
+        ]
         self.samples += forks
-        return forks
+        return [one.accept(logits[-1]) for one in (sample, *forks)]
 
-    def take_prompt_logits(self, logits: np.ndarray, first_position: int) -> None:
+    def undo(self, sample: Sample, num_tokens: int, num_samples: int) -> None:
+        """Go back to before `take`: to so many tokens of this sample, and so many samples."""
+        del self.samples[num_samples:]
+        del sample.sequence.token_ids[num_tokens:]
+        sample.restart()
+        self._has_ended = False
+
+    def end(self, reason: str) -> list[Output]:
+        """Return the last output of each unfinished sample, with the text held back so far."""
+        outputs = [sample.end(reason) for sample in self.samples if not sample.is_finished]
+        return outputs + self._end_forks(reason)
+
+    def fail(self, sample: Sample, error: Exception) -> list[Output]:
+        """Return the last output of a sample, and of all if they waited for this one's prompt."""
+        forks = self._end_forks("error", error)
+        self._has_ended = bool(forks)
+        sample.is_finished = True
+        return [sample.end("error", error), *forks]
+
+    def _end_forks(self, reason: str, error: Exception | None = None) -> list[Output]:
+        missing = range(len(self.samples), self.params.n)
+        return [_last_output(self.request_id, i, reason, error=error) for i in missing]
+
+    def _take_prompt_logits(self, logits: np.ndarray, first_position: int) -> None:
         """Record the log-probabilities of the prompt's tokens after the given positions.
 
         Args:
@@ -100,6 +155,7 @@ class Request:
             first_position: of the first row's token.
         """
         token_ids = self.samples[0].sequence.token_ids
+        self.prompt_logprobs.truncate(first_position + 1)  # what an exception has cut short
         for position, row in enumerate(logits, start=first_position):
             self.prompt_logprobs.append(row, token_ids[position + 1], self.params.prompt_logprobs)
 
@@ -117,7 +173,11 @@ class Sample:
         self.request = request
         self.sequence = sequence
         self.index = sequence.order[-1]
-        params = request.params
+        self.restart()
+
+    def restart(self) -> None:
+        """Bring what follows from the tokens to where they are."""
+        request, sequence, params = self.request, self.sequence, self.request.params
         prompt_ids = sequence.token_ids[: sequence.prompt_len]
         self._sampler = TokenSampler(
             params,
@@ -132,6 +192,11 @@ class Sample:
         if request.tokenizer is not None:
             detokenizer = request.tokenizer.detokenizer(prompt_ids)
             self._stream = TextStream(detokenizer, params.stop)
+        for i, token_id in enumerate(sequence.token_ids[sequence.prompt_len :], start=1):
+            self._sampler.record(token_id)
+            if self._stream is not None:
+                self._stream.push(token_id, may_stop=i >= params.min_tokens)
+        self.is_finished = False
 
     def accept(self, logits: np.ndarray) -> Output:
         """Choose the next token from its logits and append it.
@@ -156,20 +221,13 @@ class Sample:
         if num_generated == 0:
             output.prompt_logprobs = self.request.prompt_logprobs
         self._read(token_id, num_generated + 1 >= params.min_tokens, output)
+        self.is_finished = output.finished
         return output
 
     def end(self, reason: str, error: Exception | None = None) -> Output:
         """Return the last output of a sample that is ended from outside: "abort" or "error"."""
         text = "" if error is not None or self._stream is None else self._stream.flush()
-        return Output(
-            self.request.request_id,
-            self.index,
-            [],
-            text,
-            finished=True,
-            finish_reason=reason,
-            error=error,
-        )
+        return _last_output(self.request.request_id, self.index, reason, text, error)
 
     def _read(self, token_id: int, may_stop: bool, output: Output) -> None:
         """Fill in the text of a new token, and whether it ends the output."""
@@ -187,6 +245,12 @@ class Sample:
             output.finished = True
             if self._stream is not None:
                 output.text += self._stream.flush()
+
+
+def _last_output(
+    request_id: str, index: int, reason: str, text: str = "", error: Exception | None = None
+) -> Output:
+    return Output(request_id, index, [], text, finished=True, finish_reason=reason, error=error)
 
 
 def _filling_end(prompt: Sequence, tokenizer: Tokenizer | None) -> list[int]:

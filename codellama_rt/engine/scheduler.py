@@ -1,27 +1,23 @@
 """The scheduler: which tokens the next step computes. Continuous batching over a paged cache.
 
-Decodes first, then prompts in chunks within the token budget, both by (priority, arrival). If a
-decode needs a block and none is free, the last sequence in that order loses its blocks and waits to
-be recomputed, including the tokens it has generated. So the first sequence always makes progress,
-with all blocks to itself if need be, and no deadlock is possible.
+Decodes first, then prompts in chunks, which share the rest of the token budget: by priority, then
+the one with the fewest tokens left first, so that a short prompt does not wait for a long one. The
+prompt that came first has a part of the budget to itself, so that it does not wait for ever either.
+
+If a decode needs a block and none is free, the last sequence in the order of (priority, arrival)
+loses its blocks and waits to be recomputed, including the tokens it has generated. So the first
+sequence always makes progress, with all blocks to itself if need be, and no deadlock is possible.
 """
 
 from bisect import insort
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from operator import attrgetter
 
 from codellama_rt.engine.block_manager import BlockManager
 from codellama_rt.engine.sequence import Chunk, Sequence
 
 _by_order = attrgetter("order")
-
-
-@dataclass(slots=True)
-class Schedule:
-    """One step: what to compute, and the blocks to copy before it."""
-
-    chunks: list[Chunk] = field(default_factory=list)
-    block_copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination)
+_OLDEST_SHARE = 8  # the oldest prompt gets at least one token in so many of those for prompts
 
 
 class Scheduler:
@@ -31,7 +27,7 @@ class Scheduler:
         >>> from codellama_rt.engine.sequence import int32_list
         >>> scheduler = Scheduler(BlockManager(8, 16), max_num_seqs=4, max_num_batched_tokens=32)
         >>> scheduler.add(Sequence(int32_list(range(40)), 40, (0, 0, 0), first_logit=39))
-        >>> [(c.start, c.stop, c.num_logits) for c in scheduler.schedule().chunks]
+        >>> [(c.start, c.stop, c.num_logits) for c in scheduler.schedule()]
         [(0, 32, 0)]
     """
 
@@ -63,19 +59,22 @@ class Scheduler:
         """Number of tokens of one sequence that fit the KV cache if it has all blocks."""
         return self.blocks.num_blocks * self.blocks.block_size
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence.
-
-        Raises:
-            ValueError: it can never fit the KV cache, even alone; nothing has changed.
-        """
-        num_tokens = len(sequence.token_ids)
+    def check_length(self, num_tokens: int) -> None:
+        """Raise ValueError if a prompt can never fit the KV cache, even alone."""
         if num_tokens > self.max_computed_tokens:
             raise ValueError(
                 f"prompt of {num_tokens} tokens is longer than the KV memory: "
                 f"{self.blocks.num_blocks} blocks of {self.blocks.block_size} tokens hold "
                 f"{self.max_computed_tokens}; shorten the prompt or raise kv_memory"
             )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence.
+
+        Raises:
+            ValueError: it can never fit the KV cache, even alone; nothing has changed.
+        """
+        self.check_length(len(sequence.token_ids))
         insort(self.waiting, sequence, key=_by_order)
 
     def add_fork(self, parent: Sequence, child: Sequence) -> None:
@@ -98,53 +97,98 @@ class Scheduler:
         insort(self.waiting, sequence, key=_by_order)
         self.num_preemptions += 1
 
-    def schedule(self) -> Schedule:
-        """Choose the next step's tokens; every chunk has its blocks on return."""
-        schedule = Schedule()
+    def schedule(self) -> list[Chunk]:
+        """Choose the next step's tokens; every chunk has its blocks on return.
+
+        Blocks in `blocks.copies` must be copied before the chunks are computed.
+        """
+        chunks: list[Chunk] = []
         num_preemptions = self.num_preemptions
-        self._schedule_decodes(schedule)
-        budget = self.max_num_batched_tokens - len(schedule.chunks)
-        for sequence in self.running:
-            if budget > 0 and sequence.num_uncomputed > 1:
-                budget -= self._schedule_chunk(schedule, sequence, budget)
-        if self.num_preemptions == num_preemptions:  # else it would take back what was just freed
-            self._admit(schedule, budget)
-        return schedule
+        self._schedule_decodes(chunks)
+        # Whoever were admitted after a preemption would take back what was just freed.
+        may_admit = self.num_preemptions == num_preemptions
+        self._schedule_prompts(chunks, self.max_num_batched_tokens - len(chunks), may_admit)
+        return chunks
 
     def commit(self, chunk: Chunk) -> None:
         """Record that a chunk's keys and values are in the cache and its logits delivered."""
         sequence = chunk.sequence
+        first_logit = max(sequence.first_logit, chunk.stop)
         sequence.num_computed = chunk.stop
-        sequence.first_logit = max(sequence.first_logit, chunk.stop)
+        sequence.first_logit = first_logit
         self.blocks.index_full_blocks(sequence)
 
-    def _schedule_decodes(self, schedule: Schedule) -> None:
+    def recover(self, sequences: Iterable[Sequence]) -> None:
+        """Queue these sequences and no others, after an exception; those with blocks run on."""
+        ordered = sorted(sequences, key=_by_order)
+        self.running = [sequence for sequence in ordered if sequence.block_ids]
+        self.waiting = [sequence for sequence in ordered if not sequence.block_ids]
+
+    def _schedule_decodes(self, chunks: list[Chunk]) -> None:
         i = 0
         while i < len(self.running):  # preemption shrinks it at its end
             sequence = self.running[i]
             i += 1
             if sequence.num_uncomputed > 1:
                 continue
-            while not self.blocks.grow(sequence, 1, schedule.block_copies):
+            while not self.blocks.grow(sequence, 1):
                 victim = self.running[-1]
                 self.preempt(victim)
                 if victim is sequence:
                     return
-            self._schedule_chunk(schedule, sequence, 1)
+            chunks.append(_chunk(sequence, 1))
 
-    def _admit(self, schedule: Schedule, budget: int) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_running:
-            sequence = self.waiting[0]
-            if not self.blocks.allocate(sequence):
-                return  # no overtaking: a long prompt must not starve behind short ones
-            del self.waiting[0]
-            insort(self.running, sequence, key=_by_order)
-            budget -= self._schedule_chunk(schedule, sequence, budget)
+    def _schedule_prompts(self, chunks: list[Chunk], budget: int, may_admit: bool) -> None:
+        prompts = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        first = self.waiting[0] if may_admit and self.waiting else None
+        needed = 0 if first is None else self.blocks.num_needed(first)
+        queue = self.waiting[:] if first is not None and self._has_room(needed) else []
+        if not prompts and not queue:
+            return
+        oldest = min([*prompts, *queue[:1]], key=_by_arrival)
+        reserved = min(oldest.num_uncomputed, max(1, budget // _OLDEST_SHARE))
+        for sequence in sorted([*prompts, *queue], key=_by_urgency):
+            if sequence is oldest:
+                reserved = 0
+            if budget <= reserved:
+                continue
+            if not sequence.block_ids and not self._admit(sequence, first):
+                continue
+            chunk = _chunk(sequence, budget - reserved)
+            chunks.append(chunk)
+            budget -= chunk.stop - chunk.start
 
-    @staticmethod
-    def _schedule_chunk(schedule: Schedule, sequence: Sequence, budget: int) -> int:
-        start = sequence.num_computed
-        count = min(sequence.num_uncomputed, budget)
-        num_logits = max(0, start + count - max(start, sequence.first_logit))
-        schedule.chunks.append(Chunk(sequence, start, start + count, num_logits))
-        return count
+    def _admit(self, sequence: Sequence, first: Sequence) -> bool:
+        """Let a waiting sequence run if there is room.
+
+        The first in the queue keeps a place and the blocks that it needs, or it would starve behind
+        short ones that take each as it becomes free.
+        """
+        needed, places = self.blocks.num_needed(sequence), 1
+        if sequence is not first and not first.block_ids:
+            needed, places = needed + self.blocks.num_needed(first), 2
+        if not self._has_room(needed, places):
+            return False
+        self.blocks.allocate(sequence)
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_by_order)
+        return True
+
+    def _has_room(self, num_blocks: int, places: int = 1) -> bool:
+        fits = len(self.running) + places <= self.max_num_running
+        return fits and num_blocks <= self.blocks.num_free
+
+
+def _by_arrival(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order[1:]
+
+
+def _by_urgency(sequence: Sequence) -> tuple[int, int, tuple[int, int]]:
+    return sequence.order[0], sequence.num_uncomputed, sequence.order[1:]
+
+
+def _chunk(sequence: Sequence, budget: int) -> Chunk:
+    """Return the sequence's next tokens, at most `budget` of them."""
+    start = sequence.num_computed
+    stop = start + min(sequence.num_uncomputed, budget)
+    return Chunk(sequence, start, stop, max(0, stop - max(start, sequence.first_logit)))

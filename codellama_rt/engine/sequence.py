@@ -43,18 +43,19 @@ class Sequence:
 
     def leave_cache(self) -> None:
         """Forget the place in the KV cache: every token has to be computed again."""
+        no_blocks = int32_list()
+        self.block_ids = no_blocks
         self.num_computed = 0
         self.num_indexed_blocks = 0
-        self.block_ids = int32_list()
         self.prefix_id = -1 - self.cache_salt  # the empty prefix of this salt
 
-    def fork(self, index: int) -> "Sequence":
+    def fork(self, index: int, *, first_logit: int | None = None) -> "Sequence":
         """Return a sample with the same tokens and no place in the KV cache yet."""
         return Sequence(
             token_ids=self.token_ids[:],
             prompt_len=self.prompt_len,
             order=(*self.order[:2], index),
-            first_logit=self.first_logit,
+            first_logit=self.first_logit if first_logit is None else first_logit,
             cache_salt=self.cache_salt,
             adapter=self.adapter,
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ class LlamaForCausalLM:
                 with one bool per row, ends rows. Scores are those of output_scores, or None.
             attention_mask: (batch, length), 0 where a row is padded; None: where pad_token_id
                 stands, unless that is an end token.
-            streamer: gets the prompt by `put`, then each token, then `end()`; one row, no beams.
+            streamer: gets the prompt by `put`, then each token, then `end()`, also when the call
+                raises: its reader may be in another thread; one row, no beams.
             tokenizer: decodes rows to look for stop_strings; None: the checkpoint's own.
             seed: makes sampling repeatable; row i of a batch draws from seed + i.
             **fields: of `GenerationConfig`: max_new_tokens, do_sample, num_beams, ...
@@ -160,25 +162,28 @@ class LlamaForCausalLM:
             TypeError: input_ids is not a Tensor of integers, or an unknown argument.
             ValueError: a shape, mask or parameter out of range.
         """
-        rows = as_rows(input_ids)
-        config = (generation_config or self.generation_config).replaced(**fields)
-        is_given = generation_config is not None or "eos_token_id" in fields
-        is_given |= self.generation_config.eos_token_id != self._stored_ends
-        search = self._search(
-            config, rows, attention_mask, config.eos_token_id if is_given else None, tokenizer
-        )
-        all_ends = frozenset().union(*search.ends)
-        processors = make_processors(config, rows.shape[1], all_ends)
-        search.processors = [*processors, *(logits_processor or ())]
-        search.criteria = stopping_criteria or ()
-        search.seed = secrets.randbits(63) if seed is None else seed
-        num_rows = len(rows) * config.num_beams * config.num_return_sequences
-        if streamer is not None and num_rows > 1:
-            raise ValueError("a streamer shows one row: no batch, beams or num_return_sequences")
-        search.streamer = streamer
-        with Branches(self.llm.engine) as branches:
-            found = (sample if config.num_beams == 1 else beam_search)(search, branches)
-        return self._result(search, found, rows.dtype)
+        with _ended(streamer):
+            rows = as_rows(input_ids)
+            config = (generation_config or self.generation_config).replaced(**fields)
+            is_given = generation_config is not None or "eos_token_id" in fields
+            is_given |= self.generation_config.eos_token_id != self._stored_ends
+            search = self._search(
+                config, rows, attention_mask, config.eos_token_id if is_given else None, tokenizer
+            )
+            all_ends = frozenset().union(*search.ends)
+            processors = make_processors(config, rows.shape[1], all_ends)
+            search.processors = [*processors, *(logits_processor or ())]
+            search.criteria = stopping_criteria or ()
+            search.seed = secrets.randbits(63) if seed is None else seed
+            num_rows = len(rows) * config.num_beams * config.num_return_sequences
+            if streamer is not None and num_rows > 1:
+                raise ValueError(
+                    "a streamer shows one row: no batch, beams or num_return_sequences"
+                )
+            search.streamer = streamer
+            with Branches(self.llm.engine) as branches:
+                found = (sample if config.num_beams == 1 else beam_search)(search, branches)
+            return self._result(search, found, rows.dtype)
 
     def eval(self) -> LlamaForCausalLM:
         """Return the model itself: it is never in training mode and has no dropout."""
@@ -219,13 +224,16 @@ class LlamaForCausalLM:
         Raises:
             ValueError: the weights are quantised, or config.json cannot express the RoPE scaling.
             OSError: a file cannot be written.
+            CheckpointError: a file of the model has been written or cut since it was opened.
         """
+        self.llm.engine.check_files()
         write_directory(
             Path(save_directory),
             self.config,
             self.llm.model.weights,
             max_shard_bytes=parse_bytes(max_shard_size),
         )
+        self.llm.engine.check_files()
         self.generation_config.save_pretrained(save_directory)
         if self.llm.tokenizer is not None:
             save_tokenizer(self.llm.tokenizer, Path(save_directory), self.llm.chat_template)
@@ -307,3 +315,13 @@ class LlamaForCausalLM:
             sequences_scores=None if best is None else to_tensor(np.float32(best)),
             beam_indices=None if beams is None else to_tensor(beams),
         )
+
+
+@contextmanager
+def _ended(streamer: Any) -> Iterator[None]:
+    """End a streamer whatever happens."""
+    try:
+        yield
+    finally:
+        if streamer is not None:
+            streamer.end()

@@ -60,8 +60,6 @@ def sample(search: Search, branches: Branches) -> Found:
         _end(rows, search.stopped(input_ids, tuple(found.scores) or None), branches)
         if all(row.ended for row in rows):
             break
-    if search.streamer is not None:
-        search.streamer.end()
     return found
 
 

@@ -29,7 +29,9 @@ from codellama_rt.text.tokenizer import has_tokenizer, load_tokenizer
 
 
 class LLM:
-    """A model to generate with.
+    """A model to generate with, from any thread.
+
+    Calls of several threads are computed together, each with the result that it has alone.
 
     Example:
         >>> with LLM("smollm2-135m-instruct") as llm:  # doctest: +SKIP
@@ -147,6 +149,7 @@ class LLM:
         if adapter is not None:
             weights = merged(weights, load_adapter(adapter, self.config))
         self.model, self.kv_cache = place(plan, self.config, weights)
+        checkpoint.files.check()  # the device may have copied what was just being written
         self.engine = Engine(
             self.model,
             self.kv_cache,
@@ -156,8 +159,9 @@ class LLM:
             max_model_len=self.max_model_len,
             prefix_caching=prefix_caching,
             generation_config=self.generation_config,
+            check_files=checkpoint.files.check,
         )
-        self.jobs = Jobs(self.engine)  # whoever steps this engine takes its outputs from here
+        self.jobs = Jobs(self.engine)
 
     def generate(
         self,
@@ -179,6 +183,7 @@ class LLM:
 
         Raises:
             ValueError, TypeError: a prompt or parameter that cannot be; nothing was computed then.
+            CheckpointError: a file of the model has been written or cut since it was opened.
         """
         prompts, _ = as_prompts(prompts)
         if not isinstance(params, (list, tuple)):
@@ -311,7 +316,11 @@ class LLM:
 
         Raises:
             ValueError: no token, or one outside the vocabulary.
+            CheckpointError: as `generate`.
+            RuntimeError: the LLM is closed.
         """
+        self.engine.check_open()
+        self.engine.check_files()
         return sequence_logits(
             self.model,
             token_ids,
@@ -319,6 +328,7 @@ class LLM:
             kv_dtype=self.kv_cache.dtype,
             chunk_size=self.engine.scheduler.max_num_batched_tokens,
             adapter=adapter,
+            forward=self.engine.forward,
         )
 
     def default_params(self) -> SamplingParams:
@@ -326,7 +336,7 @@ class LLM:
         return default_params(self.generation_config)
 
     def close(self) -> None:
-        """Abort what runs and give the KV cache's memory back."""
+        """Abort what runs, in any thread, and give the KV cache's memory back."""
         self.engine.close()
         self.kv_cache.close()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from codellama_rt.ops import native
+
 HUGE_PAGE_BYTES = 2**21  # that the KV cache is committed by
 _UNITS = {
     "": 1,
@@ -45,10 +47,12 @@ def parse_bytes(size: int | str) -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without swapping: the system's, or the control group's if less."""
-    system = _meminfo("MemAvailable")
-    group = _control_group()
-    return system if group is None else min(system, group)
+    """Return the memory that can be taken without swapping.
+
+    It is the system's, or what the limit of a control group (cgroup) leaves if that is less.
+    """
+    groups = [_left_in_group(folder) for folder in native.control_groups("memory")]
+    return min([_meminfo("MemAvailable"), *(left for left in groups if left is not None)])
 
 
 def resident_bytes(peak: bool = False) -> int:
@@ -65,16 +69,33 @@ def _meminfo(name: str) -> int:
     raise RuntimeError(f"/proc/meminfo has no {name}")
 
 
-def _control_group() -> int | None:
-    """Return what is left below the limit of this process's control group (version 2), if any."""
-    folder = Path("/sys/fs/cgroup")
+def _left_in_group(folder: Path) -> int | None:
+    """Return what a control group's limit leaves, cache of files included; None: no limit.
+
+    The kernel drops file pages that nobody has used for long before it refuses memory.
+    """
+    names = ("memory.max", "memory.high", "memory.limit_in_bytes")  # versions 2, 2 and 1
+    limits = [limit for name in names if (limit := _number(folder / name)) is not None]
+    if not limits:
+        return None
+    used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
+    return max(min(limits) - used + min(_inactive_file(folder / "memory.stat"), used), 0)
+
+
+def _inactive_file(path: Path) -> int:
+    """Return the bytes of file pages not used for long; in version 1 `total_` has the subgroups."""
     try:
-        limit = (folder / "memory.max").read_text().strip()
-        current = int((folder / "memory.current").read_text())
-        statistics = (folder / "memory.stat").read_text()
+        statistics = path.read_text()
+    except OSError:
+        return 0
+    found = dict(re.findall(r"^((?:total_)?inactive_file) (\d+)$", statistics, re.MULTILINE))
+    return int(found.get("total_inactive_file", found.get("inactive_file", 0)))
+
+
+def _number(path: Path) -> int | None:
+    """Return the number that a file holds; None without one ("max", or no such file)."""
+    try:
+        text = path.read_text().strip()
     except OSError:
         return None
-    if limit == "max":
-        return None
-    reclaimable = int(re.search(r"^inactive_file (\d+)$", statistics, re.MULTILINE)[1])
-    return max(int(limit) - current + reclaimable, 0)
+    return int(text) if text.isdecimal() else None

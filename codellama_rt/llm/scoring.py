@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Collection
 from numbers import Integral
 from typing import Any
@@ -13,7 +13,8 @@ from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.request import checked_prompt
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
 from codellama_rt.llm.placement import make_kv_cache
-from codellama_rt.model.interface import Decoder
+from codellama_rt.model.batch import Batch
+from codellama_rt.model.interface import Decoder, KVCache
 from codellama_rt.model.lora import LoraAdapter, check_adapter
 
 MAX_POSITION = 2**20  # RoPE's tables hold every position below: 1 GB at head_dim 128
@@ -49,6 +50,7 @@ def logits_by_chunk(
     block_size: int = 64,
     chunk_size: int = 512,
     adapter: LoraAdapter | None = None,
+    forward: Callable[[Batch, KVCache], np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the same chunk by chunk, for sequences whose logits would not fit the memory.
 
@@ -60,6 +62,7 @@ def logits_by_chunk(
         block_size: tokens per block.
         chunk_size: tokens per step; no bit of the result depends on it.
         adapter: applied to all tokens.
+        forward: runs the model; None: its own `forward`. `Engine.forward` waits for its turn.
 
     Yields:
         (tokens of the chunk, vocab_size) float32.
@@ -92,4 +95,4 @@ def logits_by_chunk(
         batch.positions += np.int32(first_position)
         if batch.rope_lengths is not None:
             batch.rope_lengths += np.int32(first_position)
-        yield model.forward(batch, kv_cache)
+        yield (forward or model.forward)(batch, kv_cache)

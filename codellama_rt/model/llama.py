@@ -142,7 +142,11 @@ class Layer(NamedTuple):
 
 
 class Llama:
-    """The decoder on the CPU; it holds weights and scratch memory, and no sequence's state."""
+    """The decoder on the CPU; it holds weights and no sequence's state.
+
+    A call takes scratch memory of its own, which is kept for later calls: threads may run the model
+    side by side, on caches or blocks of their own.
+    """
 
     kv_cache_type = KVCache
     applies_adapters = True  # of single requests: `Batch.adapted`
@@ -153,8 +157,7 @@ class Llama:
         self.weights = weights
         self.rope = RotaryEmbedding(config)
         self.layers = [_layer(i, layer) for i, layer in enumerate(weights.layers)]
-        self._memory = np.empty(0, np.float32)  # of the activations; it only ever grows
-        self._activations: Activations | None = None
+        self._unused: list[_Scratch] = []  # one per thread that has run the model at a time
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> Array:
         """Compute one step: write the tokens' keys and values, and return the logits asked for.
@@ -166,7 +169,11 @@ class Llama:
         Returns:
             (num_logits, vocab_size) float32: the rows `batch.logit_rows`, in that order.
         """
-        a = self._scratch(len(batch.token_ids))
+        try:
+            scratch = self._unused.pop()
+        except IndexError:
+            scratch = _Scratch(self.config)
+        a = scratch.activations(len(batch.token_ids))
         step = StepArrays(
             self.rope.lookup(batch.positions, batch.rope_lengths),
             batch.slot_mapping,
@@ -175,7 +182,9 @@ class Llama:
         linear = _with_adapters(batch.adapted) if batch.adapted else _linear
         ops.embedding(batch.token_ids, self.weights.embedding, out=a.residual)
         decoder_stack(ops, linear, self.layers, self.config, a, step, kv_cache.layers)
-        return self._logits(a.sublayer, a.residual, batch.logit_rows)
+        logits = self._logits(a.sublayer, a.residual, batch.logit_rows)
+        self._unused.append(scratch)
+        return logits
 
     def _logits(self, sublayer: Array, residual: Array, rows: Array) -> Array:
         if len(rows) != len(residual):
@@ -183,10 +192,19 @@ class Llama:
         x, _ = ops.add_rms_norm(sublayer, residual, self.weights.norm, self.config.norm_eps)
         return ops.linear(x, self.weights.lm_head)
 
-    def _scratch(self, num_tokens: int) -> Activations:
+
+class _Scratch:
+    """Memory of the activations of one step at a time; it only ever grows."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._memory = np.empty(0, np.float32)
+        self._activations: Activations | None = None
+
+    def activations(self, num_tokens: int) -> Activations:
         """Return activations for `num_tokens` tokens, the last step's where they have the size."""
         if self._activations is None or len(self._activations.x) != num_tokens:
-            widths = Activations.widths(self.config)
+            widths = Activations.widths(self._config)
             needed = num_tokens * sum(widths.values())
             if self._memory.size < needed:
                 self._activations = None  # frees the old memory first
@@ -196,7 +214,7 @@ class Llama:
                 name: self._memory[end - num_tokens * width : end].reshape(num_tokens, width)
                 for (name, width), end in zip(widths.items(), ends, strict=True)
             }
-            self._activations = Activations.over(self.config, arrays)
+            self._activations = Activations.over(self._config, arrays)
         return self._activations
 
 

@@ -6,7 +6,10 @@ angles gives other logits than the reference. So frequencies and angles are roun
 step by step, and only the cosine and sine of such an angle are computed in float64.
 """
 
+from __future__ import annotations
+
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -123,7 +126,8 @@ class RotaryEmbedding:
     """The rotation of each position, from one table that grows with the longest sequence.
 
     Rows already computed never change, and up to max_position_embeddings (131,072 at most) the
-    table stays at its address: its memory is reserved at once and touched only when filled.
+    table stays at its address: its memory is reserved at once and touched only when filled. Threads
+    that fill it at the same time write the same bits, and each uses the table that it has filled.
 
     Args:
         config: the model.
@@ -141,8 +145,8 @@ class RotaryEmbedding:
         self.config = config
         self.is_dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
         self._frequencies, self._attention_factor = inverse_frequencies(config)
-        self._rows = 0
-        self._cos = self._sin = np.empty((0, config.head_dim // 2), np.float32)
+        no_rows = np.empty((0, config.head_dim // 2), np.float32)
+        self._table = _Table(no_rows, no_rows, 0)
 
     def lookup(
         self, positions: np.ndarray, rope_lengths: np.ndarray | None = None
@@ -165,10 +169,9 @@ class RotaryEmbedding:
         assert positions.ndim == 1, positions.shape
         if self.is_dynamic:
             return self._lookup_dynamic(positions, rope_lengths)
-        if positions.size:
-            assert positions.min() >= 0, "negative position"
-            self._fill(int(positions.max()) + 1)
-        return self._cos[: self._rows], self._sin[: self._rows], positions
+        assert positions.min(initial=0) >= 0, "negative position"
+        table = self._filled(int(positions.max(initial=-1)) + 1)
+        return table.cos[: table.num_rows], table.sin[: table.num_rows], positions
 
     def _lookup_dynamic(
         self, positions: np.ndarray, rope_lengths: np.ndarray | None
@@ -197,21 +200,30 @@ class RotaryEmbedding:
             sin *= self._attention_factor
         return cos.astype(np.float32), sin.astype(np.float32)
 
-    def _fill(self, length: int) -> None:
-        """Extend the tables to hold positions below `length`."""
-        if length <= self._rows:
-            return
-        rows = -(-length // _FILL_ROWS) * _FILL_ROWS
-        if rows > len(self._cos):
+    def _filled(self, length: int) -> _Table:
+        """Return a table that holds positions below `length`."""
+        table = self._table
+        if length <= table.num_rows:
+            return table
+        num_rows = -(-length // _FILL_ROWS) * _FILL_ROWS
+        cos, sin, first = table.cos, table.sin, table.num_rows
+        if num_rows > len(cos):
             reserved = min(self.config.max_position_embeddings, _MAX_RESERVED_ROWS)
-            self._reserve(max(rows, reserved, 2 * len(self._cos)))
-        cos, sin = self._rotations(np.arange(self._rows, rows), self._frequencies)
-        self._cos[self._rows : rows], self._sin[self._rows : rows] = cos, sin
-        self._rows = rows
+            capacity = max(num_rows, reserved, 2 * len(cos))
+            cos, sin = _grown(cos[:first], capacity), _grown(sin[:first], capacity)
+        rotations = self._rotations(np.arange(first, num_rows), self._frequencies)
+        cos[first:num_rows], sin[first:num_rows] = rotations
+        self._table = table = _Table(cos, sin, num_rows)
+        return table
 
-    def _reserve(self, capacity: int) -> None:
-        for name in ("_cos", "_sin"):
-            filled = getattr(self, name)[: self._rows]
-            table = np.empty((capacity, self.config.head_dim // 2), np.float32)
-            table[: self._rows] = filled
-            setattr(self, name, table)
+
+class _Table(NamedTuple):
+    cos: np.ndarray  # float32 (capacity, head_dim / 2)
+    sin: np.ndarray
+    num_rows: int  # filled ones
+
+
+def _grown(rows: np.ndarray, capacity: int) -> np.ndarray:
+    table = np.empty((capacity, rows.shape[1]), np.float32)
+    table[: len(rows)] = rows
+    return table

@@ -22,9 +22,16 @@ def folder() -> Path:
     """Return the folder of the Ascend libraries.
 
     The package's own folder, unless $CODELLAMA_RT_ASCEND_LIBRARIES names another.
+
+    Raises:
+        ValueError: the variable does not name a folder.
     """
-    package = Path(__file__).resolve().parent.parent
-    return Path(os.environ.get("CODELLAMA_RT_ASCEND_LIBRARIES", package))
+    asked = os.environ.get("CODELLAMA_RT_ASCEND_LIBRARIES")
+    if not asked:
+        return Path(__file__).resolve().parent.parent
+    if not Path(asked).is_dir():
+        raise ValueError(f"CODELLAMA_RT_ASCEND_LIBRARIES={asked}: expected a folder")
+    return Path(asked)
 
 
 def available() -> tuple[bool, str]:

@@ -116,8 +116,10 @@ def linear(x: Array, weight: Array | tuple[Array, ...], *, out: Array = None) ->
         >>> linear(np.ones((1, 3), np.float32), np.ones((2, 3), np.float32))
         array([[3., 3.]], dtype=float32)
     """
+    if isinstance(weight, list):  # which another thread may change while the op runs
+        weight = tuple(weight)
     if out is None:
-        weights = weight if isinstance(weight, (tuple, list)) else (weight,)
+        weights = weight if isinstance(weight, tuple) else (weight,)
         out = empty(x, (axis_size(x, 0), sum(axis_size(w, 0) for w in weights)))
     _core.linear(x, weight, out)
     return out

@@ -19,7 +19,9 @@ In PyNative operators run in the order they are called, and tokens may be ignore
 **Writing in place.** A tensor that is written must own its memory (`Tensor.from_numpy`, a
 Parameter, a result): MindSpore copies a view (a slice, a reshape) before it calls a custom
 operator, so the write would go to the copy and be lost. PyNative calls reject the views that can
-be recognised: those with an offset.
+be recognised, with a ValueError: slices (`kv[0]` of a stacked cache, `kv[:]`) and all others that
+are a part of their memory or in another order. A reshape of a whole tensor cannot be recognised,
+nor can a view that is an argument of a compiled graph or made in it: keep one tensor per cache.
 
 **Errors.** A wrong dtype raises TypeError when the graph is compiled or the operator is called.
 Shapes and values are checked when the operator runs: MindSpore raises a RuntimeError that names

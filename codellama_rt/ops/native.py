@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib
 import os
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -61,14 +62,23 @@ def set_isa(name: str) -> None:
 
 
 def num_threads() -> int:
-    """Return the number of threads per op (default: all CPUs this process may run on)."""
+    """Return the number of threads per op.
+
+    The default is the first of: the environment variable CODELLAMA_RT_NUM_THREADS;
+    OMP_NUM_THREADS; the CPUs this process may run on, or the CPU quota of its control group
+    (cgroup), rounded up, if that is less.
+    """
     return _core.num_threads()
 
 
 def set_num_threads(n: int) -> None:
     """Use `n` threads per op from now on (also: environment CODELLAMA_RT_NUM_THREADS).
 
-    Results do not depend on it: every bit stays the same.
+    Results do not depend on it: every bit stays the same. The threads start with the next op.
+
+    Raises:
+        ValueError: `n` is less than 1. An op raises RuntimeError if `n` threads cannot be started;
+            calls with fewer work after that.
     """
     _core.set_num_threads(n)
 
@@ -140,9 +150,48 @@ def _absence_of_cuda(error: ImportError) -> str:
     return f"the cuda kernels cannot be loaded: {error}"
 
 
-_asked = os.environ.get("CODELLAMA_RT_ISA")
-if _asked:
-    try:
-        set_isa(_asked)
-    except ValueError as error:
-        raise ValueError(f"CODELLAMA_RT_ISA={_asked}: {error}") from None
+def control_groups(controller: str, root: str = "") -> list[Path]:
+    """Return the folders of this process's control groups (cgroups), its own first.
+
+    A limit in any of them holds. Both versions of control groups are looked for; groups that are
+    not visible in this container are left out.
+
+    Args:
+        controller: "cpu" or "memory".
+        root: prefix of all paths that are read.
+    """
+    return [Path(folder) for folder in _core.control_groups(controller, root)]
+
+
+def _omp_num_threads() -> int | None:
+    """Return the first number of OMP_NUM_THREADS; like OpenMP, ignore a malformed list.
+
+    Python's copy of the environment is read, not the process's: MindSpore puts OMP_NUM_THREADS=1
+    into the latter when it is imported.
+    """
+    numbers = os.environ.get("OMP_NUM_THREADS", "").split(",")
+    if not all(re.fullmatch(r"\s*0*[1-9]\d{0,8}\s*", number) for number in numbers):
+        return None
+    return int(numbers[0])
+
+
+def _apply_environment() -> None:
+    """Apply the variables that choose the instruction set and the threads.
+
+    Raises:
+        ValueError: one of ours has a value that cannot be used.
+    """
+    asked = os.environ.get("CODELLAMA_RT_ISA")
+    if asked:
+        try:
+            set_isa(asked)
+        except ValueError as error:
+            raise ValueError(f"CODELLAMA_RT_ISA={asked}: {error}") from None
+    threads = None if os.environ.get("CODELLAMA_RT_NUM_THREADS") else _omp_num_threads()
+    if threads is None:
+        num_threads()  # the library's own default: a bad CODELLAMA_RT_NUM_THREADS is refused here
+    else:
+        set_num_threads(threads)
+
+
+_apply_environment()

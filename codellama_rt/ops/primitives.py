@@ -15,7 +15,7 @@ import mindspore
 from mindspore.ops import Custom, CustomRegOp, DataType
 
 from codellama_rt.ops.native import _core
-from codellama_rt.ops.quantized import WEIGHT_DTYPES, cache_row_bytes
+from codellama_rt.ops.quantized import WEIGHT_DTYPES, cache_row_bytes, check_shape
 from codellama_rt.ops.schema import OPS, Attribute, Op, Tensor
 
 Format = tuple[str, tuple[int, ...]]  # dtype and shape of the tensor that a payload encodes
@@ -68,11 +68,24 @@ def check_tensors(name: str, tensors: tuple[Any, ...]) -> None:
                 f"{name}: {key} must be a mindspore.Tensor, got {type(tensor).__name__}; "
                 "make one with Tensor.from_numpy"
             )
-        if key in op.written and (tensor.storage_offset() or not tensor.is_contiguous()):
+        if key in op.written and _is_view(tensor):
             raise ValueError(
                 f"{name}: {key} {tensor.shape} is written in place, but it is a view, and "
                 "MindSpore would write to a copy instead; make it with Tensor.from_numpy"
             )
+
+
+def _is_view(tensor: mindspore.Tensor) -> bool:
+    """Return whether a tensor is a slice, a part of its memory, or in another order.
+
+    MindSpore does not say so of a reshape of a whole tensor.
+    """
+    return (
+        tensor.parent_tensor_ is not None
+        or tensor.storage_offset() != 0
+        or not tensor.is_contiguous()
+        or tensor.untyped_storage().size() != tensor.nbytes
+    )
 
 
 @functools.cache
@@ -98,6 +111,7 @@ def _describe(op: str, names: tuple[str, ...], formats: tuple[Format | None, ...
 
 
 def _entry(op: str, key: str, dtype: str, shape: tuple[int, ...]) -> str:
+    check_shape(shape)
     row_bytes = 0
     if key in _CACHES:
         row_bytes = cache_row_bytes(dtype, shape[3])[_CACHES.index(key)]

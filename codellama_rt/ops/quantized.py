@@ -24,6 +24,9 @@ files. Elements of a group are in the order in which kernels multiply them: 4 of
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +39,7 @@ CACHE_GROUP = 16  # tokens
 INT4_STEP = 32  # head_dim is a multiple of this in an int4 cache
 WEIGHT_TILE = 16  # rows
 WEIGHT_GROUPS = {"int8": 64, "int4": 32}  # elements of in_features per scale
+MAX_ELEMENTS = 2**48  # so that products of sizes stay within 64 bits (kMaxElements in C++)
 GGUF_BLOCKS = {
     "q4_0": (32, 18),
     "q4_1": (32, 20),
@@ -53,11 +57,19 @@ class Quantized:
         payload: uint8, contiguous, of any shape: values and scales.
         dtype: a name of `CACHE_DTYPES` or `WEIGHT_DTYPES`.
         shape: of the float tensor that it encodes.
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: a size is negative, or there are more than 2**48 elements.
     """
 
     payload: Any
     dtype: str
     shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Reject a shape that no memory holds; ops check that the payload has its bytes."""
+        check_shape(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +79,26 @@ class Quantized:
     def copy(self) -> Quantized:
         """Return a copy in its own memory."""
         return Quantized(self.payload.copy(), self.dtype, self.shape)
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """Reject sizes that are not integers, negative, or multiply to more than `MAX_ELEMENTS`.
+
+    A size of 0 counts as 1, since kernels multiply the others.
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: the sizes are out of range.
+    """
+    try:
+        sizes = [operator.index(size) for size in shape]
+    except TypeError:
+        raise TypeError(f"Quantized: shape must be a tuple of integers, got {shape!r}") from None
+    if any(size < 0 for size in sizes) or math.prod(max(n, 1) for n in sizes) > MAX_ELEMENTS:
+        raise ValueError(
+            "Quantized: shape must have no size below 0 and at most 2**48 elements, "
+            f"got {tuple(sizes)}"
+        )
 
 
 def cache_row_bytes(dtype: str, head_dim: int) -> tuple[int, int]:

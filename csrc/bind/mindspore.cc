@@ -55,7 +55,7 @@ struct Format {
   int64_t size(int axis, const Payload& payload) const {
     if (axis >= ndim || shape[axis] >= 0) return axis < ndim ? shape[axis] : 1;
     const int64_t size = payload(axis);
-    return axis == 0 || size < 0 ? size : size / row_bytes;
+    return axis == 0 || size < 0 || row_bytes <= 0 ? size : size / row_bytes;
   }
 };
 
@@ -76,8 +76,8 @@ struct Call {
   AotExtra* extra;
 
   const Attributes& attributes() const {
-    static const Attributes usual;  // of a caller that is not MindSpore
-    return extra ? *static_cast<const Attributes*>(extra->kernel_data()) : usual;
+    static const auto* usual = new Attributes;  // of a caller that is not MindSpore
+    return extra ? *static_cast<const Attributes*>(extra->kernel_data()) : *usual;
   }
 
   TensorView operator[](int i) const {
@@ -94,19 +94,11 @@ struct Call {
       t.shape[axis] = format.size(
           axis, [&](int a) { return a < payload.ndim ? payload.shape[a] : int64_t{0}; });
     }
-    set_strides(t);
+    set_contiguous_strides(t);
     return t;
   }
 
  private:
-  static void set_strides(TensorView& t) {
-    int64_t stride = 1;
-    for (int axis = t.ndim - 1; axis >= 0; --axis) {
-      t.strides[axis] = stride;
-      stride *= t.shape[axis];
-    }
-  }
-
   TensorView plain(int i) const {
     if (ndims[i] > kMaxDims) {
       throw std::invalid_argument(std::string(name) + ": tensor " + std::to_string(i) + " has " +
@@ -120,7 +112,7 @@ struct Call {
     }
     t.ndim = ndims[i];
     for (int axis = 0; axis < t.ndim; ++axis) t.shape[axis] = shapes[i][axis];
-    set_strides(t);
+    set_contiguous_strides(t);
     return t;
   }
 };

@@ -13,6 +13,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "bind/gil.h"
 #include "common/launch.h"
 #ifdef CLRT_CUDA     // the module _cuda: the same ops on device tensors
 #ifndef CLRT_MODULE  // the emulator has a name of its own
@@ -22,6 +23,7 @@
 #else
 #define CLRT_MODULE _core
 #include "cpu/ops/decoder_layer.h"
+#include "cpu/runtime/control_group.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/parallel.h"
 #endif
@@ -56,6 +58,27 @@ const NamedDType& dtype_of(py::handle dtype) {
   return found->second;
 }
 
+// What Python code gives: an attribute, the result of a method. Such code may lose the GIL.
+py::object attribute(py::handle object, const char* name) {
+  PyObject* value = or_sleep_for_good([&] { return PyObject_GetAttrString(object.ptr(), name); });
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+py::object call(py::handle object, const char* method) {
+  PyObject* value =
+      or_sleep_for_good([&] { return PyObject_CallMethod(object.ptr(), method, nullptr); });
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+// "torch.Tensor", "list": the type of an argument, for messages.
+std::string type_name(py::handle object) {
+  const py::handle type = py::type::handle_of(object);
+  const std::string module = py::str(attribute(type, "__module__"));
+  const std::string name = py::str(attribute(type, "__qualname__"));
+  return module == "builtins" ? name : module + "." + name;
+}
+
 [[noreturn]] void fail_dims(int ndim) {
   throw std::invalid_argument("a tensor of an op has at most " + std::to_string(kMaxDims) +
                               " dimensions, got " + std::to_string(ndim));
@@ -74,39 +97,56 @@ TensorView view_array(const py::array& array) {
   const int64_t bytes = array.itemsize();
   for (int i = 0; i < t.ndim; ++i) {
     t.shape[i] = array.shape(i);
-    t.strides[i] = array.strides(i) % bytes == 0 ? array.strides(i) / bytes : -1;
+    t.strides[i] = bytes > 0 && array.strides(i) % bytes == 0 ? array.strides(i) / bytes : -1;
   }
   return t;
 }
 #endif
 
+// The shape of a contiguous tensor. A size that 64 bits cannot hold is left for the checks to
+// refuse.
+void set_shape(TensorView& t, const py::object& sizes) {
+  const auto shape = py::reinterpret_steal<py::tuple>(PySequence_Tuple(sizes.ptr()));
+  if (!shape) throw py::error_already_set();
+  t.ndim = int(shape.size());
+  if (t.ndim > kMaxDims) fail_dims(t.ndim);
+  for (int i = 0; i < t.ndim; ++i) {
+    const auto size = py::reinterpret_steal<py::object>(PyNumber_Index(shape[i].ptr()));
+    if (!size) throw py::error_already_set();
+    int overflow = 0;
+    t.shape[i] = PyLong_AsLongLongAndOverflow(size.ptr(), &overflow);
+    if (overflow != 0) t.shape[i] = overflow > 0 ? INT64_MAX : INT64_MIN;
+  }
+  set_contiguous_strides(t);
+}
+
 // Of a MindSpore Tensor; on cuda of a DeviceTensor, or of any Tensor there that knows its pointer.
 void* memory_of(py::handle tensor) {
 #ifdef CLRT_CUDA
   if (py::hasattr(tensor, "device_ptr")) {
-    return reinterpret_cast<void*>(tensor.attr("device_ptr").cast<uintptr_t>());
+    return reinterpret_cast<void*>(attribute(tensor, "device_ptr").cast<uintptr_t>());
   }
-  if (!tensor.attr("is_cuda").cast<bool>()) throw DtypeError("an op on cuda takes tensors there");
+  if (!attribute(tensor, "is_cuda").cast<bool>())
+    throw DtypeError("an op on cuda takes tensors there");
 #endif
-  return reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  return reinterpret_cast<void*>(call(tensor, "data_ptr").cast<uintptr_t>());
 }
+
+#ifndef CLRT_CUDA
+// Other frameworks' tensors, which may lie anywhere, have a pointer as well.
+bool is_mindspore(py::handle object) {
+  return py::hasattr(object, "data_ptr") && py::hasattr(object, "asnumpy");
+}
+#endif
 
 TensorView view_mindspore(py::handle tensor) {
   TensorView t;
-  const NamedDType& dtype = dtype_of(tensor.attr("dtype"));
+  const NamedDType& dtype = dtype_of(attribute(tensor, "dtype"));
   t.dtype = dtype.dtype;
   t.dtype_text = dtype.name.c_str();
-  const py::tuple shape = tensor.attr("shape");
-  t.ndim = int(shape.size());
-  if (t.ndim > kMaxDims) fail_dims(t.ndim);
-  if (!tensor.attr("is_contiguous")().cast<bool>()) {
+  set_shape(t, attribute(tensor, "shape"));
+  if (!call(tensor, "is_contiguous").cast<bool>()) {
     throw std::invalid_argument("a MindSpore Tensor must be contiguous; call .contiguous()");
-  }
-  int64_t stride = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    t.shape[i] = shape[i].cast<int64_t>();
-    t.strides[i] = stride;
-    stride *= t.shape[i];
   }
   t.data = memory_of(tensor);
   return t;
@@ -114,13 +154,20 @@ TensorView view_mindspore(py::handle tensor) {
 
 // An ops.Quantized: bytes, and the dtype and shape of what they stand for.
 TensorView view_quantized(py::handle object) {
-  const py::object payload = object.attr("payload");
+  const py::object payload = attribute(object, "payload");
 #ifdef CLRT_CUDA
   TensorView t = view_mindspore(payload);
 #else
-  TensorView t = py::isinstance<py::array>(payload)
-                     ? view_array(py::reinterpret_borrow<py::array>(payload))
-                     : view_mindspore(payload);
+  TensorView t;
+  if (py::isinstance<py::array>(payload)) {
+    t = view_array(py::reinterpret_borrow<py::array>(payload));
+  } else if (is_mindspore(payload)) {
+    t = view_mindspore(payload);
+  } else {
+    throw DtypeError(
+        "the payload of a Quantized must be a NumPy array or a MindSpore Tensor, got " +
+        type_name(payload));
+  }
 #endif
   t.num_bytes = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
@@ -132,21 +179,13 @@ TensorView view_quantized(py::handle object) {
   if (std::strcmp(t.dtype_text, "uint8") != 0) {
     throw DtypeError(std::string("the payload of a Quantized must be uint8, got ") + t.dtype_text);
   }
-  const std::string name = object.attr("dtype").cast<std::string>();
+  const std::string name = attribute(object, "dtype").cast<std::string>();
   t.dtype = quantized_dtype(name.c_str());
   if (t.dtype == DType::kOther) {
     throw DtypeError("no quantised dtype is called '" + name + "'");
   }
   t.dtype_text = dtype_name(t.dtype);
-  const py::tuple shape = object.attr("shape");
-  t.ndim = int(shape.size());
-  if (t.ndim > kMaxDims) fail_dims(t.ndim);
-  int64_t stride = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    t.shape[i] = shape[i].cast<int64_t>();
-    t.strides[i] = stride;
-    stride *= t.shape[i];
-  }
+  set_shape(t, attribute(object, "shape"));
   return t;
 }
 
@@ -156,24 +195,25 @@ TensorView view(py::handle object) {
   if (py::hasattr(object, "device_ptr")) return view_mindspore(object);
   if (py::hasattr(object, "payload")) return view_quantized(object);
   if (py::hasattr(object, "is_cuda")) return view_mindspore(object);
-  throw DtypeError("an op on cuda takes DeviceTensors, got " +
-                   std::string(py::str(py::type::of(object).attr("__name__"))));
+  throw DtypeError("an op on cuda takes DeviceTensors, got " + type_name(object));
 }
 #else
 TensorView view(py::handle object) {
   if (py::isinstance<py::array>(object)) {
     return view_array(py::reinterpret_borrow<py::array>(object));
   }
-  if (py::hasattr(object, "data_ptr")) return view_mindspore(object);
+  if (is_mindspore(object)) return view_mindspore(object);
   if (py::hasattr(object, "payload")) return view_quantized(object);
-  throw DtypeError("an op takes NumPy arrays or MindSpore Tensors, got " +
-                   std::string(py::str(py::type::of(object).attr("__name__"))));
+  throw DtypeError("an op takes NumPy arrays or MindSpore Tensors, got " + type_name(object) +
+                   (py::hasattr(object, "data_ptr")
+                        ? "; pass a NumPy array that shares its memory, as tensor.numpy() is"
+                        : ""));
 }
 #endif
 
 template <typename Launch>
 void run(const Launch& launch) {
-  py::gil_scoped_release release;
+  const GilReleased released;
   launch();
 }
 
@@ -245,10 +285,13 @@ void choose_isa(const std::string& name) {
                               "' is not available; available:" + names);
 }
 
-void choose_num_threads(int n) {
-  if (n < 1)
-    throw std::invalid_argument("num_threads must be at least 1, got " + std::to_string(n));
-  set_num_threads(n);
+void choose_num_threads(int64_t n) {
+  if (n < 1 || n > INT32_MAX) {
+    throw std::invalid_argument(std::string("num_threads must be at ") +
+                                (n < 1 ? "least 1" : "most 2147483647") + ", got " +
+                                std::to_string(n));
+  }
+  set_num_threads(int(n));
 }
 #endif
 
@@ -271,6 +314,9 @@ PYBIND11_MODULE(CLRT_MODULE, m) {
   cuda::add_runtime(m);
 #else
   m.def("read_memory", [](const py::array& memory) {
+    if (!(memory.flags() & py::array::c_style)) {
+      throw std::invalid_argument("read_memory: memory must be contiguous");
+    }
     const void* data = memory.data();
     const int64_t bytes = memory.nbytes();
     run([&] { kernels().read_memory(data, bytes); });
@@ -284,6 +330,8 @@ PYBIND11_MODULE(CLRT_MODULE, m) {
   m.def("available_isas", isa_names);
   m.def("isa", [] { return kernels().isa; });
   m.def("set_isa", choose_isa);
+  m.def("control_groups", control_groups, py::arg("controller"), py::arg("root") = "");
+  m.def("cpu_quota", cpu_quota, py::arg("root") = "");
   m.def("num_threads", num_threads);
   m.def("set_num_threads", choose_num_threads);
 #endif

@@ -20,10 +20,31 @@ std::string describe(const char* dtype, std::initializer_list<Axis*> axes) {
   return text + ")";
 }
 
-bool is_contiguous(const TensorView& t, bool rows_apart) {
+bool has_elements(const TensorView& t) {
   for (int i = 0; i < t.ndim; ++i) {
-    if (t.shape[i] == 0) return true;  // nothing is apart from nothing
+    if (t.shape[i] == 0) return false;
   }
+  return true;
+}
+
+bool sizes_are_sane(const TensorView& t) {
+  int64_t elements = 1;
+  for (int i = 0; i < t.ndim; ++i) {
+    const int64_t size = t.shape[i] == 0 ? 1 : t.shape[i];
+    if (size < 0 || __builtin_mul_overflow(elements, size, &elements)) return false;
+    if (elements > kMaxElements) return false;
+  }
+  return true;
+}
+
+// A quantised tensor is bytes, of which kernels read larger items wherever they lie.
+bool is_aligned(const TensorView& t) {
+  if (!is_float(t.dtype) && t.dtype != DType::kInt32) return true;
+  return !has_elements(t) || reinterpret_cast<uintptr_t>(t.data) % item_size(t.dtype) == 0;
+}
+
+bool is_contiguous(const TensorView& t, bool rows_apart) {
+  if (!has_elements(t)) return true;  // nothing is apart from nothing
   int64_t expected = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
     if (rows_apart && i == 0) return t.shape[0] <= 1 || t.strides[0] >= expected;
@@ -119,6 +140,10 @@ void Check::tensor(const char* name, const TensorView& t, std::initializer_list<
                      ", got " + describe(t) + "; cast it with .astype");
   }
   if (t.ndim != int(axes.size())) fail_shape(name, t, dtype_wanted, axes);
+  if (!sizes_are_sane(t)) {  // messages are made where they are needed: it takes as long as an op
+    require(false, std::string(name) + " " + describe(t) +
+                       " has a size below 0, or more than 2^48 elements");
+  }
   int i = 0;
   for (const Axis* axis : axes) {
     if (axis->size >= 0 && axis->size != t.shape[i]) fail_shape(name, t, dtype_wanted, axes);
@@ -126,6 +151,11 @@ void Check::tensor(const char* name, const TensorView& t, std::initializer_list<
   }
   i = 0;
   for (Axis* axis : axes) axis->size = t.shape[i++];
+  if (!is_aligned(t)) {
+    require(false, std::string(name) + " " + describe(t) + " must lie at a multiple of " +
+                       std::to_string(item_size(t.dtype)) +
+                       " bytes in memory; copy it with .copy()");
+  }
   if (is_contiguous(t, rows_apart)) return;
   throw std::invalid_argument(std::string(op_) + ": " + name + " " + describe(t) +
                               " must be contiguous" + (rows_apart ? " within its rows" : "") +

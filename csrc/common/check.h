@@ -34,6 +34,31 @@ struct TensorView {
   int64_t num_bytes = 0;  // of a quantised tensor
 };
 
+// Elements that a tensor may have, a size of 0 counted as 1. No memory holds that many, and
+// products of sizes stay within 64 bits, in bytes and rounded up to tiles. (Nothing else bounds a
+// shape whose memory says nothing of it: that of a quantised tensor, or of one without elements.)
+constexpr int64_t kMaxElements = int64_t{1} << 48;
+
+// Of the shape that is set. Sizes are not checked yet: a product may overflow, and then goes
+// unused.
+inline void set_contiguous_strides(TensorView& t) {
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    t.strides[i] = stride;
+    __builtin_mul_overflow(stride, t.shape[i], &stride);
+  }
+}
+
+// The product of sizes of several tensors.
+inline int64_t checked_product(std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes) {
+    if (!__builtin_mul_overflow(product, size, &product)) continue;
+    throw std::invalid_argument("the sizes of an op's tensors multiply to more than 64 bits hold");
+  }
+  return product;
+}
+
 // A wrong dtype: TypeError in Python. (Wrong values and shapes: std::invalid_argument, ValueError.)
 struct __attribute__((visibility("default"))) DtypeError : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -122,14 +147,15 @@ inline void check_pages(Check& check, const TensorView& block_tables, const Tens
                         const TensorView& cu_seqlens_q, int64_t num_blocks, int64_t block_size) {
   if (!kValuesAtHand) return;
   const int64_t max_blocks = block_tables.shape[1];
+  const int64_t capacity = checked_product({max_blocks, block_size});
   for (int64_t s = 0; s < seq_lens.shape[0]; ++s) {
     const int64_t length = ints(seq_lens)[s];
     const int64_t queries = ints(cu_seqlens_q)[s + 1] - ints(cu_seqlens_q)[s];
-    if (length < queries || length > max_blocks * block_size) {
-      check.require(false, "seq_lens[" + std::to_string(s) + "]=" + std::to_string(length) +
-                               " must be at least its queries (" + std::to_string(queries) +
-                               ") and at most max_blocks * block_size = " +
-                               std::to_string(max_blocks * block_size));
+    if (length < queries || length > capacity) {
+      check.require(false,
+                    "seq_lens[" + std::to_string(s) + "]=" + std::to_string(length) +
+                        " must be at least its queries (" + std::to_string(queries) +
+                        ") and at most max_blocks * block_size = " + std::to_string(capacity));
     }
     for (int64_t i = 0; i < (length + block_size - 1) / block_size; ++i) {
       const int64_t block = ints(block_tables)[s * max_blocks + i];

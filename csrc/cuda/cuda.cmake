@@ -2,6 +2,9 @@
 # taken from the path, or from the pip wheels of the extra [cuda-build]. CMake's own CUDA language is
 # not used: it does not find the wheels' parts.
 set(CODELLAMA_RT_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO (with a driver and nvcc)")
+if(NOT CODELLAMA_RT_CUDA MATCHES "^(ON|OFF|AUTO)$")
+  message(FATAL_ERROR "CODELLAMA_RT_CUDA must be ON, OFF or AUTO, got '${CODELLAMA_RT_CUDA}'")
+endif()
 if(CODELLAMA_RT_CUDA STREQUAL "OFF")
   return()
 endif()

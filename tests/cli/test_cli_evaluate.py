@@ -4,12 +4,13 @@ import json
 
 import pytest
 from helpers.evaluation_problems import PROBLEMS
+from helpers.mbpp_problems import write_mbpp
 from helpers.tiny_llm import KV_MEMORY, make_folder
 
 from codellama_rt.cli import main as cli
 from codellama_rt.tools.evaluation import humaneval
 
-OPTIONS = ("--kv-memory", KV_MEMORY, "--max-model-len", "600")
+OPTIONS = ("--kv-memory", KV_MEMORY, "--max-model-len", "1500")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,30 @@ def test_humaneval(evaluate, tmp_path):
     ] * 2
 
 
+def test_mbpp(evaluate, tmp_path):
+    problems, file = write_mbpp(tmp_path / "mbpp.jsonl"), tmp_path / "result.json"
+    options = ("--problems", problems, "--max-new-tokens", 4, "--json", file)
+    code, out, err = evaluate("mbpp", *options)
+    assert (code, out) == (0, "")
+    assert "--execute runs the tests" in err
+    first = json.loads(file.read_text())
+    assert (first["task"], first["model"], len(first["samples"])) == ("mbpp", "model", 3)
+    code, out, _ = evaluate("mbpp", *options, "--execute", "--limit", 1, "--n", 2, "--k", 2)
+    assert (code, out) == (0, "pass@2 = 0.0000\n")
+    assert [s["completion"] for s in json.loads(file.read_text())["samples"]] == [
+        first["samples"][0]["completion"]
+    ] * 2
+
+
+def test_a_malformed_file_is_refused_before_the_model_is_opened(evaluate, tmp_path):
+    problems = write_mbpp(tmp_path / "mbpp.jsonl")
+    problems.write_text(problems.read_text().replace('"test_list"', '"tests"', 1))
+    code, out, err = evaluate("mbpp", "--problems", problems, folder="no-such-model")
+    assert (code, out) == (2, "")
+    assert f"{problems}, line 1: the field test_list is missing" in err
+    assert err.count("\n") == 1
+
+
 def test_infilling(evaluate, tmp_path):
     file = tmp_path / "result.json"
     code, out, err = evaluate("infilling", "--suffix-first", "--limit", 2, "--json", file)
@@ -82,6 +107,7 @@ def test_needle(evaluate, tmp_path):
         (("humaneval", "--temperature", -1), "temperature"),
         (("humaneval", "--k", 2), "k from 1 to n=1"),
         (("humaneval", "--json", "/no/such/folder/x"), "there is no directory /no/such/folder"),
+        (("mbpp", "--problems", "no-such-file"), "no-such-file"),
         (("perplexity", "--file", "no-such-file"), "no-such-file"),
         (("needle", "--length", 5000), "a length is from 256"),
     ],

@@ -24,7 +24,7 @@ from codellama_rt.ops.dtypes import FLOAT_DTYPES
 NOT_OPTIONS = {"self", "prefix_caching", "attention", "check", "progress"}
 COMMANDS = (
     *("generate", "infill", "chat", "eval humaneval", "eval infilling", "eval perplexity"),
-    "eval needle",
+    *("eval mbpp", "eval needle"),
 )
 
 

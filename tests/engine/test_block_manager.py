@@ -125,11 +125,10 @@ def test_a_fork_copies_its_last_block_before_it_writes():
     child = parent.fork(1)
     blocks.fork(parent, child)
     assert child.block_ids == parent.block_ids
-    copies = []
     for sequence in (parent, child):
         sequence.token_ids.append(4)
-        assert blocks.grow(sequence, 1, copies)
-    assert copies == [(child.block_ids[1], parent.block_ids[1])]  # the last owner writes in place
+        assert blocks.grow(sequence, 1)
+    assert blocks.copies == {parent.block_ids[1]: child.block_ids[1]}  # the last writes in place
     assert parent.block_ids[0] == child.block_ids[0]
 
 
@@ -137,9 +136,8 @@ def test_growing_past_the_last_block_changes_nothing():
     blocks = BlockManager(2, 2)
     sequence = cached_sequence(blocks, [1, 2, 3, 4])
     sequence.token_ids.append(5)
-    copies = []
-    assert not blocks.grow(sequence, 1, copies)
-    assert (len(sequence.block_ids), copies) == (2, [])
+    assert not blocks.grow(sequence, 1)
+    assert (len(sequence.block_ids), blocks.copies) == (2, {})
 
 
 def test_freeing_twice_is_caught():

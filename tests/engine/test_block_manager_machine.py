@@ -37,7 +37,6 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def start(self, num_blocks, block_size, prefix_caching):
         self.blocks = BlockManager(num_blocks, block_size, prefix_caching)
         self.pages = [[None] * block_size for _ in range(num_blocks)]
-        self.copies = []  # of this step, to be done before its writes
         self.sequences = []
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=10), salt=st.integers(0, 1))
@@ -55,9 +54,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 99), count=st.integers(1, 6))
     def compute(self, pick, count):
         sequence = self.sequences[pick % len(self.sequences)]
-        for source, destination in self.copies:
+        for destination, source in self.blocks.copies.items():
             self.pages[destination] = list(self.pages[source])
-        self.copies.clear()
+        self.blocks.copied()
         stop = min(sequence.num_computed + count, len(sequence.token_ids))
         for position in range(sequence.num_computed, stop):
             index, offset = divmod(position, self.blocks.block_size)
@@ -75,7 +74,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         sequence = self.computed()[pick % len(self.computed())]
         sequence.token_ids.append(token)
         before = self.snapshot()
-        if not self.blocks.grow(sequence, 1, self.copies):
+        if not self.blocks.grow(sequence, 1):
             assert self.snapshot() == before
             assert self.blocks.num_free == 0
             sequence.token_ids.pop()
@@ -99,7 +98,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
         tables = [block_id for s in self.sequences for block_id in s.block_ids]
         for block_id in range(self.blocks.num_blocks):
             assert self.blocks.num_owners(block_id) == tables.count(block_id)
-        used, free, idle = set(tables), self.blocks._free, set(self.blocks._idle)
+        used = set(tables) | set(self.blocks.copies.values())
+        free, idle = self.blocks._free, set(self.blocks._idle)
         assert len(used) + len(free) + len(idle) == self.blocks.num_blocks
         assert used | set(free) | idle == set(range(self.blocks.num_blocks))
         assert self.blocks.num_free == len(free) + len(idle)
@@ -107,8 +107,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @invariant()
     def every_page_holds_its_sequences_prefix(self):
         pages = [list(page) for page in self.pages]
-        for source, destination in self.copies:
-            pages[destination] = list(pages[source])
+        for destination, source in self.blocks.copies.items():
+            pages[destination] = list(self.pages[source])  # no source is a destination
         for sequence in self.sequences:
             for position in range(sequence.num_computed):
                 index, offset = divmod(position, self.blocks.block_size)
@@ -133,7 +133,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     def snapshot(self):
         blocks = self.blocks
-        lists = blocks._owners, blocks._free, blocks._idle, blocks._cached, self.copies
+        lists = blocks._owners, blocks._free, blocks._idle, blocks._cached, blocks.copies.items()
         return [list(x) for x in lists], [list(s.block_ids) for s in self.sequences]
 
     def teardown(self):
@@ -141,6 +141,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             return
         for sequence in self.sequences:
             self.blocks.release(sequence)
+        assert not self.blocks.copies
         assert self.blocks.num_free == self.blocks.num_blocks
         assert not any(map(self.blocks.num_owners, range(self.blocks.num_blocks)))
 

@@ -220,27 +220,6 @@ def test_a_request_with_broken_logits_fails_alone():
             raise gained["bad", index].error
 
 
-def test_a_step_that_the_model_failed_can_be_repeated():
-    engine = engine_of()
-    params = SamplingParams(n=3, max_tokens=12, ignore_eos=True)
-    engine.add_request("r", PROMPT, params)
-    forward, calls = engine.model.forward, []
-
-    def fail_every_other_time(batch, kv_cache):
-        calls.append(1)
-        if len(calls) % 2:
-            raise RuntimeError("device lost")
-        return forward(batch, kv_cache)
-
-    engine.model.forward = fail_every_other_time
-    gained = {}
-    while engine.has_unfinished():
-        with pytest.raises(RuntimeError, match="device lost"):
-            engine.step()
-        collect(gained, engine.step())
-    assert [total.token_ids for total in gained.values()] == [greedy_tokens()] * 3
-
-
 def test_close_aborts_and_refuses():
     engine = engine_of()
     engine.add_request("r", PROMPT)

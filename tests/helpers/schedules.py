@@ -75,8 +75,9 @@ class Recorder:
         schedule = engine.scheduler.schedule
 
         def remember():
-            self.schedule = schedule()
-            return self.schedule
+            self.chunks = schedule()
+            self.counts["copies"] += len(engine.scheduler.blocks.copies)
+            return self.chunks
 
         engine.scheduler.schedule = remember
         self.requests: list[int] = []  # by order of arrival
@@ -91,7 +92,7 @@ class Recorder:
     def forward(self, batch, kv_cache) -> np.ndarray:
         logits = self.model.forward(batch, kv_cache)
         row = 0
-        for chunk in self.schedule.chunks:
+        for chunk in self.chunks:
             _, arrival, sample = chunk.sequence.order
             rows = self.rows[self.requests[arrival]]
             for position in range(chunk.stop - chunk.num_logits, chunk.stop):
@@ -100,7 +101,6 @@ class Recorder:
                 assert rows.setdefault(key, bits) == bits, f"recomputed otherwise: {key}"
                 row += 1
         assert row == len(logits)
-        self.counts["copies"] += len(self.schedule.block_copies)
         return logits
 
     def step(self) -> None:

@@ -205,16 +205,39 @@ def test_forks_go_their_own_way(small, num_blocks):
     assert engine.stats()["kv_blocks_free"] == num_blocks
 
 
-def test_pages_that_others_hold(small):
+def test_blocks_that_requests_hold_are_taken_and_the_requests_computed_again(small):
+    prompt, params = PROMPTS[1] + [7] * 20, SamplingParams(max_tokens=2, ignore_eos=True)
+    expected = run(make_engine(small), [prompt], params)
     engine = make_engine(small, num_blocks=4)
-    engine.add_request("holds all", PROMPTS[1] + [7] * 20, SamplingParams(max_tokens=2))
+    engine.add_request("holds all", prompt, params)
     engine.step()
-    with Branches(engine) as branches:
-        branch = branches.add(PROMPTS[2])
-        with pytest.raises(RuntimeError, match="other requests hold them"):
-            branches.logits([branch])
-    engine.close()
+    assert greedy(engine, PROMPTS[2:3], 8) == greedy(make_engine(small), PROMPTS[2:3], 8)
+    assert engine.stats()["preemptions"] == 1
+    token_ids = []
+    while engine.has_unfinished():
+        for output in engine.step():
+            token_ids += output.token_ids
+    assert [token_ids] == expected
     assert engine.stats()["kv_blocks_free"] == 4
+
+
+def test_two_searches_share_blocks_that_only_one_can_have(small):
+    """Also while a request waits for them."""
+    alone = make_engine(small)
+    with Branches(alone) as branches:
+        expected = [branches.logits([branches.add(PROMPTS[i])])[0].tobytes() for i in (1, 3)]
+    engine = make_engine(small, num_blocks=5)
+    engine.add_request("r", PROMPTS[1], SamplingParams(max_tokens=3, ignore_eos=True))
+    with Branches(engine) as outer, Branches(engine) as inner:
+        for _ in range(3):
+            first, second = outer.add(PROMPTS[1]), inner.add(PROMPTS[3])
+            assert inner.logits([second])[0].tobytes() == expected[1]
+            assert outer.logits([first])[0].tobytes() == expected[0]
+            while engine.has_unfinished():
+                engine.step()
+            inner.append(second, 5)
+            inner.logits([second])
+    assert engine.stats()["kv_blocks_free"] == 5
 
 
 def test_prompts_that_cannot_be(small):

@@ -48,34 +48,60 @@ def test_available_is_less_than_all():
 
 
 @pytest.fixture
-def control_group(monkeypatch, tmp_path):
-    """A control group with this limit, use and reclaimable cache; the system has 10**12 free."""
+def control_groups(monkeypatch, tmp_path):
+    """Control groups of these files, the process's own first; the system has 10**12 bytes free."""
 
-    def make(limit, current, inactive_file):
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-        (tmp_path / "memory.current").write_text(f"{current}\n")
-        (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {inactive_file}\nslab 1\n")
-        monkeypatch.setattr(memory, "Path", lambda _: tmp_path)
+    def make(*groups):
+        folders = [tmp_path / str(i) for i in range(len(groups))]
+        for folder, files in zip(folders, groups, strict=True):
+            folder.mkdir()
+            for name, text in files.items():
+                (folder / name).write_text(text)
+        monkeypatch.setattr(memory.native, "control_groups", lambda controller: folders)
         monkeypatch.setattr(memory, "_meminfo", lambda _: 10**12)
 
     return make
 
 
+def version_2(limit, current, inactive_file, high="max"):
+    return {
+        "memory.max": f"{limit}\n",
+        "memory.high": f"{high}\n",
+        "memory.current": f"{current}\n",
+        "memory.stat": f"anon 5\ninactive_file {inactive_file}\nslab 1\n",
+    }
+
+
+def version_1(limit, usage, inactive_file, total_inactive_file):
+    statistics = f"inactive_file {inactive_file}\ntotal_inactive_file {total_inactive_file}\n"
+    return {
+        "memory.limit_in_bytes": f"{limit}\n",
+        "memory.usage_in_bytes": f"{usage}\n",
+        "memory.stat": f"cache 7\n{statistics}",
+    }
+
+
 @pytest.mark.parametrize(
-    ("limit", "current", "inactive_file", "expected"),
+    ("groups", "expected"),
     [
-        ("max", 100, 0, 10**12),
-        (1000, 300, 50, 750),
-        (1000, 1200, 0, 0),
-        (10**13, 0, 0, 10**12),
+        ([], 10**12),
+        ([version_2("max", 100, 0)], 10**12),
+        ([version_2(1000, 300, 50)], 750),
+        ([version_2(1000, 1200, 0)], 0),
+        ([version_2(1000, 300, 400)], 1000),  # read before the use fell
+        ([version_2(10**13, 0, 0)], 10**12),
+        ([version_2(1000, 300, 0, high=800)], 500),
+        ([version_2("max", 300, 0, high=800)], 500),
+        ([version_2(1000, 100, 0), version_2(2000, 1700, 100), version_2("max", 9, 0)], 400),
+        ([version_1(1000, 300, 10, 50)], 750),
+        ([version_1(2**63 - 4096, 300, 0, 0)], 10**12),  # how version 1 writes "no limit"
+        ([version_1(5000, 300, 0, 0), version_1(600, 500, 0, 25)], 125),
+        ([{"memory.max": "1000"}], 1000),  # a use that cannot be read
+        ([{"memory.max": "", "memory.current": "1"}], 10**12),
+        ([{"memory.max": "a lot", "memory.limit_in_bytes": "-1"}], 10**12),
+        ([{}], 10**12),
     ],
 )
-def test_control_group(control_group, limit, current, inactive_file, expected):
-    control_group(limit, current, inactive_file)
+def test_the_smallest_rest_of_all_control_groups_counts(control_groups, groups, expected):
+    control_groups(*groups)
     assert available_bytes() == expected
-
-
-def test_without_a_control_group(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "Path", lambda _: tmp_path / "none")
-    monkeypatch.setattr(memory, "_meminfo", lambda _: 77)
-    assert available_bytes() == 77

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import subprocess
@@ -64,22 +65,69 @@ def test_environment_with_an_unknown_set():
     assert "ValueError: CODELLAMA_RT_ISA=sse9: instruction set 'sse9' is not available" in output
 
 
-@pytest.mark.parametrize(("asked", "used"), [("3", "3"), ("1", "1")])
-def test_environment_chooses_the_threads(asked, used):
+def threads_with(own, omp):
+    """What a new interpreter prints of its number of threads, or its last line of error."""
     code = "from codellama_rt import ops; print(ops.num_threads())"
-    assert python(code, CODELLAMA_RT_NUM_THREADS=asked) == (0, used)
+    environment = {"CODELLAMA_RT_NUM_THREADS": own, "OMP_NUM_THREADS": omp}
+    return python(code, **environment)[1].splitlines()[-1]
 
 
-@pytest.mark.parametrize("ignored", ["", "0", "-2", "many"])
-def test_without_a_number_of_threads_the_process_has_its_cpus(ignored):
-    code = "from codellama_rt import ops; print(ops.num_threads())"
-    expected = str(len(os.sched_getaffinity(0)))
-    assert python(code, CODELLAMA_RT_NUM_THREADS=ignored) == (0, expected)
+USUAL = str(min(len(os.sched_getaffinity(0)), math.ceil(min(native._core.cpu_quota(), 2**20))))
 
 
-@pytest.mark.parametrize("count", [0, -1])
-def test_no_threads_are_refused(count):
-    with pytest.raises(ValueError, match=f"num_threads must be at least 1, got {count}"):
+@pytest.mark.parametrize(
+    ("own", "omp", "used"),
+    [
+        ("3", "", "3"),
+        ("1", "", "1"),
+        ("007", "", "7"),
+        ("", "", USUAL),
+        ("", "5", "5"),
+        ("", "4,2", "4"),
+        ("", " 6 , 3 ", "6"),
+        ("3", "5", "3"),
+        ("", "0", USUAL),
+        ("", "-2", USUAL),
+        ("", "many", USUAL),
+        ("", "4,", USUAL),
+        ("", "4,x", USUAL),
+        ("", "9" * 30, USUAL),
+    ],
+)
+def test_environment_chooses_the_threads(own, omp, used):
+    """OpenMP's variable is a default; what OpenMP ignores is ignored."""
+    assert threads_with(own, omp) == used
+
+
+@pytest.mark.parametrize("value", ["0", "-2", "many", "2.5", " 3", "4,2", "9" * 30, "0x4"])
+def test_a_bad_number_of_threads_in_the_environment_is_refused(value):
+    assert threads_with(value, "2") == (
+        f"ValueError: CODELLAMA_RT_NUM_THREADS={value}: expected a whole number of threads, "
+        "at least 1"
+    )
+
+
+def test_what_a_framework_puts_into_the_process_environment_is_not_the_users_wish():
+    """MindSpore sets OMP_NUM_THREADS=1 where it is imported; Python's environment has it not."""
+    code = (
+        "import ctypes; ctypes.CDLL(None).setenv(b'OMP_NUM_THREADS', b'77', 1); "
+        "from codellama_rt import ops; print(ops.num_threads())"
+    )
+    environment = {"OMP_NUM_THREADS": "", "CODELLAMA_RT_NUM_THREADS": ""}
+    assert python(code, **environment) == (0, USUAL)
+
+
+def test_a_bad_folder_of_ascend_libraries_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("CODELLAMA_RT_ASCEND_LIBRARIES", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"CODELLAMA_RT_ASCEND_LIBRARIES=.*none: expected a fold"):
+        ops.available("ascend")
+
+
+@pytest.mark.parametrize(
+    ("count", "bound"), [(0, "least 1"), (-1, "least 1"), (2**31, "most"), (-(2**40), "least 1")]
+)
+def test_no_threads_are_refused(count, bound):
+    with pytest.raises(ValueError, match=f"num_threads must be at {bound}.*, got {count}"):
         ops.set_num_threads(count)
 
 

@@ -102,12 +102,50 @@ def test_pynative_takes_tensors_only(given, kind):
         graph.rms_norm(x, given)
 
 
-def test_pynative_refuses_to_write_into_a_view():
-    """MindSpore would have a copy written. (A view without an offset can't be told.)"""
-    layers = tensor(np.zeros((2, 2, 1, 16, 8), np.float32))
-    key, slot = tensor(np.ones((1, 1, 8), np.float32)), tensor(int32([3]))
+WRITTEN = [(name, argument) for name in OPS for argument in OPS[name].written]
+VIEWS = {
+    "first": lambda stacked: stacked[0],
+    "second": lambda stacked: stacked[1],
+    "all of one": lambda stacked: stacked[:1][0],
+    "all": lambda stacked: stacked[0].copy()[:],
+    "viewed": lambda stacked: stacked.view(-1)[: stacked.size // 2].view(*stacked.shape[1:]),
+    "transposed": lambda stacked: mindspore.ops.transpose(
+        stacked[0].copy(), (1, 0, *range(2, stacked.ndim - 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(("name", "argument"), WRITTEN)
+def test_pynative_refuses_to_write_into_a_view(name, argument, view):
+    """MindSpore would have a copy written. (A reshape of a whole tensor can't be told.)"""
+    arrays = make_arguments(OPS[name])
+    stacked = tensor(np.stack([arrays[argument]] * 2))
+    tensors = {key: tensor(arrays[key]) for key in OPS[name].inputs}
+    tensors[argument] = VIEWS[view](stacked)
+    with pytest.raises(ValueError, match=rf"{name}: {argument} .* it is a view.*from_numpy"):
+        getattr(graph, name)(*tensors.values())
+
+
+def test_pynative_refuses_to_write_into_a_view_of_a_payload():
+    payload = tensor(np.zeros((2, 6, 2, 16 * 12), np.uint8))
+    caches = [ops.Quantized(payload[i], "int8", (6, 2, 16, 8)) for i in range(2)]
+    key, slot = tensor(np.ones((1, 2, 8), np.float32)), tensor(int32([3]))
     with pytest.raises(ValueError, match=r"reshape_and_cache: key_cache .* it is a view"):
-        graph.reshape_and_cache(key, key, layers[1], layers[1], slot)
+        graph.reshape_and_cache(key, key, *caches, slot)
+
+
+@MODES
+@pytest.mark.parametrize("shape", [(2**58 + 2, 64), (-2, 64), (2**62, 64)])
+def test_sizes_of_a_quantised_weight(shape, mode):
+    x, payload = tensor(np.ones((1, 64), np.float32)), tensor(np.zeros(4096, np.uint8))
+
+    def multiply(x, payload):
+        return graph.linear(x, (payload, "int8", shape))
+
+    run = mindspore.jit(multiply) if mode == "jit" else multiply
+    with pytest.raises(ValueError, match=r"no size below 0 and at most 2\*\*48 elements"):
+        run(x, payload)
 
 
 @MODES

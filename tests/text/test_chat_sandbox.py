@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,12 +98,6 @@ ENDLESS = {
     "comparison of shared lists": "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(40) %}"
     "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
 }
-SWELLING = {
-    "list of texts": "{% set n = namespace(x=[]) %}{% for i in range(60) %}"
-    "{% set n.x = n.x + ['a' * (30000000 + i)] %}{% endfor %}",
-    "autoescape ~": "{% autoescape true %}{% set n = namespace(x='aaaaaaaa'|safe) %}"
-    "{% for i in range(27) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}{% endautoescape %}",
-}
 
 
 @pytest.mark.parametrize("payload", INJECTIONS.values(), ids=INJECTIONS)
@@ -131,17 +124,6 @@ def test_a_template_that_only_computes_is_ended_in_time(monkeypatch):
         with pytest.raises(ChatTemplateError, match=r"computes for more than 0\.5 seconds"):
             render_template(template, NAMES)
     assert time.monotonic() - begin < 10 * len(ENDLESS)
-
-
-@pytest.mark.parametrize("template", SWELLING.values(), ids=SWELLING)
-def test_memory_of_all_texts_together_is_bounded(template):
-    sandbox._shared.stop()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ChatTemplateError, match=r"memory|more than"):
-        render_template(template, NAMES)
-    status = Path(f"/proc/{sandbox._shared._process.pid}/status").read_text()
-    assert int(status.split("VmHWM:")[1].split()[0]) < 400 * 1024
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
 
 
 def test_what_a_template_writes_is_bounded(monkeypatch):

@@ -10,9 +10,10 @@ from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.llm import LLM
 from codellama_rt.tools.evaluation import humaneval
 from codellama_rt.tools.evaluation.completing import complete, fingerprint
-from codellama_rt.tools.evaluation.humaneval import check_program, evaluate_humaneval, pass_at_k
+from codellama_rt.tools.evaluation.humaneval import check_program, evaluate_humaneval
 from codellama_rt.tools.evaluation.infilling import cut_gaps, evaluate_infilling
 from codellama_rt.tools.evaluation.plots import plot
+from codellama_rt.tools.evaluation.solving import pass_at_k
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def written(llm, monkeypatch):
             given = iter(texts)
             return [[Answer(next(given)) for _ in range(params.n)] for _, params in requests]
 
-        for module in ("humaneval", "infilling"):
+        for module in ("solving", "infilling"):
             monkeypatch.setattr(f"codellama_rt.tools.evaluation.{module}.complete", completions)
 
     return let
@@ -85,7 +86,7 @@ def test_humaneval_counts_what_passes(llm, written):
 
 
 def test_humaneval_runs_nothing_by_default(llm, monkeypatch):
-    monkeypatch.setattr(humaneval, "run_program", None)
+    monkeypatch.setattr("codellama_rt.tools.evaluation.solving.run_program", None)
     params = SamplingParams(max_tokens=4)
     first, second = (
         evaluate_humaneval(llm, problems=PROBLEMS, params=params, limit=2) for _ in range(2)
@@ -109,7 +110,7 @@ def test_more_samples_than_a_request_has(llm):
 def test_humaneval_prompts_end_without_white_space(llm, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "codellama_rt.tools.evaluation.humaneval.complete",
+        "codellama_rt.tools.evaluation.solving.complete",
         lambda llm, requests, progress: asked.extend(requests) or [[Answer("")]],
     )
     evaluate_humaneval(llm, problems=PROBLEMS[:1])

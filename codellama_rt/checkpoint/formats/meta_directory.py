@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from codellama_rt.checkpoint.formats.strict_json import read_object
+from codellama_rt.checkpoint.mapped_files import MappedFile
 from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
 from codellama_rt.checkpoint.tensor_names import COLUMNS, EMBEDDING, ROWS, meta_name, name_from_meta
 from codellama_rt.errors import CheckpointError
@@ -82,6 +83,10 @@ class ShardedTensor(StoredTensor):
         """Release the memory of all parts' mapped pages."""
         for part in self.parts:
             part.release()
+
+    def mappings(self) -> list[MappedFile]:
+        """Return the mappings of all parts' files."""
+        return [mapping for part in self.parts for mapping in part.mappings()]
 
 
 def is_meta_directory(path: Path) -> bool:

@@ -13,7 +13,7 @@ from codellama_rt.errors import CheckpointError
 from codellama_rt.text.chat.code_llama import STEP_PIECE, InstFormat, StepFormat
 from codellama_rt.text.chat.jinja_format import JinjaFormat, render_messages
 from codellama_rt.text.chat.messages import Message
-from codellama_rt.text.chat.sandbox import ChatTemplateError
+from codellama_rt.text.chat.sandbox import ChatTemplateError, TemplateLimitError
 
 
 class ChatFormat(Protocol):
@@ -47,7 +47,8 @@ def find_format(chat_template: str | None, tokenizer: Any) -> ChatFormat:
 
     Raises:
         TypeError: chat_template is not a str.
-        ValueError: there is no template, and the vocabulary is not Code Llama's.
+        ValueError: there is no template, and the vocabulary is not Code Llama's; or the template
+            exceeds a limit.
     """
     if chat_template is None:
         return _format_of_vocabulary(tokenizer)
@@ -153,5 +154,7 @@ def _is_step_template(source: str) -> bool:
 def _rendered(source: str, dialog: Sequence[Message]) -> str | None:
     try:
         return render_messages(source, dialog, {"bos_token": "<s>", "eos_token": "</s>"})
+    except TemplateLimitError:  # says nothing of the format, and may come from a busy machine
+        raise
     except ChatTemplateError:
         return None

@@ -102,7 +102,13 @@ def render_messages(
 
 def _separator(texts: Iterator[str]) -> str:
     used = set().union(*texts)
-    return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+    for code in _PRIVATE_USE:
+        if chr(code) not in used:
+            return chr(code)
+    raise ValueError(
+        "messages contain every private-use character from U+E000 to U+F8FF; one must be free, to "
+        "tell names of control tokens in messages from the template's"
+    )
 
 
 def _set_apart(content: str, names: Sequence[str], separator: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -40,13 +41,13 @@ def checked_messages(messages: Any) -> list[Message]:
             "messages must be a list of {'role': ..., 'content': ...}, "
             f"got {type(messages).__name__}"
         )
-    checked = [_checked(i, message) for i, message in enumerate(messages)]
+    first = islice(messages, MAX_MESSAGES + 1)  # an iterator may have no end
+    checked = [_checked(i, message) for i, message in enumerate(first)]
     if not checked:
         raise ValueError("a conversation has at least one message, got none")
     if len(checked) > MAX_MESSAGES:
         raise ValueError(
-            f"a conversation has at most {MAX_MESSAGES} messages, got {len(checked)}; "
-            "drop the oldest"
+            f"a conversation has at most {MAX_MESSAGES} messages, got more; drop the oldest"
         )
     return checked
 
@@ -67,5 +68,10 @@ def _checked(i: int, message: Any) -> Message:
         raise ValueError(f"messages[{i}]: role must be one of {', '.join(ROLES)}, got {role!r:.40}")
     if not isinstance(content, str):
         raise TypeError(f"messages[{i}]: content must be a str, got {type(content).__name__}")
-    content.encode("utf-8")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"messages[{i}]: content must be Unicode, got half of a surrogate pair at {error.start}"
+        ) from None
     return Message(role, content)

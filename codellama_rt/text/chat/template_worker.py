@@ -4,19 +4,26 @@ The process imports only jinja2 and the standard library. Everything an operator
 compiler does is bounded by the operating system: RLIMIT_AS bounds the memory, and a timer whose
 signal ends the process bounds the time, even in the middle of a C call.
 
-A request and its reply are JSON in a frame: eight bytes of length, least significant first, then
-the text. `{"source", "names", "seconds", "characters"}` is answered by `{"text"}` or `{"error"}`.
+A request is eight bytes of length, least significant first, and JSON of `{"source", "names",
+"seconds", "characters"}`. Its reply is a `REPLY_HEADER` (bytes of text, whether it is an error,
+whether the process ends with it) and the text. A process without memory ends with OUT_OF_MEMORY.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
+import struct
 import sys
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, BinaryIO
+
+REPLY_HEADER = struct.Struct("<Q??")
+OUT_OF_MEMORY = 112  # the exit status; no other way to end has it
+_MAX_RETAINED = 2**25  # bytes a template may leave behind: compiled, cyclic, or fragments
 
 _FILTERS = (
     "abs capitalize count d default dictsort first float int items join last length list lower map "
@@ -41,16 +48,36 @@ def main(paths: list[str], memory: int) -> None:
     environment = _environment()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_AS, memory)
     compiled = lru_cache(2)(environment.from_string)  # the next turn has the same template
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
-    while (request := _read_frame(requests)) is not None:
+    at_start, is_last = _address_space(), False
+    while not is_last and (request := _read_frame(requests)) is not None:
         signal.setitimer(signal.ITIMER_REAL, request.pop("seconds"))
-        reply = _answer(compiled, **request)
+        is_error, text = _answer(compiled, **request)
+        reply = text.encode("utf-8", "surrogatepass")
         signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write(len(reply).to_bytes(8, "little") + reply)
+        del request, text
+        is_last = _address_space() - len(reply) > at_start + _MAX_RETAINED
+        replies.write(REPLY_HEADER.pack(len(reply), is_error, is_last))
+        replies.write(reply)
         replies.flush()
+        del reply
+
+
+def _limit(which: int, value: int) -> None:
+    """Set a limit of this process, or keep a lower one that it was started with."""
+    hard = resource.getrlimit(which)[1]
+    if hard != resource.RLIM_INFINITY:
+        value = min(value, hard)
+    resource.setrlimit(which, (value, value))
+
+
+def _address_space() -> int:
+    """Return the bytes that RLIMIT_AS counts (proc_pid_statm(5))."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
 
 
 def _read_frame(file: BinaryIO) -> Any:
@@ -60,33 +87,24 @@ def _read_frame(file: BinaryIO) -> Any:
     return json.loads(file.read(int.from_bytes(header, "little")).decode("utf-8", "surrogatepass"))
 
 
-def _answer(compiled: Any, source: str, names: dict[str, Any], characters: int) -> bytes:
-    from jinja2 import TemplateError
+def _answer(compiled: Any, source: str, names: dict[str, Any], characters: int) -> tuple[bool, str]:
+    """Return whether the template failed, and the text it renders or the reason.
 
+    Raises:
+        MemoryError: there is none left, perhaps not even for the reason.
+    """
     try:
         text = compiled(source).render(names)
         if len(text) > characters:
             raise ValueError(f"it writes more than {characters} characters")
-        return _encoded({"text": text})
+        return False, text
     except RefusalError as refusal:
-        return _encoded({"error": f"the chat template refuses this conversation: {refusal}"})
+        return True, f"the chat template refuses this conversation: {refusal}"
     except MemoryError:
-        return _encoded({"error": "chat template: it needs too much memory"})
-    except (
-        TemplateError,
-        ArithmeticError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+        raise
+    except Exception as error:  # whatever jinja2, the compiler or a filter raises
         reason = " ".join(str(error).split()) or type(error).__name__
-        return _encoded({"error": f"chat template: {reason:.300}"})
-
-
-def _encoded(reply: dict[str, str]) -> bytes:
-    return json.dumps(reply, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        return True, f"chat template: {reason:.300}"
 
 
 def _environment() -> Any:
@@ -125,4 +143,7 @@ def _now(pattern: str) -> str:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), int(sys.argv[2]))
+    try:
+        main(json.loads(sys.argv[1]), int(sys.argv[2]))
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)

@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from codellama_rt.checkpoint.formats.tensor_file import Entry, sync, write_tenso
 from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.checkpoint.open import resolve
 from codellama_rt.checkpoint.quantize import check_quantization, is_quantized
-from codellama_rt.checkpoint.stored_tensor import Counter, Progress, StoredModel
+from codellama_rt.checkpoint.stored_tensor import Counter, Progress, StoredModel, mapped_files
 from codellama_rt.errors import CheckpointError
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.tools.convert.journal import Journal
@@ -85,7 +86,8 @@ def convert(
         `out`.
 
     Raises:
-        CheckpointError: the model cannot be read, is already quantised, or verification failed.
+        CheckpointError: the model cannot be read, is already quantised or is written meanwhile, or
+            verification failed.
         ValueError: an unknown option, options that contradict each other, or nothing to convert.
         FileExistsError: `out` exists.
         RuntimeError: another process is writing it.
@@ -102,15 +104,16 @@ def convert(
     stored = resolve(path)
     _check_source(stored, options)
     options = with_dtype(stored, options)
-    plan = make_plan(stored, options)
+    plan, source = make_plan(stored, options), mapped_files(stored.tensors.values())
     with Journal(out, _identity(path, options)) as journal:
         try:
             _check_space(plan, journal)
-            _write_tensors(plan, journal, options, progress)
+            _write_tensors(plan, journal, options, progress, source.check)
             _write_companions(stored, journal.output, options)
             write_texts(plan, journal.output, _write_file)
             if verify:
                 _verify(plan, path, journal.output, options, progress)
+            source.check()
             journal.output.rename(out)
             journal.discard()
         except (CheckpointError, ValueError):  # it would fail again
@@ -171,13 +174,18 @@ def _check_space(plan: Plan, journal: Journal) -> None:
 
 
 def _write_tensors(
-    plan: Plan, journal: Journal, options: Options, progress: Progress | None
+    plan: Plan,
+    journal: Journal,
+    options: Options,
+    progress: Progress | None,
+    check_source: Callable[[], None],
 ) -> None:
     counter = Counter(plan.num_bytes, progress)
     for file, layout in plan.files.items():
         done = journal.done(file, layout)
 
         def written(entry: Entry) -> None:
+            check_source()  # before the journal says that the tensor is right
             plan.made_from[entry.name].release()
             is_packed = options.quantization is not None and is_quantized(entry.name)
             what = f"quantising to {options.quantization}" if is_packed else "copying"

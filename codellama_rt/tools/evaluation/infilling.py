@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.llm import LLM
 from codellama_rt.tools.evaluation.completing import Progress, complete, fingerprint
-from codellama_rt.tools.evaluation.execution import PASSED, run_program
+from codellama_rt.tools.evaluation.execution import PASSED
 from codellama_rt.tools.evaluation.humaneval import Problem, read_problems
+from codellama_rt.tools.evaluation.solving import judge
 
 
 class Gap(NamedTuple):
@@ -94,11 +95,13 @@ def evaluate_infilling(
     count = max(len(samples), 1)
     scores = {"exact_match": sum(sample["exact"] for sample in samples) / count}
     if execute:
-        for i, (gap, sample) in enumerate(zip(gaps, samples, strict=True)):
-            program = _check_program(gap, sample["filling"])
-            sample["result"] = run_program(program, timeout_s=timeout_s).result
-            if execution_progress is not None:
-                execution_progress(i + 1, len(gaps))
+        programs = [
+            _check_program(gap, sample["filling"])
+            for gap, sample in zip(gaps, samples, strict=True)
+        ]
+        verdicts = judge(programs, timeout_s, execution_progress)
+        for sample, verdict in zip(samples, verdicts, strict=True):
+            sample["result"] = verdict.result
         scores["pass@1"] = sum(sample["result"] == PASSED for sample in samples) / count
     return {
         "task": "infilling",

@@ -117,6 +117,7 @@ def _losses(llm: LLM, ids: Sequence[int], begin: int, first: int, end: int) -> n
         window,
         kv_dtype=llm.kv_cache.dtype,
         chunk_size=llm.engine.scheduler.max_num_batched_tokens,
+        forward=llm.engine.forward,
     )
     for logits in chunks:
         following = np.array(ids[position + 1 : position + 1 + len(logits)])

@@ -85,6 +85,8 @@ struct Buffers {
 
 Buffers cut_scratch(const Sizes& s) {
   const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
+  const int64_t widest = larger(larger(s.dim, s.heads), larger(s.qkv_dim(), 2 * s.hidden));
+  checked_product({s.tokens, widest, 4 * sizeof(float)});  // at least the sum below
   const int64_t narrow = s.tokens * s.dim;
   const int64_t wide = s.tokens * larger(s.qkv_dim(), 2 * s.hidden);
   const int64_t middle = s.tokens * larger(s.q_dim(), s.hidden);

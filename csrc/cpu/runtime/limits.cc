@@ -84,7 +84,8 @@ int64_t multiply_add(DType dtype, int64_t num_rounds) {
   const bool quads = kHasQuads && dtype == DType::kInt8;
   const Vec b = splat(num_rounds > 1 ? 0.5f : 0.25f);  // not a constant to the compiler
   const Vec c = splat(num_rounds > 1 ? 1.0f : 2.0f);
-  for_each_task(num_threads(), [&](int64_t) {
+  const int64_t num_tasks = num_threads();
+  for_each_task(num_tasks, [&](int64_t) {
     if (quads) {
       run_chains(num_rounds, [&](Vec chain) { return dot_int8_quads(b, c, chain); });
     } else if (pairs) {
@@ -93,7 +94,7 @@ int64_t multiply_add(DType dtype, int64_t num_rounds) {
       run_chains(num_rounds, [&](Vec chain) { return fma(chain, b, c); });
     }
   });
-  return num_threads() * num_rounds * kChains * kLanes * (quads ? 8 : pairs ? 4 : 2);
+  return num_tasks * num_rounds * kChains * kLanes * (quads ? 8 : pairs ? 4 : 2);
 }
 
 }  // namespace CLRT_ISA

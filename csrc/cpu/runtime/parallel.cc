@@ -4,17 +4,24 @@
 #include <sched.h>
 
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
+#include <cstdint>
 #include <cstdlib>
-#include <memory>
+#include <exception>
 #include <mutex>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "cpu/runtime/control_group.h"
 
 namespace codellama_rt {
 namespace {
@@ -71,18 +78,23 @@ struct Region {
 
 class Pool {
  public:
+  // Throws std::runtime_error, with no thread left over, if one cannot be started.
   explicit Pool(int num_workers) {
-    for (int i = 0; i < num_workers; ++i) workers_.emplace_back([this] { work(); });
-  }
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(sleep_);
-      stop_.store(true);
+    try {
+      workers_.reserve(num_workers);
+      while (int(workers_.size()) < num_workers) workers_.emplace_back([this] { work(); });
+    } catch (const std::exception& error) {
+      const size_t started = workers_.size();
+      stop();
+      throw std::runtime_error("thread " + std::to_string(started + 2) +
+                               " of num_threads=" + std::to_string(num_workers + 1) +
+                               " cannot be started (" + error.what() +
+                               "); set fewer (set_num_threads, CODELLAMA_RT_NUM_THREADS)");
     }
-    wake_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
   }
+  ~Pool() { stop(); }
 
+  // An exception of a task, on whatever thread, ends the region and is thrown here.
   void run(const Region& region) {
     region_ = region;
     next_.store(0, std::memory_order_relaxed);
@@ -92,7 +104,7 @@ class Pool {
       std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
     }
-    drain(region);
+    drain();
     // A worker that was asleep may still be on its way: every one must pass, for `region_` is ours.
     for (int spins = 0; running_.load(std::memory_order_acquire) > 0; ++spins) {
       if (spins < kSpins) {
@@ -101,12 +113,30 @@ class Pool {
         sched_yield();
       }
     }
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
-  void drain(const Region& region) {
-    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < region.num_tasks;) {
-      region.body(region.context, task);
+  void stop() {
+    {
+      std::lock_guard<std::mutex> lock(sleep_);
+      stop_.store(true);
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
+  void drain() {
+    const Region region = region_;
+    try {
+      for (int64_t task;
+           (task = next_.fetch_add(1, std::memory_order_relaxed)) < region.num_tasks;) {
+        region.body(region.context, task);
+      }
+    } catch (...) {
+      next_.store(region.num_tasks, std::memory_order_relaxed);  // no thread begins another task
+      std::lock_guard<std::mutex> lock(sleep_);
+      if (!error_) error_ = std::current_exception();
     }
   }
 
@@ -114,7 +144,7 @@ class Pool {
     const DefaultFloatMode mode;
     uint64_t seen = 0;
     while (await(&seen)) {
-      drain(region_);
+      drain();
       running_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -135,13 +165,14 @@ class Pool {
   }
 
   bool changed(uint64_t* seen) {
-    const uint64_t now = generation_.load(std::memory_order_acquire);
+    const uint64_t now = generation_.load();  // in one order with `sleepers_`: no wake-up is lost
     const bool is_new = now != *seen;
     *seen = now;
     return is_new || stop_.load(std::memory_order_relaxed);
   }
 
   Region region_;
+  std::exception_ptr error_;  // the first of a region; under `sleep_` until all have passed
   alignas(64) std::atomic<uint64_t> generation_{0};
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int> running_{0};
@@ -152,20 +183,48 @@ class Pool {
   std::vector<std::thread> workers_;
 };
 
-int default_num_threads() {
-  if (const char* text = std::getenv("CODELLAMA_RT_NUM_THREADS")) {
-    if (const int n = std::atoi(text); n >= 1) return n;
+// CPUs in the affinity mask, whose size the kernel knows and programs guess.
+int num_affine_cpus() {
+  for (int most = 1024; most <= 1 << 20; most *= 2) {
+    cpu_set_t* set = CPU_ALLOC(most);
+    const size_t bytes = CPU_ALLOC_SIZE(most);
+    const bool fits = set && sched_getaffinity(0, bytes, set) == 0;
+    const int count = fits ? CPU_COUNT_S(bytes, set) : 0;
+    CPU_FREE(set);
+    if (fits) return count;
   }
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+  return 1;
+}
+
+int num_threads_from(const std::string& text) {
+  const bool digits = text.find_first_not_of("0123456789") == std::string::npos;
+  const long long n = digits && text.size() < 10 ? std::atoll(text.c_str()) : 0;
+  if (n >= 1) return int(n);
+  throw std::invalid_argument("CODELLAMA_RT_NUM_THREADS=" + text +
+                              ": expected a whole number of threads, at least 1");
+}
+
+// CPUs that this process may run on, and no more than its control group has time for: threads that
+// share one CPU's time wait for one another at the end of every region. Part of a CPU counts as
+// one.
+int default_num_threads() {
+  const char* text = std::getenv("CODELLAMA_RT_NUM_THREADS");
+  if (text && *text) return num_threads_from(text);
+  const int cpus = num_affine_cpus();
+  const double quota = std::ceil(cpu_quota());
+  return quota < cpus ? int(quota) : cpus;
 }
 
 std::mutex busy;  // held by the thread whose region the pool runs
 std::atomic<int> wanted_threads{0};
-Pool* pool = nullptr;  // started by the first region that wants it
-int pool_threads = 0;
+Pool* pool = nullptr;  // started by the first region that wants it; never ended, for threads may
+int pool_threads = 0;  // still be inside when the process exits
 thread_local bool inside = false;
+
+struct Inside {
+  Inside() { inside = true; }
+  ~Inside() { inside = false; }
+};
 
 // A forked child has none of its parent's threads: it forgets the pool and starts its own.
 void forget_pool() {
@@ -173,11 +232,11 @@ void forget_pool() {
   pool_threads = 0;
   new (&busy) std::mutex;
 }
+[[maybe_unused]] const int forgets = pthread_atfork(nullptr, nullptr, forget_pool);
 
 void start_pool(int threads) {
-  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
-  (void)registered;
-  delete pool;
+  pool_threads = 0;
+  delete std::exchange(pool, nullptr);  // first, so that there are never more threads than wanted
   pool = new Pool(threads - 1);
   pool_threads = threads;
 }
@@ -193,15 +252,15 @@ void parallel_for(int64_t num_tasks, void (*body)(void*, int64_t), void* context
     return;
   }
   if (pool_threads != threads) start_pool(threads);
-  inside = true;
+  const Inside here;
   pool->run({body, context, num_tasks});
-  inside = false;
 }
 
 int num_threads() {
   int n = wanted_threads.load(std::memory_order_relaxed);
-  if (n == 0) wanted_threads.store(n = default_num_threads());
-  return n;
+  if (n != 0) return n;
+  const int usual = default_num_threads();
+  return wanted_threads.compare_exchange_strong(n, usual) ? usual : n;  // another may have set it
 }
 
 void set_num_threads(int n) { wanted_threads.store(n); }
@@ -217,6 +276,8 @@ void* scratch(Scratch slot, size_t bytes) {
   if (arena.bytes < bytes) {
     std::free(arena.memory);
     arena.memory = nullptr;
+    arena.bytes = 0;
+    if (bytes > PTRDIFF_MAX - 4096) throw std::bad_alloc();
     const size_t rounded = (bytes + 4095) / 4096 * 4096;
     arena.memory = std::aligned_alloc(4096, rounded);
     if (!arena.memory) throw std::bad_alloc();

@@ -10,11 +10,13 @@
 
 namespace codellama_rt {
 
-// Runs body(context, task) for every task in [0, num_tasks), on up to num_threads() threads.
+// Runs body(context, task) for every task in [0, num_tasks), on up to num_threads() threads. If one
+// throws, the rest is left out and the exception is thrown to the caller. A thread that cannot be
+// started is a std::runtime_error; calls with a smaller num_threads work after it.
 void parallel_for(int64_t num_tasks, void (*body)(void* context, int64_t task), void* context);
 
 #pragma GCC visibility push(default)
-int num_threads();
+int num_threads();            // throws std::invalid_argument for a bad CODELLAMA_RT_NUM_THREADS
 void set_num_threads(int n);  // n >= 1
 #pragma GCC visibility pop
 

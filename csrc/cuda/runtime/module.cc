@@ -3,6 +3,7 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include "bind/gil.h"
 #include "cuda/linear/cublaslt.h"
 #include "cuda/runtime/runtime.h"
 
@@ -42,9 +43,14 @@ struct Shared {
   py::object owner;
 };
 
+// On any thread of the consumer, at any time: once the interpreter ends, its memory ends with it.
 void delete_shared(DLManagedTensor* managed) {
-  const py::gil_scoped_acquire gil;
-  delete static_cast<Shared*>(managed->context);
+  if (!Py_IsInitialized()) return;
+  const GilHeld gil;
+  auto* shared = static_cast<Shared*>(managed->context);
+  PyObject* owner = shared->owner.release().ptr();
+  delete shared;
+  or_sleep_for_good([&] { Py_XDECREF(owner); });
 }
 
 // The consumer renames the capsule it took; one that nobody took is freed with it.
@@ -94,7 +100,7 @@ void add_runtime(py::module_& m) {
   });
   m.def("fill_async",
         [](uintptr_t memory, int byte, size_t bytes) { fill_async(pointer(memory), byte, bytes); });
-  m.def("synchronize", synchronize, py::call_guard<py::gil_scoped_release>());
+  m.def("synchronize", synchronize, py::call_guard<GilReleased>());
   m.def("begin_capture", begin_capture);
   m.def("end_capture", [] { return address(end_capture()); });
   m.def("launch_graph", [](uintptr_t graph) { launch_graph(pointer(graph)); });

@@ -41,3 +41,13 @@ def test_no_other_build_needs_it(tmp_path, wanted, has_nvcc):
         compiler.write_text("#!/bin/sh\n")
         compiler.chmod(0o755)
     assert not [line for line in required(tmp_path, wanted) if line.startswith("nvidia")]
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="no cmake")
+@pytest.mark.parametrize("wanted", ["yes", "1", "on"])
+def test_a_build_refuses_what_is_no_choice(wanted):
+    script = REPOSITORY / "csrc" / "cuda" / "cuda.cmake"
+    command = ["cmake", f"-DCODELLAMA_RT_CUDA={wanted}", "-P", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert f"CODELLAMA_RT_CUDA must be ON, OFF or AUTO, got '{wanted}'" in result.stderr
