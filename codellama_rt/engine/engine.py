@@ -24,13 +24,12 @@ import numpy as np
 
 from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.block_manager import BlockManager
-from codellama_rt.engine.ends import end_token_ids
 from codellama_rt.engine.owner import Owner
 from codellama_rt.engine.request import Output, Request, Sample, check_params, checked_prompt
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.scheduler import Scheduler
 from codellama_rt.engine.sequence import Chunk, Sequence
-from codellama_rt.engine.stop_strings import Tokenizer
+from codellama_rt.engine.stop_strings import Tokenizer, end_token_ids
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.interface import Decoder, KVCache
 from codellama_rt.model.lora import LoraAdapter, check_adapter

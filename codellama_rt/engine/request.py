@@ -14,7 +14,7 @@ from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
 from codellama_rt.engine.sampler import TokenSampler
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
-from codellama_rt.engine.stop_strings import TextStream, Tokenizer
+from codellama_rt.engine.stop_strings import TextStream, Tokenizer, control_tokens
 
 
 @dataclass(slots=True)
@@ -79,8 +79,9 @@ class Request:
         self.params = params
         self.seed = seed
         self.max_len = max_len
-        self.stop_names = _control_tokens(params.stop, tokenizer, vocab_size)
-        ends = {*eos_token_ids, *_filling_end(sequence, tokenizer)}
+        self.stop_names = control_tokens(params.stop, tokenizer, vocab_size)
+        filling_end = None if tokenizer is None else tokenizer.filling_end(sequence.token_ids)
+        ends = [i for i in (*eos_token_ids, filling_end) if i is not None]
         self.end_ids = frozenset(params.stop_token_ids).union(
             self.stop_names, () if params.ignore_eos else ends
         )
@@ -251,20 +252,6 @@ def _last_output(
     request_id: str, index: int, reason: str, text: str = "", error: Exception | None = None
 ) -> Output:
     return Output(request_id, index, [], text, finished=True, finish_reason=reason, error=error)
-
-
-def _filling_end(prompt: Sequence, tokenizer: Tokenizer | None) -> list[int]:
-    """Return <EOT> for a prompt that asks for a filling, in a list."""
-    end = None if tokenizer is None else tokenizer.filling_end(prompt.token_ids)
-    return [] if end is None else [end]
-
-
-def _control_tokens(
-    stop: Iterable[str], tokenizer: Tokenizer | None, vocab_size: int
-) -> dict[int, str]:
-    """Return the stop strings that name control tokens, by id: no text would ever hold them."""
-    ids = {} if tokenizer is None else {name: tokenizer.control_id(name) for name in stop}
-    return {i: name for name, i in ids.items() if i is not None and i < vocab_size}
 
 
 def checked_prompt(prompt_token_ids: object, vocab_size: int) -> array:
