@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 import numpy as np
@@ -34,8 +34,23 @@ from codellama_rt.model.batch import Batch
 from codellama_rt.model.interface import Decoder, KVCache
 from codellama_rt.model.lora import LoraAdapter, check_adapter
 
-if TYPE_CHECKING:
-    from codellama_rt.engine.branches import Branches
+
+class Search(Protocol):
+    """What computes on the engine's blocks beside its requests: `Branches`.
+
+    Attributes:
+        live: the sequences that have or want blocks.
+        is_computing: whether some of them are to be computed.
+    """
+
+    live: Mapping[Sequence, Any]
+    is_computing: bool
+
+    def give_way(self) -> bool:
+        """Free some blocks that can be spared, and return whether there were any."""
+
+    def recover(self) -> None:
+        """Make good what an exception has left half done."""
 
 
 class _InFlight(NamedTuple):
@@ -106,7 +121,7 @@ class Engine:
         self._has_dynamic_rope = scaling is not None and scaling.kind == "dynamic"
         self._requests: dict[str, Request] = {}  # unfinished
         self._samples: dict[Sequence, Sample] = {}  # unfinished and forked
-        self.searches: WeakSet[Branches] = WeakSet()  # others that use the same blocks
+        self.searches: WeakSet[Search] = WeakSet()  # others that use the same blocks
         self.owner = Owner(self._recover)
         self._in_flight: _InFlight | None = None
         self._outputs: list[Output] = []  # for the next `step`

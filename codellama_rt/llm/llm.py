@@ -78,7 +78,8 @@ class LLM:
             block_size: tokens per KV block, a multiple of 16; 64 by default, 128 on Ascend.
             max_num_seqs: sequences in one step.
             max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
-            num_threads: threads an op, for the whole process; the CPUs of the process by default.
+            num_threads: threads per op, for the whole process; by default what the environment
+                says, else the CPUs within the quota of the container.
             prefix_caching: whether equal prefixes are computed once.
             attention: on Ascend "custom" (this project's kernels) or "vendor" (MindSpore's).
             runtime: "direct" calls the kernels one after another; "graph" runs the model as a

@@ -130,13 +130,13 @@ def test_a_prompt_that_can_never_fit_is_refused():
     assert spans(run(scheduler)) == [(0, 0, 16)]
 
 
-def test_a_prompt_waits_until_all_of_it_fits_and_is_not_overtaken():
+def test_the_first_in_the_queue_waits_until_all_of_it_fits_and_is_not_overtaken():
     scheduler = scheduler_of(num_blocks=4, block_size=4)
     first = add(scheduler, 5, 0)
+    assert spans(run(scheduler)) == [(0, 0, 5)]
     add(scheduler, 12, 1)
     add(scheduler, 1, 2)
-    assert spans(run(scheduler)) == [(0, 0, 5)]
-    assert spans(run(scheduler)) == [(0, 5, 6)]  # the first in the queue keeps the free blocks
+    assert spans(run(scheduler)) == [(0, 5, 6)]  # one of the two free blocks would do for the last
     scheduler.remove(first)
     assert spans(run(scheduler)) == [(2, 0, 1), (1, 0, 12)]
 
