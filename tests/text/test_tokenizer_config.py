@@ -1,6 +1,7 @@
 """The tokenizer's configuration beside a vocabulary: what each file says, and faults in them."""
 
 import json
+import random
 
 import pytest
 from helpers.tokenizer_files import (
@@ -457,3 +458,65 @@ def test_a_file_that_is_no_file(tmp_path):
     (tmp_path / "tokenizer.model").mkdir()
     with pytest.raises(CheckpointError, match="expected a tokenizer"):
         load_tokenizer(tmp_path / "tokenizer.model")
+
+
+WEIRD = [
+    None, True, False, 0, -1, 10**9, 10**30, 1.5, "", "x", "<s>", "\ud800", "\0", [], [[]], [None],
+    ["<s>"], [{}], {}, {"content": "<s>"}, {"content": None}, {"0": {}}, {"421": {"content": "x"}},
+    {"": ""}, {"type": "Sequence"}, {"type": "Metaspace"}, {"SpecialToken": 5},
+    {"a": {"b": {"c": []}}},
+]  # fmt: skip
+
+
+def mutated(value, rng):
+    """A copy of a JSON value with some part of it replaced, or one more entry."""
+    if rng.random() < 0.2 or not isinstance(value, (dict, list)) or not value:
+        return rng.choice(WEIRD)
+    if isinstance(value, list):
+        i = rng.randrange(len(value))
+        return [*value[:i], mutated(value[i], rng), *value[i + 1 :]]
+    if rng.random() < 0.1:
+        return value | {rng.choice(["lstrip", "content", "id", "processors"]): rng.choice(WEIRD)}
+    key = rng.choice(sorted(value))
+    return value | {key: mutated(value[key], rng)}
+
+
+@pytest.mark.parametrize("kind", ["model", "both", "json"])
+def test_files_with_other_values_are_read_or_refused(tmp_path, kind):
+    rng = random.Random(kind)
+    contents = sentencepiece_json()
+    added = [{"id": int(i), **t} for i, t in DECODER.items()]
+    files = {
+        "tokenizer_config": LLAMA
+        | {
+            "added_tokens_decoder": DECODER, "eos_token": token("<|im_end|>"), "pad_token": "[PAD]",
+            "additional_special_tokens": ["<tag>"], "legacy": True, "add_prefix_space": None,
+            "add_bos_token": True, "add_eos_token": False, "chat_template": "x",
+        },
+        "special_tokens_map": {"eos_token": token("</s>"), "additional_special_tokens": ["<a>"]},
+        "added_tokens": TOKENS,
+        "tokenizer": contents | {"added_tokens": contents["added_tokens"] + added},
+    }  # fmt: skip
+    if kind != "json":
+        model_file(tmp_path)
+    names = [name for name in files if kind != "model" or name != "tokenizer"]
+    opened = 0
+    for _ in range(150):
+        bad = rng.choice(names)
+        for name in names:
+            values = mutated(files[name], rng) if name == bad else files[name]
+            if name == "tokenizer_config" and bad != name and rng.random() < 0.5:
+                values = LLAMA  # so that the older files count
+            (tmp_path / f"{name}.json").write_text(json.dumps(values))
+        tokenizer, refusal = None, None
+        try:
+            tokenizer = load_tokenizer(tmp_path)
+        except CheckpointError as error:
+            refusal = error
+        if refusal is not None:
+            assert ".json" in str(refusal)
+            continue
+        opened += 1
+        assert isinstance(tokenizer.decode(ids_of(tokenizer)), str)
+        assert tokenizer.vocab_size < 10**6
+    assert 10 < opened < 150
