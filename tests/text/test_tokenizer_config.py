@@ -309,6 +309,12 @@ def test_what_a_fast_tokenizer_puts_around_a_text(tmp_path, adds_eos):
     assert (after.adds_bos, after.adds_eos) == (True, adds_eos)
 
 
+def test_a_tokenizer_json_alone_says_how_a_text_begins(tmp_path):
+    tokenizer = load_tokenizer(json_file(tmp_path, bpe_json()))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (0, None, True)
+    assert tokenizer.encode("a") == [0, BPE_PIECES.index("a")]
+
+
 # Faults
 
 

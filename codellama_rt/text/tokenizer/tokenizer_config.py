@@ -236,23 +236,25 @@ def _class(
 
 
 def _surroundings(
-    fields: ConfigFields, source: ConfigFields, roles: Mapping[str, int | None], kind: str
+    fields: ConfigFields, source: ConfigFields, roles: dict[str, int | None], kind: str
 ) -> tuple[bool, bool]:
     """Return whether a text begins with bos and ends with eos.
 
-    The classes of Llama follow their options; other fast ones follow tokenizer.json.
+    The classes of Llama follow their options; other fast ones follow tokenizer.json, whose tokens
+    become the roles that no file states.
     """
     stated = fields.flag("add_bos_token", True), fields.flag("add_eos_token", False)
     if not source.values or kind in _LLAMA_CLASSES:
         return stated
+    adds = {"bos": False, "eos": False}
     post_processor = source.values.get("post_processor") or {}
-    adds_bos = adds_eos = False
     for step in post_processor.get("processors", [post_processor]):
         single = step.get("single") or [{}]
-        ids = [_special_id(step, part) for part in (single[0], single[-1])]
-        adds_bos |= ids[0] is not None and ids[0] == roles.get("bos")
-        adds_eos |= ids[1] is not None and ids[1] == roles.get("eos")
-    return adds_bos, adds_eos
+        for role, part in (("bos", single[0]), ("eos", single[-1])):
+            token_id = _special_id(step, part)
+            if token_id is not None:
+                adds[role] = roles.setdefault(role, token_id) == token_id
+    return adds["bos"], adds["eos"]
 
 
 def _special_id(step: Mapping[str, Any], part: Mapping[str, Any]) -> int | None:
