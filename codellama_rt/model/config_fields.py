@@ -59,7 +59,7 @@ class ConfigFields:
             raise self.fault(key, expected)
         return number
 
-    def flag(self, key: str, default: bool | None) -> Any:
+    def flag(self, key: str, default: bool) -> bool:
         """Return a boolean, or the default when the key is absent."""
         value = self.values.get(key)
         if value is None:

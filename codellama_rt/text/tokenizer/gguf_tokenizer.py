@@ -106,11 +106,13 @@ class _GgufVocabulary:
 
 
 def _sentencepiece(vocabulary: _GgufVocabulary) -> SentencePieceTokenizer:
-    types, infill_ids = vocabulary.types, _infill_ids(vocabulary)
+    has_space = vocabulary.fields.flag("add_space_prefix", True)
+    config = vocabulary.config(adds_bos=True)
+    infill_ids = _infill_ids(vocabulary)
+    types = vocabulary.types
     for token_id in infill_ids.values():
         if types[token_id] == USER_DEFINED:  # such a piece would match inside a user's text
             types[token_id] = CONTROL
-    has_space = vocabulary.fields.flag("add_space_prefix", True)
     proto = build_model_proto(
         vocabulary.pieces,
         vocabulary.numbers("scores"),
@@ -120,7 +122,6 @@ def _sentencepiece(vocabulary: _GgufVocabulary) -> SentencePieceTokenizer:
         eos_id=vocabulary.eos_id,
         add_dummy_prefix=has_space,
     )
-    config = vocabulary.config(adds_bos=True)
     return SentencePieceTokenizer(
         proto, replace(config, infill_ids=infill_ids), source=str(vocabulary.path)
     )

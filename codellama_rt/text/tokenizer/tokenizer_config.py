@@ -273,7 +273,7 @@ def _spacing(
     added to it, as in fine-tunes, it follows AutoTokenizer.
     """
     is_code = kind.startswith("CodeLlama")  # these classes do not know add_prefix_space
-    legacy, has_space = fields.flag("legacy", None), fields.flag("add_prefix_space", None)
+    legacy, has_space = _option(fields, "legacy"), _option(fields, "add_prefix_space")
     if source.values and not (has_model and has_space is not None and not is_code):
         return _spacing_of_json(source.values)
     if not has_space and "add_prefix_space" in fields.values and not is_code:
@@ -282,6 +282,10 @@ def _spacing(
     if kind == "CodeLlamaTokenizer" and not legacy and not is_extended:
         return "start"
     return "first" if legacy is False and not is_code else "each"
+
+
+def _option(fields: ConfigFields, key: str) -> bool | None:
+    return None if fields.values.get(key) is None else fields.flag(key, False)
 
 
 def _spacing_of_json(contents: Mapping[str, Any]) -> Spacing:
