@@ -14,6 +14,7 @@ from helpers.tokenizer_files import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2 as pb
 
 from codellama_rt.errors import CheckpointWarning
 from codellama_rt.text.tokenizer import FILL_TOKEN, TokenIdError, load_tokenizer, split_fill
@@ -125,6 +126,16 @@ def test_special_tokens_are_parsed_only_on_request(bpe):
     assert SPM.eos_id in SPM.encode(text, parse_special=True)
     assert bpe.eos_id not in bpe.encode(text)
     assert bpe.encode(text, parse_special=True)[-1] == bpe.eos_id
+
+
+def test_characters_without_a_piece_are_the_unknown_token():
+    proto = pb.ModelProto.FromString(sentencepiece_model())
+    proto.trainer_spec.byte_fallback = False
+    for entry in proto.pieces:
+        entry.type = 1 if entry.type == 6 else entry.type  # no bytes
+    tokenizer = SentencePieceTokenizer(proto.SerializeToString())
+    for encode in (tokenizer.encode, tokenizer.encode_plain, tokenizer.encode_continuation):
+        assert 0 in encode("def 日")
 
 
 @pytest.mark.parametrize("ids", [[5], (5,), np.array([5]), np.int64(5), 5])

@@ -19,7 +19,7 @@ from codellama_rt.text.tokenizer.tokenizer_base import (
     as_id_list,
     check_text,
 )
-from codellama_rt.text.tokenizer.tokenizer_config import Spacing, TokenizerConfig
+from codellama_rt.text.tokenizer.tokenizer_config import TokenizerConfig
 
 SPACE = "▁"  # U+2581, a space inside a piece
 INFILL_PIECES = {"prefix": "▁<PRE>", "middle": "▁<MID>", "suffix": "▁<SUF>", "eot": "▁<EOT>"}
@@ -68,8 +68,8 @@ class SentencePieceTokenizer(Tokenizer):
         has_space = proto.normalizer_spec.add_dummy_prefix
         proto.normalizer_spec.add_dummy_prefix = False
         self._model = _processor(proto.SerializeToString(), source)
-        config = _completed(config or TokenizerConfig(), proto, self._model)
-        self.spacing: Spacing = config.spacing if has_space else "none"
+        config = _completed(config or TokenizerConfig(), proto, self._model, has_space)
+        self.spacing = config.spacing
 
         pieces = config.pieces([entry.piece for entry in proto.pieces])
         infill_ids = config.infill_ids
@@ -84,6 +84,7 @@ class SentencePieceTokenizer(Tokenizer):
         special = {i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL)}
         special |= {*infill_ids.values(), *(i for i, p in enumerate(pieces) if p == STEP_PIECE)}
         special |= {token.id for token in config.added if token.special}
+        self._merged = frozenset(i for i in special if types[i] == NORMAL)
         super().__init__(
             pieces,
             [_piece_bytes(piece, types[i], i in special) for i, piece in enumerate(pieces)],
@@ -158,7 +159,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Replace infilling tokens that merges have formed by plain pieces: ▁< and EOT>."""
         plain: list[int] = []
         for token_id in ids:
-            if token_id in self.special_ids:
+            if token_id in self._merged:
                 name = self.pieces[token_id]
                 for half in (name[:2], name[2:]):
                     plain += self._model.encode(half)
@@ -275,8 +276,8 @@ def _piece_bytes(piece: str, kind: int, special: bool) -> bytes:
     return piece.encode() if special else piece.replace(SPACE, " ").encode()
 
 
-def _completed(config: TokenizerConfig, proto: Any, model: Any) -> TokenizerConfig:
-    """Return a configuration with what the model itself says: roles, and tokens of the user."""
+def _completed(config: TokenizerConfig, proto: Any, model: Any, has_space: bool) -> TokenizerConfig:
+    """Return a configuration with what the model itself says: roles, tokens, no space in front."""
     own = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
     role_ids = {role: None if token_id < 0 else token_id for role, token_id in own.items()}
     known = {token.id for token in config.added}
@@ -285,4 +286,9 @@ def _completed(config: TokenizerConfig, proto: Any, model: Any) -> TokenizerConf
         for i, entry in enumerate(proto.pieces)
         if entry.type == USER_DEFINED and SPACE not in entry.piece and i not in known
     ]
-    return replace(config, role_ids=role_ids | config.role_ids, added=(*matched, *config.added))
+    return replace(
+        config,
+        role_ids=role_ids | config.role_ids,
+        added=(*matched, *config.added),
+        spacing=config.spacing if has_space else "none",
+    )
