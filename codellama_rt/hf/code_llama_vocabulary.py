@@ -12,6 +12,7 @@ from codellama_rt.hf.batch_encoding import check_side
 from codellama_rt.model.config_fields import ConfigFields
 from codellama_rt.text.chat import read_chat_template
 from codellama_rt.text.tokenizer import FILL_TOKEN, load_tokenizer
+from codellama_rt.text.tokenizer.directory_config import CONFIG_FILE, read_fields
 from codellama_rt.text.tokenizer.save_tokenizer import added_tokens_decoder, spacing_options
 from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
     INFILL_PIECES,
@@ -19,7 +20,7 @@ from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
     SentencePieceTokenizer,
 )
 from codellama_rt.text.tokenizer.tokenizer_base import as_id_list, token_text
-from codellama_rt.text.tokenizer.tokenizer_config import CONFIG_FILE, ROLES, read_fields
+from codellama_rt.text.tokenizer.tokenizer_config import ROLES
 
 _FLAGS = ("suffix_first", "clean_up_tokenization_spaces")
 _TEXTS = ("fill_token", "padding_side", "truncation_side")

@@ -21,9 +21,9 @@ from codellama_rt.hf.code_llama_tokenizer import CodeLlamaTokenizer
 from codellama_rt.text.chat.jinja_format import JinjaFormat
 from codellama_rt.text.chat.messages import Message
 from codellama_rt.text.tokenizer import MAX_MODEL_BYTES, load_tokenizer
+from codellama_rt.text.tokenizer.directory_config import MAX_ADDED_TOKENS
 from codellama_rt.text.tokenizer.save_tokenizer import save_tokenizer
 from codellama_rt.text.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
-from codellama_rt.text.tokenizer.tokenizer_config import MAX_ADDED_TOKENS
 
 SPM = SentencePieceTokenizer(sentencepiece_model())
 SIZE = SPM.vocab_size

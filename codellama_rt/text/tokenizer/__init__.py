@@ -12,13 +12,13 @@ from typing import Any
 
 from codellama_rt.checkpoint.formats.gguf_file import find_gguf_metadata
 from codellama_rt.errors import CheckpointError, warn_of_checkpoint
+from codellama_rt.text.tokenizer.detokenizer import IncrementalDetokenizer
+from codellama_rt.text.tokenizer.directory_config import read_config
 from codellama_rt.text.tokenizer.tokenizer_base import (
-    IncrementalDetokenizer,
     TokenIdError,
     Tokenizer,
     check_text,
 )
-from codellama_rt.text.tokenizer.tokenizer_config import read_config
 
 __all__ = [
     "FILL_TOKEN",

@@ -8,6 +8,7 @@ from typing import Any
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.errors import CheckpointError
 from codellama_rt.text.tokenizer.bpe_tokenizer import BpeTokenizer, panics_refused
+from codellama_rt.text.tokenizer.directory_config import read_config
 from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
     BYTE,
     CONTROL,
@@ -19,7 +20,6 @@ from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
     build_model_proto,
 )
 from codellama_rt.text.tokenizer.tokenizer_base import Tokenizer
-from codellama_rt.text.tokenizer.tokenizer_config import read_config
 
 
 def tokenizer_from_json(path: Path) -> Tokenizer:

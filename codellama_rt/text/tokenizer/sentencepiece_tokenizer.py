@@ -197,7 +197,8 @@ class SentencePieceTokenizer(Tokenizer):
             text = SPACE + text
         return self._model.encode(text)
 
-    def _lead_length(self, ids: Sequence[int]) -> int:
+    def lead_length(self, ids: Sequence[int]) -> int:
+        """Return how many leading characters of the text of `ids` were added by the encoder."""
         has_lead = self.spacing not in ("none", "never")
         return int(has_lead and bool(ids) and self.piece(ids[0]).startswith(SPACE))
 

@@ -7,10 +7,10 @@ UTF-8 decode, whole or incremental, for every kind of tokenizer.
 import codecs
 import operator
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
 from typing import Any
 
 from codellama_rt.text.tokenizer.added_tokens import AddedToken, TokenSplitter
+from codellama_rt.text.tokenizer.detokenizer import IncrementalDetokenizer
 from codellama_rt.text.tokenizer.end_tokens import find_end_ids
 from codellama_rt.text.tokenizer.tokenizer_config import ROLES, TokenizerConfig
 
@@ -223,17 +223,17 @@ class Tokenizer:
         if skip_special_tokens:
             shown = [token_id for token_id in shown if token_id not in self.special_ids]
         text = b"".join(map(self._piece_bytes.__getitem__, shown))
-        return text.decode("utf-8", self.decode_errors)[self._lead_length(shown) :]
+        return text.decode("utf-8", self.decode_errors)[self.lead_length(shown) :]
 
     def decode_infill(self, ids: Iterable[int]) -> str:
         """Decode the ids of a filling, up to its end token; a leading space is kept."""
         raise cannot_infill(self.vocab_size)
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> "IncrementalDetokenizer":
+    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> IncrementalDetokenizer:
         """Return an incremental decoder for the ids that follow `prompt_ids`."""
         return IncrementalDetokenizer(self, self._checked(as_id_list(prompt_ids)))
 
-    def _lead_length(self, ids: Sequence[int]) -> int:
+    def lead_length(self, ids: Sequence[int]) -> int:
         """Return how many leading characters of the text of `ids` were added by the encoder."""
         return 0
 
@@ -244,42 +244,6 @@ class Tokenizer:
                 f"token id {bad} is out of range; expected 0 to {len(self._piece_bytes) - 1}"
             )
         return ids
-
-
-class IncrementalDetokenizer:
-    """Decode ids one by one, each character as soon as it is complete.
-
-    The joined pieces equal the decoded continuation, including a leading space; no text is taken
-    back, and the cost of a push does not depend on the length.
-
-    Example:
-        >>> detokenizer = tokenizer.detokenizer(prompt_ids)  # doctest: +SKIP
-        >>> text = "".join(map(detokenizer.push, new_ids)) + detokenizer.flush()  # doctest: +SKIP
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
-        """Start after `prompt_ids`; if those are only the begin token, a text starts here."""
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.decode_errors)
-        self._at_start = bool(prompt_ids) and set(prompt_ids) <= {tokenizer.bos_id}
-        # A prompt may end inside a character; its at most three bytes are in the last three tokens.
-        tail = takewhile(bool, map(tokenizer.token_bytes, reversed(prompt_ids[-3:])))
-        self._decoder.decode(b"".join(reversed(list(tail))))
-
-    def push(self, token_id: int) -> str:
-        """Take the next id and return the text that is now complete, possibly ""."""
-        piece = self._tokenizer.token_bytes(token_id)
-        if piece is None:
-            return ""
-        text = self._decoder.decode(piece)
-        if self._at_start:
-            self._at_start = False
-            text = text[self._tokenizer._lead_length([token_id]) :]
-        return text
-
-    def flush(self) -> str:
-        """End the text; bytes of an incomplete character become U+FFFD."""
-        return self._decoder.decode(b"", final=True)
 
 
 def cannot_infill(n_pieces: int) -> ValueError:
