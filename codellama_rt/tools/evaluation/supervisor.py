@@ -165,7 +165,7 @@ def kill_descendants(settings: Settings) -> None:
 
 
 def _strike(settings: Settings) -> None:
-    if settings.namespace:
+    if settings.namespace and os.getpid() == 1:
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)  # all in the namespace but this process
     elif settings.user is not None:
