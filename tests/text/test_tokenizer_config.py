@@ -309,6 +309,20 @@ def test_what_a_fast_tokenizer_puts_around_a_text(tmp_path, adds_eos):
     assert (after.adds_bos, after.adds_eos) == (True, adds_eos)
 
 
+def test_a_tokenizer_json_of_an_extended_vocabulary_counts(tmp_path):
+    """A tokenizer.model that was left beside it as it was; AutoTokenizer does not read it."""
+    model_file(tmp_path)
+    contents = sentencepiece_json()
+    model = contents["model"]
+    vocabulary = model["vocab"] | {"tb": SIZE, "tbt": SIZE + 1}
+    merges = [*model["merges"], ["t", "b"], ["tb", "t"]]
+    contents["model"] = model | {"vocab": vocabulary, "merges": merges}
+    json_file(tmp_path, contents)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == SIZE + 2
+    assert SIZE + 1 in tokenizer.encode("a tbt")
+
+
 def test_a_tokenizer_json_alone_says_how_a_text_begins(tmp_path):
     tokenizer = load_tokenizer(json_file(tmp_path, bpe_json()))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (0, None, True)

@@ -5,7 +5,7 @@ which a text never becomes a control token; `CodeLlamaTokenizer` follows the slo
 Transformers, which parses control tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def _load_file(path: Path, metadata: Mapping[str, Any] | None) -> Tokenizer:
 
 
 def _sentencepiece(path: Path) -> Tokenizer:
-    from codellama_rt.text.tokenizer.json_tokenizer import converted_contents
+    from codellama_rt.text.tokenizer.json_tokenizer import converted_contents, tokenizer_from_json
     from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
         CONTROL,
         SentencePieceTokenizer,
@@ -149,7 +149,14 @@ def _sentencepiece(path: Path) -> Tokenizer:
     model_proto = path.read_bytes()
     entries = parse_model(model_proto, str(path)).pieces
     control = [entry.piece for entry in entries if entry.type == CONTROL]
-    contents = converted_contents(path.with_name("tokenizer.json"))
+    beside = path.with_name("tokenizer.json")
+    contents = converted_contents(beside)
     pieces = [entry.piece for entry in entries]
+    if contents is not None and contents["model"].get("vocab") != _ids(pieces):
+        return tokenizer_from_json(beside)  # of a vocabulary that was extended, as in Transformers
     config = read_config(path.parent, pieces, contents, model_control=control)
     return SentencePieceTokenizer(model_proto, config, source=str(path))
+
+
+def _ids(pieces: Sequence[str]) -> dict[str, int]:
+    return {piece: token_id for token_id, piece in enumerate(pieces)}

@@ -43,11 +43,10 @@ def tokenizer_from_json(path: Path) -> Tokenizer:
 
 
 def converted_contents(path: Path) -> dict[str, Any] | None:
-    """Return a tokenizer.json that describes the SentencePiece model beside it.
+    """Return the contents of a tokenizer.json beside a tokenizer.model.
 
     Returns:
-        Its contents, without the vocabulary, or None where there is no such file or it describes
-        another kind of model.
+        Its contents, or None where there is no such file or it describes another kind of model.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -58,8 +57,7 @@ def converted_contents(path: Path) -> dict[str, Any] | None:
     model = contents.get("model")
     if not isinstance(model, Mapping) or not model.get("byte_fallback"):
         return None
-    contents["model"] = {"type": "BPE", "vocab": {}, "merges": [], "byte_fallback": True}
-    _backend(path, contents)
+    _backend(path, {**contents, "model": _EMPTY_MODEL})
     return contents
 
 
