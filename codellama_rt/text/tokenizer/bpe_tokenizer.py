@@ -83,18 +83,18 @@ class BpeTokenizer(Tokenizer):
 
     def _post_processor(self) -> dict[str, Any] | None:
         """Return the step of a tokenizer.json that puts bos and eos around a text."""
-        around = [(self.bos_id, self.adds_bos), (self.eos_id, self.adds_eos)]
-        names = {self.pieces[i]: i for i, is_added in around if is_added}
+        head = [self.bos_id] if self.adds_bos else []
+        tail = [self.eos_id] if self.adds_eos else []
+        names = {self.pieces[token_id]: token_id for token_id in (*head, *tail)}
         if not names:
             return None
 
         def text(name: str, type_id: int) -> list[dict[str, Any]]:
-            parts: list[dict[str, Any]] = [{"Sequence": {"id": name, "type_id": type_id}}]
-            for (token_id, is_added), place in zip(around, (0, len(parts) + 1), strict=True):
-                if is_added:
-                    token = {"id": self.pieces[token_id], "type_id": type_id}
-                    parts.insert(place, {"SpecialToken": token})
-            return parts
+            around = [
+                [{"SpecialToken": {"id": self.pieces[i], "type_id": type_id}} for i in ids]
+                for ids in (head, tail)
+            ]
+            return [*around[0], {"Sequence": {"id": name, "type_id": type_id}}, *around[1]]
 
         return {
             "type": "TemplateProcessing",
