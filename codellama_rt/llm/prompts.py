@@ -55,6 +55,14 @@ class PromptEncoder:
             return self.infilling(*parts, params)
         return self._checked(tokenizer.encode_plain(prompt, bos=True)), params
 
+    def tokens(self, prompt: Prompt) -> Sequence[int]:
+        """Return the token ids of a str, or token ids as they are.
+
+        Raises:
+            ValueError: a str without a tokenizer.
+        """
+        return self.require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
+
     def infilling(
         self, prefix: str, suffix: str, params: SamplingParams, *, suffix_first: bool = False
     ) -> Request:

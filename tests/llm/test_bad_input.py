@@ -64,7 +64,7 @@ def not_finite(folder):
 
 
 def unknown_architecture(folder):
-    write_mini(folder, architectures=["MistralForCausalLM"], model_type="mistral")
+    write_mini(folder, architectures=["QwenForCausalLM"], model_type="qwen2")
 
 
 def nothing_there(folder):
@@ -79,7 +79,7 @@ CHECKPOINTS = [  # what is wrong, options, and what the message names
     (truncated, {}, ["model.safetensors", "bytes"]),
     (overlapping, {}, ["model.safetensors"]),
     (not_finite, {"check": "finite"}, [LM_HEAD, "(?i)nan|finite"]),
-    (unknown_architecture, {}, ["Mistral", "Llama"]),
+    (unknown_architecture, {}, ["Qwen", "Llama"]),
     (nothing_there, {}, ["expected a directory or a GGUF file"]),
 ]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from codellama_rt.checkpoint.formats.gguf_file import find_gguf_metadata
+from codellama_rt.checkpoint.formats.gguf_parts import find_gguf
 from codellama_rt.errors import CheckpointError, warn_of_checkpoint
 from codellama_rt.text.tokenizer.detokenizer import IncrementalDetokenizer
 from codellama_rt.text.tokenizer.directory_config import read_config
@@ -85,7 +86,7 @@ def has_tokenizer(path: Path, metadata: Mapping[str, Any] | None) -> bool:
         metadata: of the GGUF file; None for a directory.
     """
     if metadata is not None:
-        return "tokenizer.ggml.model" in metadata
+        return metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
     return any((path / name).is_file() for name in _FILES)
 
 
@@ -115,6 +116,9 @@ def _find(path: Path) -> Path:
     for name in _FILES:
         if (path / name).is_file():
             return path / name
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return gguf
     raise CheckpointError(f"{path}: expected a tokenizer ({' or '.join(_FILES)}), found neither")
 
 
