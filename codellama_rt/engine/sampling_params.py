@@ -63,7 +63,8 @@ class SamplingParams:
         frequency_penalty: subtracted once per occurrence in the output.
         logit_bias: token id -> added to its logit, -100 to 100.
         seed: fixes the draws; None: a fresh seed per request.
-        stop: strings that end the text (a str or up to 16); not included in the text.
+        stop: strings that end the text (a str or up to 16); not included in the text. The name of a
+            control token stands for the token.
         stop_token_ids: token ids that end the output, besides end-of-sequence.
         ignore_eos: continue after end-of-sequence.
         logprobs: report the log-probability of each new token and of this many likeliest ones.

@@ -165,7 +165,7 @@ class LlamaForCausalLM:
         Returns:
             Tensor (rows, length + new tokens) in input_ids' dtype, prompts and continuations; a
             GenerateOutput if return_dict_in_generate. The default end tokens are the checkpoint's,
-            and <EOT> in a row that asks for infilling.
+            and <EOT> in a row that asks for infilling; eos_token_id=None or [] means none.
 
         Raises:
             TypeError: input_ids is not a Tensor of integers, or an unknown argument.
@@ -174,7 +174,7 @@ class LlamaForCausalLM:
         with _ended(streamer):
             rows = as_rows(input_ids)
             config = (generation_config or self.generation_config).replaced(**fields)
-            is_given = generation_config is not None or fields.get("eos_token_id") is not None
+            is_given = generation_config is not None or "eos_token_id" in fields
             is_given |= self.generation_config.eos_token_id != self._stored_ends
             search = self._search(
                 config, rows, attention_mask, config.eos_token_id if is_given else None, tokenizer
@@ -264,6 +264,7 @@ class LlamaForCausalLM:
         tokenizer: Any,
     ) -> Search:
         """Return the search for continuations that end with `ends` (None: the checkpoint's)."""
+        vocab_size = self.config.vocab_size
         all_ends = self.llm.engine.eos_token_ids if ends is None else ends
         if attention_mask is None and config.pad_token_id not in (None, *all_ends):
             attention_mask = rows != config.pad_token_id
@@ -278,17 +279,23 @@ class LlamaForCausalLM:
         if pad_id is None:
             pad_id = next(iter(ends or self.llm.engine.eos_token_ids), 0)
         for token_id in ends or ():
-            check_token_id(token_id, self.config.vocab_size, "eos_token_id")
-        check_token_id(pad_id, self.config.vocab_size, "pad_token_id")
+            check_token_id(token_id, vocab_size, "eos_token_id")
+        check_token_id(pad_id, vocab_size, "pad_token_id")
+        reader = self._reader(tokenizer) if config.stop_strings else None
+        named = [reader.control_id(name) for name in config.stop_strings]  # they have no text
         return Search(
             config,
             prompts,
             rows.astype(np.int64),
-            [frozenset(self._usual_ends(prompt) if ends is None else ends) for prompt in prompts],
+            [
+                frozenset((*(self._usual_ends(prompt) if ends is None else ends), *named))
+                & frozenset(range(vocab_size))
+                for prompt in prompts
+            ],
             pad_id,
             config.new_tokens(rows.shape[1]),
             self.llm.max_model_len,
-            tokenizer=self._reader(tokenizer) if config.stop_strings else None,
+            tokenizer=reader,
             adapter=self._adapter,
         )
 
@@ -304,12 +311,10 @@ class LlamaForCausalLM:
         found.pad_vocabulary(self.config.vocab_size)
         return found
 
-    def _usual_ends(self, prompt: list[int]) -> tuple[int, ...]:
+    def _usual_ends(self, prompt: list[int]) -> tuple[int | None, ...]:
         """Return the checkpoint's end tokens, and <EOT> for a prompt that asks for infilling."""
         ends, tokenizer = self.llm.engine.eos_token_ids, self.llm.tokenizer
-        if tokenizer is not None and tokenizer.can_infill and tokenizer.middle_id in prompt:
-            return (*ends, tokenizer.eot_id)
-        return ends
+        return ends if tokenizer is None else (*ends, tokenizer.filling_end(prompt))
 
     @staticmethod
     def _result(search: Search, found: Found, dtype: np.dtype) -> Any:

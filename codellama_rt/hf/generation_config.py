@@ -138,7 +138,9 @@ class GenerationConfig:
         return cls(**given)
 
     def replaced(self, **given: Any) -> GenerationConfig:
-        """Return a copy with other values; None leaves a field unchanged.
+        """Return a copy with other values; None leaves a field unchanged, but eos_token_id=None.
+
+        That means no end tokens, as in Transformers.
 
         Raises:
             TypeError: an unknown field.
@@ -146,6 +148,8 @@ class GenerationConfig:
         unknown = sorted(given.keys() - {field.name for field in fields(self)})
         if unknown:
             raise TypeError(f"generate() has no argument {', '.join(unknown)}")
+        if given.get("eos_token_id", ()) is None:
+            given["eos_token_id"] = ()
         given = {name: value for name, value in given.items() if value is not None}
         if "max_new_tokens" in given:
             given.setdefault("max_length", None)  # overrides the checkpoint's own limit, if any

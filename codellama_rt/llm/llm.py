@@ -192,7 +192,7 @@ class LLM:
 
         Args:
             prompts: a str, token ids, or a list of either. Special tokens written out in a str
-                stay text.
+                stay text, but for a str that is Code Llama's whole infilling template.
             params: for all, or one a prompt; None: `default_params()`.
             adapter: applied to these prompts; from `load_adapter`.
 

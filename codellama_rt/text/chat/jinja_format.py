@@ -14,6 +14,7 @@ from typing import Any
 
 from codellama_rt.text.chat.messages import Message, texts_of
 from codellama_rt.text.chat.sandbox import ChatTemplateError, render_template
+from codellama_rt.text.tokenizer.tokenizer_config import ROLES
 
 _ESCAPE = re.compile(r"\\u([ef][0-9a-f]{3})")  # JSON's of such a character
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters without an assigned meaning
@@ -49,7 +50,7 @@ class JinjaFormat:
         Raises:
             ChatTemplateError: the template is faulty, forbidden, or rejects the conversation.
         """
-        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        ids = {f"{role}_token": getattr(tokenizer, f"{role}_id") for role in ROLES}
         names = {name: "" if i is None else tokenizer.piece(i) for name, i in ids.items()}
         return render_messages(self.source, messages, names, add_generation_prompt)
 

@@ -3,12 +3,15 @@
 import codecs
 import itertools
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from codellama_rt.errors import CheckpointError
+from codellama_rt.text.tokenizer.added_tokens import AddedToken
 from codellama_rt.text.tokenizer.tokenizer_base import Tokenizer
+from codellama_rt.text.tokenizer.tokenizer_config import TokenizerConfig
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -98,66 +101,84 @@ class BpeTokenizer(Tokenizer):
     """Text to ids and back by byte-level BPE; Llama models of this kind have no infilling format.
 
     Args:
-        backend: a `tokenizers.Tokenizer` that does not know special tokens, or ignores them.
-        pieces: the vocabulary by id.
-        special_ids: ids of control tokens.
-        literal_ids: ids of other pieces that are plain text, not byte letters.
-        bos_id, eos_id, adds_bos: as for `Tokenizer`.
+        backend: a `tokenizers.Tokenizer` without added tokens.
+        pieces: the vocabulary by id, without added tokens behind it.
+        special_ids: ids of control tokens, besides the special ones of `config`.
+        config: what the checkpoint says beside the vocabulary.
+        source: the file's name, for messages.
     """
 
     def __init__(
         self,
         backend: Any,
         pieces: Sequence[str],
-        *,
         special_ids: Iterable[int],
-        literal_ids: Iterable[int] = (),
-        bos_id: int | None,
-        eos_id: int | None,
-        adds_bos: bool,
+        config: TokenizerConfig,
+        source: str,
     ) -> None:
-        self._backend = backend
+        self._backend, self._source = backend, source
         special_ids = frozenset(special_ids)
-        literal = special_ids.union(literal_ids)
-        super().__init__(
-            pieces,
-            [p.encode() if i in literal else _bytes_of(p) for i, p in enumerate(pieces)],
-            special_ids,
-            bos_id=bos_id,
-            eos_id=eos_id,
-            adds_bos=adds_bos,
-        )
-
-        self._literal_ids = literal
+        pieces = config.pieces(pieces)
+        literal = special_ids.union(token.id for token in config.added)
+        bytes_of = [p.encode() if i in literal else _bytes_of(p) for i, p in enumerate(pieces)]
+        super().__init__(pieces, bytes_of, special_ids, config)
 
     def as_json(self) -> dict[str, Any]:
         """Return the contents of a tokenizer.json."""
         contents = json.loads(self._backend.to_str())
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        contents["added_tokens"] = [
-            {"id": i, "content": self.pieces[i], **flags, "special": i in self.special_ids}
-            for i in sorted(self._literal_ids)
-        ]
+        added = {token.id: token for token in self.config.added}
+        for i in self.special_ids:
+            if i not in added and i < self.vocab_size and self.pieces[i]:
+                added[i] = AddedToken(i, self.pieces[i], special=True)
+        contents["added_tokens"] = [asdict(added[i]) for i in sorted(added)]
         contents["decoder"] = {
             "type": "ByteLevel",
             "add_prefix_space": False,
             "trim_offsets": True,
             "use_regex": True,
         }
-        if self.adds_bos:
-            bos = {"SpecialToken": {"id": self.pieces[self.bos_id], "type_id": 0}}
-            text = [{"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")]
-            named = {"id": bos["SpecialToken"]["id"], "ids": [self.bos_id]}
-            contents["post_processor"] = {
-                "type": "TemplateProcessing",
-                "single": [bos, text[0]],
-                "pair": [bos, *text],
-                "special_tokens": {named["id"]: named | {"tokens": [named["id"]]}},
-            }
+        contents["post_processor"] = self._post_processor()
         return contents
 
-    def _encode_text(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+    def _post_processor(self) -> dict[str, Any] | None:
+        """Return the step of a tokenizer.json that puts bos and eos around a text."""
+        head = [self.bos_id] if self.adds_bos else []
+        tail = [self.eos_id] if self.adds_eos else []
+        names = {self.pieces[token_id]: token_id for token_id in (*head, *tail)}
+        if not names:
+            return None
+
+        def text(name: str, type_id: int) -> list[dict[str, Any]]:
+            around = [
+                [{"SpecialToken": {"id": self.pieces[i], "type_id": type_id}} for i in ids]
+                for ids in (head, tail)
+            ]
+            return [*around[0], {"Sequence": {"id": name, "type_id": type_id}}, *around[1]]
+
+        return {
+            "type": "TemplateProcessing",
+            "single": text("A", 0),
+            "pair": [*text("A", 0), *text("B", 1)],
+            "special_tokens": {n: {"id": n, "ids": [i], "tokens": [n]} for n, i in names.items()},
+        }
+
+    def _encode_stretch(self, text: str, is_first: bool) -> list[int]:
+        with panics_refused(self._source):
+            return self._backend.encode(text, add_special_tokens=False).ids
+
+
+@contextmanager
+def panics_refused(source: str) -> Iterator[None]:
+    """Turn a panic of `tokenizers`, which is no Exception, into a CheckpointError.
+
+    A pattern of a tokenizer.json can make it panic, when it is read or while a text is split.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{source}: its patterns cannot be used: {error!s:.200}") from None
 
 
 def build_bpe(pieces: Sequence[str], merges: Iterable[str], pre: PreTokenizer) -> Any:

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from codellama_rt.errors import CheckpointError, warn_of_checkpoint
 from codellama_rt.model.config_fields import ConfigFields
+from codellama_rt.text.tokenizer.added_tokens import AddedToken
 from codellama_rt.text.tokenizer.bpe_tokenizer import BpeTokenizer, build_bpe, find_pre_tokenizer
 from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
     BYTE,
@@ -20,6 +22,7 @@ from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
     build_model_proto,
 )
 from codellama_rt.text.tokenizer.tokenizer_base import Tokenizer
+from codellama_rt.text.tokenizer.tokenizer_config import TokenizerConfig
 
 # The keys of the infilling tokens in newer and in older files.
 _INFILL_KEYS = {
@@ -27,6 +30,12 @@ _INFILL_KEYS = {
     "middle": ("fim_mid_token_id", "middle_token_id"),
     "suffix": ("fim_suf_token_id", "suffix_token_id"),
     "eot": ("eot_token_id",),
+}
+_ROLE_KEYS = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "unk": "unknown_token_id",
+    "pad": "padding_token_id",
 }
 
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
@@ -68,6 +77,17 @@ class _GgufVocabulary:
         self.eos_id = self.token_id("eos_token_id")
         self.unk_id = self.token_id("unknown_token_id")
         self.types = self._types()
+
+    def config(self, *, adds_bos: bool) -> TokenizerConfig:
+        """Return the roles and ends that the file states, and whether a text begins with bos."""
+        roles = {role: self.token_id(key) for role, key in _ROLE_KEYS.items()}
+        ends = (self.token_id(key) for key in ("eot_token_id", "eom_token_id"))
+        return TokenizerConfig(
+            role_ids={role: token_id for role, token_id in roles.items() if token_id is not None},
+            adds_bos=self.fields.flag("add_bos_token", adds_bos),
+            adds_eos=self.fields.flag("add_eos_token", False),
+            end_ids=tuple(token_id for token_id in ends if token_id is not None),
+        )
 
     def token_id(self, key: str) -> int | None:
         return self.fields.token_id(key, vocab_size=len(self.pieces))
@@ -122,6 +142,8 @@ class _GgufVocabulary:
 
 
 def _sentencepiece(vocabulary: _GgufVocabulary) -> SentencePieceTokenizer:
+    has_space = vocabulary.fields.flag("add_space_prefix", True)
+    config = vocabulary.config(adds_bos=True)
     infill_ids = _infill_ids(vocabulary)
     types = vocabulary.types
     for token_id in infill_ids.values():
@@ -137,13 +159,10 @@ def _sentencepiece(vocabulary: _GgufVocabulary) -> SentencePieceTokenizer:
         unk_id=vocabulary.unk_id,
         bos_id=vocabulary.bos_id,
         eos_id=vocabulary.eos_id,
-        add_dummy_prefix=vocabulary.fields.flag("add_space_prefix", True),
+        add_dummy_prefix=has_space,
     )
     return SentencePieceTokenizer(
-        proto,
-        source=str(vocabulary.path),
-        adds_bos=vocabulary.fields.flag("add_bos_token", True),
-        infill_ids=infill_ids,
+        proto, replace(config, infill_ids=infill_ids), source=str(vocabulary.path)
     )
 
 
@@ -163,22 +182,18 @@ def _infill_ids(vocabulary: _GgufVocabulary) -> dict[str, int]:
 
 
 def _bpe(vocabulary: _GgufVocabulary) -> BpeTokenizer:
-    from tokenizers import AddedToken
-
     pieces, types, fields = vocabulary.pieces, vocabulary.types, vocabulary.fields
     pre = find_pre_tokenizer(fields.values.get("pre", "default"), str(vocabulary.path))
     try:
         backend = build_bpe(pieces, vocabulary.strings("merges"), pre)
     except Exception as error:  # `tokenizers` raises no more specific type
         raise CheckpointError(f"{fields.source}: merges do not fit the tokens: {error}") from None
-    literal_ids = [i for i, kind in enumerate(types) if kind == USER_DEFINED]
-    backend.add_tokens([AddedToken(pieces[i], normalized=False) for i in literal_ids])
+    config = vocabulary.config(adds_bos=pre.adds_bos)
+    plain = [AddedToken(i, pieces[i]) for i, kind in enumerate(types) if kind == USER_DEFINED]
     return BpeTokenizer(
         backend,
         pieces,
-        special_ids=[i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)],
-        literal_ids=literal_ids,
-        bos_id=vocabulary.bos_id,
-        eos_id=vocabulary.eos_id,
-        adds_bos=fields.flag("add_bos_token", pre.adds_bos),
+        [i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)],
+        replace(config, added=tuple(plain)),
+        str(vocabulary.path),
     )

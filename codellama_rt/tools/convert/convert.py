@@ -40,14 +40,14 @@ _TOKENIZER = (
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "LICENSE*",
     "USE_POLICY*",
 )
 _COMPANIONS = (  # files that belong to a model and are copied unchanged
     *_TOKENIZER,
     "generation_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
