@@ -119,7 +119,7 @@ class Engine:
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
         self.scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens)
         scaling = model.config.rope_scaling
-        self._has_dynamic_rope = scaling is not None and scaling.kind == "dynamic"
+        self._has_dynamic_rope = scaling is not None and scaling.depends_on_length
         self._requests: dict[str, Request] = {}  # unfinished
         self._samples: dict[Sequence, Sample] = {}  # unfinished and forked
         self.searches: WeakSet[Search] = WeakSet()  # others that use the same blocks
@@ -381,10 +381,10 @@ class Engine:
 
     def _cache_salt(self, prompt_len: int) -> int:
         # Under dynamic RoPE scaling the keys of a prompt longer than the trained length depend on
-        # its length; such prompts share cached prefixes only with those of the same length.
+        # its length; such prompts share cached prefixes only with those that are rotated alike.
         if not self._has_dynamic_rope:
             return 0
-        return max(0, prompt_len - self.model.config.max_position_embeddings)
+        return self.model.config.rope_class(prompt_len)
 
     def _advance(self) -> None:
         """Make a step; its outputs go to where they are waited for."""

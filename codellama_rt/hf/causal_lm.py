@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from codellama_rt.checkpoint.formats.generation_config import rejected
 from codellama_rt.checkpoint.formats.hf_writer import write_directory
 from codellama_rt.engine.branches import Branches
 from codellama_rt.engine.request import check_token_id
@@ -45,7 +46,10 @@ class LlamaForCausalLM:
         """Wrap an LLM; use `from_pretrained` to open a checkpoint."""
         self.llm = llm
         self.config = llm.config
-        self.generation_config = GenerationConfig.from_dict(llm.generation_config)
+        try:
+            self.generation_config = GenerationConfig.from_dict(llm.generation_config)
+        except (ValueError, TypeError) as error:  # values that contradict one another
+            raise rejected(llm.path, error) from None
         self._stored_ends = self.generation_config.eos_token_id
         self._adapters: dict[str, LoraAdapter] = {}
         self._adapter: LoraAdapter | None = None
@@ -92,6 +96,7 @@ class LlamaForCausalLM:
         attention_mask: Any = None,
         labels: Any = None,
         logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
     ) -> CausalLMOutput:
         """Compute the logits after every token, and the loss if labels are given.
 
@@ -101,10 +106,12 @@ class LlamaForCausalLM:
             labels: (batch, length) expected token ids, -100 to ignore a position; each is compared
                 with the logits before it.
             logits_to_keep: return only those of the last so many positions; 0: of all.
+            output_hidden_states: return what the layers pass on as well.
 
         Returns:
-            `logits`, (batch, length or logits_to_keep, vocab_size) float32, zeros at padding, and
-            `loss` if labels are given.
+            `logits`, (batch, length or logits_to_keep, vocab_size) float32, zeros at padding;
+            `loss` if labels are given; `hidden_states`, if requested, n_layers + 1 times
+            (batch, length, dim) float32, the embeddings first and the last one normalised.
 
         Raises:
             TypeError, ValueError: a wrong type or shape; an id outside the vocabulary.
@@ -118,7 +125,9 @@ class LlamaForCausalLM:
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
         return CausalLMOutput(
-            loss=None if loss is None else to_tensor(loss), logits=to_tensor(logits)
+            loss=None if loss is None else to_tensor(loss),
+            logits=to_tensor(logits),
+            hidden_states=self._hidden_states(rows, mask) if output_hidden_states else None,
         )
 
     forward = construct = __call__  # Transformers' and MindSpore's names
@@ -237,6 +246,14 @@ class LlamaForCausalLM:
         self.generation_config.save_pretrained(save_directory)
         if self.llm.tokenizer is not None:
             save_tokenizer(self.llm.tokenizer, Path(save_directory), self.llm.chat_template)
+
+    def _hidden_states(self, rows: np.ndarray, mask: np.ndarray) -> tuple[Any, ...]:
+        """Return the states of every layer, Tensors (batch, length, dim), zeros at padding."""
+        shape = (self.config.n_layers + 1, *rows.shape, self.config.dim)
+        states = np.zeros(shape, np.float32)
+        for i, (row, kept) in enumerate(zip(rows, mask, strict=True)):
+            states[:, i, kept] = self.llm.hidden_states(row[kept].tolist(), adapter=self._adapter)
+        return tuple(map(to_tensor, states))
 
     def _search(
         self,

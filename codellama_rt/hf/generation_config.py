@@ -10,10 +10,11 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from codellama_rt.checkpoint.formats.generation_config import FILE, rejected
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.errors import CheckpointError
 
-_FILE = "generation_config.json"
 _DEFAULT_NEW_TOKENS = 128  # if neither the call nor the checkpoint sets a limit
 _COUNTS = {  # field: its minimum
     "max_length": 1,
@@ -117,8 +118,17 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> GenerationConfig:
-        """Read generation_config.json from a directory."""
-        return cls.from_dict(read_object(Path(path) / _FILE))
+        """Read generation_config.json from a directory.
+
+        Raises:
+            CheckpointError: it is missing or damaged, or a value cannot be.
+        """
+        try:
+            return cls.from_dict(read_object(Path(path) / FILE))
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise rejected(Path(path), error) from None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
@@ -152,7 +162,7 @@ class GenerationConfig:
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write generation_config.json into a directory."""
         text = json.dumps(self.to_dict(), indent=2)
-        (Path(path) / _FILE).write_text(text + "\n", "utf-8")
+        (Path(path) / FILE).write_text(text + "\n", "utf-8")
 
     def sampling(self) -> SamplingParams:
         """Return the part that the runtime's own sampler supports."""

@@ -45,6 +45,14 @@ class PromptEncoder:
             return self.require_tokenizer().encode(prompt), params
         return self.infilling(*parts, params)
 
+    def tokens(self, prompt: Prompt) -> Sequence[int]:
+        """Return the token ids of a str, or token ids as they are.
+
+        Raises:
+            ValueError: a str without a tokenizer.
+        """
+        return self.require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
+
     def infilling(
         self, prefix: str, suffix: str, params: SamplingParams, *, suffix_first: bool = False
     ) -> Request:

@@ -68,7 +68,7 @@ def wrong_vocabulary(folder):
 
 
 def unknown_architecture(folder):
-    write_mini(folder, architectures=["MistralForCausalLM"], model_type="mistral")
+    write_mini(folder, architectures=["QwenForCausalLM"], model_type="qwen2")
 
 
 def nothing_there(folder):
@@ -84,7 +84,7 @@ CHECKPOINTS = [  # what is wrong, options, and what the message names
     (overlapping, {}, ["model.safetensors"]),
     (not_finite, {"check": "finite"}, [LM_HEAD, "(?i)nan|finite"]),
     (wrong_vocabulary, {}, ["tokenizer.model", "at most 10 pieces", r"found \d+"]),
-    (unknown_architecture, {}, ["Mistral", "Llama"]),
+    (unknown_architecture, {}, ["Qwen", "Llama"]),
     (nothing_there, {}, ["expected a directory or a GGUF file"]),
 ]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from codellama_rt.checkpoint.formats.gguf_file import find_gguf_metadata
+from codellama_rt.checkpoint.formats.gguf_parts import find_gguf
 from codellama_rt.errors import CheckpointError
 from codellama_rt.text.tokenizer.tokenizer_base import (
     IncrementalDetokenizer,
@@ -76,7 +77,7 @@ def has_tokenizer(path: Path, metadata: Mapping[str, Any] | None) -> bool:
         metadata: of the GGUF file; None for a directory.
     """
     if metadata is not None:
-        return "tokenizer.ggml.model" in metadata
+        return metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
     return any((path / name).is_file() for name in _FILES)
 
 
@@ -106,6 +107,9 @@ def _find(path: Path) -> Path:
     for name in _FILES:
         if (path / name).is_file():
             return path / name
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return gguf
     raise CheckpointError(f"{path}: expected a tokenizer ({' or '.join(_FILES)}), found neither")
 
 

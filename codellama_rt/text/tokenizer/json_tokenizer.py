@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from codellama_rt.checkpoint.formats.strict_json import read_object
+from codellama_rt.checkpoint.formats.strict_json import MAX_TOKENIZER_BYTES, read_object
 from codellama_rt.errors import CheckpointError
 from codellama_rt.text.tokenizer.bpe_tokenizer import BpeTokenizer
 from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
@@ -27,7 +27,7 @@ def tokenizer_from_json(path: Path) -> Tokenizer:
     Raises:
         CheckpointError: the file is damaged, or its model is of neither kind.
     """
-    contents = read_object(path)
+    contents = read_object(path, MAX_TOKENIZER_BYTES)
     backend = _backend(path, contents)
     model = contents["model"]
     added = contents.get("added_tokens") or []
