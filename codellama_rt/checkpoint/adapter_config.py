@@ -206,10 +206,11 @@ class AdapterConfig:
     def _modules(self, key: str) -> frozenset[str] | Pattern | str | None:
         """Return names, a pattern, or "all-linear"."""
         value = self._fields.values.get(key)
-        if isinstance(value, str) and value != "all-linear":
-            return self._pattern(key, value) if value else None
-        names = value if isinstance(value, str) else _names(self._fields, key)
-        return frozenset(names) if isinstance(names, tuple) else names
+        if isinstance(value, str):
+            is_word = value.lower() == "all-linear" and key == "target_modules"
+            return "all-linear" if is_word else self._pattern(key, value) if value else None
+        names = _names(self._fields, key)
+        return None if names is None else frozenset(names)
 
     def _check_layers_pattern(self) -> None:
         """Reject patterns for another name than "layers", which a Llama's list of layers has."""

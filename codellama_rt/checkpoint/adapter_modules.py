@@ -228,7 +228,11 @@ class AdapterReader:
         if self._weights is not None and self._weights.biases and layer is not None:
             old = self._weights.biases[layer].get(name)
         if bias is not None and old is None:
-            raise self._fault(module, "expected no bias, as the model's module has none")
+            has_one = self._weights is None and name in self._config.biased
+            words = (
+                "a changed bias needs the model's weights; merge the adapter with LLM(adapter=...)"
+            )
+            raise self._fault(module, words if has_one else "expected no bias: the model has none")
         if old is None or (bias is None and change.factor is None):
             return change
         old = old.astype(np.float32)

@@ -62,6 +62,7 @@ class Pattern:
     def ends_name(self, name: str, budget: Budget) -> bool:
         """Return whether it matches a name, or what follows one of the name's dots, to its end."""
         if self._name is not None:  # hundreds of plain names for hundreds of modules are usual
+            budget.spend()
             return self._name.fullmatch(name) is not None
         search = Search(name, budget)
         begins = [0, *(i + 1 for i, char in enumerate(name) if char == ".")]
@@ -210,6 +211,8 @@ def _one_after_another(parts: list[Node]) -> Node:
         places = frozenset([begin])
         for part in parts:
             places = search.all_ends(part, places)
+            if not places:
+                break
         return places
 
     return ends

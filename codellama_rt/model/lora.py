@@ -192,7 +192,8 @@ def merged(weights: LlamaWeights, adapter: LoraAdapter) -> LlamaWeights:
     """Return weights with an adapter's changes in them, rounded to the weights' own dtype.
 
     Raises:
-        ValueError: a module that it changes is quantised, or a sum is beyond its dtype.
+        ValueError: a module that it changes is quantised, a sum is beyond its dtype, or the head
+            would have a bias.
     """
     layers, biases = [], []
     for i, (layer, changes) in enumerate(zip(weights.layers, adapter.layers, strict=True)):
@@ -244,6 +245,11 @@ def _merged(
         raise ValueError(
             f"{adapter.path}: an adapter is merged into float weights only, and {name} is "
             "quantised; apply it to requests instead (llm.load_adapter)"
+        )
+    if name in _TOP and change is not None and change.shift is not None:
+        raise ValueError(
+            f"{adapter.path}: the adapter has a bias for {name}, and the model has no place for "
+            "one; apply it to requests instead (llm.load_adapter)"
         )
     total = np.array(weight if whole is None else whole, np.float32)
     if tokens is not None:
