@@ -259,8 +259,10 @@ class AdapterReader:
         """Take a tensor out of a module, as float32 or in its own dtype."""
         tensor = module.parts.pop(part)
         if tensor.shape != shape:
+            resized = part == "weight" and shape == self._shapes["embedding"]
             raise CheckpointError(
                 f"{self._file}: {module.name}.{part}: expected {shape}, found {tensor.shape}"
+                + "; the vocabulary was resized: merge the adapter with PEFT" * resized
             )
         rows = tensor.decode(0, shape[0])
         array = np.array(rows, rows.dtype if keeps_dtype else np.float32)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 
 _MAX_LENGTH, _MAX_DEPTH = 2000, 20
+_STEPS_OF_A_PART = 10  # beside a plain name, which takes one
 _QUANTIFIER = re.compile(r"[*+?]|\{(?P<low>\d{0,4})(?P<comma>,?)(?P<high>\d{0,4})\}")
 _GROUP = re.compile(r"\((?:\?(?::|P<\w{1,100}>|(?P<look>[=!])))?")
 _NAME = re.compile(r"[\w.]+")
@@ -20,18 +21,18 @@ Node = Callable[["Search", int], Ends]  # the places where a part can end that b
 
 
 class Budget:
-    """How many steps all matches together may take."""
+    """How many steps all matches together may take, some seconds in all."""
 
-    def __init__(self, steps: int = 3_000_000) -> None:
+    def __init__(self, steps: int = 1_500_000) -> None:
         self._steps = steps
 
-    def spend(self) -> None:
-        """Take one step.
+    def spend(self, steps: int = 1) -> None:
+        """Take some of them.
 
         Raises:
             ValueError: there is none left.
         """
-        self._steps -= 1
+        self._steps -= steps
         if self._steps < 0:
             raise ValueError("patterns that are matched in fewer steps")
 
@@ -81,7 +82,7 @@ class Search:
         """Return the places where a part can end that begins at `begin`."""
         key = node, begin
         if key not in self._known:
-            self._budget.spend()
+            self._budget.spend(_STEPS_OF_A_PART)
             self._known[key] = node(self, begin)
         return self._known[key]
 

@@ -9,15 +9,17 @@ import pytest
 from codellama_rt.checkpoint.patterns import Budget, Pattern
 
 NAMES = [
-    "lm_head", "model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.up_proj",
+    "lm_head", "model.embed_tokens", "model.layers.0.self_attn.q_proj", "layers.3.mlp.up_proj",
     "model.layers.13.mlp.down_proj", "layers.31.self_attn.o_proj", "xq_proj", "",
 ]  # fmt: skip
 PATTERNS = [
     "q_proj", "model.layers", "self_attn.q_proj", ".*", "", r"layers\.0\..*", r"layers\.[0-3]\..*",
-    r"layers\.(1[0-9]|3[0-2]|\d)\.mlp\.(up|down)_proj", "^model.*proj", "^lm_head$", r"\w+", r"[^.]+",
+    r"layers\.(1[0-9]|3[0-2]|\d)\.mlp\.(up|down)_proj", "^model.*proj", "^lm_head$", r"\w+",
+    r"[^.]+",
     r"(?:q|k|v)_proj", r"(?P<x>up|down)_proj", r".*?_proj", r"(.*\.){2,3}\w+", r"(?!lm).*head",
     r"model\.layers\.\d{1,2}\.(?=mlp).*", r"\bmlp\..*", r"[a-z_]{3,}", r"x?q_proj", r"[]a-z_]+",
-    r"(a|b|)*q_proj", r"((\w*)*\.?)*", r"(\w+\.?){3}", r"{", r"q{", r"\.", r"[.\-\]a]*", r"(|x)q_proj|lm.*",
+    r"(a|b|)*q_proj", r"((\w*)*\.?)*", r"(\w+\.?){3}", r"{", r"q{", r"\.", r"[.\-\]a]*",
+    r"(|x)q_proj|lm.*",
     r"(layers|mlp)\.\S+", r"\Amodel\.e\D+\Z", r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)",
 ]  # fmt: skip
 
@@ -33,8 +35,8 @@ def test_what_re_matches(text):
 
 def test_random_patterns_match_as_in_re():
     rng = np.random.default_rng(0)
-    pieces = ["a", "b", ".", r"\.", "(a|b)", "(ab?)", "[ab]", "[^a]", "a*", "b+", "(a|ba)*", "b{1,2}",
-              "(a*b)?", "^", "$", "(?=a)", "(?!b)", "|"]  # fmt: skip
+    pieces = ["a", "b", ".", r"\.", "(a|b)", "(ab?)", "[ab]", "[^a]", "a*", "b+", "(a|ba)*",
+              "b{1,2}", "(a*b)?", "^", "$", "(?=a)", "(?!b)", "|"]  # fmt: skip
     names = ["", "a", "ab", "ba.ab", "aab.b", "abab.a.bb", "b.aa"]
     for _ in range(3000):
         text = "".join(rng.choice(pieces, rng.integers(1, 6)))
@@ -46,7 +48,8 @@ def test_random_patterns_match_as_in_re():
 @pytest.mark.parametrize(
     "text",
     [
-        "(a+)+b", "(.*)*x", r"(\w+\.?)+!", "(a|a)*" * 20 + "z", r"((\w*)*)*!", "(.?){1000}" * 3 + "!",
+        "(a+)+b", "(.*)*x", r"(\w+\.?)+!", "(a|a)*" * 20 + "z", r"((\w*)*)*!",
+        "(.?){1000}" * 3 + "!",
         ".*" * 200 + "!", "(((((.*)*)*)*)*)*!", r"(?:(?:\w|\w\w|.)*)*=", "(?=(.*)*!)" * 50 + ".*",
     ],
 )  # fmt: skip
