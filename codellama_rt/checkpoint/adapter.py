@@ -52,8 +52,8 @@ def load_adapter(
     path = Path(path)
     if not (path / "adapter_config.json").is_file():
         raise CheckpointError(f"{path}: expected a directory with adapter_config.json, found none")
-    asked = AdapterConfig(path / "adapter_config.json")
     file, tensors = _read_tensors(path)
+    asked = AdapterConfig(path / "adapter_config.json")
     reader = AdapterReader(file, asked, config, weights)
     for place, module in _modules(file, tensors, config).items():
         reader.read(place, module)

@@ -184,6 +184,7 @@ class AdapterConfig:
 
     def _pattern(self, key: str, text: str) -> Pattern:
         try:
+            self._budget.spend(len(text))
             return Pattern(text)
         except ValueError as error:
             raise self._fields.fault(key, str(error)) from None

@@ -147,7 +147,7 @@ class AdapterReader:
         out, width = self._shapes[place[1]]
         if is_embedding:
             out, width = width, out
-        rank = self._rank(module, names)
+        rank = self._rank(module, names, out, width)
         down = self._read(module, names[0], (rank, width))
         up = self._in_order(place, self._read(module, names[1], (out, rank)))
         scale = self._asked.scale(module.name, rank)
@@ -178,10 +178,17 @@ class AdapterReader:
             found = f"no {missing[0]}" if missing else f"{others[0]} as well"
             raise self._fault(module, f"expected {' and '.join(expected)}, found {found}")
 
-    def _rank(self, module: AdapterModule, names: list[str]) -> int:
+    def _rank(self, module: AdapterModule, names: list[str], out: int, width: int) -> int:
         down, up = (module.parts[name].shape for name in names)
-        if len(down) != 2 or len(up) != 2:
-            raise self._fault(module, f"expected (rank, *) and (*, rank), found {down} and {up}")
+        for name, found, size, words in (
+            (names[0], down[1:], width, f"(rank, {width})"),
+            (names[1], up[:1] if len(up) == 2 else (), out, f"({out}, rank)"),
+        ):
+            if found != (size,):
+                raise CheckpointError(
+                    f"{self._file}: {module.name}.{name}: expected {words}, found "
+                    f"{module.parts[name].shape}"
+                )
         if down[0] != up[1] or not 1 <= down[0] <= MAX_RANK:
             raise self._fault(
                 module, f"expected one rank from 1 to {MAX_RANK}, found {down[0]} and {up[1]}"

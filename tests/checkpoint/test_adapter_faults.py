@@ -137,6 +137,8 @@ def test_patterns_that_take_years_elsewhere(tmp_path, key):
     loaded(tmp_path / "b", target_modules=f"{BOMB}|.*q_proj", exclude_modules=BOMB)
     with pytest.raises(CheckpointError, match="matched in fewer steps"):
         loaded(tmp_path / "c", **{key: {".*" * 900 + f"{i}": 1 for i in range(200)}})
+    with pytest.raises(CheckpointError, match="matched in fewer steps"):
+        loaded(tmp_path / "d", **{key: {f"{i}_proj": 1 for i in range(400_000)}})
     assert time.perf_counter() - before < 120
 
 
@@ -200,8 +202,10 @@ def test_tensors_that_are_refused(tmp_path, tensors, values, words):
     assert len(str(fault.value)) < 2000
 
 
-@pytest.mark.parametrize("text", ["[]", "{", "null", '{"peft_type": "LORA", "peft_type": "LORA"}',
-                                  "[" * 10_000, '{"r": ' + "9" * 10_000 + "}", "\\xff"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "{", "null", '{"r": 1, "r": 1}', "[" * 10_000, '{"r": ' + "9" * 10_000 + "}", "\\xff"],
+)
 def test_configurations_that_are_no_json_objects(tmp_path, text):
     folder = write_adapter(tmp_path / "a", CONFIG)
     (folder / "adapter_config.json").write_text(text)
