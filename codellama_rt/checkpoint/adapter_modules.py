@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from codellama_rt import ops
 from codellama_rt.checkpoint.adapter_config import MAX_RANK, AdapterConfig
 from codellama_rt.checkpoint.finiteness import require_finite
 from codellama_rt.checkpoint.stored_tensor import StoredTensor
@@ -15,7 +16,6 @@ from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.lora import LoraAdapter, LowRank, TokenRows, projection_widths
 from codellama_rt.model.weights import LlamaWeights, Weight, layer_shapes
-from codellama_rt.ops.reference_weights import dequantize
 
 Place = tuple[int | None, str]  # layer, None outside of them, and field of the weights
 _CHUNK_ROWS = 256  # of a weight that is in float32 at a time
@@ -67,9 +67,8 @@ class AdapterReader:
             return
         if len(self._shapes[place[1]]) < 2:
             raise self._fault(module, f"expected a weight, found {', '.join(module.parts)}")
-        bias = (
-            self._read(module, "bias", self._out_shape(place)) if "bias" in module.parts else None
-        )
+        width = self._shapes[place[1]][0]
+        bias = self._read(module, "bias", (width,)) if "bias" in module.parts else None
         change = self._read_low_rank(place, module) if module.parts else LowRank()
         self._changes[place] = self._with_bias(place, module, change, bias)
 
@@ -212,15 +211,7 @@ class AdapterReader:
                 "DoRA needs the model's weights, on device='cpu' with runtime='direct'; "
                 "elsewhere merge the adapter with LLM(adapter=...)",
             )
-        rows = weight if isinstance(weight, np.ndarray) else dequantize(weight)
-        squares = []
-        for begin in range(0, len(rows), _CHUNK_ROWS):
-            part = slice(begin, begin + _CHUNK_ROWS)
-            change = down[part] @ up.T if place[1] == "embedding" else up[part] @ down
-            squares.append(np.square(rows[part].astype(np.float64) + change))
-        axis = 0 if place[1] == "embedding" else 1
-        sums = [square.sum(axis=axis) for square in squares]
-        lengths = np.sqrt(np.sum(sums, axis=0) if axis == 0 else np.concatenate(sums))
+        lengths = np.sqrt(_squares(weight, down, up, by_column=place[1] == "embedding"))
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             factor = (magnitude / lengths).astype(np.float32)
         require_finite(factor, f"{self._file}: {module.name}: lora_magnitude_vector / lengths")
@@ -288,8 +279,19 @@ class AdapterReader:
             return None
         return getattr(self._weights if layer is None else self._weights.layers[layer], name)
 
-    def _out_shape(self, place: Place) -> tuple[int, ...]:
-        return self._shapes[place[1]][:1]
-
     def _fault(self, module: AdapterModule, words: str) -> CheckpointError:
         return CheckpointError(f"{self._file}: {module.name}: {words}")
+
+
+def _squares(weight: Weight, down: np.ndarray, up: np.ndarray, *, by_column: bool) -> np.ndarray:
+    """Return the sum of squares of each row of W + up down, float64; or of each column.
+
+    By column, `down` is (rows of W, rank) and the change its product with `up` transposed.
+    """
+    sums = []
+    for begin in range(0, weight.shape[0], _CHUNK_ROWS):
+        end = min(begin + _CHUNK_ROWS, weight.shape[0])
+        rows = ops.embedding(np.arange(begin, end, dtype=np.int32), weight)
+        rows += down[begin:end] @ up.T if by_column else up[begin:end] @ down
+        sums.append(np.square(rows, dtype=np.float64).sum(axis=0 if by_column else 1))
+    return np.sum(sums, axis=0) if by_column else np.concatenate(sums)
