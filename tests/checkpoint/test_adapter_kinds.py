@@ -80,7 +80,10 @@ def test_what_weights_cannot_have(kind):
         merged(checkpoint.weights, adapter)
 
 
-@pytest.mark.parametrize("kind", ["dora", "tied_saved", "biased_lora_bias", "tied_tokens"])
+@pytest.mark.parametrize(
+    "kind",
+    ["dora", "tied_saved", "biased_lora_bias", "tied_tokens", "embeddings", "saved_final_norm"],
+)
 def test_through_the_llm(kind, tmp_path):
     """Merged when it is opened, applied by `load_adapter`, and saved once it is merged."""
     path = base_of(kind).path
