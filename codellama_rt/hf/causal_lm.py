@@ -331,9 +331,9 @@ class LlamaForCausalLM:
 
 @contextmanager
 def _ended(streamer: Any) -> Iterator[None]:
-    """End a streamer whatever happens."""
+    """End a streamer, if it is one, whatever happens."""
     try:
         yield
     finally:
-        if streamer is not None:
+        if hasattr(streamer, "end"):
             streamer.end()

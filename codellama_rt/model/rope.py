@@ -183,8 +183,11 @@ class RotaryEmbedding:
         assert positions.ndim == 1, positions.shape
         if self.is_dynamic:
             return self._lookup_dynamic(positions, rope_lengths)
-        assert positions.min(initial=0) >= 0, "negative position"
-        table = self._filled(int(positions.max(initial=-1)) + 1)
+        length = 0
+        if positions.size:
+            assert positions.min() >= 0, "negative position"
+            length = int(positions.max()) + 1
+        table = self._filled(length)
         return table.cos[: table.num_rows], table.sin[: table.num_rows], positions
 
     def _lookup_dynamic(

@@ -45,6 +45,8 @@ GOOD = {
     "stop_strings": ["a", ["a", "b"], [], None],
     "suppress_tokens": [[], [1, 2], None],
     "bad_words_ids": [[], [[1], [2, 3]], None],
+    "eos_token_id": [None, [], 2, [2, 3]],
+    "pad_token_id": [None, 0],
     "transformers_version": ["4.57.6"],
     "_from_model_config": [True],
     "an unknown key": [{"a": [1]}],

@@ -61,10 +61,12 @@ def read_generation_config(folder: Path, vocab_size: int) -> dict[str, Any]:
     fields = ConfigFields(values, str(file))
     for key in _IDS:
         ids = fields.token_ids(key, vocab_size=vocab_size)
-        if isinstance(values.get(key), list) and ids:
-            values[key] = list(ids)
-        elif values.get(key) is not None and not ids:
+        if values.get(key) in (None, []):
+            continue  # [] says that there is none
+        if not ids:
             del values[key]
+        elif isinstance(values[key], list):
+            values[key] = list(ids)
     for key in _FLAGS:
         fields.flag(key, False)
     for key, low in _COUNTS.items():
