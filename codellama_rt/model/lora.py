@@ -17,7 +17,7 @@ import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.errors import CheckpointError
-from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.config import ATTENTION_BIASES, MLP_BIASES, ModelConfig
 from codellama_rt.model.interface import Decoder
 from codellama_rt.model.weights import LlamaWeights, layer_shapes
 
@@ -198,14 +198,15 @@ def merged(weights: LlamaWeights, adapter: LoraAdapter) -> LlamaWeights:
     layers, biases = [], []
     for i, (layer, changes) in enumerate(zip(weights.layers, adapter.layers, strict=True)):
         whole = {name: array for (its, name), array in adapter.whole.items() if its == i}
+        touched = {*whole, *(name for name, change in changes.items() if change.up is not None)}
         changed = {
             name: _merged(adapter, name, getattr(layer, name), whole.get(name), changes.get(name))
-            for name in {**whole, **changes}
+            for name in touched
         }
         layers.append(replace(layer, **changed))
         biases.append(_merged_biases(weights.biases[i] if weights.biases else {}, changes))
     top = _merged_top(weights, adapter)
-    return replace(weights, layers=layers, biases=tuple(biases) if any(biases) else (), **top)
+    return replace(weights, layers=layers, biases=_in_all_layers(biases, adapter.widths), **top)
 
 
 def merged_config(config: ModelConfig, weights: LlamaWeights, adapter: LoraAdapter) -> ModelConfig:
@@ -282,6 +283,16 @@ def _merged_biases(biases: Mapping[str, Array], changes: Mapping[str, LowRank]) 
         total = total + (0 if change.shift is None else change.shift)
         result[name] = total.astype(np.float32 if bias is None else bias.dtype)
     return result
+
+
+def _in_all_layers(
+    biases: list[dict[str, Array]], widths: Mapping[str, int]
+) -> tuple[dict[str, Array], ...]:
+    """Return biases of zeros besides: all of attention have one or none, as config.json says it."""
+    present = {name for layer in biases for name in layer}
+    groups = (group for group in (ATTENTION_BIASES, MLP_BIASES) if present & {*group})
+    zeros = {name: np.zeros(widths[name], np.float32) for group in groups for name in group}
+    return tuple({**zeros, **layer} for layer in biases) if zeros else ()
 
 
 def projection_widths(config: ModelConfig) -> dict[str, int]:

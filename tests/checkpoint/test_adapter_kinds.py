@@ -142,6 +142,25 @@ def test_rows_of_gguf_files(kind):
     np.testing.assert_allclose(found, GOLDENS[kind], rtol=0, atol=TOLERANCE)
 
 
+def test_biases_of_one_layer_can_be_merged_and_saved(tmp_path):
+    """The other layers and projections get zeros, as config.json knows only all or none."""
+    checkpoint = base_of("lora_bias")
+    shutil.copytree(FOLDER / "lora_bias", tmp_path / "a")
+    tensors = load_file(FOLDER / "lora_bias" / "adapter_model.safetensors")
+    kept = {name: array for name, array in tensors.items() if "layers.0.self_attn" in name}
+    save_file(kept, tmp_path / "a" / "adapter_model.safetensors")
+    options = {"kv_memory": "1MB", "dtype": "float32"}
+    with clrt.LLM(checkpoint.path, **options) as llm:
+        plain = llm.logits(IDS)
+        applied = llm.logits(IDS, adapter=llm.load_adapter(tmp_path / "a"))
+    assert np.abs(applied - plain).max() > 1
+    with clrt.LLM(checkpoint.path, adapter=tmp_path / "a", **options) as llm:
+        np.testing.assert_allclose(llm.logits(IDS), applied, rtol=0, atol=TOLERANCE)
+        clrt.LlamaForCausalLM(llm).save_pretrained(tmp_path / "saved")
+    with clrt.LLM(tmp_path / "saved", **options) as llm:
+        np.testing.assert_allclose(llm.logits(IDS), applied, rtol=0, atol=TOLERANCE)
+
+
 def test_what_was_saved_beside_unchanged_is_not_applied(tmp_path):
     checkpoint = base_of("plain")
     shutil.copytree(FOLDER / "plain", tmp_path / "a")
