@@ -188,6 +188,26 @@ def name_from_meta(name: str) -> str:
     return _TOP_BY_META.get(name, name)
 
 
+def place_of(module: str) -> tuple[int | None, str] | None:
+    """Return layer and field of a module by Hugging Face's name, with or without "model.".
+
+    Returns:
+        The layer, or None outside of them, and the field of `LayerWeights` or `LlamaWeights`; None
+        for a name that is not one of a Llama's.
+
+    Example:
+        >>> place_of("model.layers.3.mlp.down_proj")
+        (3, 'down_proj')
+    """
+    match = re.fullmatch(r"(?:model\.)?layers\.(\d{1,4})\.([a-z_.]+)", module, re.ASCII)
+    for kind in _TOP if match is None else _LAYER:
+        if match is not None and match[2] == kind.hf:
+            return int(match[1]), kind.field
+        if module in (kind.hf, kind.hf.removeprefix("model.")):
+            return None, kind.field
+    return None
+
+
 def _find(name: str) -> tuple[_Kind, str | None]:
     stem = name.rpartition(".")[0]
     if stem in _BY_HF:

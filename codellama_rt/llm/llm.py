@@ -28,7 +28,7 @@ from codellama_rt.llm.scoring import pooled, sequence_hidden_states, sequence_lo
 from codellama_rt.llm.variants import find_variant, require_length
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.interface import KVCache
-from codellama_rt.model.lora import LoraAdapter, merged
+from codellama_rt.model.lora import LoraAdapter, merged, merged_config, require_applicable
 from codellama_rt.text.chat import read_chat_template
 from codellama_rt.text.tokenizer import has_tokenizer, load_tokenizer
 
@@ -165,7 +165,9 @@ class LLM:
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         weights = checkpoint.weights
         if adapter is not None:
-            weights = merged(weights, load_adapter(adapter, self.config))
+            change = load_adapter(adapter, self.config, weights)
+            weights = merged(weights, change)
+            self.config = merged_config(self.config, weights, change)
         self.model, self.kv_cache = place(plan, self.config, weights)
         checkpoint.files.check()  # the device may have copied what was just being written
         self.engine = Engine(
@@ -311,9 +313,12 @@ class LLM:
         """Load a LoRA adapter in PEFT's format, to be passed to `generate` and the others.
 
         Raises:
-            CheckpointError: it is damaged, or for another model.
+            CheckpointError: it is damaged, for another model, or can only be merged.
         """
-        return load_adapter(path, self.config)
+        weights = self.model.weights if self.model.applies_adapters else None
+        adapter = load_adapter(path, self.config, weights)
+        require_applicable(adapter)
+        return adapter
 
     def logits(
         self,

@@ -182,7 +182,10 @@ class Llama:
         scratch = self._take_scratch()
         a = scratch.activations(len(batch.token_ids))
         self._through_layers(a, batch, kv_cache)
-        logits = self._logits(a.sublayer, a.residual, batch.logit_rows)
+        x, adapted = self._normalized(a, batch, batch.logit_rows)
+        logits = ops.linear(x, self.weights.lm_head)
+        for adapter, rows in adapted:
+            adapter.project(x, rows, logits)
         self._unused.append(scratch)
         return logits
 
@@ -207,8 +210,7 @@ class Llama:
             states[i] = a.residual
 
         self._through_layers(a, batch, kv_cache, None if last_only else watch)
-        norm, eps = self.weights.norm, self.config.norm_eps
-        states[-1], _ = ops.add_rms_norm(a.sublayer, a.residual, norm, eps)
+        states[-1], _ = self._normalized(a, batch, np.arange(len(batch.token_ids)))
         self._unused.append(scratch)
         return states
 
@@ -232,13 +234,23 @@ class Llama:
         )
         linear = _with_adapters(batch.adapted) if batch.adapted else _linear
         ops.embedding(batch.token_ids, self.weights.embedding, out=a.residual)
+        for adapter, rows in batch.adapted:
+            adapter.embed(batch.token_ids, rows, a.residual)
         decoder_stack(ops, linear, self.layers, self.config, a, step, kv_cache.layers, watch)
 
-    def _logits(self, sublayer: Array, residual: Array, rows: Array) -> Array:
+    def _normalized(
+        self, a: Activations, batch: Batch, rows: Array
+    ) -> tuple[Array, list[tuple[Any, Array]]]:
+        """Return what the head takes, (count, dim) of those rows, and which are of adapters."""
+        sublayer, residual = a.sublayer, a.residual
         if len(rows) != len(residual):
             sublayer, residual = sublayer[rows], residual[rows]
-        x, _ = ops.add_rms_norm(sublayer, residual, self.weights.norm, self.config.norm_eps)
-        return ops.linear(x, self.weights.lm_head)
+        x, stream = ops.add_rms_norm(sublayer, residual, self.weights.norm, self.config.norm_eps)
+        places = [(one, np.flatnonzero(np.isin(rows, tokens))) for one, tokens in batch.adapted]
+        adapted = [(one, its) for one, its in places if len(its)]
+        for adapter, its in adapted:
+            adapter.normalize(stream, its, self.config.norm_eps, x)
+        return x, adapted
 
 
 class _Scratch:

@@ -8,8 +8,7 @@ import pytest
 from helpers.adapter_files import write_adapter
 from helpers.checkpoint_files import TINY, mini_gguf_bytes, write_mini
 
-from codellama_rt.checkpoint import adapter as adapter_module
-from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.checkpoint import adapter_modules, open_checkpoint
 from codellama_rt.checkpoint.adapter import load_adapter
 from codellama_rt.checkpoint.mapped_files import MappedFile, MappedFiles
 from codellama_rt.errors import CheckpointChangedError, CheckpointError
@@ -247,7 +246,7 @@ def test_an_adapter_that_is_written_while_it_is_loaded(tmp_path, monkeypatch):
     file = folder / "adapter_model.safetensors"
     loaded = load_adapter(folder, config)
     with monkeypatch.context() as patch:
-        patch.setattr(adapter_module, "require_finite", lambda *_: rewrite(file))
+        patch.setattr(adapter_modules, "require_finite", lambda *_: rewrite(file))
         with pytest.raises(CheckpointChangedError, match=r"adapter_model\.safetensors"):
             load_adapter(folder, config)
     before = loaded.layers[0]["q_proj"].up.copy()

@@ -76,6 +76,37 @@ def test_an_adapter_of_a_request_is_what_merging_into_the_floats_gives(quantized
     assert np.abs(plain - expected).mean() > 0.3 * expected.std()
 
 
+def test_dora_heads_and_norms_over_quantised_weights(quantized, tmp_path):
+    """DoRA's lengths are those of the decoded weights."""
+    path, options = quantized
+    checkpoint = open_checkpoint(path, **options)
+    config, weights = checkpoint.config, checkpoint.weights
+    rng = np.random.default_rng(4)
+    head = "base_model.model.lm_head.lora_"
+    changes = {
+        f"{head}A.weight": rng.standard_normal((4, config.dim)),
+        f"{head}B.weight": 0.1 * rng.standard_normal((config.vocab_size, 4)),
+        f"{head}magnitude_vector": 1.5 * np.linalg.norm(in_floats(weights).lm_head, axis=1),
+    }
+    for i, layer in enumerate(in_floats(weights).layers):
+        length = np.linalg.norm(layer.o_proj, axis=1)
+        base = f"base_model.model.model.layers.{i}.self_attn.o_proj."
+        changes[f"{base}lora_magnitude_vector"] = rng.uniform(0.5, 2, length.shape) * length
+    changes["base_model.model.model.norm.weight"] = 2 * np.asarray(weights.norm, np.float32)
+    folder = write_adapter(
+        tmp_path / "a", config, projections=("o_proj",), use_dora=True,
+        changes={name: array.astype(np.float32) for name, array in changes.items()},
+    )  # fmt: skip
+    adapter = load_adapter(folder, config, weights)
+    found = sequence_logits(Llama(config, weights), PROMPT, adapter=adapter)
+    floats = in_floats(weights)
+    whole = merged(floats, load_adapter(folder, config, floats))
+    expected = sequence_logits(Llama(config, whole), PROMPT)
+    assert np.abs(found - expected).mean() < 0.04 * expected.std()
+    plain = sequence_logits(Llama(config, floats), PROMPT)
+    assert np.abs(plain - expected).mean() > 0.3 * expected.std()
+
+
 def test_an_adapter_follows_the_rows_of_a_gguf_file(tmp_path):
     """Whose heads are interleaved: the same adapter as for the checkpoint it was made from."""
     path = q8_model(tmp_path / "a.gguf", NAME)

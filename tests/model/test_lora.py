@@ -83,6 +83,8 @@ def test_what_a_projection_becomes(checkpoint, folders, adapters):
         ({"lora_alpha": 2, "use_rslora": True}, 1.0),
         ({"lora_alpha": 2, "alpha_pattern": {"up_proj": 12}}, 3.0),
         ({"lora_alpha": 2, "alpha_pattern": {"layers.0.mlp.up_proj": 4, "xup_proj": 9}}, 1.0),
+        ({"lora_alpha": 2, "alpha_pattern": {r"layers\.\d\.mlp\..*": 6, "up_proj": 9}}, 1.5),
+        ({"lora_alpha": 2, "alpha_pattern": {"^up_proj": 9, r"(gate|down)_proj": 9}}, 0.5),
     ],
 )
 def test_the_scale(tmp_path, checkpoint, values, scale):
@@ -210,11 +212,12 @@ def test_the_transformers_surface(llm, folders):
     ("options", "words"),
     [
         ({"peft_type": "IA3"}, "peft_type: expected 'LORA', found 'IA3'"),
-        ({"use_dora": True}, "use_dora: expected nothing, found True; DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save: expected nothing"),
-        ({"bias": "all"}, "bias: expected 'none'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: expected true, false, 'gaussian'"),
+        ({"use_dora": True}, "found no lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, "expected a weight of lm_head, which modules_to_save"),
+        ({"bias": "some"}, "bias: expected 'none'"),
         ({"lora_alpha": "x"}, "lora_alpha: expected a finite number"),
-        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: expected names of modules"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: expected patterns whose"),
         ({"alpha_pattern": [1]}, "alpha_pattern: expected an object"),
     ],
 )
