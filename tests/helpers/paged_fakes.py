@@ -101,7 +101,7 @@ def check_layout(batch, kv_cache):
 class FakeTokenizer:
     """Token i is two letters of 64 pairs; token 0 holds its text back until the next one."""
 
-    def detokenizer(self, prompt_ids):
+    def detokenizer(self, prompt_ids, *, skip_special_tokens=True):
         assert all(type(token_id) is int for token_id in prompt_ids)
         return FakeDetokenizer()
 

@@ -141,6 +141,10 @@ class Tokenizer:
         check_text(text)
         return self._encode_text(text)
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Encode text that continues a line; a vocabulary may begin a text in another way."""
+        return self.encode_plain(text)
+
     def encode_rendered(self, parts: Iterable[int | str]) -> list[int]:
         """Encode a rendered chat template that `split_special` has split."""
         ids: list[int] = []
@@ -181,9 +185,12 @@ class Tokenizer:
         """Decode the ids of a filling, up to its end token; a leading space is kept."""
         raise cannot_infill(self.vocab_size)
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> "IncrementalDetokenizer":
+    def detokenizer(
+        self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> "IncrementalDetokenizer":
         """Return an incremental decoder for the ids that follow `prompt_ids`."""
-        return IncrementalDetokenizer(self, self._checked(as_id_list(prompt_ids)))
+        checked = self._checked(as_id_list(prompt_ids))
+        return IncrementalDetokenizer(self, checked, skip_special_tokens=skip_special_tokens)
 
     def _lead_length(self, ids: Sequence[int]) -> int:
         """Return how many leading characters of the text of `ids` were added by the encoder."""
@@ -209,9 +216,12 @@ class IncrementalDetokenizer:
         >>> text = "".join(map(detokenizer.push, new_ids)) + detokenizer.flush()  # doctest: +SKIP
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> None:
         """Start after `prompt_ids`; if those are only the begin token, a text starts here."""
         self._tokenizer = tokenizer
+        self._skips_special = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.decode_errors)
         self._at_start = bool(prompt_ids) and set(prompt_ids) <= {tokenizer.bos_id}
         # A prompt may end inside a character; its at most three bytes are in the last three tokens.
@@ -222,7 +232,9 @@ class IncrementalDetokenizer:
         """Take the next id and return the text that is now complete, possibly ""."""
         piece = self._tokenizer.token_bytes(token_id)
         if piece is None:
-            return ""
+            if self._skips_special:
+                return ""
+            piece = self._tokenizer.piece(token_id).encode()
         text = self._decoder.decode(piece)
         if self._at_start:
             self._at_start = False
