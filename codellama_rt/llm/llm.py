@@ -118,6 +118,7 @@ class LLM:
         if num_threads is not None:
             ops.set_num_threads(num_threads)
         opened = resolve(model)
+        self.name_or_path, self.device = os.fspath(model), device
         self.variant = find_variant(model)
         require_length(self.variant, max_model_len)
         asked = Plan(
