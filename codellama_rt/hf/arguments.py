@@ -91,6 +91,11 @@ FROM_PRETRAINED = Arguments(
     },
 )
 
+TOKENIZER = Arguments(
+    frozenset(("trust_remote_code", "use_fast", "local_files_only", "resume_download", "verbose")),
+    {name: FROM_PRETRAINED.unsupported[name] for name in ("revision", "subfolder", "gguf_file")},
+)
+
 CALL = Arguments(
     frozenset(("use_cache", "return_dict", "token_type_ids")),
     {
