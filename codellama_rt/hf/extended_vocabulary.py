@@ -218,15 +218,17 @@ class ExtendedVocabulary(CodeLlamaVocabulary):
         check_text(text)
         first, *parts = self._split_added(text)
         ids = self.runtime.encode(first, bos=False, parse_special=True)
+        encode = self.runtime.encode_continuation
         if not first and parts and parts[0] not in self._added_control:
-            ids = self.runtime.encode(" ", bos=False)[:1]
+            has_lead = self.runtime.encode_plain("a") != encode("a")
+            ids = encode(" ") if has_lead else []
         for i, part in enumerate(parts):
             if i % 2 == 0:
                 ids.append(self._added[part])
                 continue
             for piece in self.runtime.split_special(part):
                 is_text = isinstance(piece, str)
-                ids += self.runtime.encode_continuation(piece) if is_text else [piece]
+                ids += encode(piece) if is_text else [piece]
         return ids
 
     def _runs(self, ids: Any) -> list[tuple[list[int], bool]]:

@@ -21,6 +21,18 @@ _FILLS = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
 _CLEAN_UPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
+def _role_id(role: str) -> property:
+    """Return a property: the id of the token with a role, by which the role can also be given."""
+
+    def get(self: TokenizerIdioms) -> int | None:
+        return self._id(getattr(self, role))
+
+    def give(self: TokenizerIdioms, token_id: int | None) -> None:
+        setattr(self, role, None if token_id is None else self.convert_ids_to_tokens(token_id))
+
+    return property(get, give, doc=f"The id of `{role}`, or None; setting it sets the token.")
+
+
 class TokenizerIdioms(ExtendedVocabulary):
     """Methods on rows of ids, and old names of calling the tokenizer.
 
@@ -34,6 +46,11 @@ class TokenizerIdioms(ExtendedVocabulary):
     is_fast = False
     cls_token = sep_token = mask_token = None
     cls_token_id = sep_token_id = mask_token_id = None
+
+    bos_token_id = _role_id("bos_token")
+    eos_token_id = _role_id("eos_token")
+    unk_token_id = _role_id("unk_token")
+    pad_token_id = _role_id("pad_token")
 
     @classmethod
     def from_pretrained(cls, path: Any, **options: Any) -> TokenizerIdioms:
