@@ -21,6 +21,7 @@ class Arguments(NamedTuple):
 
 
 _CACHE = "keys and values stay in the paged cache"
+_CACHES = ("static", "dynamic", "hybrid", "sliding_window", "offloaded", "offloaded_static")
 _OFF = (False,)
 
 GENERATE = Arguments(
@@ -32,6 +33,7 @@ GENERATE = Arguments(
         )
     ),
     {
+        "cache_implementation": (_CACHES, "open the model with kv_dtype='int8' or 'int4'"),
         "assistant_model": ((), "speculative decoding is not supported"),
         "assistant_tokenizer": ((), "speculative decoding is not supported"),
         "prompt_lookup_num_tokens": ((), "speculative decoding is not supported"),
