@@ -99,8 +99,9 @@ TOKENIZER = Arguments(
 )
 
 CALL = Arguments(
-    frozenset(("use_cache", "return_dict", "token_type_ids")),
+    frozenset(("use_cache", "token_type_ids")),
     {
+        "return_dict": ((True,), "the result is a dictionary that is indexed like a tuple, too"),
         "output_attentions": (_OFF, "the kernels never form the attention matrix"),
         "output_hidden_states": (_OFF, "calling the model returns logits"),
         "past_key_values": ((), _CACHE),

@@ -94,7 +94,7 @@ class CodeLlamaTokenizer(TokenizerIdioms):
         for first, second in zip([text] if single else text, pairs, strict=True):
             ids = self._text_ids(first, suffix, suffix_first)
             second_ids = None if second is None else self._text_ids(second)
-            row, kind = self.joined(ids, second_ids, add_special_tokens, limit)
+            row, kind = self._joined(ids, second_ids, add_special_tokens, limit)
             rows.append(row)
             kinds.append(kind)
         encoding: dict[str, Any] = {"input_ids": rows}
@@ -189,7 +189,7 @@ class CodeLlamaTokenizer(TokenizerIdioms):
             return texts[0] if single else texts
         rows = [style.encode(self.runtime, messages, **prompt) for messages in conversations]
         limit = row_limit(truncation, max_length, padding)
-        rows = [self.joined(row, None, False, limit)[0] for row in rows]
+        rows = [self._joined(row, None, False, limit)[0] for row in rows]
         padded = self.pad({"input_ids": rows}, padding, max_length)
         result = {name: as_tensor(part, return_tensors, single) for name, part in padded.items()}
         return BatchEncoding(**result) if return_dict else result["input_ids"]
@@ -225,7 +225,7 @@ class CodeLlamaTokenizer(TokenizerIdioms):
         first = self.suffix_first if suffix_first is None else suffix_first
         return self.runtime.encode_infill(text, suffix, suffix_first=first)[1:]
 
-    def joined(
+    def _joined(
         self,
         ids: list[int],
         pair_ids: list[int] | None,

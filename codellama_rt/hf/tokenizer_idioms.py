@@ -147,7 +147,7 @@ class TokenizerIdioms(ExtendedVocabulary):
     ) -> BatchEncoding:
         """Add special tokens to ids, cut and pad them; options as for calling the tokenizer."""
         limit = row_limit(truncation, max_length, padding)
-        row, _ = self.joined(ids, pair_ids, add_special_tokens, limit)
+        row, _ = self._joined(ids, pair_ids, add_special_tokens, limit)
         options = {"max_length": max_length, "return_tensors": return_tensors}
         return self.pad({"input_ids": row}, padding, **options)
 
@@ -205,7 +205,8 @@ class TokenizerIdioms(ExtendedVocabulary):
 
 
 def _is_id(value: Any) -> bool:
-    return not hasattr(value, "__len__") and not getattr(value, "shape", ())
+    shape = getattr(value, "shape", None)  # a tensor without axes has a __len__ that raises
+    return not hasattr(value, "__len__") if shape is None else tuple(shape) == ()
 
 
 def _rows(values: Any, single: bool) -> list[list[int]]:

@@ -61,6 +61,20 @@ def test_runs_are_forbidden_by_their_last_token():
     assert seen == [[0], [0, 2], [0], [0, 2, 4]]
 
 
+def test_runs_are_those_of_the_whole_output():
+    random = np.random.default_rng(1)
+    for _ in range(200):
+        runs = [random.integers(0, 4, random.integers(1, 5)).tolist() for _ in range(4)]
+        output, forbidden = [], ForbiddenTokens(4, runs=runs)
+        for token_id in random.integers(0, 4, 12).tolist():
+            expected = {
+                last for *begin, last in runs if output[len(output) - len(begin) :] == begin
+            }
+            assert set(np.flatnonzero(forbidden.mask()).tolist()) == expected
+            output.append(token_id)
+            forbidden.add(token_id)
+
+
 def test_allowed_tokens_and_runs_together():
     forbidden = ForbiddenTokens(4, allowed_ids=[1, 2], runs=[[2]])
     assert np.flatnonzero(~forbidden.mask()).tolist() == [1]

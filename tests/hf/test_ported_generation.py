@@ -493,6 +493,10 @@ def test_validate_generation_inputs(model):
         model.generate(tensor([PROMPT]), foo="bar")
     with pytest.raises(TypeError, match="the model has no argument foo"):
         model(tensor([PROMPT]), foo="bar")
+    with pytest.raises(TypeError, match="does not support return_dict"):
+        model(tensor([PROMPT]), return_dict=False)
+    with pytest.warns(UserWarning, match="the model ignores use_cache"):
+        model(tensor([PROMPT]), use_cache=False, return_dict=True)
     for name in ("past_key_values", "position_ids", "inputs_embeds"):
         for call in (model, model.generate):
             with pytest.raises(TypeError, match=f"does not support {name}: "):

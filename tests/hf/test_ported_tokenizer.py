@@ -285,6 +285,18 @@ def test_padding_with_attention_mask(padded):
     assert "attention_mask" not in padded.pad(features, return_attention_mask=False)
 
 
+@pytest.mark.parametrize("kind", ["np", "ms"])
+def test_padding_of_tensors(padded, kind):
+    """What `return_tensors` has made is taken again: one text, or several."""
+    one = padded("def", return_tensors=kind).input_ids
+    both = padded.pad({"input_ids": [one[0], one[0][:1]]})
+    assert both.input_ids == [padded("def").input_ids, [1, *[2] * (one.shape[1] - 1)]]
+    assert padded.pad({"input_ids": one[0]}).input_ids == padded("def").input_ids
+    again = padded.pad({"input_ids": one}, return_tensors=kind).input_ids
+    assert type(again) is type(one)
+    assert again.shape == one.shape
+
+
 def test_encode_plus_with_padding(padded):
     encoding = padded.encode_plus(
         "def", padding="max_length", max_length=10, return_special_tokens_mask=True

@@ -88,6 +88,20 @@ def test_control_tokens_in_the_text(llm):
     assert llm.generate(PROMPT, whole)[0].text == " "
 
 
+@pytest.mark.parametrize("prompt_len", [1, 4])
+def test_shown_control_tokens_are_those_of_decoding(llm, prompt_len):
+    tokenizer, random = llm.tokenizer, np.random.default_rng(3)
+    for _ in range(300):
+        ids = [1, *random.integers(0, tokenizer.vocab_size, 12).tolist()]
+        detokenizer = tokenizer.detokenizer(ids[:prompt_len], skip_special_tokens=False)
+        text = "".join(map(detokenizer.push, ids[prompt_len:])) + detokenizer.flush()
+        whole = tokenizer.decode(ids, skip_special_tokens=False)
+        before = tokenizer.decode(ids[:prompt_len], skip_special_tokens=False)
+        assert whole.endswith(text)
+        if "\ufffd" not in before:  # a prompt may end inside a character
+            assert before + text == whole
+
+
 def test_the_result_does_not_depend_on_the_batch(llm):
     def no_repeats(token_ids, logits):
         logits[token_ids] = -np.inf

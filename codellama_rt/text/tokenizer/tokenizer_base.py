@@ -219,11 +219,15 @@ class IncrementalDetokenizer:
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True
     ) -> None:
-        """Start after `prompt_ids`; if those are only the begin token, a text starts here."""
+        """Start after `prompt_ids`; if those are only the begin token, a text starts here.
+
+        With `skip_special_tokens` the begin token has no text; otherwise its name is before.
+        """
         self._tokenizer = tokenizer
         self._skips_special = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.decode_errors)
-        self._at_start = bool(prompt_ids) and set(prompt_ids) <= {tokenizer.bos_id}
+        is_first = bool(prompt_ids) and set(prompt_ids) <= {tokenizer.bos_id}
+        self._at_start = is_first and skip_special_tokens
         # A prompt may end inside a character; its at most three bytes are in the last three tokens.
         tail = takewhile(bool, map(tokenizer.token_bytes, reversed(prompt_ids[-3:])))
         self._decoder.decode(b"".join(reversed(list(tail))))
