@@ -35,7 +35,7 @@ _MAX_RANK = 4096
 
 
 def load_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraAdapter:
-    """Read adapter_config.json and adapter_model.safetensors of a directory.
+    """Read adapter_config.json and adapter_model.safetensors, or .bin, of a directory.
 
     Args:
         path: a directory written by PEFT's save_pretrained.
@@ -52,15 +52,10 @@ def load_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraAdapt
         read_object(path / "adapter_config.json"), str(path / "adapter_config.json")
     )
     _check_kind(fields)
-    file = path / "adapter_model.safetensors"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{path}: expected {file.name}, found none; pickled adapters are never loaded"
-        )
+    file, tensors = _read_tensors(path)
     widths = projection_widths(config)
     inputs = {name: shape[-1] for name, shape in layer_shapes(config).items()}
     layers: list[dict[str, LowRank]] = [{} for _ in range(config.n_layers)]
-    tensors = read_safetensors(file)
     for (module, layer, name), sides in _pairs(file, tensors).items():
         if layer >= config.n_layers or name not in widths:
             raise CheckpointError(f"{file}: {module}: expected a projection of the model")
@@ -77,6 +72,19 @@ def load_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraAdapt
         layers[layer][name] = LowRank(down, np.ascontiguousarray(up))
     mapped_files(tensors.values()).check()  # all is copied by now, and the file may be replaced
     return LoraAdapter(path, layers, widths)
+
+
+def _read_tensors(path: Path) -> tuple[Path, dict[str, StoredTensor]]:
+    """Return the file with the weights, and its tensors."""
+    file = path / "adapter_model.safetensors"
+    if file.is_file():
+        return file, read_safetensors(file)
+    old = path / "adapter_model.bin"
+    if not old.is_file():
+        raise CheckpointError(f"{path}: expected {file.name} or {old.name}, found neither")
+    from codellama_rt.checkpoint.formats.pth import read_pth  # a machine that others never need
+
+    return old, read_pth(old)
 
 
 def _check_kind(fields: ConfigFields) -> None:
@@ -96,7 +104,7 @@ def _pairs(
     found: dict[tuple[str, int, str], dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
-        if match is None or not tensor.is_float:
+        if match is None or tensor.float_dtype is None:
             raise CheckpointError(
                 f"{file}: tensor {name!r}: expected float lora_A or lora_B of a projection"
             )
@@ -121,7 +129,7 @@ def _read(
     if len(found) != 2 or not all(wanted in (None, size) for wanted, size in pairs):
         words = ", ".join("rank" if size is None else str(size) for size in shape)
         raise CheckpointError(f"{file}: {module}.lora_{side}: expected ({words}), found {found}")
-    array = sides[side].view().astype(np.float32)
+    array = sides[side].decode(0, found[0]).astype(np.float32)
     require_finite(array, f"{file}: {module}.lora_{side}")
     return array
 

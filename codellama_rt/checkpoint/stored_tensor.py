@@ -65,6 +65,11 @@ class StoredTensor:
         return self.encoding in ENCODINGS
 
     @property
+    def float_dtype(self) -> np.dtype | None:
+        """The dtype that its floats are computed with; None for blocks of a quantised format."""
+        return ENCODINGS.get(self.encoding)
+
+    @property
     def weight_dtype(self) -> str | None:
         """The dtype of `ops.Quantized` that the bytes are, where an op takes them as they lie."""
         return None
@@ -73,6 +78,11 @@ class StoredTensor:
     def is_whole(self) -> bool:
         """Whether the bytes lie in one piece, to be used in place."""
         return True
+
+    @property
+    def is_repacked(self) -> bool:
+        """Whether `view` makes the weight anew, in the layout `weight_dtype`."""
+        return False
 
     @property
     def num_bytes(self) -> int:
@@ -127,6 +137,43 @@ class StoredTensor:
         while isinstance(mapping, np.ndarray):
             mapping = mapping.base
         return mapping.obj if isinstance(mapping, memoryview) else mapping
+
+
+class DoubleTensor(StoredTensor):
+    """A tensor of float64, which is computed with as float32."""
+
+    @property
+    def float_dtype(self) -> np.dtype:
+        """Always float32."""
+        return np.dtype(np.float32)
+
+    def decode(self, begin: int, end: int) -> np.ndarray:
+        """Return the rows begin..end of axis 0 as float32.
+
+        Raises:
+            CheckpointError: a finite value is beyond the range of float32.
+        """
+        row = self.size // self.shape[0]
+        rows = self.payload[begin * row * 8 : end * row * 8].view("<f8")
+        with np.errstate(over="ignore"):
+            narrow = rows.astype(np.float32)
+        if not np.array_equal(np.isfinite(rows), np.isfinite(narrow)):
+            raise CheckpointError(
+                f"{self.file}: tensor {self.name!r}: expected float64 in the range of float32, "
+                "found a larger value"
+            )
+        return narrow.reshape(end - begin, *self.shape[1:])
+
+
+DOUBLE = "F64"  # in every format
+
+
+def stored_tensor(
+    name: str, file: Path, encoding: str, shape: tuple[int, ...], payload: np.ndarray
+) -> StoredTensor:
+    """Return a tensor of floats, or of elements that no model is made of."""
+    kind = DoubleTensor if encoding == DOUBLE else StoredTensor
+    return kind(name, file, encoding, shape, payload)
 
 
 def mapped_files(tensors: Iterable[StoredTensor]) -> MappedFiles:

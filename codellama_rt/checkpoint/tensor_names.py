@@ -6,7 +6,7 @@ Elsewhere a tensor goes by its name in Hugging Face's layout.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,10 +52,30 @@ _LAYER = (
     _Kind("up_proj", "mlp.up_proj", "ffn_up", "feed_forward.w3", ROWS),
     _Kind("down_proj", "mlp.down_proj", "ffn_down", "feed_forward.w2", COLUMNS),
 )
+_PROJECTIONS = tuple(kind.field for kind in _LAYER if kind.cut is not None)
 EMBEDDING, NORM, HEAD = (f"{kind.hf}.weight" for kind in _TOP)
 _BY_HF = {kind.hf: kind for kind in (*_TOP, *_LAYER)}
 _BY_META = {kind.meta: kind for kind in _LAYER}
 _TOP_BY_META = {f"{kind.meta}.weight": f"{kind.hf}.weight" for kind in _TOP}
+
+
+_RECOMPUTED = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    "attn_rot_embd.weight",
+    "rope.freqs",
+)
+
+
+def is_recomputed(name: str) -> bool:
+    """Return whether a tensor follows from the configuration: old files carry rotary tables.
+
+    Example:
+        >>> is_recomputed("model.layers.0.self_attn.rotary_emb.inv_freq")
+        True
+    """
+    return name.endswith(_RECOMPUTED)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -76,6 +96,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     layer, shapes = layer_shapes(config), {EMBEDDING: (config.vocab_size, config.dim)}
     for i in range(config.n_layers):
         shapes |= {name: layer[field] for field, name in _layer_names(i)}
+        shapes |= {name: layer[field][:1] for field, name in _bias_names(i, config.biased)}
     shapes[NORM] = (config.dim,)
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, config.dim)
@@ -88,8 +109,18 @@ def assemble(arrays: Mapping[str, Weight], n_layers: int) -> LlamaWeights:
         LayerWeights(**{field: arrays[name] for field, name in _layer_names(i)})
         for i in range(n_layers)
     ]
+    biases = [
+        {field: arrays[name] for field, name in _bias_names(i, _PROJECTIONS) if name in arrays}
+        for i in range(n_layers)
+    ]
     embedding = arrays[EMBEDDING]
-    return LlamaWeights(embedding, layers, arrays[NORM], arrays.get(HEAD, embedding))
+    return LlamaWeights(
+        embedding,
+        layers,
+        arrays[NORM],
+        arrays.get(HEAD, embedding),
+        tuple(biases) if any(biases) else (),
+    )
 
 
 def named_weights(config: ModelConfig, weights: LlamaWeights) -> dict[str, Weight]:
@@ -97,6 +128,7 @@ def named_weights(config: ModelConfig, weights: LlamaWeights) -> dict[str, Weigh
     named = {EMBEDDING: weights.embedding}
     for i, layer in enumerate(weights.layers):
         named |= {name: getattr(layer, field) for field, name in _layer_names(i)}
+        named |= {name: weights.biases[i][field] for field, name in _bias_names(i, config.biased)}
     named[NORM] = weights.norm
     return named if config.tie_word_embeddings else named | {HEAD: weights.lm_head}
 
@@ -107,6 +139,13 @@ def _layer_names(layer: int) -> Iterator[tuple[str, str]]:
         yield kind.field, f"model.layers.{layer}.{kind.hf}.weight"
 
 
+def _bias_names(layer: int, fields: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield those of the fields that are projections, each with the name of its bias."""
+    for kind in _LAYER:
+        if kind.field in fields:
+            yield kind.field, f"model.layers.{layer}.{kind.hf}.bias"
+
+
 def gguf_name(name: str) -> str:
     """Return GGUF's name for a tensor.
 
@@ -115,12 +154,13 @@ def gguf_name(name: str) -> str:
         'blk.3.attn_q.weight'
     """
     kind, layer = _find(name)
-    return f"{'' if layer is None else f'blk.{layer}.'}{kind.gguf}.weight"
+    return f"{'' if layer is None else f'blk.{layer}.'}{kind.gguf}.{name.rpartition('.')[2]}"
 
 
 def names_in_gguf(n_layers: int) -> dict[str, str]:
     """Return the names of all tensors by those in GGUF."""
     names = [name for i in range(n_layers) for _, name in _layer_names(i)]
+    names += [name for i in range(n_layers) for _, name in _bias_names(i, _PROJECTIONS)]
     return {gguf_name(name): name for name in (*names, EMBEDDING, NORM, HEAD)}
 
 
@@ -149,7 +189,7 @@ def name_from_meta(name: str) -> str:
 
 
 def _find(name: str) -> tuple[_Kind, str | None]:
-    stem = name.removesuffix(".weight")
+    stem = name.rpartition(".")[0]
     if stem in _BY_HF:
         return _BY_HF[stem], None
     _, _, layer, part = stem.split(".", 3)
@@ -180,4 +220,4 @@ def rotates(name: str) -> bool:
         >>> rotates("model.layers.0.self_attn.v_proj.weight")
         False
     """
-    return name.endswith(("q_proj.weight", "k_proj.weight"))
+    return name.rpartition(".")[0].endswith(("q_proj", "k_proj"))

@@ -14,7 +14,7 @@ from codellama_rt.checkpoint.stored_tensor import (
     StoredTensor,
     Weight,
 )
-from codellama_rt.checkpoint.tensor_names import EMBEDDING, HEAD, expected_shapes
+from codellama_rt.checkpoint.tensor_names import EMBEDDING, HEAD, expected_shapes, is_recomputed
 from codellama_rt.errors import CheckpointError
 from codellama_rt.ops.dtypes import ENCODINGS, numpy_dtype
 
@@ -25,7 +25,7 @@ def match_tensors(model: StoredModel) -> dict[str, StoredTensor]:
     """Pick the tensors the model needs and reject a file that contains others.
 
     A tied model may carry `lm_head.weight`, which transformers ignores, too; so may old files carry
-    `rotary_emb.inv_freq`, which follows from the configuration.
+    rotary tables, which follow from the configuration.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape, or not of floats.
@@ -53,7 +53,7 @@ def match_tensors(model: StoredModel) -> dict[str, StoredTensor]:
 
 
 def _is_harmless(name: str) -> bool:
-    return name == HEAD or name.endswith("rotary_emb.inv_freq")
+    return name == HEAD or is_recomputed(name)
 
 
 def _and_others(names: list[str], what: str) -> str:
@@ -87,13 +87,13 @@ def choose_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype:
     """
     projections = [tensor for name, tensor in tensors.items() if name.endswith("_proj.weight")]
     if any(tensor.weight_dtype in QUANTIZATIONS for tensor in projections):
-        return ENCODINGS[tensors[EMBEDDING].encoding]
-    if not all(tensor.is_float for tensor in projections):
-        return numpy_dtype("bfloat16")
-    elements: collections.Counter[str] = collections.Counter()
+        return tensors[EMBEDDING].float_dtype
+    elements: collections.Counter[np.dtype] = collections.Counter()
     for tensor in projections:
-        elements[tensor.encoding] += tensor.size
-    return ENCODINGS[elements.most_common(1)[0][0]]
+        if tensor.float_dtype is None:
+            return numpy_dtype("bfloat16")
+        elements[tensor.float_dtype] += tensor.size
+    return elements.most_common(1)[0][0]
 
 
 def load_arrays(
@@ -124,12 +124,17 @@ def load_arrays(
     """
     todo = dict(tensors) if quantization is None else sources(tensors)
     kept = used_as_stored(todo, target, is_auto, quantization)
-    counter = Counter(sum(t.num_bytes for n, t in todo.items() if n not in kept), progress)
+    made = [t for n, t in todo.items() if n not in kept or t.is_repacked]
+    counter = Counter(sum(t.num_bytes for t in made), progress)
     weights: dict[str, Weight] = {}
     mapped = used_in_place(todo, kept)
     for name, tensor in todo.items():
         if name in mapped:
             weights[name] = tensor.view()
+        elif name in kept and tensor.is_repacked:
+            weights[name] = tensor.view()
+            counter.add(tensor.num_bytes, f"repacking to {tensor.weight_dtype}")
+            tensor.release()
         elif name in kept:
             weights[name] = tensor.view().copy()
             weights[name].flags.writeable = False
@@ -150,12 +155,14 @@ def used_as_stored(
 ) -> set[str]:
     """Names of the tensors that are used without conversion."""
     is_mixed = quantization is not None or not all(
-        tensor.is_float for name, tensor in tensors.items() if is_quantized(name)
+        tensor.float_dtype is not None for name, tensor in tensors.items() if is_quantized(name)
     )
 
     def lies_right(name: str, tensor: StoredTensor) -> bool:
         if tensor.weight_dtype in QUANTIZATIONS:
             return True
+        if tensor.is_repacked:
+            return is_auto and quantization is None
         if not tensor.is_whole:
             return False
         if quantization is not None and is_quantized(name):
@@ -174,9 +181,9 @@ def used_in_place(tensors: Mapping[str, StoredTensor], kept: set[str]) -> set[st
     Where others of a file are made anew, its vectors are copied: a page that is touched brings its
     neighbours, up to 2 MB of them, into the process, and the norms lie all over the file.
     """
-    if len(kept) == len(tensors):
+    if len(kept) == len(tensors) and not any(t.is_repacked for t in tensors.values()):
         return kept
-    return {name for name in kept if len(tensors[name].shape) > 1}
+    return {name for name in kept if len(tensors[name].shape) > 1 and not tensors[name].is_repacked}
 
 
 def convert_tensor(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> np.ndarray:

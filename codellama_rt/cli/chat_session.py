@@ -229,10 +229,11 @@ class ChatSession:
         path = _path(rest)
         if not self._messages:
             raise ValueError("nothing has been said yet")
-        text = json.dumps([message._asdict() for message in self.messages], ensure_ascii=False)
-        beside = path.with_name(f".{path.name}.new")
+        text = json.dumps([message.as_dict() for message in self.messages], ensure_ascii=False)
+        target = path.resolve()  # a link keeps pointing to the file
+        beside = target.with_name(f".{target.name}.new")
         beside.write_text(text + "\n", "utf-8")
-        beside.replace(path)
+        beside.replace(target)
         return f"{len(self.messages)} messages in {path}"
 
     def _load(self, rest: str) -> str:

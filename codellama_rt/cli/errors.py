@@ -29,6 +29,7 @@ _OPTIONS = {
     for name in (
         *("device", "dtype", "quantization", "adapter", "kv_dtype", "kv_memory", "block_size"),
         *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_threads", "runtime"),
+        *("rope_theta", "rope_scaling"),
         *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
         *("presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "ignore_eos"),
         *("include_stop_str_in_output", "skip_special_tokens"),
@@ -36,7 +37,8 @@ _OPTIONS = {
     )
 }
 _ASSIGNED = "|".join(name for name in _OPTIONS if name != "n")
-_UNLIKE_PROSE = "|".join(name for name in _OPTIONS if "_" in name)
+# The keys of config.json with these names are not meant.
+_UNLIKE_PROSE = "|".join(name for name in _OPTIONS if "_" in name and "rope" not in name)
 _PARAMETER = re.compile(
     rf"(?<![\w/.\\-])(?:(?P<assigned>{_ASSIGNED})(?:=| (?='))(?P<value>'[^']*'|[\w.+-]*\w)"
     rf"|(?P<named>{_UNLIKE_PROSE})(?![\w/\\])"

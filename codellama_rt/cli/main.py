@@ -219,7 +219,11 @@ def _read_text(path: Path) -> str:
 
 
 def _replace_file(path: Path, text: str) -> None:
-    """Replace a file at once, so that an interrupt leaves the old one or the new one."""
+    """Replace a file at once, so that an interrupt leaves the old one or the new one.
+
+    A link keeps pointing to the file, whose text is replaced.
+    """
+    path = path.resolve()
     beside = path.with_name(f".{path.name}.filled")
     try:
         beside.write_bytes(text.encode())

@@ -30,6 +30,25 @@ def checked_size(text: str | None) -> str | None:
     return text
 
 
+def parsed_scaling(text: str) -> dict[str, Any]:
+    """Return the object that a text is in JSON.
+
+    Raises:
+        typer.BadParameter: it is not.
+    """
+    import json
+
+    try:
+        scaling = json.loads(text)
+    except (ValueError, RecursionError):
+        scaling = None
+    if not isinstance(scaling, dict):
+        raise typer.BadParameter(
+            f"""expected JSON such as '{{"rope_type": "linear", "factor": 4}}', got {text!r:.80}"""
+        )
+    return scaling
+
+
 # Parameters that say which token comes next.
 CHOOSING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -101,6 +120,17 @@ class ModelOptions:
         Path | None,
         typer.Option(
             metavar="DIR", exists=True, file_okay=False, help="LoRA adapter to merge into weights."
+        ),
+    ] = None
+    rope_theta: Annotated[
+        float | None, typer.Option(help="Base of RoPE (default: the checkpoint's).")
+    ] = None
+    rope_scaling: Annotated[
+        dict | None,
+        typer.Option(
+            metavar="JSON",
+            parser=parsed_scaling,
+            help="""Scaling of RoPE, as in config.json: '{"rope_type": "linear", "factor": 4}'.""",
         ),
     ] = None
 

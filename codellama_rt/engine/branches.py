@@ -124,25 +124,13 @@ class Branches:
         """Free the blocks of one branch, which is computed again when needed; for the owner only.
 
         Args:
-            everything: also of a branch that `logits` is computing in another thread.
+            everything: also of one that has yet to be computed. Always so in the search's own
+                thread, which then is not inside `logits`.
 
         Returns:
             Whether a branch had any.
         """
-        everything = everything or self._thread == get_ident()  # which is not inside `logits`
-        holding = [
-            branch
-            for branch, logits in self.live.items()
-            if branch.block_ids and (everything or logits is not None)
-        ]
-        if not holding:
-            return False
-        last = max(holding, key=_by_order)
-        if self.live[last] is None:
-            self._scheduler.preempt(last)
-        else:
-            self._scheduler.blocks.release(last)
-        return True
+        return self._free_last(everything or self._thread == get_ident())
 
     def recover(self) -> None:
         """Queue what is to be computed, and nothing else, after an exception; for the owner."""
@@ -192,16 +180,11 @@ class Branches:
         A search that began earlier and computes in another thread keeps its own: then this one has
         to wait for some turns. So the earliest always makes progress.
         """
-        scheduler, computed = (
-            self._engine.scheduler,
-            [b for b, row in self.live.items() if row is not None],
-        )
-        holding = [branch for branch in computed if branch.block_ids]
-        if holding:
-            scheduler.blocks.release(max(holding, key=_by_order))
+        if self._free_last(everything=False):
             return
-        if scheduler.running:
-            scheduler.preempt(scheduler.running[-1])
+        requests = self._engine.scheduler
+        if requests.running:
+            requests.preempt(requests.running[-1])
             return
         others = sorted(self._engine.searches, key=lambda search: -search._age)
         others.remove(self)
@@ -209,6 +192,22 @@ class Branches:
             return
         if not any(search.is_computing for search in others):
             raise RuntimeError("the KV cache has no free blocks; raise kv_memory")
+
+    def _free_last(self, everything: bool) -> bool:
+        """Free the blocks of the last branch that has any, or of the last computed one."""
+        holding = [
+            branch
+            for branch, logits in self.live.items()
+            if branch.block_ids and (everything or logits is not None)
+        ]
+        if not holding:
+            return False
+        last = max(holding, key=_by_order)
+        if self.live[last] is None:
+            self._scheduler.preempt(last)
+        else:
+            self._scheduler.blocks.release(last)
+        return True
 
 
 _ages = itertools.count()

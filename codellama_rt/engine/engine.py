@@ -29,9 +29,8 @@ from codellama_rt.engine.request import Output, Request, Sample, check_params, c
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.scheduler import Scheduler
 from codellama_rt.engine.sequence import Chunk, Sequence
-from codellama_rt.engine.stop_strings import Tokenizer
+from codellama_rt.engine.stop_strings import Tokenizer, end_token_ids
 from codellama_rt.model.batch import Batch
-from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.interface import Decoder, KVCache
 from codellama_rt.model.lora import LoraAdapter, check_adapter
 
@@ -107,7 +106,7 @@ class Engine:
             max_num_batched_tokens: tokens per step; longer prompts are computed in chunks.
             max_model_len: tokens of prompt and output together.
             prefix_caching: whether equal prefixes are computed once.
-            generation_config: its "eos_token_id" replaces the model's.
+            generation_config: its "eos_token_id" ends an output, too.
             check_files: called before each request; raises if a file with weights has changed.
         """
         if max_model_len < 2:
@@ -115,11 +114,11 @@ class Engine:
         self.model, self.kv_cache, self.tokenizer = model, kv_cache, tokenizer
         self.max_model_len = max_model_len
         self.check_files = check_files or (lambda: None)
-        self.eos_token_ids = _eos_token_ids(model.config, generation_config or {})
+        self.eos_token_ids = end_token_ids(model.config, generation_config or {}, tokenizer)
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
         self.scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens)
         scaling = model.config.rope_scaling
-        self._has_dynamic_rope = scaling is not None and scaling.kind == "dynamic"
+        self._has_dynamic_rope = scaling is not None and scaling.depends_on_length
         self._requests: dict[str, Request] = {}  # unfinished
         self._samples: dict[Sequence, Sample] = {}  # unfinished and forked
         self.searches: WeakSet[Search] = WeakSet()  # others that use the same blocks
@@ -168,11 +167,12 @@ class Engine:
         request = self._make_request(request_id, sequence, params, inbox)
         with self.owner:
             self._drop_discarded()
-            is_new = request_id not in self._requests
-            if is_new and not self._closed:
+            is_closed, is_new = self._closed, request_id not in self._requests
+            if is_new and not is_closed:
                 sequence.order = priority, self._num_arrived, 0
                 self._add(request)
-        self.check_open()
+        if is_closed:
+            self.check_open()
         if not is_new:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
 
@@ -381,10 +381,10 @@ class Engine:
 
     def _cache_salt(self, prompt_len: int) -> int:
         # Under dynamic RoPE scaling the keys of a prompt longer than the trained length depend on
-        # its length; such prompts share cached prefixes only with those of the same length.
+        # its length; such prompts share cached prefixes only with those that are rotated alike.
         if not self._has_dynamic_rope:
             return 0
-        return max(0, prompt_len - self.model.config.max_position_embeddings)
+        return self.model.config.rope_class(prompt_len)
 
     def _advance(self) -> None:
         """Make a step; its outputs go to where they are waited for."""
@@ -524,10 +524,3 @@ def _check_names(request_id: object, priority: object) -> None:
         raise TypeError(f"request_id must be a non-empty str, got {request_id!r}")
     if not isinstance(priority, int) or isinstance(priority, bool):
         raise TypeError(f"priority must be an int, got {type(priority).__name__}")
-
-
-def _eos_token_ids(config: ModelConfig, generation_config: Mapping) -> tuple[int, ...]:
-    eos = generation_config.get("eos_token_id")
-    if eos is None:
-        return tuple(config.eos_token_ids)
-    return (eos,) if isinstance(eos, int) else tuple(eos)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from sys import _getframe
+from threading import Lock, get_ident
 from types import FrameType
-from typing import NamedTuple
 from weakref import WeakSet
 
 
@@ -46,12 +45,8 @@ class Owner:
 
     def is_inside(self) -> bool:
         """Return whether the caller was itself called from inside `with owner:`."""
-        holder, frame = self._holder(), sys._getframe(1)
-        if holder is None or holder.thread != threading.get_ident():
-            return False
-        while frame is not None and frame is not self._frame:
-            frame = frame.f_back
-        return frame is not None
+        holder = self._holder()
+        return holder is not None and holder.thread == get_ident() and self._is_below(_getframe(1))
 
     def __enter__(self) -> None:
         """Wait for the turn, and recover if need be.
@@ -59,12 +54,12 @@ class Owner:
         Raises:
             RuntimeError: called from inside.
         """
-        if self.is_inside():
+        holder, me, frame = self._holder(), get_ident(), _getframe(1)
+        if holder is None or holder.thread != me:
+            self._wait(_Turn(me))
+        elif self._is_below(frame):  # else an exception kept this thread from leaving
             raise RuntimeError("an engine cannot be used from inside its own step")
-        holder, me = self._holder(), threading.get_ident()
-        if holder is None or holder.thread != me:  # else an exception kept it from leaving
-            self._wait(_Turn(me, threading.Lock()))
-        self._frame = sys._getframe(1)
+        self._frame = frame
         if self._is_torn:
             self._recover()
         self._is_torn = True
@@ -74,7 +69,8 @@ class Owner:
         if kind is None:
             self._is_torn = False
         self._frame = None
-        self._leave(self._queue[0])
+        self._queue.popleft()
+        self._wake_holder()
 
     def _holder(self) -> _Turn | None:
         try:
@@ -82,20 +78,29 @@ class Owner:
         except IndexError:
             return None
 
+    def _is_below(self, frame: FrameType | None) -> bool:
+        """Return whether a frame of the holder was called, if indirectly, from inside."""
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is not None
+
     def _wait(self, turn: _Turn) -> None:
-        turn.wake.acquire()
         self._queue.append(turn)
         try:
-            while self._holder() is not turn:
+            if self._holder() is turn:
+                return
+            turn.wake = Lock()
+            turn.wake.acquire()
+            while self._holder() is not turn:  # looked at after `wake` is there to be released
                 turn.wake.acquire(timeout=_LOST_WAKE_UP_S)
         except BaseException:
-            self._leave(turn)
+            self._queue.remove(turn)
+            self._wake_holder()
             raise
 
-    def _leave(self, turn: _Turn) -> None:
-        with suppress(ValueError):
-            self._queue.remove(turn)
-        if (holder := self._holder()) is not None:
+    def _wake_holder(self) -> None:
+        holder = self._holder()
+        if holder is not None and holder.wake is not None:
             with suppress(RuntimeError):  # it is awake
                 holder.wake.release()
 
@@ -106,9 +111,14 @@ class Owner:
         self._frame: FrameType | None = None  # where the holder is inside
 
 
-class _Turn(NamedTuple):
-    thread: int
-    wake: threading.Lock
+class _Turn:
+    """A thread that holds an owner, or waits for it."""
+
+    __slots__ = ("thread", "wake")
+
+    def __init__(self, thread: int) -> None:
+        self.thread = thread
+        self.wake: Lock | None = None  # released when it may look whether it is first
 
 
 _LOST_WAKE_UP_S = 0.1  # an exception may keep a thread from waking the next one

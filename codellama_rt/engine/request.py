@@ -14,7 +14,12 @@ from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
 from codellama_rt.engine.sampler import TokenSampler
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
-from codellama_rt.engine.stop_strings import TextStream, Tokenizer, bad_word_runs
+from codellama_rt.engine.stop_strings import (
+    TextStream,
+    Tokenizer,
+    bad_word_runs,
+    control_tokens,
+)
 
 
 @dataclass(slots=True)
@@ -80,8 +85,11 @@ class Request:
         self.params = params
         self.seed = seed
         self.max_len = max_len
-        self.end_ids = frozenset(params.stop_token_ids) | frozenset(
-            () if params.ignore_eos else eos_token_ids
+        self.stop_names = control_tokens(params.stop, tokenizer, vocab_size)
+        filling_end = None if tokenizer is None else tokenizer.filling_end(sequence.token_ids)
+        ends = [i for i in (*eos_token_ids, filling_end) if i is not None]
+        self.end_ids = frozenset(params.stop_token_ids).union(
+            self.stop_names, () if params.ignore_eos else ends
         )
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
@@ -237,9 +245,13 @@ class Sample:
     def _read(self, token_id: int, may_stop: bool, output: Output) -> None:
         """Fill in the text of a new token, and whether it ends the output."""
         if token_id in self.request.end_ids and may_stop:
-            output.finish_reason, output.stop_reason = "stop", token_id
+            name = self.request.stop_names.get(token_id)
+            output.finish_reason, output.stop_reason = "stop", token_id if name is None else name
             if self.request.params.include_stop_str_in_output and self._stream is not None:
-                output.text, _ = self._stream.push(token_id, may_stop=False)
+                if name is None:
+                    output.text, _ = self._stream.push(token_id, may_stop=False)
+                else:  # as the caller has written it
+                    output.text = self._stream.flush() + name
         elif self._stream is not None:
             output.text, stop = self._stream.push(token_id, may_stop=may_stop)
             if stop is not None:

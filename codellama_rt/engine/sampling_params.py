@@ -75,7 +75,8 @@ class SamplingParams:
             change; each returns the logits. They may be called again for the same tokens, so the
             result must depend on nothing else. An exception ends this request alone.
         seed: fixes the draws; None: a fresh seed per request.
-        stop: strings that end the text (a str or up to 16); not included in the text.
+        stop: strings that end the text (a str or up to 16); not included in the text. The name of a
+            control token stands for the token.
         stop_token_ids: token ids that end the output, besides end-of-sequence.
         ignore_eos: continue after end-of-sequence.
         include_stop_str_in_output: keep the stop string, or the text of the stop token, in the

@@ -1,7 +1,9 @@
-"""Text of a growing sequence, cut at stop strings wherever token boundaries fall."""
+"""What ends an output: tokens, and stop strings wherever token boundaries fall in its text."""
 
-from collections.abc import Collection, Sequence
-from typing import Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from codellama_rt.model.config import ModelConfig
 
 
 class Detokenizer(Protocol):
@@ -15,7 +17,19 @@ class Detokenizer(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What the engine asks of a tokenizer."""
+    """What the engine asks of a tokenizer.
+
+    Attributes:
+        end_ids: tokens that end every answer.
+    """
+
+    end_ids: Collection[int]
+
+    def filling_end(self, prompt_ids: Sequence[int]) -> int | None:
+        """Return the token that ends what follows a prompt that asks for a filling, else None."""
+
+    def control_id(self, name: str) -> int | None:
+        """Return the id of a control token, which has no text, by its name; None: no such token."""
 
     def detokenizer(
         self, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True
@@ -40,6 +54,33 @@ def bad_word_runs(
     texts = [lead + word for word in bare for lead in ("", " ")]
     runs = [tokenizer.encode_continuation(text) for text in texts]
     return [run for run in runs if max(run) < vocab_size]
+
+
+def end_token_ids(
+    config: ModelConfig, generation_config: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> tuple[int, ...]:
+    """Return every token that some part of a checkpoint names as an end, each once.
+
+    Checkpoints that were tuned for conversations often name the end of a turn in one place only.
+
+    Args:
+        config: of the model; ids without a row in it are left out.
+        generation_config: its "eos_token_id" comes first.
+        tokenizer: with `end_ids`, which come last; or None.
+    """
+    stated = generation_config.get("eos_token_id") or ()
+    stated = (stated,) if isinstance(stated, int) else stated
+    further = () if tokenizer is None else sorted(tokenizer.end_ids)
+    ids = dict.fromkeys((*stated, *config.eos_token_ids, *further))
+    return tuple(token_id for token_id in ids if token_id < config.vocab_size)
+
+
+def control_tokens(
+    stop: Iterable[str], tokenizer: Tokenizer | None, vocab_size: int
+) -> dict[int, str]:
+    """Return the stop strings that name control tokens, by id: no text would ever hold them."""
+    ids = {} if tokenizer is None else {name: tokenizer.control_id(name) for name in stop}
+    return {i: name for name, i in ids.items() if i is not None and i < vocab_size}
 
 
 class TextStream:

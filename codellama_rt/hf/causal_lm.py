@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from codellama_rt.checkpoint.formats.generation_config import rejected
 from codellama_rt.checkpoint.formats.hf_writer import write_directory
 from codellama_rt.engine.branches import Branches
 from codellama_rt.engine.request import check_token_id
@@ -55,7 +56,10 @@ class LlamaForCausalLM(ModelIdioms):
         """Wrap an LLM; use `from_pretrained` to open a checkpoint."""
         self.llm = llm
         self.config = LlamaConfig(**vars(llm.config))
-        self.generation_config = GenerationConfig.from_dict(llm.generation_config)
+        try:
+            self.generation_config = GenerationConfig.from_dict(llm.generation_config)
+        except (ValueError, TypeError) as error:  # values that contradict one another
+            raise rejected(llm.path, error) from None
         self._stored_ends = self.generation_config.eos_token_id
         self._adapters: dict[str, LoraAdapter] = {}
         self._adapter: LoraAdapter | None = None
@@ -105,6 +109,7 @@ class LlamaForCausalLM(ModelIdioms):
         attention_mask: Any = None,
         labels: Any = None,
         logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
         **others: Any,
     ) -> CausalLMOutput:
         """Compute the logits after every token, and the loss if labels are given.
@@ -115,11 +120,13 @@ class LlamaForCausalLM(ModelIdioms):
             labels: (batch, length) expected token ids, -100 to ignore a position; each is compared
                 with the logits before it.
             logits_to_keep: return only those of the last so many positions; 0: of all.
+            output_hidden_states: return what the layers pass on as well.
             **others: arguments of Transformers that change nothing here, ignored with a warning.
 
         Returns:
-            `logits`, (batch, length or logits_to_keep, vocab_size) float32, zeros at padding, and
-            `loss` if labels are given.
+            `logits`, (batch, length or logits_to_keep, vocab_size) float32, zeros at padding;
+            `loss` if labels are given; `hidden_states`, if requested, n_layers + 1 times
+            (batch, length, dim) float32, the embeddings first and the last one normalised.
 
         Raises:
             TypeError, ValueError: a wrong type or shape; an id outside the vocabulary; an argument
@@ -137,7 +144,9 @@ class LlamaForCausalLM(ModelIdioms):
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
         return CausalLMOutput(
-            loss=None if loss is None else to_tensor(loss), logits=to_tensor(logits)
+            loss=None if loss is None else to_tensor(loss),
+            logits=to_tensor(logits),
+            hidden_states=self._hidden_states(rows, mask) if output_hidden_states else None,
         )
 
     forward = construct = __call__  # Transformers' and MindSpore's names
@@ -182,7 +191,7 @@ class LlamaForCausalLM(ModelIdioms):
         Returns:
             Tensor (rows, length + new tokens) in input_ids' dtype, prompts and continuations; a
             GenerateOutput if return_dict_in_generate. The default end tokens are the checkpoint's,
-            and <EOT> in a row that asks for infilling.
+            and <EOT> in a row that asks for infilling; eos_token_id=None or [] means none.
 
         Raises:
             TypeError: input_ids is not a Tensor of integers, or an unknown argument or one whose
@@ -193,7 +202,7 @@ class LlamaForCausalLM(ModelIdioms):
             fields = supported("generate()", fields, GENERATE)
             rows = as_rows(self._inputs(input_ids, inputs))
             config = (generation_config or self.generation_config).replaced(**fields)
-            is_given = generation_config is not None or fields.get("eos_token_id") is not None
+            is_given = generation_config is not None or "eos_token_id" in fields
             is_given |= self.generation_config.eos_token_id != self._stored_ends
             search = self._search(
                 config, rows, attention_mask, config.eos_token_id if is_given else None, tokenizer
@@ -276,6 +285,14 @@ class LlamaForCausalLM(ModelIdioms):
         if self.llm.tokenizer is not None:
             save_tokenizer(self.llm.tokenizer, Path(save_directory), self.llm.chat_template)
 
+    def _hidden_states(self, rows: np.ndarray, mask: np.ndarray) -> tuple[Any, ...]:
+        """Return the states of every layer, Tensors (batch, length, dim), zeros at padding."""
+        shape = (self.config.n_layers + 1, *rows.shape, self.config.dim)
+        states = np.zeros(shape, np.float32)
+        for i, (row, kept) in enumerate(zip(rows, mask, strict=True)):
+            states[:, i, kept] = self.llm.hidden_states(row[kept].tolist(), adapter=self._adapter)
+        return tuple(map(to_tensor, states))
+
     def _search(
         self,
         config: GenerationConfig,
@@ -285,6 +302,7 @@ class LlamaForCausalLM(ModelIdioms):
         tokenizer: Any,
     ) -> Search:
         """Return the search for continuations that end with `ends` (None: the checkpoint's)."""
+        vocab_size = self.config.vocab_size
         all_ends = self.llm.engine.eos_token_ids if ends is None else ends
         if attention_mask is None and config.pad_token_id not in (None, *all_ends):
             attention_mask = rows != config.pad_token_id
@@ -299,17 +317,23 @@ class LlamaForCausalLM(ModelIdioms):
         if pad_id is None:
             pad_id = next(iter(ends or self.llm.engine.eos_token_ids), 0)
         for token_id in ends or ():
-            check_token_id(token_id, self.config.vocab_size, "eos_token_id")
-        check_token_id(pad_id, self.config.vocab_size, "pad_token_id")
+            check_token_id(token_id, vocab_size, "eos_token_id")
+        check_token_id(pad_id, vocab_size, "pad_token_id")
+        reader = self._reader(tokenizer) if config.stop_strings else None
+        named = [reader.control_id(name) for name in config.stop_strings]  # they have no text
         return Search(
             config,
             prompts,
             rows.astype(np.int64),
-            [frozenset(self._usual_ends(prompt) if ends is None else ends) for prompt in prompts],
+            [
+                frozenset((*(self._usual_ends(prompt) if ends is None else ends), *named))
+                & frozenset(range(vocab_size))
+                for prompt in prompts
+            ],
             pad_id,
             config.new_tokens(rows.shape[1]),
             self.llm.max_model_len,
-            tokenizer=self._reader(tokenizer) if config.stop_strings else None,
+            tokenizer=reader,
             adapter=self._adapter,
         )
 
@@ -325,12 +349,10 @@ class LlamaForCausalLM(ModelIdioms):
         found.pad_vocabulary(self.config.vocab_size)
         return found
 
-    def _usual_ends(self, prompt: list[int]) -> tuple[int, ...]:
+    def _usual_ends(self, prompt: list[int]) -> tuple[int | None, ...]:
         """Return the checkpoint's end tokens, and <EOT> for a prompt that asks for infilling."""
         ends, tokenizer = self.llm.engine.eos_token_ids, self.llm.tokenizer
-        if tokenizer is not None and tokenizer.can_infill and tokenizer.middle_id in prompt:
-            return (*ends, tokenizer.eot_id)
-        return ends
+        return ends if tokenizer is None else (*ends, tokenizer.filling_end(prompt))
 
     @staticmethod
     def _result(search: Search, found: Found, dtype: np.dtype) -> Any:
@@ -352,9 +374,9 @@ class LlamaForCausalLM(ModelIdioms):
 
 @contextmanager
 def _ended(streamer: Any) -> Iterator[None]:
-    """End a streamer whatever happens."""
+    """End a streamer, if it is one, whatever happens."""
     try:
         yield
     finally:
-        if streamer is not None:
+        if hasattr(streamer, "end"):
             streamer.end()

@@ -203,7 +203,7 @@ class CodeLlamaTokenizer(TokenizerIdioms):
         clean_up_tokenization_spaces: bool | None = None,
     ) -> str:
         """Decode ids (an int, a list, an array or tensor of one axis) to text."""
-        text = self._decode_added(token_ids, skip_special_tokens)
+        text = self.runtime.decode(token_ids, skip_special_tokens=skip_special_tokens)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
@@ -219,7 +219,7 @@ class CodeLlamaTokenizer(TokenizerIdioms):
         if suffix is None and self.fill_token is not None:
             text, suffix = split_fill(text, self.fill_token) or (text, None)
         if not suffix:  # as in Transformers, a hole at the end is a completion
-            return self._added_text_ids(text)
+            return self.runtime.encode(text, bos=False, parse_special=True)
         if None in (self.prefix_id, self.middle_id, self.suffix_id):
             raise cannot_infill(self.vocab_size)
         first = self.suffix_first if suffix_first is None else suffix_first

@@ -7,19 +7,23 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.errors import CheckpointError
 from codellama_rt.hf.batch_encoding import check_side
+from codellama_rt.model.config_fields import ConfigFields
 from codellama_rt.text.chat import read_chat_template
 from codellama_rt.text.tokenizer import FILL_TOKEN, load_tokenizer
+from codellama_rt.text.tokenizer.directory_config import CONFIG_FILE, read_fields
+from codellama_rt.text.tokenizer.save_tokenizer import added_tokens_decoder, spacing_options
 from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
     INFILL_PIECES,
     STEP_PIECE,
     SentencePieceTokenizer,
 )
 from codellama_rt.text.tokenizer.tokenizer_base import as_id_list, token_text
+from codellama_rt.text.tokenizer.tokenizer_config import ROLES
 
-_CONFIG_FILE = "tokenizer_config.json"
+_FLAGS = ("suffix_first", "clean_up_tokenization_spaces")
+_TEXTS = ("fill_token", "padding_side", "truncation_side")
 
 
 @dataclass(eq=False, repr=False)
@@ -29,7 +33,8 @@ class CodeLlamaVocabulary:
     Unlike in Transformers, a vocabulary cannot be extended: a model has infilling tokens or not.
 
     Args:
-        vocab_file: a tokenizer.model, or another file or directory with a SentencePiece vocabulary.
+        vocab_file: a tokenizer.model, another file or directory with a SentencePiece vocabulary, or
+            what `load_tokenizer` made of one.
 
     Attributes:
         runtime: the tokenizer with Meta's ids, used by the engine.
@@ -39,7 +44,7 @@ class CodeLlamaVocabulary:
         ValueError: a token is not in the vocabulary, or a side is not "left" or "right".
     """
 
-    vocab_file: str | PathLike[str]
+    vocab_file: str | PathLike[str] | SentencePieceTokenizer
     _: KW_ONLY
     bos_token: str | None = "<s>"
     eos_token: str | None = "</s>"
@@ -64,13 +69,8 @@ class CodeLlamaVocabulary:
     eot_id: int | None = field(init=False)
 
     def __post_init__(self) -> None:
-        runtime = load_tokenizer(self.vocab_file)
-        if not isinstance(runtime, SentencePieceTokenizer):
-            raise CheckpointError(
-                f"{self.vocab_file}: expected a SentencePiece vocabulary, found byte-level BPE; "
-                "load_tokenizer reads it"
-            )
-        self.runtime = runtime
+        is_loaded = isinstance(self.vocab_file, SentencePieceTokenizer)
+        self.runtime = runtime = self.vocab_file if is_loaded else _load(self.vocab_file)
         for role in INFILL_PIECES:
             wanted = getattr(self, f"{role}_token") is not None
             token_id = getattr(runtime, f"{role}_id") if wanted else None
@@ -93,11 +93,16 @@ class CodeLlamaVocabulary:
             CheckpointError, ValueError: as for the class.
         """
         path = Path(path)
-        config_file = (path if path.is_dir() else path.parent) / _CONFIG_FILE
-        config = read_object(config_file) if config_file.is_file() else {}
-        known = {name: token_text(config[name]) for name in cls._option_names() if name in config}
+        runtime = _load(path)
+        known = _options(read_fields((path if path.is_dir() else path.parent) / CONFIG_FILE))
+        for role in ROLES:
+            token_id = getattr(runtime, f"{role}_id")
+            known[f"{role}_token"] = None if token_id is None else runtime.piece(token_id)
+        known |= {"add_bos_token": runtime.adds_bos, "add_eos_token": runtime.adds_eos}
         known["chat_template"] = read_chat_template(path)
-        return cls(path, **(known | options))
+        tokenizer = cls(runtime, **(known | options))
+        tokenizer.vocab_file = path
+        return tokenizer
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str = "") -> tuple[str]:
         """Write tokenizer.model into a directory and return its path in a tuple."""
@@ -110,9 +115,10 @@ class CodeLlamaVocabulary:
         """Write a directory for `from_pretrained`, also that of Transformers; return the paths."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = {"tokenizer_class": type(self).__name__}
-        config |= {name: getattr(self, name) for name in self._option_names()}
-        file = directory / _CONFIG_FILE
+        config = {name: getattr(self, name) for name in self._option_names()}
+        config |= spacing_options(self.runtime)
+        config["added_tokens_decoder"] = added_tokens_decoder(self.runtime)
+        file = directory / CONFIG_FILE
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         return (str(file), *self.save_vocabulary(save_directory))
 
@@ -143,7 +149,8 @@ class CodeLlamaVocabulary:
         """Ids of the control tokens, each once."""
         named = (self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id)
         infill = (self.prefix_id, self.middle_id, self.suffix_id, self.eot_id)
-        ids = (*named, *infill, self.runtime.piece_id(STEP_PIECE))
+        added = (token.id for token in self.runtime.config.added if token.special)
+        ids = (*named, *infill, self.runtime.piece_id(STEP_PIECE), *added)
         return list(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
     @property
@@ -153,8 +160,8 @@ class CodeLlamaVocabulary:
 
     @property
     def vocab_size(self) -> int:
-        """Number of pieces."""
-        return self.runtime.vocab_size
+        """Number of pieces, without tokens added behind them; `len` counts those, too."""
+        return self.runtime.own_size
 
     def __len__(self) -> int:
         return self.runtime.vocab_size
@@ -190,3 +197,24 @@ class CodeLlamaVocabulary:
     @classmethod
     def _option_names(cls) -> list[str]:
         return [option.name for option in fields(cls) if option.kw_only and option.init]
+
+
+def _load(path: str | PathLike[str]) -> SentencePieceTokenizer:
+    runtime = load_tokenizer(path)
+    if not isinstance(runtime, SentencePieceTokenizer):
+        raise CheckpointError(
+            f"{path}: expected a SentencePiece vocabulary, found byte-level BPE; load_tokenizer "
+            "reads it"
+        )
+    return runtime
+
+
+def _options(config: ConfigFields) -> dict[str, Any]:
+    """Return the options of the class that a tokenizer_config.json sets, checked."""
+    known = {name: config.flag(name, False) for name in _FLAGS if name in config.values}
+    for name in (*_TEXTS, *(f"{role}_token" for role in INFILL_PIECES)):
+        if name in config.values:
+            known[name] = token_text(config.values[name])
+            if not isinstance(known[name], str | None):
+                raise config.fault(name, "a text or null")
+    return known

@@ -1,76 +1,51 @@
 """Tokens that a caller adds to the vocabulary of `CodeLlamaTokenizer`."""
 
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from codellama_rt.checkpoint.formats.strict_json import read_object
-from codellama_rt.errors import CheckpointError
 from codellama_rt.hf.code_llama_vocabulary import CodeLlamaVocabulary
-from codellama_rt.text.tokenizer.tokenizer_base import as_id_list, check_text, token_text
+from codellama_rt.text.tokenizer.added_tokens import FLAGS, AddedToken
+from codellama_rt.text.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from codellama_rt.text.tokenizer.tokenizer_base import check_text
 
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-_KEY = "added_tokens_decoder"
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-@dataclass(eq=False, repr=False)
 class ExtendedVocabulary(CodeLlamaVocabulary):
     """The vocabulary of a checkpoint and further tokens, whose ids follow those of the pieces.
 
-    The weights are not changed: a token beside whose id the model has no row is refused, by
+    The weights are not changed: a token for whose id the model has no row is refused, by
     `add_tokens` where a config.json says how many rows there are, otherwise by the model.
 
-    Args:
-        added_tokens: name -> whether it is a control token, in the order of their ids.
+    Attributes:
+        num_rows: of the model; None: not known.
     """
 
-    _: KW_ONLY
-    added_tokens: Mapping[str, bool] = field(default_factory=dict)
-    num_rows: int | None = field(init=False, default=None)  # of the model; None: not known
-
-    def __post_init__(self) -> None:
-        self._added: dict[str, int] = {}
-        self._added_control: list[str] = []
-        given = dict(self.added_tokens)
-        self._pending = list(given)  # named by options before they have an id
-        super().__post_init__()
-        self._pending = []
-        for name, is_control in given.items():
-            self.add_tokens([name], special_tokens=is_control)
+    num_rows: int | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike[str], **options: Any) -> "ExtendedVocabulary":
-        """Load a checkpoint's tokenizer, with the tokens that `save_pretrained` has written.
+        """Load a checkpoint's tokenizer, with the tokens that were added to it.
 
         Raises:
             CheckpointError, ValueError: as for the class.
         """
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        saved = _saved_tokens(folder)
-        options.setdefault("added_tokens", {name: control for name, (_, control) in saved.items()})
         tokenizer = super().from_pretrained(path, **options)
-        for name, (token_id, _) in saved.items():
-            if tokenizer._added.get(name, token_id) != token_id:
-                raise CheckpointError(
-                    f"{folder / _TOKENIZER_CONFIG}: {_KEY} gives {name!r} the id {token_id}, "
-                    f"expected {tokenizer._added[name]}, which follows the vocabulary"
-                )
-        config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
-        if isinstance(config.get("vocab_size"), int):
-            tokenizer.num_rows = config["vocab_size"]
+        file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
+        rows = read_object(file).get("vocab_size") if file.is_file() else None
+        tokenizer.num_rows = rows if isinstance(rows, int) else None
         return tokenizer
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         """Add tokens to the vocabulary.
 
         Args:
-            new_tokens: a str, an object with `content`, or a list of these; a piece that the
-                vocabulary has stays as it is.
+            new_tokens: a str, an object with `content` and the flags of Transformers' AddedToken,
+                or a list of these; a piece that the vocabulary has keeps its id.
             special_tokens: they are control tokens: `skip_special_tokens` leaves them out.
 
         Returns:
@@ -81,19 +56,19 @@ class ExtendedVocabulary(CodeLlamaVocabulary):
             ValueError: an empty name, or the model has no row for the token.
         """
         is_one = isinstance(new_tokens, str) or not isinstance(new_tokens, Iterable)
-        names = [_name(token) for token in ([new_tokens] if is_one else new_tokens)]
-        new = [n for n in dict.fromkeys(names) if self._known_id(n) is None]
+        given = [_token(one, special_tokens) for one in ([new_tokens] if is_one else new_tokens)]
+        given = list({token.content: token for token in given}.values())
+        new = [token for token in given if self.runtime.piece_id(token.content) is None]
         size = len(self) + len(new)
         if self.num_rows is not None and new and size > self.num_rows:
             raise ValueError(
-                f"the model has rows for {self.num_rows} tokens, and {new[-1]!r} would be number "
-                f"{size}; add rows to the checkpoint first"
+                f"the model has rows for {self.num_rows} tokens, and {new[-1].content!r} would be "
+                f"number {size}; add rows to the checkpoint first"
             )
-        for name in new:
-            self._added[name] = len(self)
-        if special_tokens:
-            known = self.all_special_tokens
-            self._added_control += [n for n in dict.fromkeys(names) if n not in known]
+        numbered = [replace(token, id=len(self) + i) for i, token in enumerate(new)]
+        known = [replace(t, id=self.runtime.piece_id(t.content)) for t in given if t not in new]
+        numbered += [t for t in known if t.special and t.id not in self.runtime.special_ids]
+        self._set_added(numbered)
         return len(new)
 
     def add_special_tokens(
@@ -106,8 +81,8 @@ class ExtendedVocabulary(CodeLlamaVocabulary):
         Args:
             special_tokens_dict: "bos_token", "eos_token", "unk_token" or "pad_token" -> a token;
                 "additional_special_tokens" -> a list.
-            replace_additional_special_tokens: the list replaces what was added before, which then
-                are plain tokens.
+            replace_additional_special_tokens: the list replaces the added tokens without a role,
+                which then are plain tokens.
 
         Returns:
             How many had no id before.
@@ -121,22 +96,30 @@ class ExtendedVocabulary(CodeLlamaVocabulary):
         further = special_tokens_dict.get("additional_special_tokens")
         if isinstance(further, str):
             raise TypeError("additional_special_tokens must be a list of tokens, got a str")
-        count = 0
-        for role in special_tokens_dict.keys() - {"additional_special_tokens"}:
-            count += self.add_tokens([special_tokens_dict[role]], special_tokens=True)
-            setattr(self, role, _name(special_tokens_dict[role]))
-        if further is not None:
-            count += self.add_tokens(further, special_tokens=True)
-            if replace_additional_special_tokens:
-                roles = [getattr(self, role) for role in _ROLES]
-                kept = {*map(_name, further), *roles}
-                self._added_control = [n for n in self._added_control if n in kept]
+        roles = {
+            role: _token(special_tokens_dict[role], True)
+            for role in _ROLES
+            if role in special_tokens_dict
+        }
+        further = [_token(one, True) for one in further or ()]
+        count = self.add_tokens([*roles.values(), *further], special_tokens=True)
+        for role, token in roles.items():
+            setattr(self, role, token.content)
+        if further and replace_additional_special_tokens:
+            kept = {token.content for token in further} | {getattr(self, role) for role in _ROLES}
+            own = self.runtime.own_size
+            self._set_added(
+                replace(token, special=False)
+                for token in self.runtime.config.added
+                if token.special and token.content not in kept and token.id >= own
+            )
         return count
 
     def get_added_vocab(self) -> dict[str, int]:
         """Return the ids of the control tokens and of the added ones, by name."""
         named = dict(zip(self.all_special_tokens, self.all_special_ids, strict=True))
-        return dict(sorted((named | self._added).items(), key=lambda item: item[1]))
+        added = {token.content: token.id for token in self.runtime.config.added}
+        return dict(sorted((named | added).items(), key=lambda item: item[1]))
 
     added_tokens_encoder = property(get_added_vocab)
 
@@ -158,134 +141,25 @@ class ExtendedVocabulary(CodeLlamaVocabulary):
         roles = [getattr(self, role) for role in _ROLES]
         return [token for token in self.all_special_tokens if token not in roles]
 
-    @property
-    def all_special_ids(self) -> list[int]:
-        """Ids of the control tokens, each once."""
-        added = [self._known_id(name) for name in self._added_control]
-        return list(dict.fromkeys([*super().all_special_ids, *added]))
-
-    def __len__(self) -> int:
-        return self.runtime.vocab_size + len(self._added)
-
-    def get_vocab(self) -> dict[str, int]:
-        """Return the ids by piece or name."""
-        return super().get_vocab() | self._added
-
-    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
-        """Return the id of a piece, or a list of ids; `unk_token_id` for an unknown piece."""
-        if isinstance(tokens, str) and tokens in self._added:
-            return self._added[tokens]
-        return super().convert_tokens_to_ids(tokens)
-
-    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """Return the piece of an id, or a list of pieces."""
-        names = {token_id: name for name, token_id in self._added.items()}
-        if isinstance(ids, int):
-            return names[ids] if ids in names else self.runtime.piece(ids)
-        tokens: list[str] = []
-        for part, is_added in self._runs(ids):
-            if not is_added:
-                tokens += super().convert_ids_to_tokens(part, skip_special_tokens)
-            elif not (skip_special_tokens and names[part[0]] in self._added_control):
-                tokens.append(names[part[0]])
-        return tokens
-
-    def save_pretrained(self, save_directory: str) -> tuple[str, ...]:
-        """Write a directory for `from_pretrained`, also that of Transformers; return the paths."""
-        paths = super().save_pretrained(save_directory)
-        file = Path(save_directory) / _TOKENIZER_CONFIG
-        config = json.loads(file.read_text("utf-8"))
-        entries = {
-            str(token_id): {"content": name, "special": name in self._added_control}
-            | dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-            for name, token_id in self._added.items()
-        }
-        if entries:
-            config[_KEY] = config.get(_KEY, {}) | entries
-            file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        return paths
-
-    def _split_added(self, text: str) -> list[str]:
-        """Split text at the names of added tokens, longest first; names have odd indices."""
-        names = sorted(self._added, key=len, reverse=True)
-        return re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
-
-    def _added_text_ids(self, text: str) -> list[int]:
-        """Encode text in which the names of control and added tokens are tokens.
-
-        As in the slow tokenizer of Transformers, only the start gets a space in front.
-        """
-        check_text(text)
-        first, *parts = self._split_added(text)
-        ids = self.runtime.encode(first, bos=False, parse_special=True)
-        encode = self.runtime.encode_continuation
-        if not first and parts and parts[0] not in self._added_control:
-            has_lead = self.runtime.encode_plain("a") != encode("a")
-            ids = encode(" ") if has_lead else []
-        for i, part in enumerate(parts):
-            if i % 2 == 0:
-                ids.append(self._added[part])
-                continue
-            for piece in self.runtime.split_special(part):
-                is_text = isinstance(piece, str)
-                ids += encode(piece) if is_text else [piece]
-        return ids
-
-    def _runs(self, ids: Any) -> list[tuple[list[int], bool]]:
-        """Split ids into runs without added tokens, and one run for each of those."""
-        runs: list[tuple[list[int], bool]] = [([], False)]
-        added = set(self._added.values())
-        for token_id in as_id_list(ids):
-            if token_id in added:
-                runs += [([token_id], True), ([], False)]
-            else:
-                runs[-1][0].append(token_id)
-        return runs
-
-    def _decode_added(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Decode ids with added tokens; nothing is put around their names."""
-        (first, _), *runs = self._runs(ids)
-        names = {token_id: name for name, token_id in self._added.items()}
-        text = self.runtime.decode(first, skip_special_tokens=skip_special_tokens)
-        for part, is_added in runs:
-            if is_added:
-                is_left_out = skip_special_tokens and names[part[0]] in self._added_control
-                text += "" if is_left_out else names[part[0]]
-            else:  # after a token that is no begin token, a leading space stays
-                inner = self.runtime.detokenizer([0], skip_special_tokens=skip_special_tokens)
-                text += "".join(map(inner.push, part)) + inner.flush()
-        return text
-
-    def _known_id(self, name: str) -> int | None:
-        found = self.runtime.piece_id(name)
-        return self._added.get(name) if found is None else found
-
-    def _id(self, token: str | None) -> int | None:
-        if token in self._pending:
-            return None
-        return self._added[token] if token in self._added else super()._id(token)
-
-    @classmethod
-    def _option_names(cls) -> list[str]:
-        return [name for name in super()._option_names() if name != "added_tokens"]
+    def _set_added(self, tokens: Iterable[AddedToken]) -> None:
+        """Add tokens to those of the runtime, or replace them there."""
+        changed = {token.id: token for token in tokens}
+        if changed:
+            config = self.runtime.config
+            added = {token.id: token for token in config.added} | changed
+            config = replace(config, added=tuple(added.values()))
+            self.runtime = SentencePieceTokenizer(self.runtime.model_proto, config)
 
 
-def _name(token: Any) -> str:
+def _token(token: Any, special: bool) -> AddedToken:
+    """Return a token without an id yet."""
     name = token if isinstance(token, str) else getattr(token, "content", None)
     if not isinstance(name, str):
         raise TypeError(f"a token to add must be a str, got {type(token).__name__}")
     if not name:
         raise ValueError("the name of a token to add must not be empty")
     check_text(name)
-    return name
-
-
-def _saved_tokens(folder: Path) -> dict[str, tuple[int, bool]]:
-    """Return id and kind of the added tokens of a tokenizer_config.json, in order of the ids."""
-    file = folder / _TOKENIZER_CONFIG
-    entries = (read_object(file) if file.is_file() else {}).get(_KEY) or {}
-    try:
-        ordered = sorted((int(token_id), entry) for token_id, entry in entries.items())
-        return {_name(token_text(e)): (i, bool(e.get("special"))) for i, e in ordered}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {_KEY} must map ids to tokens: {error}") from None
+    if isinstance(token, str):  # whose methods have the names of flags
+        return AddedToken(-1, name, special=special)
+    flags = {flag: bool(getattr(token, flag, False)) for flag in FLAGS}
+    return AddedToken(-1, name, **(flags | {"special": special or flags["special"]}))

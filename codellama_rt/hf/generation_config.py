@@ -11,10 +11,11 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from codellama_rt.checkpoint.formats.generation_config import FILE, rejected
 from codellama_rt.checkpoint.formats.strict_json import read_object
 from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.errors import CheckpointError
 
-_FILE = "generation_config.json"
 _DEFAULT_NEW_TOKENS = 128  # if neither the call nor the checkpoint sets a limit
 _COUNTS = {  # field: its minimum
     "max_length": 1,
@@ -145,8 +146,17 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> GenerationConfig:
-        """Read generation_config.json from a directory."""
-        return cls.from_dict(read_object(Path(path) / _FILE))
+        """Read generation_config.json from a directory.
+
+        Raises:
+            CheckpointError: it is missing or damaged, or a value cannot be.
+        """
+        try:
+            return cls.from_dict(read_object(Path(path) / FILE))
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise rejected(Path(path), error) from None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
@@ -156,7 +166,9 @@ class GenerationConfig:
         return cls(**given)
 
     def replaced(self, **given: Any) -> GenerationConfig:
-        """Return a copy with other values; None leaves a field unchanged.
+        """Return a copy with other values; None leaves a field unchanged, but eos_token_id=None.
+
+        That means no end tokens, as in Transformers.
 
         Raises:
             TypeError: an unknown field.
@@ -164,6 +176,8 @@ class GenerationConfig:
         unknown = sorted(given.keys() - {field.name for field in fields(self)})
         if unknown:
             raise TypeError(f"generate() has no argument {', '.join(unknown)}")
+        if given.get("eos_token_id", ()) is None:
+            given["eos_token_id"] = ()
         given = {name: value for name, value in given.items() if value is not None}
         if "max_new_tokens" in given:
             given.setdefault("max_length", None)  # overrides the checkpoint's own limit, if any
@@ -180,7 +194,7 @@ class GenerationConfig:
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write generation_config.json into a directory."""
         text = json.dumps(self.to_dict(), indent=2)
-        (Path(path) / _FILE).write_text(text + "\n", "utf-8")
+        (Path(path) / FILE).write_text(text + "\n", "utf-8")
 
     def sampling(self) -> SamplingParams:
         """Return the part that the runtime's own sampler supports."""

@@ -42,6 +42,7 @@ class CausalLMOutput(_Output):
     Attributes:
         loss: mean negative log-probability of the labels, if given.
         logits: (batch, positions, vocab_size) float32.
+        hidden_states: n_layers + 1 times (batch, length, dim) float32, if requested.
     """
 
-    _fields = ("loss", "logits")
+    _fields = ("loss", "logits", "hidden_states")

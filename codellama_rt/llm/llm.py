@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.checkpoint import load_checkpoint
 from codellama_rt.checkpoint.adapter import load_adapter
+from codellama_rt.checkpoint.formats.generation_config import rejected
 from codellama_rt.checkpoint.open import resolve
 from codellama_rt.engine.completion import Completion, Job
 from codellama_rt.engine.engine import Engine
@@ -28,8 +31,10 @@ from codellama_rt.llm.memory_plan import settle
 from codellama_rt.llm.placement import default_block_size, place, require_runtime
 from codellama_rt.llm.plan import Plan
 from codellama_rt.llm.prompts import PromptEncoder
-from codellama_rt.llm.scoring import sequence_logits
+from codellama_rt.llm.scoring import pooled, sequence_hidden_states, sequence_logits
 from codellama_rt.llm.variants import find_variant, require_length
+from codellama_rt.model.batch import Batch
+from codellama_rt.model.interface import KVCache
 from codellama_rt.model.lora import LoraAdapter, merged
 from codellama_rt.text.chat import read_chat_template
 from codellama_rt.text.tokenizer import has_tokenizer, load_tokenizer
@@ -61,6 +66,8 @@ class LLM:
         num_threads: int | None = None,
         prefix_caching: bool = True,
         adapter: str | os.PathLike[str] | None = None,
+        rope_theta: float | None = None,
+        rope_scaling: Mapping[str, Any] | None = None,
         attention: str = "custom",
         runtime: str = "direct",
         check: str | None = None,
@@ -94,6 +101,10 @@ class LLM:
                 without adapters of single requests).
             adapter: directory of a LoRA adapter that is merged into the weights; `load_adapter`
                 applies one to single requests.
+            rope_theta: base of RoPE; None: the checkpoint's.
+            rope_scaling: how RoPE is stretched, as `rope_scaling` in config.json, for example
+                {"rope_type": "yarn", "factor": 4.0}; {"rope_type": "default"} is no scaling, None
+                the checkpoint's. Give max_model_len as well where contexts are to be longer.
             check: "finite" rejects weights with NaN or infinity (reads every byte).
             progress: called with (bytes done, bytes in all, what) while weights are converted or
                 quantised.
@@ -119,6 +130,7 @@ class LLM:
             ops.set_num_threads(num_threads)
         opened = resolve(model)
         self.name_or_path, self.device = os.fspath(model), device
+        opened = replace(opened, config=opened.config.with_rope(rope_theta, rope_scaling))
         self.variant = find_variant(model)
         require_length(self.variant, max_model_len)
         asked = Plan(
@@ -143,6 +155,11 @@ class LLM:
             progress=progress,
         )
         self.config, self.generation_config = checkpoint.config, checkpoint.generation_config
+        self.path = checkpoint.path
+        try:
+            self.default_params()
+        except (ValueError, TypeError) as error:  # values of its generation_config.json
+            raise rejected(self.path, error) from None
         self.stored_bytes = checkpoint.stored_bytes
         self.tokenizer = self.chat_template = None
         if has_tokenizer(opened.path, opened.metadata):
@@ -184,7 +201,8 @@ class LLM:
 
         Args:
             prompts: a str, token ids, or a list of either; also as {"prompt": str} or
-                {"prompt_token_ids": ids}. Special tokens written out in a str stay text.
+                {"prompt_token_ids": ids}. Special tokens written out in a str stay text, but for a
+                str that is Code Llama's whole infilling template.
             params: for all, or one a prompt; None: `default_params()`.
             sampling_params: vLLM's name of `params`.
             adapter: applied to these prompts; from `load_adapter`.
@@ -347,6 +365,52 @@ class LLM:
             forward=self.engine.forward,
         )
 
+    def hidden_states(
+        self, token_ids: Sequence[int], *, adapter: LoraAdapter | None = None
+    ) -> np.ndarray:
+        """Return what the layers pass on for every token of one sequence, as Transformers has it.
+
+        Args:
+            token_ids: the sequence, at least one token.
+            adapter: as in `generate`.
+
+        Returns:
+            (n_layers + 1, len(token_ids), dim) float32: the embeddings, the residual stream after
+            each layer but the last, and after the last one normalised.
+
+        Raises:
+            ValueError: no token, one outside the vocabulary, or a device or runtime that has none.
+        """
+        return self._hidden_states(token_ids, adapter)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        adapter: LoraAdapter | None = None,
+    ) -> np.ndarray:
+        """Return one vector per prompt, made of the last hidden states of its tokens.
+
+        Args:
+            prompts: as in `generate`.
+            pooling: "last" takes the last token's, "mean" the mean of all tokens'.
+            normalize: divide each vector by its length.
+            adapter: as in `generate`.
+
+        Returns:
+            (number of prompts, dim) float32.
+
+        Raises:
+            ValueError: an unknown pooling, an empty prompt, or as `hidden_states`.
+            TypeError: as `generate`.
+        """
+        prompts, _ = as_prompts(prompts)
+        ids = [self.prompt_encoder.tokens(prompt) for prompt in prompts]
+        states = (self._hidden_states(one, adapter, last_only=True)[0] for one in ids)
+        return pooled(states, len(ids), self.config.dim, pooling, normalize)
+
     def default_params(self) -> SamplingParams:
         """Greedy, or what the checkpoint's generation_config.json says."""
         return default_params(self.generation_config)
@@ -363,6 +427,26 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         """Close."""
         self.close()
+
+    def _hidden_states(
+        self, token_ids: Sequence[int], adapter: LoraAdapter | None, *, last_only: bool = False
+    ) -> np.ndarray:
+        self.engine.check_open()
+        self.engine.check_files()
+
+        def run(batch: Batch, kv_cache: KVCache) -> np.ndarray:
+            with self.engine.owner:  # between two steps
+                self.engine.check_open()
+                return self.model.hidden_states(batch, kv_cache, last_only=last_only)
+
+        return sequence_hidden_states(
+            self.model,
+            token_ids,
+            hidden_states=run,
+            kv_dtype=self.kv_cache.dtype,
+            chunk_size=self.engine.scheduler.max_num_batched_tokens,
+            adapter=adapter,
+        )
 
     def _submit(
         self, prompt: Prompt, params: SamplingParams | None, adapter: LoraAdapter | None

@@ -195,7 +195,7 @@ def estimate(opened: Opened, plan: Plan, *, context: int, num_seqs: int = 1) -> 
     activations = num_tokens * (
         4 * sum(Activations.widths(config).values()) + _PACKED_ITEM_BYTES * config.hidden_dim
     )
-    decodes = made > 0 and not all(tensor.is_float for tensor in tensors.values())
+    decodes = made > 0 and any(tensor.float_dtype is None for tensor in tensors.values())
     return Estimate(
         weights,
         made,
@@ -218,8 +218,12 @@ def _weights(
     sizes = {}
     for name, tensor in tensors.items():
         if name in kept:
-            total, sizes[name] = total + tensor.num_bytes, tensor.num_bytes
-            made += 0 if name in mapped else tensor.num_bytes
+            size = tensor.num_bytes
+            if tensor.is_repacked:
+                size = weight_num_bytes(tensor.weight_dtype, tensor.shape)
+                loading = max(loading, made + size + 2 * tensor.size)  # its integers, byte by byte
+            total, sizes[name] = total + size, size
+            made += 0 if name in mapped else size
             continue
         if plan.quantization is not None and is_quantized(name):
             size = weight_num_bytes(plan.quantization, tensor.shape)

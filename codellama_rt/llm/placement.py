@@ -49,6 +49,7 @@ def place(plan: Plan, config: ModelConfig, weights: LlamaWeights) -> Placed:
         raise ValueError(
             f"attention={plan.attention!r} is there on Ascend, not on device {device!r}"
         )
+    require_no_biases(config, device)
     if device == "cuda":
         return _place_on_cuda(plan, config, weights)
     if plan.attention == "vendor":
@@ -78,6 +79,19 @@ def require_runtime(runtime: str, device: str) -> None:
         raise RuntimeError(
             "runtime='graph' needs MindSpore, which is not installed: pip install mindspore, "
             "or use runtime='direct'"
+        )
+
+
+def require_no_biases(config: ModelConfig, device: str) -> None:
+    """Reject a model whose projections have biases, unless it is for the CPU.
+
+    Raises:
+        ValueError: as said.
+    """
+    if config.biased and device != "cpu":
+        raise ValueError(
+            f"projections with biases ({', '.join(config.biased)}) are supported on device 'cpu' "
+            f"only, got device {device!r}"
         )
 
 

@@ -10,6 +10,7 @@ from codellama_rt.llm.arguments import Prompt
 from codellama_rt.llm.variants import Variant, require_chat, require_infilling
 from codellama_rt.text.chat import checked_messages, find_format
 from codellama_rt.text.tokenizer import Tokenizer, split_fill
+from codellama_rt.text.tokenizer.infill_template import parse_infill_template
 
 Request = tuple[list[int], SamplingParams]
 
@@ -35,15 +36,32 @@ class PromptEncoder:
     def completion(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Encode a str, with infilling where it has <FILL_ME>, or take token ids as they are.
 
+        A str that is Code Llama's whole infilling template, as editors send it, is filled in, too.
+
         Raises:
-            ValueError: a str without a tokenizer, two gaps, or a model that cannot fill in.
+            ValueError: a str without a tokenizer, two gaps, a model that cannot fill in, or a token
+                that the model has no row for.
         """
         if not isinstance(prompt, str):
             return prompt, params
+        tokenizer = self.require_tokenizer()
+        is_able = tokenizer.can_infill and (self._variant is None or self._variant.can_infill)
+        template = parse_infill_template(prompt) if is_able else None
+        if template is not None:
+            prefix, suffix, suffix_first = template
+            return self.infilling(prefix, suffix, params, suffix_first=suffix_first)
         parts = split_fill(prompt)
-        if parts is None:
-            return self.require_tokenizer().encode(prompt), params
-        return self.infilling(*parts, params)
+        if parts is not None:
+            return self.infilling(*parts, params)
+        return self._checked(tokenizer.encode_plain(prompt, bos=True)), params
+
+    def tokens(self, prompt: Prompt) -> Sequence[int]:
+        """Return the token ids of a str, or token ids as they are.
+
+        Raises:
+            ValueError: a str without a tokenizer.
+        """
+        return self.require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
 
     def infilling(
         self, prefix: str, suffix: str, params: SamplingParams, *, suffix_first: bool = False
@@ -56,7 +74,7 @@ class PromptEncoder:
         tokenizer = self.require_tokenizer()
         require_infilling(self._variant)
         token_ids = tokenizer.encode_infill(prefix, suffix, suffix_first=suffix_first)
-        return token_ids, _ending_at(params, [tokenizer.eot_id])
+        return self._checked(token_ids), params
 
     def conversation(
         self,
@@ -75,8 +93,19 @@ class PromptEncoder:
         if chat_template is None:
             require_chat(self._variant)
         style = find_format(chat_template, tokenizer)
-        token_ids = style.encode(tokenizer, checked_messages(messages))
+        token_ids = self._checked(style.encode(tokenizer, checked_messages(messages)))
         return token_ids, _ending_at(params, style.end_ids(tokenizer))
+
+    def _checked(self, token_ids: list[int]) -> list[int]:
+        """Return a prompt; refuse a token that the tokenizer has and the model does not."""
+        rows = self._tokenizer.num_rows
+        beyond = next((i for i in token_ids if i >= rows), None)
+        if beyond is not None:
+            raise ValueError(
+                f"the prompt holds {self._tokenizer.piece(beyond)!r}, token {beyond} of the "
+                f"tokenizer, and the model has rows for {rows} tokens only"
+            )
+        return token_ids
 
     def require_tokenizer(self) -> Tokenizer:
         """Return the tokenizer.

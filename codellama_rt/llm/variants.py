@@ -107,7 +107,7 @@ SHAPES["tiny"] = ModelConfig(
 )
 _COMPONENT = re.compile(
     r"(?:.*--)?code-?llama-(?P<size>\d+)b(?:-(?P<kind>python|instruct))?(?:-hf)?"
-    r"(?:[.-](?:q\d\w*|f16|bf16|int8|int4))?(?:\.gguf)?",
+    r"(?:-gguf)?(?:[.:-](?:q\d\w*|f16|bf16|int8|int4))?(?:-\d{5}-of-\d{5})?(?:\.gguf)?",
     re.IGNORECASE,
 )
 

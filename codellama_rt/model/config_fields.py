@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from codellama_rt.errors import CheckpointError
+from codellama_rt.errors import CheckpointError, warn_of_checkpoint
 
 _REQUIRED: Any = object()
 
@@ -59,6 +59,14 @@ class ConfigFields:
             raise self.fault(key, expected)
         return number
 
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """Return a list of so many finite floats greater than 0."""
+        values = self.values.get(key)
+        if not isinstance(values, list) or len(values) != count:
+            raise self.fault(key, f"a list of {count} numbers")
+        each = (ConfigFields({key: value}, self.source).number(key) for value in values)
+        return tuple(each)
+
     def flag(self, key: str, default: bool) -> bool:
         """Return a boolean, or the default when the key is absent."""
         value = self.values.get(key)
@@ -68,12 +76,31 @@ class ConfigFields:
             raise self.fault(key, "true or false")
         return value
 
-    def token_ids(self, key: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """Return the ids of a key that holds one id, a list or null; absent gives the default."""
+    def token_ids(
+        self, key: str, default: tuple[int, ...] = (), *, vocab_size: int
+    ) -> tuple[int, ...]:
+        """Return the ids of a key that holds one id, a list or null; absent gives the default.
+
+        An integer that is no row of the vocabulary (-1, 32000 of 32000, 2**32 - 1) is how many
+        files say "none": it is left out, with a warning.
+        """
         if key not in self.values:
             return default
         value = self.values[key]
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if len(ids) > 1024 or any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
-            raise self.fault(key, "a token id or a list of token ids, each from 0 to 2147483647")
-        return tuple(dict.fromkeys(ids))
+        if len(ids) > 1024 or any(type(i) is not int or not -(2**63) <= i < 2**64 for i in ids):
+            raise self.fault(key, "a token id or a list of token ids")
+        return tuple(i for i in dict.fromkeys(ids) if self._is_token(key, i, vocab_size))
+
+    def token_id(self, key: str, *, vocab_size: int) -> int | None:
+        """Return the first of `token_ids`, or None."""
+        return next(iter(self.token_ids(key, vocab_size=vocab_size)), None)
+
+    def _is_token(self, key: str, token_id: int, vocab_size: int) -> bool:
+        if not 0 <= token_id < vocab_size:
+            warn_of_checkpoint(
+                f"{self.source}: {key}: {token_id} is none of the {vocab_size} tokens of the "
+                "vocabulary; it is taken as not given"
+            )
+            return False
+        return True

@@ -39,6 +39,7 @@ def decoder_stack(
     a: Activations,
     step: StepArrays,
     kv_layers: Sequence[tuple[Any, Any]],
+    watch: Callable[[int], None] | None = None,
 ) -> None:
     """Take the residual stream through all layers, as far as the last addition to it.
 
@@ -50,11 +51,14 @@ def decoder_stack(
         a: `a.residual` holds the embeddings; afterwards `a.residual + a.sublayer` is the stream.
         step: which tokens these are, and where their keys and values lie.
         kv_layers: per layer (key_cache, value_cache); written.
+        watch: called with each layer's index when `a.residual` is its input.
     """
     eps, stream = config.norm_eps, (a.x, a.residual)
     next_norms = [*(layer.attention_norm for layer in layers[1:]), None]
     ops.rms_norm(a.residual, layers[0].attention_norm, eps, out=a.x)
-    for layer, caches, next_norm in zip(layers, kv_layers, next_norms, strict=True):
+    for i, (layer, caches, next_norm) in enumerate(zip(layers, kv_layers, next_norms, strict=True)):
+        if watch is not None:
+            watch(i)
         linear(a.x, layer.qkv_proj, out=a.qkv)
         ops.rope_and_cache(
             a.qkv, *step.rope, *caches, step.slots, interleaved=config.rope_interleaved, out=a.query
@@ -128,6 +132,7 @@ class Projection(NamedTuple):
     layer: int
     names: tuple[str, ...]  # fields of `LayerWeights`
     runs: list[Run]
+    bias: Array | None = None  # (sum of their rows) float32
 
 
 class Layer(NamedTuple):
@@ -150,13 +155,18 @@ class Llama:
 
     kv_cache_type = KVCache
     applies_adapters = True  # of single requests: `Batch.adapted`
+    gives_hidden_states = True
 
     def __init__(self, config: ModelConfig, weights: LlamaWeights) -> None:
         """Take the weights as they lie; nothing is copied."""
         self.config = config
         self.weights = weights
         self.rope = RotaryEmbedding(config)
-        self.layers = [_layer(i, layer) for i, layer in enumerate(weights.layers)]
+        biases = weights.biases or ({},) * config.n_layers
+        self.layers = [
+            _layer(i, layer, its)
+            for i, (layer, its) in enumerate(zip(weights.layers, biases, strict=True))
+        ]
         self._unused: list[_Scratch] = []  # one per thread that has run the model at a time
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> Array:
@@ -169,11 +179,52 @@ class Llama:
         Returns:
             (num_logits, vocab_size) float32: the rows `batch.logit_rows`, in that order.
         """
-        try:
-            scratch = self._unused.pop()
-        except IndexError:
-            scratch = _Scratch(self.config)
+        scratch = self._take_scratch()
         a = scratch.activations(len(batch.token_ids))
+        self._through_layers(a, batch, kv_cache)
+        logits = self._logits(a.sublayer, a.residual, batch.logit_rows)
+        self._unused.append(scratch)
+        return logits
+
+    def hidden_states(self, batch: Batch, kv_cache: KVCache, *, last_only: bool = False) -> Array:
+        """Compute one step: write the tokens' keys and values, and return what layers pass on.
+
+        Args:
+            batch: the tokens of this step; their blocks must be allocated.
+            kv_cache: those blocks.
+            last_only: return only the last of the states.
+
+        Returns:
+            (n_layers + 1, num_tokens, dim) float32: the embeddings, the residual stream after each
+            layer but the last, and after the last one normalised, as the head takes it.
+        """
+        scratch = self._take_scratch()
+        a = scratch.activations(len(batch.token_ids))
+        count = 1 if last_only else self.config.n_layers + 1
+        states = np.empty((count, *a.residual.shape), np.float32)
+
+        def watch(i: int) -> None:
+            states[i] = a.residual
+
+        self._through_layers(a, batch, kv_cache, None if last_only else watch)
+        norm, eps = self.weights.norm, self.config.norm_eps
+        states[-1], _ = ops.add_rms_norm(a.sublayer, a.residual, norm, eps)
+        self._unused.append(scratch)
+        return states
+
+    def _take_scratch(self) -> _Scratch:
+        try:
+            return self._unused.pop()
+        except IndexError:
+            return _Scratch(self.config)
+
+    def _through_layers(
+        self,
+        a: Activations,
+        batch: Batch,
+        kv_cache: KVCache,
+        watch: Callable[[int], None] | None = None,
+    ) -> None:
         step = StepArrays(
             self.rope.lookup(batch.positions, batch.rope_lengths),
             batch.slot_mapping,
@@ -181,10 +232,7 @@ class Llama:
         )
         linear = _with_adapters(batch.adapted) if batch.adapted else _linear
         ops.embedding(batch.token_ids, self.weights.embedding, out=a.residual)
-        decoder_stack(ops, linear, self.layers, self.config, a, step, kv_cache.layers)
-        logits = self._logits(a.sublayer, a.residual, batch.logit_rows)
-        self._unused.append(scratch)
-        return logits
+        decoder_stack(ops, linear, self.layers, self.config, a, step, kv_cache.layers, watch)
 
     def _logits(self, sublayer: Array, residual: Array, rows: Array) -> Array:
         if len(rows) != len(residual):
@@ -218,9 +266,10 @@ class _Scratch:
         return self._activations
 
 
-def _layer(i: int, weights: LayerWeights) -> Layer:
+def _layer(i: int, weights: LayerWeights, biases: Mapping[str, Array]) -> Layer:
     def projection(*names: str) -> Projection:
-        return Projection(i, names, _runs(*(getattr(weights, name) for name in names)))
+        members = {name: getattr(weights, name) for name in names}
+        return Projection(i, names, _runs(*members.values()), joined_biases(members, biases))
 
     return Layer(
         weights.attention_norm,
@@ -229,6 +278,24 @@ def _layer(i: int, weights: LayerWeights) -> Layer:
         weights.mlp_norm,
         projection("gate_proj", "up_proj"),
         projection("down_proj"),
+    )
+
+
+def joined_biases(members: Mapping[str, Weight], biases: Mapping[str, Array]) -> Array | None:
+    """Return the biases of projections side by side, in float32.
+
+    Args:
+        members: the projections by name.
+        biases: of those that have one; the others get zeros.
+
+    Returns:
+        (sum of their rows); None where no projection has one.
+    """
+    if not members.keys() & biases.keys():
+        return None
+    zeros = {name: np.zeros(weight.shape[0], np.float32) for name, weight in members.items()}
+    return np.concatenate([biases.get(name, zero) for name, zero in zeros.items()]).astype(
+        np.float32
     )
 
 
@@ -250,6 +317,8 @@ def _linear(x: Array, projection: Projection, out: Array) -> None:
     """Multiply x by a projection's weights, into (num_tokens, sum of their rows)."""
     for weights, columns in projection.runs:
         ops.linear(x, weights, out=out if columns is None else out[:, columns])
+    if projection.bias is not None:
+        np.add(out, projection.bias, out=out)
 
 
 def _with_adapters(adapted: Sequence[tuple[Any, Array]]) -> Callable[..., None]:

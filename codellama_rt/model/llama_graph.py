@@ -20,6 +20,7 @@ from mindspore import Parameter, Tensor, nn
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.kv_cache import KVCache
+from codellama_rt.model.llama import joined_biases
 from codellama_rt.model.rope import RotaryEmbedding
 from codellama_rt.model.weights import LayerWeights, LlamaWeights
 from codellama_rt.ops import Quantized, graph
@@ -27,6 +28,12 @@ from codellama_rt.ops.quantized import CACHE_DTYPES
 
 Weight = np.ndarray | Quantized
 Format = tuple[str, tuple[int, ...]]  # dtype and shape of what bytes stand for
+_JOINED = {  # biases that are added to results side by side
+    "qkv_bias": ("q_proj", "k_proj", "v_proj"),
+    "o_bias": ("o_proj",),
+    "gate_up_bias": ("gate_proj", "up_proj"),
+    "down_bias": ("down_proj",),
+}
 
 
 class LlamaCell(nn.Cell):
@@ -44,19 +51,25 @@ class LlamaCell(nn.Cell):
 
     kv_cache_type = KVCache
     applies_adapters = False
+    gives_hidden_states = False
 
     def __init__(
         self, config: ModelConfig, weights: LlamaWeights, *, whole_layers: bool = False
     ) -> None:
         """Make parameters over the weights; the graph is compiled by the first step."""
         super().__init__(auto_prefix=False)
+        if whole_layers and config.biased:
+            raise ValueError("whole_layers=True does not support projections with biases")
         self.config = config
         self.rope = RotaryEmbedding(config)
         self.whole_layers = whole_layers
         self.n_layers, self.eps = config.n_layers, config.norm_eps
         _set_weights(self, "", {n: getattr(weights, n) for n in ("embedding", "norm", "lm_head")})
         self.layers = nn.CellList(
-            [LayerCell(config, layer, f"layers.{i}") for i, layer in enumerate(weights.layers)],
+            [
+                LayerCell(config, layer, f"layers.{i}", weights.biases[i] if weights.biases else {})
+                for i, layer in enumerate(weights.layers)
+            ],
             auto_prefix=False,
         )
         self._cache_dtype = self._quantized_cache = ""
@@ -148,7 +161,13 @@ class LlamaCell(nn.Cell):
 class LayerCell(nn.Cell):
     """The weights of one layer, and its two sublayers as parts of a graph."""
 
-    def __init__(self, config: ModelConfig, weights: LayerWeights, name: str) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: LayerWeights,
+        name: str,
+        biases: Mapping[str, np.ndarray],
+    ) -> None:
         """Make parameters over the weights."""
         super().__init__(auto_prefix=False)
         self.eps, self.interleaved = config.norm_eps, config.rope_interleaved
@@ -156,6 +175,11 @@ class LayerCell(nn.Cell):
         self.qkv_runs = _runs(weights.q_proj, weights.k_proj, weights.v_proj)
         self.gate_up_runs = _runs(weights.gate_proj, weights.up_proj)
         _set_weights(self, f"{name}.", vars(weights))
+        for part, members in _JOINED.items():
+            joined = joined_biases({m: getattr(weights, m) for m in members}, biases)
+            setattr(self, f"has_{part}", joined is not None)
+            if joined is not None:
+                setattr(self, part, _parameter(f"{name}.{part}", joined))
 
     def attention(
         self,
@@ -170,19 +194,26 @@ class LayerCell(nn.Cell):
         k_proj = _as_given(self.k_proj, self.k_proj_format)
         v_proj = _as_given(self.v_proj, self.v_proj_format)
         qkv = _project(x, (q_proj, k_proj, v_proj), self.qkv_runs)
+        if self.has_qkv_bias:
+            qkv = qkv + self.qkv_bias
         query = graph.rope_and_cache(
             qkv, *rope, *caches, slot_mapping, interleaved=self.interleaved
         )
         attended, _ = graph.paged_attention(query, *caches, *sequences)
         o_proj = _as_given(self.o_proj, self.o_proj_format)
-        return graph.linear(attended.reshape(-1, self.q_dim), o_proj)
+        sublayer = graph.linear(attended.reshape(-1, self.q_dim), o_proj)
+        return sublayer + self.o_bias if self.has_o_bias else sublayer
 
     def mlp(self, x: Tensor) -> Tensor:
         """Take (num_tokens, dim), normalized, to (num_tokens, dim)."""
         gate_proj = _as_given(self.gate_proj, self.gate_proj_format)
         up_proj = _as_given(self.up_proj, self.up_proj_format)
-        hidden = graph.silu_and_mul(_project(x, (gate_proj, up_proj), self.gate_up_runs))
-        return graph.linear(hidden, _as_given(self.down_proj, self.down_proj_format))
+        gate_up = _project(x, (gate_proj, up_proj), self.gate_up_runs)
+        if self.has_gate_up_bias:
+            gate_up = gate_up + self.gate_up_bias
+        hidden = graph.silu_and_mul(gate_up)
+        sublayer = graph.linear(hidden, _as_given(self.down_proj, self.down_proj_format))
+        return sublayer + self.down_bias if self.has_down_bias else sublayer
 
     def whole(
         self,

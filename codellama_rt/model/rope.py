@@ -24,10 +24,11 @@ def inverse_frequencies(config: ModelConfig, length: int | None = None) -> tuple
 
     Args:
         config: the model; its rope_theta, head_dim and rope_scaling are used.
-        length: length of the sequence in tokens, which "dynamic" scaling depends on.
+        length: length of the sequence in tokens, which "dynamic" and "longrope" depend on.
 
     Returns:
-        The inverse frequencies, float32 (head_dim / 2), and the factor for cos and sin (yarn).
+        The inverse frequencies, float32 (head_dim / 2), and the factor for cos and sin (yarn and
+        longrope).
 
     Example:
         >>> config = ModelConfig(n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, dim=4,
@@ -47,15 +48,28 @@ def inverse_frequencies(config: ModelConfig, length: int | None = None) -> tuple
         return _yarn(frequencies, config, scaling), _yarn_attention_factor(scaling)
     if scaling.kind == "llama3":
         return _llama3(frequencies, scaling), 1.0
+    if scaling.kind == "longrope":
+        return _longrope(config, scaling, length), scaling.attention_factor
     assert scaling.kind == "factors", scaling.kind
     return frequencies / np.asarray(scaling.frequency_factors, np.float32), 1.0
 
 
 def _unscaled(theta: float, head_dim: int) -> np.ndarray:
+    return np.float32(1.0) / _powers(theta, head_dim)
+
+
+def _powers(theta: float, head_dim: int) -> np.ndarray:
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     # A power in float64, rounded: float32 powers differ by a unit from one library to the next.
-    powers = (np.float64(theta) ** exponents.astype(np.float64)).astype(np.float32)
-    return np.float32(1.0) / powers
+    return (np.float64(theta) ** exponents.astype(np.float64)).astype(np.float32)
+
+
+def _longrope(config: ModelConfig, scaling: RopeScaling, length: int | None) -> np.ndarray:
+    """Divide by factors of their own for sequences that exceed the original length."""
+    is_long = config.rope_class(length or 0) > 0
+    factors = scaling.long_factors if is_long else scaling.frequency_factors
+    powers = _powers(config.rope_theta, config.head_dim)
+    return np.float32(1.0) / (np.asarray(factors, np.float32) * powers)
 
 
 def _dynamic(config: ModelConfig, scaling: RopeScaling, length: int | None) -> np.ndarray:
@@ -143,7 +157,7 @@ class RotaryEmbedding:
     def __init__(self, config: ModelConfig):
         """Compute the frequencies; the tables are filled on the first lookup."""
         self.config = config
-        self.is_dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
+        self.is_dynamic = config.rope_scaling is not None and config.rope_scaling.depends_on_length
         self._frequencies, self._attention_factor = inverse_frequencies(config)
         no_rows = np.empty((0, config.head_dim // 2), np.float32)
         self._table = _Table(no_rows, no_rows, 0)
@@ -169,8 +183,11 @@ class RotaryEmbedding:
         assert positions.ndim == 1, positions.shape
         if self.is_dynamic:
             return self._lookup_dynamic(positions, rope_lengths)
-        assert positions.min(initial=0) >= 0, "negative position"
-        table = self._filled(int(positions.max(initial=-1)) + 1)
+        length = 0
+        if positions.size:
+            assert positions.min() >= 0, "negative position"
+            length = int(positions.max()) + 1
+        table = self._filled(length)
         return table.cos[: table.num_rows], table.sin[: table.num_rows], positions
 
     def _lookup_dynamic(
@@ -181,6 +198,10 @@ class RotaryEmbedding:
                 "RotaryEmbedding.lookup: rope_lengths must be int32 (num_tokens) for dynamic rope "
                 "scaling, "
                 "got None; pass max(prompt length, position + 1) of each token"
+            )
+        if self.config.rope_scaling.kind == "longrope":  # one length stands for all longer ones
+            rope_lengths = np.minimum(
+                rope_lengths, self.config.rope_scaling.original_max_position_embeddings + 1
             )
         lengths, which = np.unique(rope_lengths, return_inverse=True)
         frequencies = np.stack(

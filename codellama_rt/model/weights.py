@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,7 @@ class LlamaWeights:
     layers: list[LayerWeights]
     norm: np.ndarray  # (dim)
     lm_head: Weight  # (vocab_size, dim); the same object as embedding when tied and not quantised
+    biases: tuple[Mapping[str, np.ndarray], ...] = ()  # per layer the projections' (out), by field
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

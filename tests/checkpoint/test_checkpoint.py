@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers.checkpoint_files import (
+    MINI_CONFIG,
     TINY,
     TINY_NAMES,
     join_safetensors,
@@ -21,7 +22,7 @@ from helpers.quantized_models import mapping_under
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.checkpoint.finiteness import first_non_finite
 from codellama_rt.checkpoint.formats.safetensors import read_safetensors
-from codellama_rt.errors import CheckpointError
+from codellama_rt.errors import CheckpointError, CheckpointWarning
 from codellama_rt.ops.dtypes import numpy_dtype
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -97,9 +98,84 @@ def test_tied_embeddings_are_one_array(tmp_path):
     assert weights.lm_head is weights.embedding
 
 
-def test_old_files_may_carry_the_rotary_frequencies(tmp_path):
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
-    open_checkpoint(write_mini(tmp_path, mini_tensors() | extra))
+ROTARY_TABLES = [
+    f"{module}.{table}"
+    for module in ("model.layers.0.self_attn.rotary_emb", "model.rotary_emb")
+    for table in ("inv_freq", "cos_cached", "sin_cached")
+]
+
+
+@pytest.mark.parametrize("table", ROTARY_TABLES)
+@pytest.mark.parametrize("place", ["file", "shard and index", "shard", "index"])
+def test_old_files_may_carry_rotary_tables(tmp_path, table, place):
+    """They follow from the configuration; some are in the index or in a shard alone."""
+    extra = {table: np.ones(2, np.float32)}
+    if place == "file":
+        open_checkpoint(write_mini(tmp_path, mini_tensors() | extra))
+        return
+    shard, weights = "model-00001-of-00001.safetensors", mini_tensors()
+    weight_map = dict.fromkeys(weights, shard)
+    if "index" in place:
+        weight_map[table] = shard
+    tensors = weights | extra if "shard" in place else weights
+    open_checkpoint(write_sharded(tmp_path, {shard: tensors}, weight_map))
+
+
+def test_the_head_of_a_tied_model_may_be_in_the_index_alone(tmp_path):
+    shard, weights = "model-00001-of-00001.safetensors", mini_tensors()
+    del weights["lm_head.weight"]
+    weight_map = dict.fromkeys(mini_tensors(), shard)
+    folder = write_sharded(tmp_path, {shard: weights}, weight_map)
+    with pytest.raises(
+        CheckpointError, match=r"'lm_head\.weight': expected 12 tensors, found none"
+    ):
+        open_checkpoint(folder)
+    (folder / "config.json").write_text(json.dumps(MINI_CONFIG | {"tie_word_embeddings": True}))
+    open_checkpoint(folder)
+
+
+def write_doubles(folder, change=lambda name, array: array, **config):
+    """The mini model in float64."""
+    wide = {n: change(n, a.astype(np.float64)) for n, a in mini_tensors().items()}
+    return write_mini(folder, wide, **config)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
+def test_float64_is_rounded_to_what_is_computed_with(tmp_path, dtype):
+    write_doubles(tmp_path / "wide", torch_dtype="float64")
+    wide = open_checkpoint(tmp_path / "wide", dtype=dtype, check="finite")
+    plain = open_checkpoint(write_mini(tmp_path / "plain"), dtype=dtype)
+    assert wide.config == plain.config
+    for name, weight in vars(wide.weights.layers[0]).items():
+        assert (weight == getattr(plain.weights.layers[0], name)).all(), name
+    assert (wide.weights.embedding == plain.weights.embedding).all()
+
+
+def test_float64_is_quantised_as_float32_is(tmp_path):
+    wide = open_checkpoint(write_doubles(tmp_path / "wide"), quantization="int8")
+    plain = open_checkpoint(write_mini(tmp_path / "plain"), quantization="int8")
+    for name in ("q_proj", "down_proj"):
+        found, expected = (getattr(c.weights.layers[0], name).payload for c in (wide, plain))
+        assert (found == expected).all()
+
+
+def test_float64_beyond_the_range_of_float32(tmp_path):
+    folder = write_doubles(tmp_path, lambda name, a: a * 1e300 if name == NORM else a)
+    with pytest.raises(CheckpointError, match=f"{NORM}.*float64 in the range of float32"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("none", [-1, 10, 32000, 2**32 - 1])
+def test_ids_of_the_generation_config_that_mean_none(tmp_path, key, none):
+    write_mini(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({key: none, "top_p": 0.9}))
+    with pytest.warns(CheckpointWarning, match=f"generation_config.json: {key}: {none} is none"):
+        assert open_checkpoint(tmp_path).generation_config == {"top_p": 0.9}
+    file.write_text(json.dumps({key: [3, none]}))
+    with pytest.warns(CheckpointWarning, match=f"generation_config.json: {key}: {none} is none"):
+        assert open_checkpoint(tmp_path).generation_config == {key: [3]}
 
 
 def test_a_single_file_is_preferred_to_an_index(tmp_path):

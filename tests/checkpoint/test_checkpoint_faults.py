@@ -11,6 +11,7 @@ from helpers.checkpoint_files import (
     write_mini,
     write_sharded,
 )
+from helpers.pth_files import call, pth
 
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.errors import CheckpointError
@@ -56,7 +57,7 @@ BAD_FILES = {
     "empty": (b"", "found an empty file"),
     "7 bytes": (b"1234567", "8 bytes of header length, found a file of 7 bytes; it is truncated"),
     "only a length": (bytes(8), "expected JSON"),
-    "length 2**63": ((2**63).to_bytes(8, "little") + GOOD[8:], "at most 100000000 bytes, found 9"),
+    "length 2**63": ((2**63).to_bytes(8, "little") + GOOD[8:], "at most 16777216 bytes, found 9"),
     "length over the cap": ((100_000_001).to_bytes(8, "little") + GOOD[8:], "header of at most"),
     "length past the end": ((10**6).to_bytes(8, "little") + GOOD[8:], "the file is truncated"),
     "a pickle": (b"\x80\x04\x95" + bytes(100), "header of at most|truncated|JSON"),
@@ -182,7 +183,7 @@ def instead(file, content):
     """Replaces the weights by another file."""
 
     def change(folder):
-        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors").unlink(missing_ok=True)
         (folder / file).write_bytes(content)
 
     return change
@@ -204,11 +205,22 @@ BAD_FOLDERS = {
     "empty": (keep_only(), "config.json and model.safetensors, found an empty directory"),
     "no config": (keep_only("model.safetensors"), "expected config.json"),
     "no weights": (keep_only("config.json"), "expected model.safetensors or .*index.json, found"),
-    "pickles": (instead("pytorch_model.bin", b""), "pickled weights are never loaded: save them"),
-    "pickle shards": (instead("pytorch_model-00001-of-00002.bin", b""), "safe_serialization"),
+    "pickles": (instead("pytorch_model.bin", b"x"), "pytorch_model.bin: expected a zip archive"),
+    "pickle shards": (
+        instead("pytorch_model-00001-of-00002.bin", b""),
+        "shards need their pytorch_model.bin.index.json",
+    ),
+    "a pickle that calls": (
+        instead("pytorch_model.bin", pth(call("os", "system", "true"))),
+        "pytorch_model.bin: .*'os.system', which no tensors need; nothing was run",
+    ),
     "Meta's layout": (instead("consolidated.00.pth", b""), "found config.json, consolidated"),
     "shards alone": (instead("model-00001-of-00002.safetensors", b""), "shards need their"),
-    "GGUF beside": (instead("model.gguf", b""), "give the .gguf file itself"),
+    "an empty GGUF file": (instead("model.gguf", b""), "model.gguf: expected a checkpoint, found"),
+    "several GGUF files": (
+        lambda folder: [instead(f, b"")(folder) for f in ("a.gguf", "b.gguf")],
+        "expected one GGUF model, found a.gguf, b.gguf; give one of these files",
+    ),
     "config not JSON": (overwritten("config.json", b"{"), "config.json: expected JSON"),
     "config empty": (overwritten("config.json", b""), "config.json: expected JSON"),
     "config list": (overwritten("config.json", b"[]"), "config.json: expected a JSON object"),
@@ -298,3 +310,15 @@ def test_bad_shards(file, content, message, tmp_path):
     (write_sharded(tmp_path, SHARDS) / file).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "INDEX"])
+def test_json_that_would_fill_the_memory(tmp_path, file):
+    folder = write_mini(tmp_path / "m")
+    if file == "INDEX":
+        (folder / "model.safetensors").unlink()
+        file = "model.safetensors.index.json"
+    with open(folder / file, "wb") as big:
+        big.truncate(2**24 + 1)
+    with pytest.raises(CheckpointError, match=f"{file}: expected a JSON file of at most 16777216"):
+        open_checkpoint(folder)

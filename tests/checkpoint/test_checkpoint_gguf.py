@@ -17,7 +17,7 @@ from helpers.oracle import forward
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.checkpoint.formats.gguf_file import read_gguf
 from codellama_rt.checkpoint.formats.safetensors import read_safetensors
-from codellama_rt.errors import CheckpointError
+from codellama_rt.errors import CheckpointError, CheckpointWarning
 from codellama_rt.model.config import ModelConfig, RopeScaling
 from codellama_rt.model.rope import inverse_frequencies
 from codellama_rt.ops.dtypes import numpy_dtype
@@ -156,6 +156,51 @@ def test_the_good_file_opens(tmp_path):
     config = open_checkpoint(tmp_path / "a").config
     assert config.norm_eps == 1e-6
     assert config.rope_theta == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama__vocab_size": 12}, "llama.vocab_size: expected 10, the rows.*found 12"),
+        ({"llama__vocab_size": struct.pack("<Ii", 5, -1)}, "llama.vocab_size: .*found -1"),
+        ({"tokenizer__ggml__tokens": ["a"] * 12}, "ggml.tokens: expected 10, the rows.*found 12"),
+        ({"tokenizer__ggml__tokens": ["a"] * 8}, "ggml.tokens: expected 10, the rows.*found 8"),
+        (
+            {"tokenizer__ggml__eos_token_id": 2**32 - 1},
+            "eos_token_id: 4294967295 is none of the 10",
+        ),
+        ({"tokenizer__ggml__eot_token_id": 128009}, "eot_token_id: 128009 is none of the 10"),
+        ({"tokenizer__ggml__bos_token_id": 10}, "bos_token_id: 10 is none of the 10"),
+    ],
+)
+def test_what_does_not_fit_the_embedding_is_warned_of(tmp_path, changes, message):
+    """llama.cpp opens such files: the embedding decides, and an id outside it means none."""
+    (tmp_path / "a").write_bytes(mini_gguf_bytes(**changes))
+    with pytest.warns(CheckpointWarning, match=message):
+        checkpoint = open_checkpoint(tmp_path / "a")
+    assert checkpoint.config.vocab_size == 10
+    for token_id in (checkpoint.config.bos_token_id, *checkpoint.config.eos_token_ids):
+        assert token_id in (1, 2, None)
+
+
+def test_float64_in_a_gguf_file(tmp_path):
+    metadata, tensors = mini_gguf()
+    wide = {
+        name: ("F64", shape, np.frombuffer(raw, np.float32).astype(np.float64).tobytes())
+        for name, (_, shape, raw) in tensors.items()
+    }
+    (tmp_path / "wide").write_bytes(gguf_bytes(metadata, wide))
+    (tmp_path / "plain").write_bytes(gguf_bytes(metadata, tensors))
+    found, expected = open_checkpoint(tmp_path / "wide"), open_checkpoint(tmp_path / "plain")
+    assert found.config == expected.config
+    assert (found.weights.lm_head == expected.weights.lm_head).all()
+
+
+def test_rotary_tables_in_a_gguf_file_are_left_alone(tmp_path):
+    metadata, tensors = mini_gguf()
+    tensors["blk.0.attn_rot_embd.weight"] = ("F32", (4,), bytes(16))
+    (tmp_path / "a").write_bytes(gguf_bytes(metadata, tensors))
+    assert open_checkpoint(tmp_path / "a").config.n_layers == 1
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,14 @@ BAD_FILES = {
         mini_gguf_bytes(general__architecture="qwen2"),
         "general.architecture: expected 'llama', found 'qwen2'; no other architecture",
     ),
-    "a part of a split": (mini_gguf_bytes(split__count=3), "llama-gguf-split --merge"),
+    "a part under another name": (
+        mini_gguf_bytes(split__count=3),
+        "split.count: expected a file name that ends in -00001-of-00003.gguf, found part 1 of 3",
+    ),
+    "too many parts": (
+        mini_gguf_bytes(split__count=10**6),
+        "split.count: expected an integer from",
+    ),
     "experts": (mini_gguf_bytes(llama__expert_count=8), "mixtures of experts"),
     "no layers": (
         mini_gguf_bytes(llama__block_count=...),
@@ -113,12 +120,11 @@ BAD_FILES = {
     ),
     "value length": (mini_gguf_bytes(llama__attention__value_length=8), r"size of a head \(4\)"),
     "partial rotation": (mini_gguf_bytes(llama__rope__dimension_count=2), r"size of a head \(4\)"),
-    "another vocabulary": (mini_gguf_bytes(llama__vocab_size=12), "expected 12 tokens.*found 10"),
-    "more tokens": (
-        mini_gguf_bytes(tokenizer__ggml__tokens=["a"] * 12),
-        r"token_embd.weight.*shape \(12, 8\), found \(10, 8\)",
+    "text for a vocabulary": (
+        mini_gguf_bytes(llama__vocab_size="12"),
+        "vocab_size: expected an int",
     ),
-    "scaling kind": (mini_gguf_bytes(llama__rope__scaling__type="longrope"), "none, linear, yarn"),
+    "scaling kind": (mini_gguf_bytes(llama__rope__scaling__type="dynamic"), "none, linear, yarn"),
     "negative factor": (mini_gguf_bytes(llama__rope__scaling__factor=-1.0), "scaling.factor"),
     "yarn extrapolation": (
         mini_gguf_bytes(**YARN, llama__rope__scaling__yarn_ext_factor=0.5),
@@ -138,8 +144,15 @@ BAD_FILES = {
         "finite factors above 0",
     ),
     "no norm": (tensors_with({NORM: ...}), f"{NORM}.*found none of that name"),
-    "no embedding": (tensors_with({"token_embd.weight": ...}), "token_embd.weight.*none"),
-    "a bias": (tensors_with({"blk.0.attn_q.bias": floats(8)}), "blk.0.attn_q.bias.*found this one"),
+    "no embedding": (tensors_with({"token_embd.weight": ...}), "token_embd.weight.*no such"),
+    "a bias of a norm": (
+        tensors_with({"blk.0.attn_norm.bias": floats(8)}),
+        "blk.0.attn_norm.bias.*found this one",
+    ),
+    "a short bias": (
+        tensors_with({"blk.0.attn_q.bias": floats(7)}),
+        r"blk.0.attn_q.bias.*expected shape \(8,\), found \(7,\)",
+    ),
     "a shape": (tensors_with({Q: floats(4, 8)}), rf"{Q}.*expected shape \(8, 8\), found \(4, 8\)"),
 }
 

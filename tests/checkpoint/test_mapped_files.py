@@ -144,6 +144,7 @@ def test_a_relative_path_is_reported_in_full(path, monkeypatch):
 
 
 def test_a_file_is_dropped_with_its_mapping(path):
+    gc.collect()  # of what other tests have left
     descriptors = os.listdir("/proc/self/fd")
     mapping = MappedFile(path)
     files = MappedFiles([mapping, mapping])

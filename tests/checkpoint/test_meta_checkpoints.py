@@ -193,3 +193,25 @@ def test_a_hostile_file_is_refused_by_all_that_read_directories(two_shards, tmp_
         with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth"):
             use(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+@pytest.mark.parametrize("to", ["huggingface", "meta"])
+def test_damaged_bytes_are_not_converted(two_shards, tmp_path, to):
+    """Opening reads no weight; a conversion compares the checksums of the archive."""
+    folder = shutil.copytree(two_shards, tmp_path / "m")
+    path = folder / "consolidated.01.pth"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+    open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth: .*CRC-32 .*is damaged"):
+        convert(folder, tmp_path / "out", to=to, dtype="float32")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sums_are_part_of_the_progress(two_shards, tmp_path):
+    said = []
+    convert(two_shards, tmp_path / "out", progress=lambda *call: said.append(call))
+    sums = [call for call in said if call[2] == "verifying checksums"]
+    assert sums
+    assert sums[-1][0] <= sums[-1][1]

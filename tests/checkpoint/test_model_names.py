@@ -1,3 +1,4 @@
+import fnmatch
 import hashlib
 import subprocess
 import sys
@@ -136,9 +137,89 @@ def test_hub_ids(tmp_path, monkeypatch):
     assert not any(pattern.endswith((".bin", ".py", ".pth")) for pattern in patterns)
 
 
+def test_a_repository_without_safetensors_is_asked_for_pickles(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append("pytorch_model*.bin" in allow_patterns)
+        if asked[-1]:
+            (tmp_path / "pytorch_model.bin").touch()
+        return str(tmp_path)
+
+    hub(monkeypatch, download)
+    assert resolve_model("org/name") == tmp_path
+    assert asked == [False, True]
+
+
+def test_a_repository_of_gguf_files_needs_a_tag(tmp_path, monkeypatch):
+    hub(monkeypatch, lambda name, allow_patterns: str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"org/name: expected safetensors .*org/name:Q4_K_M"):
+        resolve_model("org/name")
+
+
+REPOSITORY = [
+    "name.Q4_K_M.gguf",
+    "name.Q4_K_S.gguf",
+    "name-q8_0.gguf",
+    "Q5_K_M/name-Q5_K_M-00001-of-00002.gguf",
+    "Q5_K_M/name-Q5_K_M-00002-of-00002.gguf",
+    "name-F16.gguf",
+    "other-F16.gguf",
+    "config.json",
+]
+
+
+@pytest.fixture
+def gguf_hub(tmp_path, monkeypatch):
+    """A repository of which only what is asked for is there, as the hub does it."""
+
+    def download(name, allow_patterns):
+        assert name == "org/name-GGUF"
+        for file in REPOSITORY:
+            if any(fnmatch.fnmatchcase(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).parent.mkdir(exist_ok=True)
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    hub(monkeypatch, download)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("tag", "file"),
+    [
+        ("Q4_K_M", REPOSITORY[0]),
+        ("q4_k_m", REPOSITORY[0]),
+        ("Q4_K_S", REPOSITORY[1]),
+        ("Q8_0", REPOSITORY[2]),
+        ("Q5_K_M", REPOSITORY[3]),
+        ("name-q8_0.gguf", REPOSITORY[2]),
+        ("other-F16", REPOSITORY[6]),
+    ],
+)
+def test_a_gguf_file_of_a_repository(gguf_hub, tag, file):
+    (gguf_hub / "name.Q4_K_M.gguf").touch()  # of an earlier call
+    assert resolve_model(f"org/name-GGUF:{tag}") == gguf_hub / file
+
+
+@pytest.mark.parametrize(
+    ("tag", "words"),
+    [
+        ("Q4_K", "expected a GGUF file Q4_K.gguf, found none"),
+        ("Q2_K", "expected a GGUF file Q2_K.gguf, found none"),
+        ("F16", "expected one GGUF model, found name-F16.gguf, other-F16.gguf"),
+        ("*", "no such file"),
+    ],
+)
+def test_tags_that_name_no_file_or_several(gguf_hub, tag, words):
+    with pytest.raises(CheckpointError, match=words):
+        resolve_model(f"org/name-GGUF:{tag}")
+
+
 @pytest.mark.parametrize("name", ["CodeLlama-7b-hf", "codellama-70B-instruct-hf"])
 def test_short_names_are_hub_ids_of_codellama(tmp_path, monkeypatch, name):
     asked = []
+    (tmp_path / "model.safetensors").touch()
     hub(monkeypatch, lambda hub_id, allow_patterns: asked.append(hub_id) or str(tmp_path))
     assert resolve_model(name) == tmp_path
     (hub_id,) = asked

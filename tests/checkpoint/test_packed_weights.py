@@ -114,7 +114,7 @@ def test_a_truncated_file(folder, cut):
         ({"format_version": 3}, "format_version 2, found 3; a newer codellama_rt may support it"),
         ({"format_version": None}, "format_version 2, found None"),
         ({"dtype": "int3"}, "dtype to be one of int8, int4, found 'int3'"),
-        ({"quant_method": "gptq"}, "quantization_config.*unquantised weights"),
+        ({"quant_method": "bitsandbytes"}, "quantization_config.*unquantised weights"),
     ],
 )
 def test_a_fault_of_config_json(folder, section, message):

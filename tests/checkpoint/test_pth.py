@@ -15,10 +15,10 @@ from helpers.pth_files import number, numbers, pickled, pth, tensor, text
 from helpers.quantized_models import mapping_under
 
 from codellama_rt.checkpoint.formats import pth_pickle as tensor_pickle
-from codellama_rt.checkpoint.formats.pth import read_pth
+from codellama_rt.checkpoint.formats.pth import MAX_DIRECTORY_BYTES, read_pth, verify_pth
 from codellama_rt.checkpoint.formats.pth_writer import PthLayout
 from codellama_rt.checkpoint.formats.tensor_file import Entry, write_tensor_file
-from codellama_rt.errors import CheckpointError
+from codellama_rt.errors import CheckpointError, CheckpointWarning
 from codellama_rt.ops.dtypes import numpy_dtype
 
 VALUES = np.arange(4, dtype=np.float32)
@@ -218,3 +218,45 @@ def test_random_bytes_in_an_archive_are_read_or_refused(tmp_path):
             assert all(
                 tensor.payload.nbytes == 16 for tensor in read_pth(tmp_path / "a.pth").values()
             )
+
+
+# Checksums
+
+
+@pytest.mark.parametrize("size", [100, 10_000])
+def test_a_bit_that_changed_is_found(tmp_path, size):
+    path = tmp_path / "a.pth"
+    written(path, {"a": np.arange(size, dtype=np.float32), "b": np.ones(size, np.float32)})
+    seen = []
+    verify_pth(path, seen.append)
+    assert sum(seen) > 8 * size
+    raw = bytearray(path.read_bytes())
+    place = raw.index(np.ones(size, np.float32).tobytes())
+    raw[place + 2 * size] ^= 1
+    path.write_bytes(raw)
+    read_pth(path)  # opening reads no tensor
+    with pytest.raises(CheckpointError, match=r"to have the CRC-32 0x\w{8}, found 0x\w{8}"):
+        verify_pth(path, seen.append)
+
+
+def test_archives_without_checksums(tmp_path):
+    """torch writes zeros if it is told not to compute them."""
+    path = tmp_path / "a.pth"
+    written(path, {"a": np.arange(9, dtype=np.float32)})
+    raw = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as reader:
+        entries = reader.infolist()
+    place = raw.index(b"PK\x01\x02")
+    for entry in entries:
+        raw[place + 16 : place + 20] = bytes(4)
+        place = raw.find(b"PK\x01\x02", place + 1)
+        assert entry.CRC
+    path.write_bytes(raw)
+    with pytest.warns(CheckpointWarning, match="its bytes are not verified"):
+        verify_pth(path, lambda count: None)
+
+
+def test_pickles_and_lists_of_members_are_small():
+    """Interpreted, a pickle of nothing but dictionaries takes 70 times its size."""
+    assert tensor_pickle.MAX_PICKLE_BYTES <= 2**21
+    assert MAX_DIRECTORY_BYTES <= 2**22

@@ -120,6 +120,17 @@ def test_an_answer_that_is_cut_is_remembered(llm):
     assert not llm.engine.has_unfinished()
 
 
+def test_a_conversation_is_saved_through_a_link(llm, tmp_path):
+    session = ChatSession(llm, PARAMS)
+    "".join(session.answer("add"))
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("[]")
+    link.symlink_to(target)
+    session.command(f"/save '{link}'")
+    assert link.is_symlink()
+    assert len(json.loads(target.read_text())) == 2
+
+
 def test_commands(llm, tmp_path):
     session = ChatSession(llm, PARAMS, system="s")
     help_text = session.command("/help")

@@ -53,3 +53,20 @@ def test_files_that_infill_cannot_take(run, model, tmp_path):
     assert_one_line_error(run("infill", model, path), "one <FILL_ME>")
     path.write_text("<FILL_ME>")
     assert_one_line_error(run("infill", model, path, "--in-place", "--json"), "--in-place")
+
+
+def test_infill_in_place_through_a_link_fills_the_target(run, model, tmp_path):
+    (tmp_path / "src").mkdir()
+    target, link = tmp_path / "src" / "a.py", tmp_path / "link.py"
+    target.write_text("def <FILL_ME>(a)")
+    target.chmod(0o640)
+    link.symlink_to("src/a.py")
+    chain = tmp_path / "chain.py"
+    chain.symlink_to(link)
+    for path in (link, chain):
+        target.write_text("def <FILL_ME>(a)")
+        assert run("infill", model, path, "--max-new-tokens", 5, "--in-place") == (0, "", "")
+        assert path.is_symlink()
+        assert "<FILL_ME>" not in target.read_text()
+        assert target.stat().st_mode & 0o777 == 0o640
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.py", "chain.py", "link.py", "src"]

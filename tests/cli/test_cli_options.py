@@ -66,7 +66,8 @@ def test_options_reach_the_model(run, model, monkeypatch):
         raise Opened
 
     monkeypatch.setattr(cli_run, "LLM", open_it)
-    words = ("--max-num-batched-tokens", 32, "--max-num-seqs", 3, "--block-size", 32)
+    rope = ("--rope-theta", "1e6", "--rope-scaling", '{"rope_type": "linear", "factor": 4}')
+    words = (*rope, "--max-num-batched-tokens", 32, "--max-num-seqs", 3, "--block-size", 32)
     with pytest.raises(Opened):
         run("generate", model, "-p", "x", *words, "--adapter", model, "--kv-memory", "1MB")
     assert opened.pop("progress")
@@ -78,7 +79,16 @@ def test_options_reach_the_model(run, model, monkeypatch):
         "block_size": 32,
         "adapter": Path(model),
         "kv_memory": "1MB",
+        "rope_theta": 1e6,
+        "rope_scaling": {"rope_type": "linear", "factor": 4},
     }
+
+
+@pytest.mark.parametrize("text", ["linear", "4", "[1]", '{"rope_type": "linear"', "[" * 10**5])
+def test_a_scaling_that_is_no_object(run, model, text):
+    code, _, err = run("generate", model, "-p", "x", "--rope-scaling", text)
+    assert code == 2
+    assert "expected JSON such as" in err
 
 
 def test_a_small_step_gives_the_same_text(run, model):

@@ -79,7 +79,7 @@ def test_debug_lets_the_exception_through(model):
 
 
 def test_a_fault_of_ours_is_not_hidden(model, monkeypatch):
-    monkeypatch.setattr(Engine, "step", lambda self: {}["fault"])
+    monkeypatch.setattr(Engine, "advance", lambda self, inboxes: {}["fault"])
     with pytest.raises(KeyError, match="fault"):
         cli.app(["generate", model, "-p", "x"])
 
@@ -87,11 +87,11 @@ def test_a_fault_of_ours_is_not_hidden(model, monkeypatch):
 def test_an_interrupt_gives_the_request_up(run, model, monkeypatch):
     engines = []
 
-    def step(engine):
+    def advance(engine, inboxes):
         engines.append(engine)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Engine, "step", step)
+    monkeypatch.setattr(Engine, "advance", advance)
     code, out, err = run("generate", model, "-p", PROMPT)
     assert (code, out, err) == (130, "", "codellama-rt: interrupted\n")
     assert not engines[0].has_unfinished()

@@ -2,7 +2,15 @@
 
 import pytest
 from helpers.faults import Faults
-from helpers.paged_fakes import PROMPT, HashModel, collect, drain, engine_of, greedy_tokens
+from helpers.paged_fakes import (
+    PROMPT,
+    FakeTokenizer,
+    HashModel,
+    collect,
+    drain,
+    engine_of,
+    greedy_tokens,
+)
 
 from codellama_rt.engine.branches import Branches
 from codellama_rt.engine.sampling_params import SamplingParams
@@ -172,7 +180,7 @@ def test_what_fails_once_is_repeated_without_a_trace():
     assert [total.token_ids for total in drain(engine).values()] == [greedy_tokens()] * 2
 
 
-class FailingTokenizer:
+class FailingTokenizer(FakeTokenizer):
     """Cannot decode one token."""
 
     def __init__(self, token_id):

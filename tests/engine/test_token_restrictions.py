@@ -3,13 +3,21 @@
 import numpy as np
 import pytest
 from helpers.faults import Faults
-from helpers.paged_fakes import PROMPT, collect, drain, engine_of, greedy_tokens, piece
+from helpers.paged_fakes import (
+    PROMPT,
+    FakeTokenizer,
+    collect,
+    drain,
+    engine_of,
+    greedy_tokens,
+    piece,
+)
 
 from codellama_rt.engine.sampler import ForbiddenTokens
 from codellama_rt.engine.sampling_params import SamplingParams
 
 
-class Speller:
+class Speller(FakeTokenizer):
     """Words are spelled letter by letter: "c" is token 2; token 9 is a control token."""
 
     def __init__(self):

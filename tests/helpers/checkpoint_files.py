@@ -26,10 +26,10 @@ MINI_CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
-SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SAFETENSORS_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 GGML_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14,
-    "I32": 26, "BF16": 30,
+    "I32": 26, "F64": 28, "BF16": 30,
 }  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def gguf_tensors(tensors: dict[str, np.ndarray], config: ModelConfig, encode=Non
     for name in expected_shapes(config):
         array = tensors[name]
         if "q_proj" in name or "k_proj" in name:
-            halves = array.reshape(-1, 2, config.head_dim // 2, array.shape[1])
+            halves = array.reshape(-1, 2, config.head_dim // 2, *array.shape[1:])
             array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
         kind, raw = SAFETENSORS_TYPES[array.dtype.name], array.tobytes()
         if encode is not None:

@@ -31,17 +31,23 @@ def forward(
     cos, sin, index = (rope or RotaryEmbedding(config)).lookup(positions, lengths)
     turn = cos[index].astype(np.float64)[:, None], sin[index].astype(np.float64)[:, None]
     x = weights.embedding[token_ids].astype(np.float64)  # (tokens, dim)
-    for layer in weights.layers:
+    for i, layer in enumerate(weights.layers):
+        bias = weights.biases[i] if weights.biases else {}
         asked = tokens if rows is None or layer is not weights.layers[-1] else np.asarray(rows)
         h = rms_norm(x, layer.attention_norm, config.norm_eps)
         query, key, value = (
-            linear(h, projection).reshape(len(h), -1, config.head_dim)
-            for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
+            (linear(h, getattr(layer, name)) + bias.get(name, 0.0)).reshape(
+                len(h), -1, config.head_dim
+            )
+            for name in ("q_proj", "k_proj", "v_proj")
         )
         query, key = (rotate(t, *turn, config.rope_interleaved) for t in (query, key))
         x = x[asked] + linear(attend(query[asked], key, value, asked), layer.o_proj)
+        x = x + bias.get("o_proj", 0.0)
         h = rms_norm(x, layer.mlp_norm, config.norm_eps)
-        x = x + linear(silu(linear(h, layer.gate_proj)) * linear(h, layer.up_proj), layer.down_proj)
+        gate = linear(h, layer.gate_proj) + bias.get("gate_proj", 0.0)
+        up = linear(h, layer.up_proj) + bias.get("up_proj", 0.0)
+        x = x + linear(silu(gate) * up, layer.down_proj) + bias.get("down_proj", 0.0)
     return linear(rms_norm(x, weights.norm, config.norm_eps), weights.lm_head)
 
 

@@ -101,6 +101,14 @@ def check_layout(batch, kv_cache):
 class FakeTokenizer:
     """Token i is two letters of 64 pairs; token 0 holds its text back until the next one."""
 
+    end_ids = ()
+
+    def control_id(self, name):
+        return None
+
+    def filling_end(self, prompt_ids):
+        return None
+
     def detokenizer(self, prompt_ids, *, skip_special_tokens=True):
         assert all(type(token_id) is int for token_id in prompt_ids)
         return FakeDetokenizer()

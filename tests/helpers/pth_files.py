@@ -7,6 +7,8 @@ import struct
 import zipfile
 from collections.abc import Mapping
 
+import numpy as np
+
 
 def text(value: str) -> bytes:
     raw = value.encode()
@@ -67,3 +69,28 @@ def archive(
 def pth(pickle: bytes, data: bytes = bytes(16), **changes: bytes) -> bytes:
     """An archive with a pickle and one storage of 16 bytes."""
     return archive({"a/data.pkl": pickle, "a/data/0": data, "a/version": b"3\n"} | changes)
+
+
+STORAGES = {
+    "float64": "Double", "float32": "Float", "float16": "Half", "bfloat16": "BFloat16",
+    "int64": "Long", "int32": "Int", "uint8": "Byte", "bool": "Bool",
+}  # fmt: skip
+
+
+def saved(tensors: Mapping[str, np.ndarray], *, parameters: bool = False) -> bytes:
+    """What torch.save writes of a dictionary, of tensors or of parameters."""
+    items, members = b"", {}
+    for key, (name, array) in enumerate(tensors.items()):
+        kind = name_of("torch", f"{STORAGES[array.dtype.name]}Storage")
+        strides = [stride // array.itemsize for stride in np.ascontiguousarray(array).strides]
+        value = tensor(
+            numbers(*array.shape), numbers(*strides), number(0), storage(str(key), array.size, kind)
+        )
+        if parameters:
+            hooks = name_of("collections", "OrderedDict") + b")R"
+            value = name_of("torch._utils", "_rebuild_parameter") + b"(" + value
+            value += b"\x88" + hooks + b"tR"
+        items += text(name) + value
+        members[f"a/data/{key}"] = array.tobytes()
+    pickle = b"\x80\x02" + name_of("collections", "OrderedDict") + b")R(" + items + b"u."
+    return archive({"a/data.pkl": pickle} | members | {"a/version": b"3\n"})

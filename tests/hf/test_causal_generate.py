@@ -76,6 +76,29 @@ def test_fillings_end_at_eot(model, monkeypatch):
     assert len(new_tokens(model, prompt, max_new_tokens=5, eos_token_id=[])) == 5
 
 
+def test_no_ends(model, monkeypatch):
+    """eos_token_id=None switches ends off, as in Transformers."""
+    first, second = new_tokens(model, PROMPT, max_new_tokens=2, eos_token_id=[])
+    monkeypatch.setattr(model.llm.engine, "eos_token_ids", (second,))
+    assert new_tokens(model, PROMPT, max_new_tokens=5) == [first, second]
+    assert len(new_tokens(model, PROMPT, max_new_tokens=5, eos_token_id=None)) == 5
+    config = clrt.GenerationConfig(max_new_tokens=5)
+    assert new_tokens(model, PROMPT, generation_config=config) == [first, second]
+    assert config.replaced(eos_token_id=None).eos_token_id == ()
+    assert config.replaced(eos_token_id=0).eos_token_id == (0,)
+    assert config.replaced(max_new_tokens=None).max_new_tokens == 5
+
+
+def test_a_stop_string_that_names_a_control_token(model, monkeypatch):
+    first, second = new_tokens(model, PROMPT, max_new_tokens=2, eos_token_id=[])
+    names = {"</s>": second}
+    monkeypatch.setattr(model.llm.tokenizer, "control_id", names.get)
+    options = {"max_new_tokens": 5, "eos_token_id": None, "stop_strings": ["zz", "</s>"]}
+    assert new_tokens(model, PROMPT, **options) == [first, second]
+    names["</s>"] = model.config.vocab_size  # without a row
+    assert len(new_tokens(model, PROMPT, **options)) == 5
+
+
 def test_lengths(model):
     assert len(new_tokens(model, PROMPT, max_length=8, eos_token_id=[])) == 3
     assert len(new_tokens(model, PROMPT, max_length=8, max_new_tokens=4, eos_token_id=[])) == 4

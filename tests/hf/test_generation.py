@@ -210,10 +210,9 @@ def test_blocks_that_requests_hold_are_taken_and_the_requests_computed_again(sma
     expected = run(make_engine(small), [prompt], params)
     engine = make_engine(small, num_blocks=4)
     engine.add_request("holds all", prompt, params)
-    engine.step()
+    token_ids = [token_id for output in engine.step() for token_id in output.token_ids]
     assert greedy(engine, PROMPTS[2:3], 8) == greedy(make_engine(small), PROMPTS[2:3], 8)
     assert engine.stats()["preemptions"] == 1
-    token_ids = []
     while engine.has_unfinished():
         for output in engine.step():
             token_ids += output.token_ids

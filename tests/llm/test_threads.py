@@ -199,7 +199,7 @@ def test_close_ends_calls_of_other_threads(folder):
         llm = LLM(folder, kv_memory=KV_MEMORY)
         with ThreadPoolExecutor(4) as pool:
             futures = [pool.submit(llm.generate, [[1, 5 + i]], ENDLESS) for i in range(4)]
-            while llm.engine.stats()["generated_tokens"] < 8:
+            while llm.engine.stats()["prompt_tokens"] < 8:
                 time.sleep(0.001)
             llm.close()
             for future in futures:

@@ -4,8 +4,14 @@ import math
 import pytest
 from helpers.checkpoint_files import MINI_CONFIG, TINY, TINY_NAMES
 
-from codellama_rt.errors import CheckpointError
-from codellama_rt.model.config import ModelConfig, RopeScaling
+from codellama_rt.errors import CheckpointError, CheckpointWarning
+from codellama_rt.model.config import (
+    ATTENTION_BIASES,
+    MLP_BIASES,
+    ModelConfig,
+    RopeScaling,
+    longrope_attention_factor,
+)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -13,6 +19,13 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 8.0],
 }
 
 
@@ -85,7 +98,7 @@ def test_head_dim_may_differ_from_the_implied_one():
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(2, (2,)), ([2, 32010, 2], (2, 32010)), (None, ()), ([], ())]
+    ("value", "expected"), [(2, (2,)), ([2, 9, 2], (2, 9)), (None, ()), ([], ())]
 )
 def test_eos_is_one_or_several(value, expected):
     assert parse(eos_token_id=value).eos_token_ids == expected
@@ -158,8 +171,18 @@ BAD_SIZES = [0, -1, 10**12, 2**70, 8.0, True, "8", [8], math.nan]
 BAD_SCALINGS = [
     ("linear", "an object or null"),
     ([], "an object or null"),
-    ({"rope_type": "longrope", "factor": 2.0}, "rope_type: expected one of default, linear"),
-    ({"type": "su", "factor": 2.0}, "type: expected one of default, linear"),
+    ({"rope_type": "su2", "factor": 2.0}, "rope_type: expected one of default, linear"),
+    ({"type": "long", "factor": 2.0}, "type: expected one of default, linear"),
+    ({"rope_type": "longrope", "factor": 2.0}, "short_factor: expected a list of 2 numbers"),
+    (LONGROPE | {"factor": None}, "factor: expected a number, or attention_factor beside it"),
+    (LONGROPE | {"factor": -1.0}, "factor: expected a finite number above 0"),
+    (LONGROPE | {"attention_factor": math.inf}, "attention_factor: expected a finite number"),
+    (LONGROPE | {"short_factor": [1.0]}, "short_factor: expected a list of 2 numbers"),
+    (LONGROPE | {"short_factor": 1.0}, "short_factor: expected a list of 2 numbers"),
+    (LONGROPE | {"long_factor": [1.0, "2"]}, "long_factor: expected a finite number above 0"),
+    (LONGROPE | {"long_factor": [1.0, 0.0]}, "long_factor: expected a finite number above 0"),
+    (LONGROPE | {"long_factor": [1.0, math.nan]}, "long_factor: expected a finite number above 0"),
+    (LONGROPE | {"long_factor": [1.0, True]}, "long_factor: expected a finite number above 0"),
     ({"factor": 2.0}, "rope_type"),
     ({"rope_type": ["linear"], "factor": 2.0}, "rope_type"),
     ({"rope_type": "linear"}, "factor: expected a finite number above 0, found 'nothing'"),
@@ -185,18 +208,24 @@ BAD_CONFIGS = [
     *[({key: value}, f"{key}: expected an integer") for key in SIZES for value in BAD_SIZES],
     *[({key: ...}, f"{key}: expected an integer .* found 'nothing'") for key in REQUIRED],
     *[({"rope_scaling": value}, message) for value, message in BAD_SCALINGS],
-    ({"architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM'.*only LlamaForCausalLM"),
-    ({"architectures": []}, "architectures: expected"),
+    ({"architectures": ["QwenForCausalLM"]}, "'QwenForCausalLM'.*only LlamaForCausalLM and Mis"),
+    ({"architectures": ["MistralForCausalLM"]}, "model_type: expected 'mistral', found 'llama'"),
+    ({"model_type": "mistral"}, "model_type: expected 'llama', found 'mistral'"),
+    (MISTRAL | {"sliding_window": ...}, "sliding_window: expected null, found 'nothing'"),
+    (MISTRAL | {"sliding_window": 4096}, "sliding_window: expected null, found 4096"),
+    (MISTRAL | {"num_key_value_heads": None}, "num_key_value_heads: expected an integer"),
+    (MISTRAL | {"max_position_embeddings": ...}, "max_position_embeddings: expected an integer"),
+    ({"architectures": [], "model_type": ...}, "architectures: expected"),
     ({"architectures": "LlamaForCausalLM"}, "architectures: expected"),
     ({"architectures": ["LlamaModel", "LlamaForCausalLM"]}, "architectures: expected"),
     ({"architectures": ..., "model_type": ...}, "architectures: expected"),
-    ({"architectures": ..., "model_type": "gpt2"}, "model_type: expected 'llama', found 'gpt2'"),
+    ({"architectures": ..., "model_type": "gpt2"}, "model_type: expected 'llama' or 'mistral', fo"),
     ({"model_type": ["llama"]}, "model_type"),
-    ({"attention_bias": True}, "attention_bias: expected false, found True"),
-    ({"mlp_bias": True}, "mlp_bias: expected false, found True"),
+    ({"attention_bias": "yes"}, "attention_bias: expected true or false"),
     ({"mlp_bias": 0}, "mlp_bias: expected true or false"),
+    ({"original_max_position_embeddings": 0}, "original_max_position_embeddings: expected an int"),
     ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
     ({"num_attention_heads": 3}, "hidden_size: expected a multiple of num_attention_heads"),
@@ -210,9 +239,10 @@ BAD_CONFIGS = [
     ({"rope_theta": 1.0}, "rope_theta: expected a finite number above 1"),
     ({"rope_theta": -1e6}, "rope_theta"),
     ({"rope_theta": True}, "rope_theta"),
-    ({"torch_dtype": "float64"}, "torch_dtype: expected one of float32"),
+    ({"torch_dtype": "int8"}, "torch_dtype: expected one of float32"),
     ({"dtype": 16}, "dtype: expected one of float32"),
-    ({"eos_token_id": -1}, "eos_token_id: expected a token id"),
+    ({"eos_token_id": 2**64}, "eos_token_id: expected a token id"),
+    ({"eos_token_id": 2.0}, "eos_token_id: expected a token id"),
     ({"eos_token_id": "2"}, "eos_token_id"),
     ({"eos_token_id": [2, None]}, "eos_token_id"),
     ({"bos_token_id": True}, "bos_token_id"),
@@ -228,6 +258,112 @@ def test_bad_configs(changes, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         parse(**changes)
     assert str(caught.value).startswith("config.json")
+
+
+@pytest.mark.parametrize("none", [-1, 10, 32000, 2**31, 2**32 - 1, -(2**63), 2**64 - 1])
+def test_ids_that_mean_none(none):
+    """Llama 1 and 2 were published with a pad id of -1 and of 32000 among 32000 tokens."""
+    with pytest.warns(CheckpointWarning, match=f"eos_token_id: {none} is none of the 10 tokens"):
+        assert parse(eos_token_id=none).eos_token_ids == ()
+    with pytest.warns(CheckpointWarning, match="eos_token_id"):
+        assert parse(eos_token_id=[2, none, 7]).eos_token_ids == (2, 7)
+    with pytest.warns(CheckpointWarning, match="bos_token_id"):
+        assert parse(bos_token_id=none).bos_token_id is None
+
+
+def test_old_names_of_the_architecture():
+    with pytest.warns(CheckpointWarning, match="LLaMAForCausalLM.* is an old name"):
+        assert parse(architectures=["LLaMAForCausalLM"]) == parse()
+    assert parse(architectures=[]) == parse(architectures=None) == parse()
+
+
+def test_float64_is_computed_with_as_float32():
+    assert parse(torch_dtype="float64").dtype == "float32"
+
+
+def test_mistrals_name_of_the_same_architecture():
+    assert parse(**MISTRAL) == parse()
+    assert parse(**MISTRAL | {"architectures": ...}) == parse()
+
+
+@pytest.mark.parametrize(
+    ("flags", "biased"),
+    [
+        ({}, ()),
+        ({"attention_bias": True}, ATTENTION_BIASES),
+        ({"mlp_bias": True}, MLP_BIASES),
+        ({"attention_bias": True, "mlp_bias": True}, ATTENTION_BIASES + MLP_BIASES),
+    ],
+)
+def test_biases(flags, biased):
+    assert parse(**flags).biased == biased
+
+
+def test_longrope():
+    plain = parse(rope_scaling=LONGROPE).rope_scaling
+    assert (plain.factor, plain.original_max_position_embeddings) == (4.0, 64)
+    assert plain.attention_factor == math.sqrt(1 + math.log(4.0) / math.log(64))
+    assert (plain.frequency_factors, plain.long_factors) == ((1.0, 1.5), (2.0, 8.0))
+    old = {"type": "su"} | {k: v for k, v in LONGROPE.items() if k != "rope_type"}
+    assert parse(rope_scaling=old).rope_scaling == plain
+    # The original length beside the other keys goes before the factor, as in transformers 4.57.
+    ratio = parse(rope_scaling=LONGROPE, original_max_position_embeddings=32).rope_scaling
+    assert (ratio.factor, ratio.original_max_position_embeddings) == (2.0, 32)
+    assert ratio.attention_factor == math.sqrt(1 + math.log(2.0) / math.log(32))
+    given = parse(rope_scaling=LONGROPE | {"attention_factor": 1.25, "factor": None}).rope_scaling
+    assert given.attention_factor == 1.25
+    assert longrope_attention_factor(0.5, 64) == 1.0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        LLAMA3,
+        LONGROPE,
+    ],
+)
+def test_rope_given_at_load_is_that_of_a_file(value):
+    at_load = parse().with_rope(1e6, value)
+    assert at_load == parse(rope_theta=1e6, rope_scaling=value)
+    assert at_load.with_rope(1e4, {"rope_type": "default"}) == parse(rope_theta=1e4)
+    assert at_load.with_rope() == at_load
+    inside = {"rope_theta": 1e6} | value
+    assert parse(rope_theta=5.0).with_rope(None, inside) == parse(
+        rope_theta=1e6, rope_scaling=value
+    )
+
+
+@pytest.mark.parametrize(
+    ("theta", "scaling", "error", "words"),
+    [
+        (1.0, None, ValueError, "rope_theta: expected a finite number above 1"),
+        ("1e6", None, ValueError, "rope_theta: expected a finite number above 1"),
+        (True, None, ValueError, "rope_theta: expected a finite number above 1"),
+        (None, "linear", TypeError, "rope_scaling must be a dict, got str"),
+        (None, {"rope_type": "linear"}, ValueError, "rope_scaling: factor: expected"),
+        (
+            None,
+            {"rope_type": "ntk"},
+            ValueError,
+            "rope_scaling: rope_type: expected one of default",
+        ),
+        (None, {"rope_theta": 0.5}, ValueError, "rope_scaling: rope_theta: expected a finite"),
+    ],
+)
+def test_rope_that_cannot_be_given(theta, scaling, error, words):
+    with pytest.raises(error, match=words):
+        parse().with_rope(theta, scaling)
+
+
+def test_which_prompts_are_rotated_alike():
+    assert parse().rope_class(10**6) == 0
+    dynamic = parse(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    assert [dynamic.rope_class(n) for n in (1, 64, 65, 80)] == [0, 0, 1, 16]
+    longrope = parse(rope_scaling=LONGROPE, original_max_position_embeddings=32)
+    assert [longrope.rope_class(n) for n in (1, 32, 33, 80)] == [0, 0, 1, 1]
 
 
 def test_long_values_are_cut_in_messages():

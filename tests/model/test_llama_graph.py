@@ -61,13 +61,15 @@ class BothRoads:
 
 
 def run_requests(model, kv_dtype, seed=0):
-    """Nine requests that come in one after another, and not enough blocks for all."""
+    """A long request alone, then nine together, and not enough blocks for all of those."""
     rng = np.random.default_rng(seed)
     kv_cache = KVCache(model.config, num_blocks=14, block_size=16, dtype=kv_dtype)
     engine = Engine(model, kv_cache, max_num_batched_tokens=24, max_model_len=120)
     vocab_size = model.config.vocab_size
-    prompts = [rng.integers(3, vocab_size, n).tolist() for n in rng.integers(1, 70, 9)]
-    return run(engine, prompts, SamplingParams(max_tokens=12, ignore_eos=True))
+    lengths = [100, *rng.integers(1, 70, 9)]
+    first, *others = [rng.integers(3, vocab_size, n).tolist() for n in lengths]
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    return run(engine, [first], params) + run(engine, others, params)
 
 
 def compiled_graphs():

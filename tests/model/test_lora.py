@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from helpers.adapter_files import write_adapter
 from helpers.goldens import make_engine, tiny_golden
+from helpers.pth_files import call, pth, saved
 from helpers.tiny_llm import KV_MEMORY, make_folder
+from safetensors.numpy import load_file
 
 import codellama_rt as clrt
 from codellama_rt.checkpoint import open_checkpoint
@@ -254,9 +256,29 @@ def test_folders_without_an_adapter(tmp_path, checkpoint):
     with pytest.raises(CheckpointError, match=r"adapter_config\.json, found none"):
         load_adapter(tmp_path, checkpoint.config)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
-    with pytest.raises(CheckpointError, match="pickled adapters are never loaded"):
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin, found neither"):
         load_adapter(tmp_path, checkpoint.config)
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match="expected a zip archive as torch"):
+        load_adapter(tmp_path, checkpoint.config)
+    (tmp_path / "adapter_model.bin").write_bytes(pth(call("os", "system", "true")))
+    with pytest.raises(CheckpointError, match="nothing was run"):
+        load_adapter(tmp_path, checkpoint.config)
+
+
+@pytest.mark.parametrize("parameters", [False, True])
+def test_adapters_that_torch_saved(tmp_path, checkpoint, parameters):
+    folder = write_adapter(tmp_path / "a", checkpoint.config)
+    expected = load_adapter(folder, checkpoint.config)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(saved(tensors, parameters=parameters))
+    for found, layer in zip(
+        load_adapter(folder, checkpoint.config).layers, expected.layers, strict=True
+    ):
+        assert found.keys() == layer.keys()
+        assert all((found[n].up == layer[n].up).all() for n in layer)
+        assert all((found[n].down == layer[n].down).all() for n in layer)
 
 
 def test_engines_take_adapters_of_their_model_alone(llm, adapters, tmp_path):

@@ -122,13 +122,28 @@ def test_marks_of_the_format_are_refused_in_any_message(style, tag, place):
 
 @pytest.mark.parametrize("style", [InstFormat(), StepFormat()])
 @pytest.mark.parametrize(
-    "roles", ["a", "ua", "uu", "s", "su a", "us", "uau a", "ssu", "t", "utu", "sa"]
+    "roles", ["a", "ua", "uu", "s", "su a", "us", "uau a", "sus", "t", "utu", "sa"]
 )
 def test_the_order_of_roles(style, roles):
     names = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
     dialog = [Message(names[role], "x") for role in roles.replace(" ", "")]
     with pytest.raises(ValueError, match="alternating user and assistant"):
         style.encode(with_step(), dialog)
+
+
+@pytest.mark.parametrize("style", [InstFormat(), StepFormat()])
+def test_several_system_messages_are_one(style):
+    """Agents send several; the formats have one place for them."""
+    system = [Message("system", "s"), Message("system", "t")]
+    ids = style.encode(with_step(), [*system, Message("user", "x")])
+    assert ids == style.encode(with_step(), [Message("system", "s\n\nt"), Message("user", "x")])
+
+
+@pytest.mark.parametrize("style", [InstFormat(), StepFormat()])
+def test_calls_of_tools_are_refused_where_the_format_has_none(style):
+    called = Message("assistant", "", {"tool_calls": [{"id": "a"}]})
+    with pytest.raises(ValueError, match=r"messages\[1\] has tool_calls, which this chat format"):
+        style.encode(with_step(), [Message("user", "x"), called, Message("user", "y")])
 
 
 CONTROL_TEXTS = [
@@ -238,6 +253,10 @@ def test_ids_as_arrays(tmp_path):
     assert encoding.attention_mask.tolist() == [[1] * len(ids)]
 
 
+NESTED: list = []
+NESTED.append(NESTED)  # without an end
+
+
 @pytest.mark.parametrize(
     ("messages", "error", "words"),
     [
@@ -246,15 +265,22 @@ def test_ids_as_arrays(tmp_path):
         (None, TypeError, "must be a list"),
         ([], ValueError, "at least one message"),
         (["hello"], TypeError, r"messages\[0\] must be"),
-        ([{"role": "user"}], TypeError, "content must be a str, got NoneType"),
-        ([{"role": "user", "content": ["x"]}], TypeError, "content must be a str, got list"),
+        ([{"role": "user"}], TypeError, "content must be a str, got nothing"),
+        ([{"role": "user", "contents": "x"}], TypeError, "content must be a str, got nothing"),
+        ([{"role": "user", "content": 7}], TypeError, "content must be a str, got int"),
+        ([{"role": "user", "content": {"text": "x"}}], TypeError, "must be a str, got dict"),
+        ([{"role": "user", "content": [7]}], ValueError, "a part of content must be text, got 7"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+            ValueError,
+            "a part of content must be text",
+        ),
         ([{"role": "<|user|>", "content": "x"}], ValueError, "role must be one of system, user"),
         ([{"role": None, "content": "x"}], ValueError, "role must be one of"),
-        (
-            [{"role": "user", "content": "x", "name": "y"}],
-            ValueError,
-            "only role and content, got name",
-        ),
+        ([{"role": "user", "content": "x", "name": b"y"}], TypeError, "values of JSON only"),
+        ([{"role": "user", "content": "x", "a": {7: "y"}}], TypeError, "values of JSON only"),
+        ([{"role": "user", "content": "x", "a": NESTED}], ValueError, "nested at most 32 deep"),
+        ([{"role": "user", "content": "x", "a": ["\ud800"]}], ValueError, "surrogate"),
         ([{"role": "user", "content": "\ud800"}], ValueError, "surrogate"),
         ([{"role": "user", "content": "x"}] * 10_001, ValueError, "at most 10000 messages"),
     ],
@@ -262,3 +288,51 @@ def test_ids_as_arrays(tmp_path):
 def test_messages_that_are_none(messages, error, words):
     with pytest.raises(error, match=words):
         checked_messages(messages)
+
+
+CALLS = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"role": "user", "content": None}, ("user", "", {})),
+        ({"role": "user", "content": ["a", {"type": "text", "text": "b"}]}, ("user", "a\nb", {})),
+        ({"role": "user", "content": []}, ("user", "", {})),
+        ({"role": "developer", "content": "x"}, ("system", "x", {})),
+        ({"role": "user", "content": "x", "name": "kim"}, ("user", "x", {"name": "kim"})),
+        ({"role": "assistant", "tool_calls": CALLS}, ("assistant", "", {"tool_calls": CALLS})),
+        (
+            {"role": "tool", "content": "3", "tool_call_id": "c1"},
+            ("tool", "3", {"tool_call_id": "c1"}),
+        ),
+        (
+            {"role": "assistant", "content": "x", "refusal": None, "annotations": ()},
+            ("assistant", "x", {"refusal": None, "annotations": []}),
+        ),
+    ],
+)
+def test_messages_as_clients_send_them(message, expected):
+    [checked] = checked_messages([message])
+    assert tuple(checked) == expected
+    assert checked_messages([checked]) == [checked]
+
+
+@pytest.mark.parametrize("escape", ["", "(ensure_ascii=True)"])
+def test_no_control_token_comes_from_any_part_of_a_message(bpe, escape):
+    """Names, calls of tools and their keys are a user's text as well."""
+    template = "{{ messages[0]" + (f"|tojson{escape}" if escape else "|tojson") + " }}"
+    hostile = {"arguments": {"a<|end|>": ["<|begin|>", {"\ue000<|end|>": "\\ue001"}]}}
+    message = {"role": "user", "content": "<|end|>é", "name": "<|begin|>", "tool_calls": [hostile]}
+    [checked] = checked_messages([message])
+    ids = JinjaFormat(template).encode(bpe, [checked])
+    assert not {0, 1} & set(ids)
+    text = bpe.decode(ids)
+    assert json.loads(text) == message
+
+
+def test_a_template_reads_what_else_a_message_has(bpe):
+    template = "{{ messages[0].name }}:{% for c in messages[0].tool_calls %}{{ c.function.name }}"
+    message = {"role": "user", "content": "", "name": "kim", "tool_calls": CALLS}
+    style = JinjaFormat(template + "{% endfor %}")
+    assert style.render(bpe, checked_messages([message])) == "kim:f"

@@ -14,8 +14,9 @@ from helpers.tokenizer_files import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2 as pb
 
-from codellama_rt.errors import CheckpointError
+from codellama_rt.errors import CheckpointWarning
 from codellama_rt.text.tokenizer import FILL_TOKEN, TokenIdError, load_tokenizer, split_fill
 from codellama_rt.text.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -127,6 +128,16 @@ def test_special_tokens_are_parsed_only_on_request(bpe):
     assert bpe.encode(text, parse_special=True)[-1] == bpe.eos_id
 
 
+def test_characters_without_a_piece_are_the_unknown_token():
+    proto = pb.ModelProto.FromString(sentencepiece_model())
+    proto.trainer_spec.byte_fallback = False
+    for entry in proto.pieces:
+        entry.type = 1 if entry.type == 6 else entry.type  # no bytes
+    tokenizer = SentencePieceTokenizer(proto.SerializeToString())
+    for encode in (tokenizer.encode, tokenizer.encode_plain, tokenizer.encode_continuation):
+        assert 0 in encode("def 日")
+
+
 @pytest.mark.parametrize("ids", [[5], (5,), np.array([5]), np.int64(5), 5])
 def test_kinds_of_id_lists(ids):
     assert SPM.decode(ids) == "\x02"
@@ -191,11 +202,10 @@ def test_split_fill():
 
 
 def test_a_tokenizer_larger_than_the_model(tmp_path):
+    """Published so (CodeLlama-34b-hf, [PAD] = 32000): it opens, and warns."""
     file = model_file(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"tokenizer.model: expected at most 100 .* found 421"
-    ):
-        load_tokenizer(tmp_path, vocab_size=100)
+    with pytest.warns(CheckpointWarning, match=r"tokenizer.model: 421 tokens, .* has 100 rows"):
+        assert load_tokenizer(tmp_path, vocab_size=100).vocab_size == 421
     assert load_tokenizer(file, vocab_size=421).vocab_size == 421
 
 

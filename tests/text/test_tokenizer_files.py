@@ -2,6 +2,7 @@
 
 import random
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from helpers.tokenizer_files import (
@@ -16,8 +17,8 @@ from helpers.tokenizer_files import (
     sentencepiece_model,
 )
 
-from codellama_rt.errors import CheckpointError
-from codellama_rt.text.tokenizer import load_tokenizer
+from codellama_rt.errors import CheckpointError, CheckpointWarning
+from codellama_rt.text.tokenizer import has_tokenizer, load_tokenizer
 from codellama_rt.text.tokenizer.bpe_tokenizer import PRE_TOKENIZERS, BpeTokenizer, build_bpe
 from codellama_rt.text.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -84,6 +85,55 @@ def test_gguf_flags(tmp_path):
     assert tokenizer.decode(SPM.encode("def f")) == " def f"
 
 
+def test_vocabularies_without_types_or_scores(tmp_path):
+    """llama.cpp takes both as optional: pieces are text, and equally good."""
+    fields = without(without(sentencepiece_fields(), "token_type"), "scores")
+    with pytest.warns(CheckpointWarning, match=r"(token_type|scores): expected it, found nothing"):
+        tokenizer = load_tokenizer(gguf_file(tmp_path, fields))
+    assert {0, 1, 2} <= tokenizer.special_ids
+    text = "é\ndef f(): # 漢"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.token_bytes(tokenizer.piece_id("<0x0A>")) == b"\n"
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_pieces_that_are_bytes_by_name_alone(tmp_path, kind):
+    fields = sentencepiece_fields()
+    fields["token_type"] = [kind if x == 6 else x for x in fields["token_type"]]
+    tokenizer = load_tokenizer(gguf_file(tmp_path, fields))
+    assert tokenizer.encode("漢\n") == SPM.encode("漢\n")
+    assert tokenizer.decode(tokenizer.encode("漢\n")) == "漢\n"
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_pieces_without_a_name(tmp_path, model):
+    fields = sentencepiece_fields() if model == "llama" else bpe_fields()
+    for key, value in (("tokens", ""), ("scores", 0.0), ("token_type", 1)):
+        if key in fields:
+            fields[key] = [*fields[key], value, value]
+    tokenizer = load_tokenizer(gguf_file(tmp_path, fields))
+    size = len(fields["tokens"])
+    assert [tokenizer.piece(i) for i in (size - 2, size - 1)] == [
+        f"[EMPTY_{size - 2}]", f"[EMPTY_{size - 1}]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["bos", "eos", "unknown", "eot", "prefix"])
+@pytest.mark.parametrize("none", [421, 32000, 2**32 - 1])
+def test_ids_that_mean_none(tmp_path, key, none):
+    fields = sentencepiece_fields() | {f"{key}_token_id": none}
+    with pytest.warns(CheckpointWarning, match=f"{key}_token_id: {none} is none of the 421 tokens"):
+        tokenizer = load_tokenizer(gguf_file(tmp_path, fields))
+    assert tokenizer.encode("def", bos=False) == SPM.encode("def", bos=False)
+    # As in llama.cpp, the pieces "<s>" and "</s>" are those that a file does not name.
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", [..., "none", "no_vocab"])
+def test_a_gguf_file_without_a_vocabulary_has_no_tokenizer(kind):
+    metadata = {"tokenizer.ggml.model": kind} if kind is not ... else {}
+    assert not has_tokenizer(Path("a.gguf"), metadata)
+
+
 # Byte-level BPE
 
 
@@ -112,20 +162,59 @@ def test_pieces_that_stand_for_themselves(tmp_path):
     assert tokenizer.decode(ids) == "a<tab>b"
 
 
-WORDS = {  # of "Don't say 1234 $x+=\n  y", a space shown as Ġ and a line end as Ċ
-    "gpt-2": "Don|'t|Ġsay|Ġ1234|Ġ$|x|+=|ĊĠ|Ġy",
-    "smollm": "Don|'t|Ġsay|Ġ|1|2|3|4|Ġ$|x|+=|ĊĠ|Ġy",
-    "llama-bpe": "Don|'t|Ġsay|Ġ|123|4|Ġ$|x|+=Ċ|Ġ|Ġy",
-    "default": "Don|'|t|Ġsay|Ġ|123|4|Ġ|$|x|+=|ĊĠ|Ġy",
+# Of "Don't say 1234 $x+=\n  y" and "camelCase XMLHttp's 3/4 中文ab, «é» \r\n\r\n  z /  ".
+WORDS = {
+    "gpt-2": "Don|'t| say| 1234| $|x|+=|\n | y|camelCase| XMLHttp|'s| 3|/|4| 中文ab|,| «|é|»"
+    "| \r\n\r\n | z| /|  ",
+    "smollm": "Don|'t| say| |1|2|3|4| $|x|+=|\n | y|camelCase| XMLHttp|'s| |3|/|4| 中文ab|,| «|é|»"
+    "| \r\n\r\n | z| /|  ",
+    "llama-bpe": "Don|'t| say| |123|4| $|x|+=\n| | y|camelCase| XMLHttp|'s| |3|/|4| 中文ab|,| «|é|»"
+    "| \r\n\r\n| | z| /|  ",
+    "qwen2": "Don|'t| say| |1|2|3|4| $|x|+=\n| | y|camelCase| XMLHttp|'s| |3|/|4| 中文ab|,| «|é|»"
+    "| \r\n\r\n| | z| /|  ",
+    "tekken": "Don|'t| say| |1|2|3|4| $|x|+=\n| | y|camel|Case| XMLHttp|'s| |3|/|4| 中文ab|,| «|é|»"
+    "| \r\n\r\n| | z| /|  ",
+    "gpt-4o": "Don't| say| |123|4| $|x|+=\n| | y|camel|Case| XMLHttp's| |3|/|4| 中文ab|,| «|é|»"
+    "| \r\n\r\n| | z| /|  ",
+    "seed-coder": "Don|'t| say| |1|2|3|4| $|x|+=|\n| | y|camelCase| XMLHttp|'s| |3|/|4| 中文ab|,"
+    "| «|é|»| \r\n\r\n| | z| /|  ",
+    "deepseek-coder": "Don|'|t| say| |1|2|3|4| $|x|+=|\n| | y|camelCase| XMLHttp|'|s| |3|/|4| |中文"
+    "|ab|,| «|é|»| |\r|\n|\r|\n| | z| /|  ",
+    "deepseek-llm": "Don|'|t| say| |1234| $|x|+=|\n| | y|camelCase| XMLHttp|'|s| |3|/|4| |中文|ab|,"
+    "| «|é|»| |\r|\n|\r|\n| | z| /|  ",
+    "deepseek-v3": "Don|'t| say| |123|4| $|x|+=\n| | y|camelCase| XMLHttp|'s| |3|/|4| |中文|ab|,"
+    "| «|é|»| \r\n\r\n| | z| /|  ",
+    "default": "Don|'|t| say| |123|4| |$|x|+=|\n | y|camelCase| XMLHttp|'|s| |3|/|4| 中文ab|,"
+    "| |«|é|»| \r\n\r\n | z| |/|  ",
+}
+SAME_WORDS = {
+    "gpt-2": "mpt olmo jais trillion phi-2 granite-docling",
+    "smollm": "starcoder refact command-r codeshell exaone minerva-7b",
+    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe "
+    "chatglm-bpe",
+    "qwen2": "stablelm2 hunyuan deepseek-r1-qwen megrez",
+    "gpt-4o": "llama4",
 }
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_words_of_pre_tokenizers(name):
-    """As llama.cpp cuts them, checked against it on 3016 texts without a difference."""
+    """As llama.cpp cuts them: the first four were checked against it on 3016 texts."""
     backend = build_bpe(BPE_PIECES, [], PRE_TOKENIZERS[name])
-    cut = backend.pre_tokenizer.pre_tokenize_str("Don't say 1234 $x+=\n  y")
-    assert "|".join(word for word, _ in cut) == WORDS[name]
+    words = []
+    for text in ("Don't say 1234 $x+=\n  y", "camelCase XMLHttp's 3/4 中文ab, «é» \r\n\r\n  z /  "):
+        cut = backend.pre_tokenizer.pre_tokenize_str(text)
+        words += [text[begin:end] for _, (begin, end) in cut]
+    same = next((known for known, names in SAME_WORDS.items() if name in names.split()), name)
+    assert "|".join(words) == WORDS[same]
+
+
+def test_names_that_take_a_known_word_whole_and_begin_a_text():
+    """As llama.cpp sets `ignore_merges` and `add_bos` for these names."""
+    whole = {name for name, pre in PRE_TOKENIZERS.items() if pre.ignore_merges}
+    llama3 = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2"
+    assert whole == {*llama3.split(), "tekken"}
+    assert whole == {name for name, pre in PRE_TOKENIZERS.items() if pre.adds_bos}
 
 
 def test_llama_bpe_adds_a_begin_token_unless_told_not_to(tmp_path):
@@ -144,7 +233,7 @@ def without(fields, name):
 
 SPM_FIELDS = sentencepiece_fields()
 BAD_GGUF = [
-    (bpe_fields() | {"pre": "qwen2"}, r"pre: expected gpt-2, smollm, .* found 'qwen2'"),
+    (bpe_fields() | {"pre": "bloom"}, r"pre: expected gpt-2, mpt, .* found 'bloom'"),
     (bpe_fields() | {"model": "bert"}, r"model: expected 'llama' .* or 'gpt2' .*, found 'bert'"),
     (without(bpe_fields(), "model"), "model: expected 'llama'"),
     (without(bpe_fields(), "tokens"), "tokens: expected a list of strings"),
@@ -153,9 +242,10 @@ BAD_GGUF = [
     (bpe_fields() | {"merges": ["no such"]}, "merges do not fit the tokens"),
     (bpe_fields() | {"merges": ["a"]}, "merges do not fit the tokens"),
     (bpe_fields() | {"token_type": [1, 2]}, f"token_type: expected {len(BPE_PIECES)} numbers"),
-    (SPM_FIELDS | {"token_type": [7] * 421}, "token_type: expected numbers from 1 to 6"),
-    (bpe_fields() | {"bos_token_id": 5000}, "bos_token_id: expected an integer from 0 to"),
-    (without(SPM_FIELDS, "scores"), "scores: expected 421 numbers"),
+    (SPM_FIELDS | {"token_type": [7] * 421}, "token_type: expected numbers from 0 to 6"),
+    (SPM_FIELDS | {"scores": [0.0] * 420}, "scores: expected 421 numbers"),
+    (SPM_FIELDS | {"scores": [float("nan")] * 421}, "scores: expected numbers, found NaN"),
+    (bpe_fields() | {"bos_token_id": "0"}, "bos_token_id: expected a token id"),
     (SPM_FIELDS | {"tokens": ["<unk>"] * 421}, "SentencePiece rejects the model"),
     (SPM_FIELDS | {"add_bos_token": "yes"}, "add_bos_token: expected true or false"),
     ({}, "model: expected|tokens: expected"),

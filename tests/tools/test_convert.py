@@ -15,6 +15,7 @@ from codellama_rt.checkpoint.formats.safetensors import read_safetensors, read_s
 from codellama_rt.checkpoint.quantize import QUANTIZATIONS
 from codellama_rt.errors import CheckpointError
 from codellama_rt.ops.quantized import Quantized, weight_num_bytes
+from codellama_rt.text.tokenizer import load_tokenizer
 from codellama_rt.tools.convert.convert import convert
 
 NAMES = ["gqa_theta1e6_bf16", "mqa_fp16_sharded", "tied_fp32"]
@@ -84,6 +85,24 @@ def test_the_companions_are_copied(tmp_path):
     )
     section = {"quant_method": "codellama_rt", "format_version": 2, "dtype": "int4"}
     assert after == before | {"tie_word_embeddings": False, "quantization_config": section}
+
+
+@pytest.mark.parametrize("to", ["huggingface", "meta"])
+def test_added_tokens_are_kept(tmp_path, to):
+    source = make_folder(tmp_path / "in")
+    files = {
+        "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "legacy": False},
+        "special_tokens_map.json": {"eos_token": "<|im_end|>"},
+        "added_tokens.json": {"<|im_start|>": 421, "<|im_end|>": 422},
+    }
+    for name, contents in files.items():
+        (source / name).write_text(json.dumps(contents))
+    quantization = "int8" if to == "huggingface" else None
+    convert(source, tmp_path / "out", to=to, quantization=quantization)
+    before, after = (load_tokenizer(folder) for folder in (source, tmp_path / "out"))
+    text = "<|im_start|> a<|im_end|>\nb"
+    assert after.encode(text, parse_special=True) == before.encode(text, parse_special=True)
+    assert (after.eos_id, after.end_ids) == (422, before.end_ids)
 
 
 def test_other_readers_can_read_the_file(tmp_path):

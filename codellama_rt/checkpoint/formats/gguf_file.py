@@ -12,7 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
+from codellama_rt.checkpoint.stored_tensor import (
+    DOUBLE,
+    StoredTensor,
+    map_file,
+    stored_tensor,
+)
 from codellama_rt.errors import CheckpointError
 from codellama_rt.ops.dtypes import FLOATS
 from codellama_rt.ops.quantized import GGUF_BLOCKS
@@ -23,6 +28,7 @@ _BLOCK_TYPES = {2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 12: "Q4_K", 14: "Q6_K"}  # supp
 _SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q").unpack_from  # of a string, in front of it
+_F64 = 28
 _MAX_AXES = 4  # as in ggml
 _MAX_AXIS = 2**48
 
@@ -255,7 +261,8 @@ def _place_tensors(
                 "file of "
                 f"{len(mapped)}; it is truncated"
             )
-        kind = StoredTensor if ggml_type in _FLOAT_TYPES else QuantizedTensor
+        is_plain = ggml_type in _FLOAT_TYPES or ggml_type == _F64
+        kind = stored_tensor if is_plain else QuantizedTensor
         tensors[name] = kind(name, path, encoding, shape, mapped[start : start + size])
         end, previous = start + size, repr(name)
     return tensors
@@ -266,6 +273,8 @@ def _encoding(path: Path, name: str, shape: tuple[int, ...], ggml_type: int) -> 
     if ggml_type in _FLOAT_TYPES:
         known = _FLOAT_TYPES[ggml_type]
         return known.encoding, math.prod(shape) * known.dtype.itemsize
+    if ggml_type == _F64:
+        return DOUBLE, math.prod(shape) * 8
     encoding, block, block_bytes = _block_type(path, name, ggml_type)
     if shape[-1] % block:
         raise CheckpointError(

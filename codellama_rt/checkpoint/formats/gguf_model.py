@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from codellama_rt.checkpoint.finiteness import first_non_finite
-from codellama_rt.checkpoint.formats.gguf_file import GgufFile, read_gguf
+from codellama_rt.checkpoint.formats.gguf_file import GgufFile
+from codellama_rt.checkpoint.formats.gguf_parts import read_gguf_parts
 from codellama_rt.checkpoint.stored_tensor import StoredModel, StoredTensor
 from codellama_rt.checkpoint.tensor_names import gguf_name, names_in_gguf
-from codellama_rt.errors import CheckpointError
+from codellama_rt.errors import CheckpointError, warn_of_checkpoint
 from codellama_rt.model.config import (
+    ATTENTION_BIASES,
     MAX_DIM,
     MAX_HEAD_DIM,
     MAX_HEADS,
@@ -23,6 +25,7 @@ from codellama_rt.model.config import (
     MAX_LAYERS,
     MAX_POSITIONS,
     MAX_VOCAB_SIZE,
+    MLP_BIASES,
     ModelConfig,
     RopeScaling,
     check_consistency,
@@ -30,28 +33,31 @@ from codellama_rt.model.config import (
 from codellama_rt.model.config_fields import ConfigFields
 
 _FACTORS = "rope_freqs.weight"
+_SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"  # of longrope
 
 
 def read_gguf_model(path: Path) -> StoredModel:
     """Open a GGUF file of architecture "llama".
 
     Args:
-        path: the file.
+        path: the file; of a model in several files any part.
 
     Returns:
         The model; no weight has been read.
 
     Raises:
-        CheckpointError: `read_gguf` rejects the file, or it has another architecture, is a part of
-            a split model, or has metadata that is missing, out of range or not supported.
+        CheckpointError: `read_gguf_parts` rejects the file, or it has another architecture, or
+            metadata that is missing, out of range or not supported.
     """
-    file = read_gguf(path)
+    file = read_gguf_parts(path)
     config = config_from_gguf(file)
     names = names_in_gguf(config.n_layers)
     tensors = {
-        names.get(name, name): tensor for name, tensor in file.tensors.items() if name != _FACTORS
+        names.get(name, name): tensor
+        for name, tensor in file.tensors.items()
+        if name not in (_FACTORS, _SHORT, _LONG)
     }
-    return StoredModel(path, config, tensors, {}, gguf_name, metadata=file.metadata)
+    return StoredModel(file.path, config, tensors, {}, gguf_name, metadata=file.metadata)
 
 
 def config_from_gguf(file: GgufFile) -> ModelConfig:
@@ -63,16 +69,17 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     fields = ConfigFields(_plain(file.metadata), str(file.path))
     if fields.values.get("general.architecture") != "llama":
         raise fields.fault("general.architecture", "'llama'", "no other architecture is supported")
-    if fields.integer("split.count", 0, low=0, high=65535) > 1:
-        raise fields.fault("split.count", "1", "join the parts with llama-gguf-split --merge")
     if fields.integer("llama.expert_count", 0, low=0, high=65535):
         raise fields.fault("llama.expert_count", "0", "mixtures of experts are not supported")
     n_heads = fields.integer("llama.attention.head_count", high=MAX_HEADS)
     dim = fields.integer("llama.embedding_length", high=MAX_DIM)
     head_dim = _head_dim(fields, dim, n_heads)
     positions = fields.integer("llama.context_length", high=MAX_POSITIONS)
-    bos = fields.token_ids("tokenizer.ggml.bos_token_id")
-    ends = [fields.token_ids(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    vocab_size = _vocab_size(file, fields)
+    ends = [
+        fields.token_ids(f"tokenizer.ggml.{kind}_token_id", vocab_size=vocab_size)
+        for kind in ("eos", "eot")
+    ]
     config = ModelConfig(
         n_layers=fields.integer("llama.block_count", high=MAX_LAYERS),
         n_heads=n_heads,
@@ -80,18 +87,30 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         head_dim=head_dim,
         dim=dim,
         hidden_dim=fields.integer("llama.feed_forward_length", high=MAX_HIDDEN_DIM),
-        vocab_size=_vocab_size(file, fields),
+        vocab_size=vocab_size,
         rope_theta=fields.number("llama.rope.freq_base", 10000.0, above=1.0),
         norm_eps=_short_decimal(fields.number("llama.attention.layer_norm_rms_epsilon")),
         max_position_embeddings=positions,
         tie_word_embeddings="output.weight" not in file.tensors,
         rope_scaling=_rope_scaling(file, fields, positions, head_dim),
-        bos_token_id=bos[0] if bos else None,
+        bos_token_id=fields.token_id("tokenizer.ggml.bos_token_id", vocab_size=vocab_size),
         eos_token_ids=tuple(dict.fromkeys(sum(ends, ()))),
+        biased=_biased(file),
         rope_interleaved=True,
     )
     check_consistency(config, str(file.path))
     return config
+
+
+def _biased(file: GgufFile) -> tuple[str, ...]:
+    """Return the projections with a bias: those that the first layer has."""
+    names = {f"self_attn.{field}": field for field in ATTENTION_BIASES}
+    names |= {f"mlp.{field}": field for field in MLP_BIASES}
+    return tuple(
+        field
+        for module, field in names.items()
+        if gguf_name(f"model.layers.0.{module}.bias") in file.tensors
+    )
 
 
 def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -123,22 +142,29 @@ def _head_dim(fields: ConfigFields, dim: int, n_heads: int) -> int:
 
 
 def _vocab_size(file: GgufFile, fields: ConfigFields) -> int:
-    """Take the vocabulary size from the embedding; all other statements of it must agree."""
+    """Return the rows of the embedding, which decide; warn where the metadata say otherwise."""
     embedding = file.tensors.get("token_embd.weight")
-    tokens = file.metadata.get("tokenizer.ggml.tokens")
-    n_tokens = len(tokens) if isinstance(tokens, list) else None
-    size = fields.integer("llama.vocab_size", n_tokens, high=MAX_VOCAB_SIZE)
-    if embedding is not None:
-        size = size or embedding.shape[0]
-    if size is None:
+    if embedding is None:
         raise CheckpointError(
             f"{file.path}: expected tensor 'token_embd.weight', found no such tensor"
         )
-    if n_tokens not in (None, size):
+    size = embedding.shape[0]
+    if size > MAX_VOCAB_SIZE:
         raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.tokens: expected {size} tokens, as llama.vocab_size "
-            f"says, found {n_tokens}"
+            f"{file.path}: tensor 'token_embd.weight': expected at most {MAX_VOCAB_SIZE} rows, "
+            f"found {size}"
         )
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    said = {
+        "llama.vocab_size": fields.integer("llama.vocab_size", None, low=-(2**63), high=2**64),
+        "tokenizer.ggml.tokens": len(tokens) if isinstance(tokens, list) else None,
+    }
+    for key, value in said.items():
+        if value not in (None, size):
+            warn_of_checkpoint(
+                f"{file.path}: {key}: expected {size}, the rows of the embedding, which are used; "
+                f"found {value!r:.100}"
+            )
     return size
 
 
@@ -152,8 +178,10 @@ def _rope_scaling(
         or _unless_zero(fields, "llama.rope.scale_linear")
         or 1.0
     )
-    if kind not in ("none", "linear", "yarn"):
-        raise fields.fault(prefix + "type", "one of none, linear, yarn")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise fields.fault(prefix + "type", "one of none, linear, yarn, longrope")
+    if kind == "longrope" or _LONG in file.tensors:
+        return _longrope(file, fields, prefix, positions, head_dim)
     scaling = None
     if kind == "yarn":
         scaling = _yarn(fields, prefix, factor, positions)
@@ -189,12 +217,33 @@ def _yarn(fields: ConfigFields, prefix: str, factor: float, positions: int) -> R
     )
 
 
+def _longrope(
+    file: GgufFile, fields: ConfigFields, prefix: str, positions: int, head_dim: int
+) -> RopeScaling:
+    factors = {}
+    for name in (_SHORT, _LONG):
+        if name not in file.tensors:
+            raise CheckpointError(
+                f"{file.path}: tensor {name!r}: expected it for longrope, found none"
+            )
+        factors[name] = _read_factors(file.tensors[name], head_dim)
+    original = fields.integer(prefix + "original_context_length", positions, high=MAX_POSITIONS)
+    return RopeScaling(
+        "longrope",
+        positions / original,
+        original,
+        attention_factor=fields.number(prefix + "attn_factor", 1.0),
+        frequency_factors=factors[_SHORT],
+        long_factors=factors[_LONG],
+    )
+
+
 def _unless_zero(fields: ConfigFields, key: str) -> float | None:
     return fields.number(key, None) if fields.values.get(key) else None
 
 
 def _read_factors(tensor: StoredTensor, head_dim: int) -> tuple[float, ...]:
-    """Read Llama 3's frequency divisors: the one tensor whose values are part of the config."""
+    """Read frequency divisors: the tensors whose values are part of the configuration."""
     if tensor.encoding != "F32" or tensor.shape != (head_dim // 2,):
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name!r}: expected F32 ({head_dim // 2},), "

@@ -12,7 +12,7 @@ import numpy as np
 from codellama_rt.checkpoint.formats.safetensors import write_safetensors
 from codellama_rt.checkpoint.formats.tensor_file import Entry
 from codellama_rt.checkpoint.tensor_names import halves_first, named_weights, rotates
-from codellama_rt.model.config import ModelConfig, RopeScaling
+from codellama_rt.model.config import ATTENTION_BIASES, MLP_BIASES, ModelConfig, RopeScaling
 from codellama_rt.ops.dtypes import FLOATS
 
 if TYPE_CHECKING:
@@ -121,17 +121,45 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends,
-        "attention_bias": False,
+        **_biases(config),
+        **_original_length(config.rope_scaling),
     }
+
+
+def _biases(config: ModelConfig) -> dict[str, bool]:
+    flags = {"attention_bias": ATTENTION_BIASES, "mlp_bias": MLP_BIASES}
+    said = {key: set(fields) <= set(config.biased) for key, fields in flags.items()}
+    expressed = [field for key, fields in flags.items() if said[key] for field in fields]
+    if set(expressed) != set(config.biased):
+        raise ValueError(
+            f"config.json cannot express biases of {', '.join(config.biased)} alone: all of "
+            "attention have one or none, and so do those of the feed-forward layers"
+        )
+    return said
+
+
+def _original_length(scaling: RopeScaling | None) -> dict[str, int]:
+    """Return what longrope has beside its other keys."""
+    if scaling is None or scaling.kind != "longrope":
+        return {}
+    return {"original_max_position_embeddings": scaling.original_max_position_embeddings}
 
 
 def _scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
-    if scaling.kind not in _SCALING_KEYS:
+    if scaling.kind not in (*_SCALING_KEYS, "longrope"):
         raise ValueError(
             f"rope scaling {scaling.kind!r} of a GGUF file is not supported by config.json"
         )
+    if scaling.kind == "longrope":
+        return {
+            "rope_type": scaling.kind,
+            "factor": scaling.factor,
+            "short_factor": list(scaling.frequency_factors),
+            "long_factor": list(scaling.long_factors),
+            "attention_factor": scaling.attention_factor,
+        }
     values = {key: getattr(scaling, key) for key in _SCALING_KEYS[scaling.kind]}
     values = {key: value for key, value in values.items() if value is not None}
     return {"rope_type": scaling.kind, "factor": scaling.factor, **values}

@@ -59,6 +59,11 @@ class ShardedTensor(StoredTensor):
         return False
 
     @property
+    def float_dtype(self) -> np.dtype | None:
+        """That of the parts."""
+        return self.parts[0].float_dtype
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.num_bytes for part in self.parts)
@@ -223,10 +228,11 @@ def params_of(config: ModelConfig) -> dict[str, Any]:
         >>> params_of(config)["multiple_of"]
         256
     """
-    if config.rope_scaling is not None or config.head_dim * config.n_heads != config.dim:
+    is_other = config.head_dim * config.n_heads != config.dim
+    if config.rope_scaling is not None or is_other or config.biased:
         raise ValueError(
-            "params.json does not support RoPE scaling or heads other than dim / n_heads: this "
-            "model cannot be written in Meta's layout"
+            "params.json does not support RoPE scaling, biases, or heads other than dim / n_heads: "
+            "this model cannot be written in Meta's layout"
         )
     multiple_of, multiplier = _feed_forward(config.dim, config.hidden_dim)
     return {

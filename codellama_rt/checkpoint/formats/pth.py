@@ -1,4 +1,4 @@
-"""Read PyTorch's .pth files: float tensors as views of the mapped archive, without running code.
+"""Read PyTorch's .pth and .bin files: tensors as views of the mapped archive, without running code.
 
 The archive has `<folder>/data.pkl`, which places each tensor in a storage, and one member
 `<folder>/data/<key>` per storage. Members must be stored uncompressed; nothing is ever inflated.
@@ -10,8 +10,10 @@ import io
 import math
 import struct
 import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,12 +23,13 @@ from codellama_rt.checkpoint.formats.pth_pickle import (
     TensorDescription,
     read_tensor_pickle,
 )
-from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
-from codellama_rt.errors import CheckpointError
-from codellama_rt.ops.dtypes import ENCODINGS
+from codellama_rt.checkpoint.formats.safetensors import ITEM_BYTES
+from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file, stored_tensor
+from codellama_rt.errors import CheckpointError, warn_of_checkpoint
 
-# Of the list of members: a shard of the largest model has under a thousand.
-MAX_DIRECTORY_BYTES = 2**25
+# Of the list of members: a shard of the largest model has under a thousand, of 60 bytes each.
+MAX_DIRECTORY_BYTES = 2**22
+_CHUNK_BYTES = 2**24
 _STORED, _ENCRYPTED = zipfile.ZIP_STORED, 1
 
 
@@ -34,16 +37,16 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
     """Map a file that torch.save wrote and list its tensors.
 
     Args:
-        path: the file, a dictionary of names and tensors of float32, float16 or bfloat16.
+        path: the file, a dictionary of names and tensors.
 
     Returns:
         The tensors by name; none has been read.
 
     Raises:
         CheckpointError: not such an archive, a damaged one, or a pickle that contains anything but
-            tensors in float storages.
+            tensors.
     """
-    members = _read_zip(path, map_file(path))
+    members = {name: member.content for name, member in _read_zip(path, map_file(path)).items()}
     pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1 or pickles[0].count("/") != 1:
         raise _fault(path, "one data.pkl in a folder", len(pickles))
@@ -62,6 +65,41 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def verify_pth(path: Path, progress: Callable[[int], None]) -> None:
+    """Read a whole file and compare the checksums of its members.
+
+    Args:
+        path: a file that `read_pth` opens.
+        progress: called with the bytes of each member.
+
+    Raises:
+        CheckpointError: the bytes of a member are not those that were written.
+    """
+    members = _read_zip(path, map_file(path))
+    if not any(member.checksum for member in members.values()):
+        warn_of_checkpoint(f"{path}: expected checksums, found zeros; its bytes are not verified")
+        return
+    for name, member in members.items():
+        found = _checksum(path, member)
+        if found != member.checksum:
+            raise _fault(
+                path,
+                f"member {name!r} to have the CRC-32 {member.checksum:#010x}",
+                f"{found:#010x}; the file is damaged",
+            )
+        progress(member.content.nbytes)
+
+
+def _checksum(path: Path, member: _Member) -> int:
+    """Return the CRC-32 of a member, read and not mapped: mapped pages would stay resident."""
+    found, left = 0, member.content.nbytes
+    with open(path, "rb") as file:
+        file.seek(member.begin)
+        while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+            found, left = zlib.crc32(chunk, found), left - len(chunk)
+    return found
+
+
 def _fault(path: Path, expected: str, found: object) -> CheckpointError:
     return CheckpointError(f"{path}: expected {expected}, found {found!s:.500}")
 
@@ -72,7 +110,7 @@ def _tensor(path: Path, name: str, said: TensorDescription, storage: Any) -> Sto
 
     if storage is None:
         raise fault(f"its bytes in data/{said.storage}", "no such member")
-    itemsize = ENCODINGS[said.encoding].itemsize
+    itemsize = ITEM_BYTES[said.encoding]
     if storage.nbytes != said.storage_size * itemsize:
         raise fault(f"a storage of {said.storage_size} {said.encoding}", f"{storage.nbytes} bytes")
     size, stride = math.prod(said.shape), 1
@@ -88,7 +126,7 @@ def _tensor(path: Path, name: str, said: TensorDescription, storage: Any) -> Sto
             f"{said.shape} from {said.offset}",
         )
     payload = storage[said.offset * itemsize : (said.offset + size) * itemsize]
-    return StoredTensor(name, path, said.encoding, said.shape, payload)
+    return stored_tensor(name, path, said.encoding, said.shape, payload)
 
 
 class _BoundedFile(io.FileIO):
@@ -100,8 +138,16 @@ class _BoundedFile(io.FileIO):
         return super().read(size)
 
 
-def _read_zip(path: Path, mapped: np.ndarray) -> dict[str, np.ndarray]:
-    """Return a view of each member's bytes by name; members must not overlap or be compressed."""
+class _Member(NamedTuple):
+    """The bytes of a member, where they begin, and the CRC-32 that the archive has of them."""
+
+    content: np.ndarray
+    begin: int
+    checksum: int
+
+
+def _read_zip(path: Path, mapped: np.ndarray) -> dict[str, _Member]:
+    """Return each member by name, its bytes as a view; members do not overlap or are compressed."""
     try:
         with _BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
             entries, comment = archive.infolist(), len(archive.comment)
@@ -114,7 +160,7 @@ def _read_zip(path: Path, mapped: np.ndarray) -> dict[str, np.ndarray]:
     count = int.from_bytes(mapped[-comment - 12 :][:2].tobytes(), "little")
     if count not in (len(entries), 0xFFFF):
         raise _fault(path, f"{count} members, as the archive says", len(entries))
-    members: dict[str, np.ndarray] = {}
+    members: dict[str, _Member] = {}
     end, previous = 0, ""
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
         name = entry.orig_filename
@@ -127,7 +173,7 @@ def _read_zip(path: Path, mapped: np.ndarray) -> dict[str, np.ndarray]:
         end, previous = begin + entry.file_size, name
         if end > len(mapped):
             raise _fault(path, f"member {name!r} to lie in the file", "it ends beyond")
-        members[name] = mapped[begin:end]
+        members[name] = _Member(mapped[begin:end], begin, entry.CRC)
     return {entry.orig_filename: members[entry.orig_filename] for entry in entries}
 
 

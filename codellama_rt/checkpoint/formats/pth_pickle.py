@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 
 from codellama_rt.ops.dtypes import FLOATS
 
-MAX_PICKLE_BYTES = 2**24  # the 723 tensors of a shard of 70B take under 200 kB
+# The 723 tensors of a shard of 70B take under 200 kB. Interpreted, a pickle takes up to 70 times
+# its size: a dictionary is one byte of it.
+MAX_PICKLE_BYTES = 2**21
 _MAX_AXES = 8
 _OPCODES = (
     "PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE "
@@ -103,8 +105,24 @@ class _Name(NamedTuple):
 
 _ORDERED_DICT = _Name("collections.OrderedDict")
 _REBUILD_TENSOR = _Name("torch._utils._rebuild_tensor_v2")
+_REBUILD_PARAMETER = _Name("torch._utils._rebuild_parameter")
 _STORAGES = [_Name(f"torch.{known.storage}", known.encoding) for known in FLOATS.values()]
-_NAMES = {name.name: name for name in (_ORDERED_DICT, _REBUILD_TENSOR, *_STORAGES)}
+# No weight is made of these, but tables beside the weights are.
+_STORAGES += [
+    _Name(f"torch.{kind}Storage", encoding)
+    for kind, encoding in (
+        ("Double", "F64"),
+        ("Long", "I64"),
+        ("Int", "I32"),
+        ("Short", "I16"),
+        ("Char", "I8"),
+        ("Byte", "U8"),
+        ("Bool", "BOOL"),
+    )
+]
+_NAMES = {
+    name.name: name for name in (_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, *_STORAGES)
+}
 
 
 class _Opcodes(dict):
@@ -122,7 +140,7 @@ class _Unpickler(pickle._Unpickler):
         dotted = f"{module}.{name}"
         if dotted not in _NAMES:
             raise RefusedPickleError(
-                f"the name {dotted!r:.200}, which no tensors of floats need; nothing was run"
+                f"the name {dotted!r:.200}, which no tensors need; nothing was run"
             )
         return _NAMES[dotted]
 
@@ -146,6 +164,8 @@ class _Unpickler(pickle._Unpickler):
             self.append({})
         elif function is _REBUILD_TENSOR:
             self.append(_describe(arguments))
+        elif function is _REBUILD_PARAMETER and _is_parameter(arguments):
+            self.append(arguments[0])
         else:
             raise RefusedPickleError(f"a call of {function.name} with {len(arguments)} arguments")
 
@@ -195,6 +215,16 @@ def _describe(arguments: tuple[Any, ...]) -> TensorDescription:
     if not _is_count(offset) or len(shape) != len(strides):
         raise RefusedPickleError("a tensor whose offset or strides do not fit its shape")
     return TensorDescription(storage.encoding, storage.key, storage.size, offset, shape, strides)
+
+
+def _is_parameter(arguments: tuple[Any, ...]) -> bool:
+    """Return whether they are a tensor, whether it is trained, and no hooks."""
+    return (
+        len(arguments) == 3
+        and isinstance(arguments[0], TensorDescription)
+        and type(arguments[1]) is bool
+        and arguments[2] == {}
+    )
 
 
 def _kind_of(value: Any) -> str:

@@ -15,10 +15,10 @@ import numpy as np
 
 from codellama_rt.checkpoint.formats.strict_json import MAX_JSON_BYTES, parse_object
 from codellama_rt.checkpoint.formats.tensor_file import Entry, write_tensor_file
-from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file
+from codellama_rt.checkpoint.stored_tensor import StoredTensor, map_file, stored_tensor
 from codellama_rt.errors import CheckpointError
 
-_ITEM_BYTES = {
+ITEM_BYTES = {
     dtype: num_bytes
     for num_bytes, dtypes in (
         (1, "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0"),
@@ -74,7 +74,7 @@ def read_safetensors_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str
     entries.sort(key=lambda entry: entry[3:])
     _check_contiguous(path, entries, len(payload))
     tensors = {
-        name: StoredTensor(name, path, dtype, shape, payload[start:stop])
+        name: stored_tensor(name, path, dtype, shape, payload[start:stop])
         for name, dtype, shape, start, stop in entries
     }
     return tensors, metadata
@@ -118,13 +118,13 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...]
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise fault("entry", "an object of dtype, shape and data_offsets", entry)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise fault("dtype", f"one of {', '.join(_ITEM_BYTES)}", dtype)
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise fault("dtype", f"one of {', '.join(ITEM_BYTES)}", dtype)
     if not _is_integers(shape) or len(shape) > _MAX_AXES or any(axis > _MAX_AXIS for axis in shape):
         raise fault("shape", f"at most {_MAX_AXES} integers from 0 to {_MAX_AXIS}", shape)
     if not _is_integers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise fault("data_offsets", "two integers, begin and end", offsets)
-    expected, found = math.prod(shape) * _ITEM_BYTES[dtype], offsets[1] - offsets[0]
+    expected, found = math.prod(shape) * ITEM_BYTES[dtype], offsets[1] - offsets[0]
     if expected != found:
         raise fault("data_offsets", f"{expected} bytes for {dtype} {shape}", found)
     return dtype, tuple(shape), offsets[0], offsets[1]

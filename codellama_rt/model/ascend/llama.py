@@ -91,6 +91,7 @@ class AscendLlama:
 
     kv_cache_type = AscendKVCache
     applies_adapters = False
+    gives_hidden_states = False
 
     def __init__(
         self, config: ModelConfig, weights: LlamaWeights, *, attention: str = "custom"

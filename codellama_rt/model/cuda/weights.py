@@ -52,7 +52,7 @@ def upload(weights: LlamaWeights, quantization: str | None = None) -> DeviceWeig
     Raises:
         ValueError: a dtype without kernels for the device.
     """
-    dtype = weights.layers[0].q_proj.dtype.name
+    dtype = str(weights.layers[0].q_proj.dtype)
     if dtype not in ACTIVATION_DTYPES:
         raise ValueError(
             f"weights on cuda are bfloat16 or float16, these are {dtype}; "

@@ -58,7 +58,8 @@ def find_format(chat_template: str | None, tokenizer: Any) -> ChatFormat:
         return NATIVE[chat_template]()
     if _is_step_template(chat_template):
         return StepFormat()
-    return InstFormat() if _is_inst_template(chat_template) else JinjaFormat(chat_template)
+    is_metas = _has_metas_tokens(tokenizer) and _is_inst_template(chat_template)
+    return InstFormat() if is_metas else JinjaFormat(chat_template)
 
 
 def read_chat_template(path: Path, metadata: Mapping[str, Any] | None = None) -> str | None:
@@ -128,6 +129,17 @@ def _is_inst_template(source: str) -> bool:
     return "[INST]" in source and all(
         _rendered(source, dialog) == text for text, dialog in _INST_TEXTS.items()
     )
+
+
+def _has_metas_tokens(tokenizer: Any) -> bool:
+    """Return whether turns begin and end as in Meta's code: ids a fine-tune has been trained on.
+
+    One with another end of a turn, or without a space after it ("legacy": false), has others.
+    """
+    around = [
+        None if i is None else tokenizer.piece(i) for i in (tokenizer.bos_id, tokenizer.eos_id)
+    ]
+    return around == ["<s>", "</s>"] and tokenizer.config.spacing in ("start", "each")
 
 
 def _is_step_template(source: str) -> bool:

@@ -50,7 +50,7 @@ class InstFormat:
         return ()
 
     def _turns(self, messages: Sequence[Message]) -> list[str]:
-        _refuse_reserved(messages)
+        messages = _plain_turns(messages)
         if messages[0].role == "system":
             system, messages = messages[0].content, list(messages[1:])
             if messages:
@@ -112,15 +112,30 @@ class StepFormat:
         return (step,)
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
-        _refuse_reserved(messages)
+        messages = _plain_turns(messages)
         if messages[0].role != "system":
             messages = [Message("system", ""), *messages]
         _require_alternation(messages[1:])
         return list(messages)
 
 
+def _plain_turns(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages, the system ones at the beginning as one; refuse what has no form."""
+    _refuse_reserved(messages)
+    first = next((i for i, m in enumerate(messages) if m.role != "system"), len(messages))
+    if first < 2:
+        return list(messages)
+    system = "\n\n".join(message.content for message in messages[:first])
+    return [Message("system", system), *messages[first:]]
+
+
 def _refuse_reserved(messages: Sequence[Message]) -> None:
     for i, message in enumerate(messages):
+        if message.extra.get("tool_calls"):
+            raise ValueError(
+                f"messages[{i}] has tool_calls, which this chat format cannot express; give "
+                "chat_template= as Jinja"
+            )
         for tag in RESERVED:
             if tag in message.content:
                 raise ValueError(

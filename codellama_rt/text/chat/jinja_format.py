@@ -8,12 +8,15 @@ text are the template's, and the separators are removed from the rest.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from codellama_rt.text.chat.messages import Message
+from codellama_rt.text.chat.messages import Message, texts_of
 from codellama_rt.text.chat.sandbox import ChatTemplateError, render_template
+from codellama_rt.text.tokenizer.tokenizer_config import ROLES
 
+_ESCAPE = re.compile(r"\\u([ef][0-9a-f]{3})")  # JSON's of such a character
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters without an assigned meaning
 
 
@@ -47,7 +50,7 @@ class JinjaFormat:
         Raises:
             ChatTemplateError: the template is faulty, forbidden, or rejects the conversation.
         """
-        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        ids = {f"{role}_token": getattr(tokenizer, f"{role}_id") for role in ROLES}
         names = {name: "" if i is None else tokenizer.piece(i) for name, i in ids.items()}
         return render_messages(self.source, messages, names, add_generation_prompt)
 
@@ -65,17 +68,16 @@ class JinjaFormat:
             ChatTemplateError: as for `render`, or the text is empty.
         """
         names = tokenizer.special_names
-        separator = _separator(message.content for message in messages)
-        apart = [
-            Message(message.role, _set_apart(message.content, names, separator))
-            for message in messages
-        ]
+        separator = _separator(
+            text for message in messages for text in texts_of([message.content, message.extra])
+        )
+        apart = [_all_set_apart(message, names, separator) for message in messages]
         text = self.render(tokenizer, apart, add_generation_prompt=add_generation_prompt)
-        if not text.replace(separator, ""):
+        if not _without(separator, text):
             raise ChatTemplateError("chat template: it renders this conversation as no text")
         parts = tokenizer.split_special(text)
         return tokenizer.encode_rendered(
-            [part if isinstance(part, int) else part.replace(separator, "") for part in parts]
+            [part if isinstance(part, int) else _without(separator, part) for part in parts]
         )
 
     def end_ids(self, tokenizer: Any) -> tuple[int, ...]:
@@ -91,7 +93,7 @@ def render_messages(
 ) -> str:
     """Render a template with the variables that templates expect, including `names`."""
     known = {
-        "messages": [message._asdict() for message in messages],
+        "messages": [message.as_dict() for message in messages],
         "add_generation_prompt": add_generation_prompt,
         "tools": None,
         "documents": None,
@@ -100,7 +102,10 @@ def render_messages(
 
 
 def _separator(texts: Iterator[str]) -> str:
-    used = set().union(*texts)
+    used = set()
+    for text in texts:
+        used |= set(text)
+        used |= {chr(int(code, 16)) for code in _ESCAPE.findall(text)}
     for code in _PRIVATE_USE:
         if chr(code) not in used:
             return chr(code)
@@ -108,6 +113,31 @@ def _separator(texts: Iterator[str]) -> str:
         "messages contain every private-use character from U+E000 to U+F8FF; one must be free, to "
         "tell names of control tokens in messages from the template's"
     )
+
+
+def _without(separator: str, text: str) -> str:
+    """Remove the separator from a text, also where `tojson` has written it as \\ue000."""
+    return text.replace(separator, "").replace(f"\\u{ord(separator):04x}", "")
+
+
+def _all_set_apart(message: Message, names: Sequence[str], separator: str) -> Message:
+    """Set every text apart that a message brings."""
+
+    def apart(value: Any) -> Any:
+        if isinstance(value, str):
+            return _set_apart(value, names, separator)
+        if isinstance(value, list):
+            return [apart(item) for item in value]
+        if isinstance(value, Mapping):
+            return {apart_key(key): apart(item) for key, item in value.items()}
+        return value
+
+    def apart_key(key: str) -> str:
+        # a template asks for some keys by name
+        is_asked_for = key.isidentifier() and not any(name in key for name in names)
+        return key if is_asked_for else apart(key)
+
+    return Message(message.role, apart(message.content), apart(message.extra))
 
 
 def _set_apart(content: str, names: Sequence[str], separator: str) -> str:

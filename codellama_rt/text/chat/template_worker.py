@@ -19,16 +19,17 @@ import struct
 import sys
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 REPLY_HEADER = struct.Struct("<Q??")
 OUT_OF_MEMORY = 112  # the exit status; no other way to end has it
 _MAX_RETAINED = 2**25  # bytes a template may leave behind: compiled, cyclic, or fragments
 
 _FILTERS = (
-    "abs capitalize count d default dictsort first float int items join last length list lower map "
-    "max min reject rejectattr replace reverse round safe select selectattr sort string title trim "
-    "unique upper"
+    "abs batch capitalize center count d default dictsort e escape first float format groupby "
+    "indent int items join last length list lower map max min reject rejectattr replace reverse "
+    "round safe select selectattr slice sort string sum title trim truncate unique upper wordcount "
+    "wordwrap"
 )
 _GLOBALS = ("range", "dict", "namespace")
 
@@ -112,7 +113,8 @@ def _environment() -> Any:
 
     jinja2 itself renders it as nothing. Only the filters and globals that chat templates use exist.
     """
-    from jinja2.ext import loopcontrols
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
     class Environment(ImmutableSandboxedEnvironment):
@@ -122,7 +124,19 @@ def _environment() -> Any:
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
             raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is refused")
 
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    class Generation(Extension):
+        """The block around an answer, by which training finds it: it renders as what is in it."""
+
+        tags: ClassVar[set[str]] = {"generation"}
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
     environment.filters = {name: environment.filters[name] for name in _FILTERS.split()}
     environment.filters["tojson"] = _tojson
     environment.globals = {name: environment.globals[name] for name in _GLOBALS}
@@ -130,8 +144,20 @@ def _environment() -> Any:
     return environment
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _refuse(message: str) -> None:

@@ -5,15 +5,17 @@ which a text never becomes a control token; `CodeLlamaTokenizer` follows the slo
 Transformers, which parses control tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from codellama_rt.checkpoint.formats.gguf_file import find_gguf_metadata
-from codellama_rt.errors import CheckpointError
+from codellama_rt.checkpoint.formats.gguf_parts import find_gguf
+from codellama_rt.errors import CheckpointError, warn_of_checkpoint
+from codellama_rt.text.tokenizer.detokenizer import IncrementalDetokenizer
+from codellama_rt.text.tokenizer.directory_config import read_config
 from codellama_rt.text.tokenizer.tokenizer_base import (
-    IncrementalDetokenizer,
     TokenIdError,
     Tokenizer,
     check_text,
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 FILL_TOKEN = "<FILL_ME>"
+MAX_MODEL_BYTES = 2**26  # of a tokenizer.model; that of Llama has 500 kB
 _FILES = ("tokenizer.model", "tokenizer.json")
 
 
@@ -47,10 +50,11 @@ def load_tokenizer(
         metadata: of the GGUF file at `path`, where it has been read already.
 
     Returns:
-        The tokenizer; ids up to `vocab_size` that it does not have decode to nothing.
+        The tokenizer; ids up to `vocab_size` that it does not have decode to nothing. Where it has
+        more tokens than the model has rows it warns: such a token cannot be used.
 
     Raises:
-        CheckpointError: no tokenizer was found, it is damaged, or has more pieces than the model.
+        CheckpointError: no tokenizer was found, or it or its configuration is damaged.
 
     Example:
         >>> load_tokenizer("CodeLlama-7b-hf").encode("def f():")  # doctest: +SKIP
@@ -59,13 +63,19 @@ def load_tokenizer(
     file = _find(Path(path))
     tokenizer = _load_file(file, metadata)
     if vocab_size is not None:
-        if tokenizer.vocab_size > vocab_size:
-            raise CheckpointError(
-                f"{file}: expected at most {vocab_size} pieces, the model's vocab_size, found "
-                f"{tokenizer.vocab_size}; it is another model's tokenizer"
-            )
+        _warn_of_missing_rows(tokenizer, vocab_size, file)
         tokenizer.pad_vocabulary(vocab_size)
     return tokenizer
+
+
+def _warn_of_missing_rows(tokenizer: Tokenizer, vocab_size: int, file: Path) -> None:
+    excess = [repr(piece) for piece in tokenizer.pieces[vocab_size:]]
+    if excess:
+        shown = ", ".join(excess[:4]) + (", ..." if len(excess) > 4 else "")
+        warn_of_checkpoint(
+            f"{file}: {len(tokenizer.pieces)} tokens, but the model has {vocab_size} rows; a "
+            f"prompt that holds one of the others is refused: {shown}"
+        )
 
 
 def has_tokenizer(path: Path, metadata: Mapping[str, Any] | None) -> bool:
@@ -76,7 +86,7 @@ def has_tokenizer(path: Path, metadata: Mapping[str, Any] | None) -> bool:
         metadata: of the GGUF file; None for a directory.
     """
     if metadata is not None:
-        return "tokenizer.ggml.model" in metadata
+        return metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
     return any((path / name).is_file() for name in _FILES)
 
 
@@ -106,6 +116,9 @@ def _find(path: Path) -> Path:
     for name in _FILES:
         if (path / name).is_file():
             return path / name
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return gguf
     raise CheckpointError(f"{path}: expected a tokenizer ({' or '.join(_FILES)}), found neither")
 
 
@@ -122,6 +135,32 @@ def _load_file(path: Path, metadata: Mapping[str, Any] | None) -> Tokenizer:
         from codellama_rt.text.tokenizer.json_tokenizer import tokenizer_from_json
 
         return tokenizer_from_json(path)
-    from codellama_rt.text.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+    return _sentencepiece(path)
 
-    return SentencePieceTokenizer(path.read_bytes(), source=str(path))
+
+def _sentencepiece(path: Path) -> Tokenizer:
+    from codellama_rt.text.tokenizer.json_tokenizer import converted_contents, tokenizer_from_json
+    from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
+        CONTROL,
+        SentencePieceTokenizer,
+        parse_model,
+    )
+
+    if path.stat().st_size > MAX_MODEL_BYTES:
+        raise CheckpointError(
+            f"{path}: expected at most {MAX_MODEL_BYTES} bytes, found {path.stat().st_size}"
+        )
+    model_proto = path.read_bytes()
+    entries = parse_model(model_proto, str(path)).pieces
+    control = [entry.piece for entry in entries if entry.type == CONTROL]
+    beside = path.with_name("tokenizer.json")
+    contents = converted_contents(beside)
+    pieces = [entry.piece for entry in entries]
+    if contents is not None and contents["model"].get("vocab") != _ids(pieces):
+        return tokenizer_from_json(beside)  # of a vocabulary that was extended, as in Transformers
+    config = read_config(path.parent, pieces, contents, model_control=control)
+    return SentencePieceTokenizer(model_proto, config, source=str(path))
+
+
+def _ids(pieces: Sequence[str]) -> dict[str, int]:
+    return {piece: token_id for token_id, piece in enumerate(pieces)}

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from codellama_rt.checkpoint.formats.strict_json import read_object
+from codellama_rt.checkpoint.formats.strict_json import MAX_TOKENIZER_BYTES, read_object
 from codellama_rt.errors import CheckpointError
-from codellama_rt.text.tokenizer.bpe_tokenizer import BpeTokenizer
+from codellama_rt.text.tokenizer.bpe_tokenizer import BpeTokenizer, panics_refused
+from codellama_rt.text.tokenizer.directory_config import read_config
 from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
     BYTE,
     CONTROL,
@@ -18,49 +19,58 @@ from codellama_rt.text.tokenizer.sentencepiece_tokenizer import (
     SentencePieceTokenizer,
     build_model_proto,
 )
-from codellama_rt.text.tokenizer.tokenizer_base import Tokenizer, token_text
+from codellama_rt.text.tokenizer.tokenizer_base import Tokenizer
 
 
 def tokenizer_from_json(path: Path) -> Tokenizer:
-    """Read the tokenizer from a tokenizer.json; tokenizer_config.json beside it names bos and eos.
+    """Read the tokenizer from a tokenizer.json, and its configuration from the files beside it.
 
     Raises:
-        CheckpointError: the file is damaged, or its model is of neither kind.
+        CheckpointError: a file is damaged, or the model is of neither kind.
     """
-    contents = read_object(path)
+    contents = read_object(path, MAX_TOKENIZER_BYTES)
     backend = _backend(path, contents)
     model = contents["model"]
-    added = contents.get("added_tokens") or []
-    pieces = _pieces(path, {**model["vocab"], **{token["content"]: token["id"] for token in added}})
-    special_ids = {token["id"] for token in added if token["special"]}
-
-    config_path = path.with_name("tokenizer_config.json")
-    config = read_object(config_path) if config_path.is_file() else {}
-    names = [token_text(config.get(f"{role}_token")) for role in ("bos", "eos")]
-    bos_id, eos_id = (backend.token_to_id(name or "") for name in names)
-    adds_bos = _begins_with(contents.get("post_processor") or {}, names[0])
+    pieces = _pieces(path, contents)
     if model.get("byte_fallback"):
         # Running the model in SentencePiece keeps Meta's ids, which conversion often loses.
-        proto = _model_proto(contents, pieces, special_ids, bos_id, eos_id)
-        return SentencePieceTokenizer(proto, source=str(path), adds_bos=adds_bos)
+        config = read_config(path.parent, pieces, contents)
+        return SentencePieceTokenizer(_model_proto(contents, pieces), config, source=str(path))
     if '"ByteLevel"' not in json.dumps([contents.get("pre_tokenizer"), contents.get("decoder")]):
         raise CheckpointError(f"{path}: expected ByteLevel or byte_fallback, found neither")
-    return BpeTokenizer(
-        backend,
-        pieces,
-        special_ids=special_ids,
-        literal_ids=[token["id"] for token in added],
-        bos_id=bos_id,
-        eos_id=eos_id,
-        adds_bos=adds_bos,
-    )
+    config = read_config(path.parent, pieces, contents)
+    return BpeTokenizer(backend, pieces, (), config, str(path))
+
+
+def converted_contents(path: Path) -> dict[str, Any] | None:
+    """Return the contents of a tokenizer.json beside a tokenizer.model.
+
+    Returns:
+        Its contents, or None where there is no such file or it describes another kind of model.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    contents = read_object(path)
+    model = contents.get("model")
+    if not isinstance(model, Mapping) or not model.get("byte_fallback"):
+        return None
+    _backend(path, {**contents, "model": _EMPTY_MODEL})
+    return contents
 
 
 def _backend(path: Path, contents: Mapping[str, Any]) -> Any:
+    """Return the tokenizer of `tokenizers`, which checks the contents, without added tokens."""
     from tokenizers import Tokenizer as Backend
 
     try:
-        backend = Backend.from_str(json.dumps(contents))
+        with panics_refused(str(path)):
+            Backend.from_str(json.dumps({**contents, "model": _EMPTY_MODEL}))
+            backend = Backend.from_str(json.dumps({**contents, "added_tokens": []}))
+    except CheckpointError:
+        raise
     except Exception as error:  # `tokenizers` raises no more specific type
         raise CheckpointError(f"{path}: expected a tokenizer: {error}") from None
     kind = contents["model"].get("type", "BPE")
@@ -68,39 +78,38 @@ def _backend(path: Path, contents: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"{path}: model.type: expected 'BPE', found {kind!r}")
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True  # a user's text never becomes a control token
     return backend
 
 
-def _begins_with(post_processor: Mapping[str, Any], name: str | None) -> bool:
-    steps = post_processor.get("processors", [post_processor])
-    first = {"SpecialToken": {"id": name, "type_id": 0}}
-    return any(step.get("single", [])[:1] == [first] for step in steps)
+_EMPTY_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
 
 
-def _pieces(path: Path, vocabulary: Mapping[str, int]) -> list[str]:
-    pieces = sorted(vocabulary, key=vocabulary.__getitem__)
-    for token_id, piece in enumerate(pieces):
-        if vocabulary[piece] != token_id:
+def _pieces(path: Path, contents: Mapping[str, Any]) -> list[str]:
+    """Return the model's vocabulary by id; an added token may fill a gap in it."""
+    pieces = {token_id: piece for piece, token_id in contents["model"]["vocab"].items()}
+    size = max(pieces, default=-1) + 1
+    for token in contents.get("added_tokens") or []:
+        token_id, content = token["id"], token["content"]
+        if token_id < size and pieces.setdefault(token_id, content) != content:
             raise CheckpointError(
-                f"{path}: expected a piece of id {token_id}, found {vocabulary[piece]}"
+                f"{path}: expected a piece of id {token_id} once, found "
+                f"{pieces[token_id]!r:.80} and {content!r:.80}"
             )
-    return pieces
+    if len(pieces) < size:
+        gap = next(i for i in range(size) if i not in pieces)
+        raise CheckpointError(f"{path}: expected a piece of id {gap}, found none")
+    return [pieces[i] for i in range(size)]
 
 
-def _model_proto(
-    contents: Mapping[str, Any],
-    pieces: list[str],
-    special_ids: set[int],
-    bos_id: int | None,
-    eos_id: int | None,
-) -> bytes:
+def _model_proto(contents: Mapping[str, Any], pieces: list[str]) -> bytes:
     """Convert a SentencePiece model back: the rank of its first merge orders the pieces."""
     model = contents["model"]
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
     unk_id = model["vocab"].get(model.get("unk_token"))
+    added = contents.get("added_tokens") or []
+    special_ids = {token["id"] for token in added if token["special"]}
 
     def kind(token_id: int, piece: str) -> int:
         if token_id == unk_id:
@@ -116,14 +125,12 @@ def _model_proto(
     # Llama's runs of spaces share the lowest score: they merge last, and from the left.
     worst = 1 + max((rank for piece, rank in ranks.items() if set(piece) != {SPACE}), default=0)
     scores = [-min(ranks.get(piece, worst), worst) for piece in pieces]
-    steps = json.dumps([contents.get("normalizer"), contents.get("pre_tokenizer")])
-    marks = ('"Prepend"', '"prepend_scheme": "always"', '"prepend_scheme": "first"')
     return build_model_proto(
         pieces,
         scores,
         [kind(token_id, piece) for token_id, piece in enumerate(pieces)],
         unk_id=unk_id,
-        bos_id=bos_id,
-        eos_id=eos_id,
-        add_dummy_prefix=any(mark in steps for mark in marks),
+        bos_id=model["vocab"].get("<s>"),
+        eos_id=model["vocab"].get("</s>"),
+        add_dummy_prefix=True,
     )

@@ -2,19 +2,24 @@
 
 SentencePiece puts a space in front of a text ("dummy prefix"), so that a word at the start is the
 same piece as elsewhere. The text after a hole continues a line and must not get that space: Meta's
-code encodes it after an extra character that is cut off again; here a second processor omits it.
+code encodes it after an extra character that is cut off again; here the model never adds it, and
+the tokenizer writes it where it belongs.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from codellama_rt.errors import CheckpointError
+from codellama_rt.text.tokenizer.added_tokens import AddedToken
 from codellama_rt.text.tokenizer.tokenizer_base import (
     DECODE_LIKE_SENTENCEPIECE,
     Tokenizer,
     as_id_list,
     check_text,
 )
+from codellama_rt.text.tokenizer.tokenizer_config import TokenizerConfig
 
 SPACE = "▁"  # U+2581, a space inside a piece
 INFILL_PIECES = {"prefix": "▁<PRE>", "middle": "▁<MID>", "suffix": "▁<SUF>", "eot": "▁<EOT>"}
@@ -28,13 +33,16 @@ class SentencePieceTokenizer(Tokenizer):
     """Text to Meta's ids and back, from a SentencePiece model.
 
     Names of control tokens in a text are plain text. Code Llama's infilling tokens, however, are
-    ordinary pieces of its model: "<EOT>" after a space is that token, as in Meta's code.
+    ordinary pieces of its model: for `encode`, as in Meta's code, "<EOT>" after a space is that
+    token; for `encode_plain` it is text.
 
     Args:
         model_proto: the bytes of a tokenizer.model file.
+        config: what the checkpoint says beside it.
         source: the file's name, for messages.
-        adds_bos: whether prompts begin with the begin token.
-        infill_ids: ids of "prefix", "middle", "suffix", "eot"; None: looked up by name.
+
+    Attributes:
+        own_size: pieces of the model itself, without tokens added behind them.
 
     Raises:
         CheckpointError: the bytes are not a usable SentencePiece model.
@@ -50,37 +58,48 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(
         self,
         model_proto: bytes,
+        config: TokenizerConfig | None = None,
         *,
         source: str = "tokenizer.model",
-        adds_bos: bool = True,
-        infill_ids: Mapping[str, int] | None = None,
     ) -> None:
-        proto = _parse(model_proto, source)
+        proto = parse_model(model_proto, source)
         self.model_proto = model_proto
-        self._has_lead = proto.normalizer_spec.add_dummy_prefix
-        self._processor = _processor(model_proto, source)
+        self.own_size = len(proto.pieces)
+        has_space = proto.normalizer_spec.add_dummy_prefix
         proto.normalizer_spec.add_dummy_prefix = False
-        self._continuation = _processor(proto.SerializeToString(), source)
+        self._model = _processor(proto.SerializeToString(), source)
+        config = _completed(config or TokenizerConfig(), proto, self._model, has_space)
+        self.spacing = config.spacing
 
-        pieces = [entry.piece for entry in proto.pieces]
-        types = [entry.type for entry in proto.pieces]
+        pieces = config.pieces([entry.piece for entry in proto.pieces])
+        infill_ids = config.infill_ids
         if infill_ids is None:
             names = INFILL_PIECES.items()
             infill_ids = {role: pieces.index(name) for role, name in names if name in pieces}
         self.prefix_id, self.middle_id, self.suffix_id, self.eot_id = map(
             infill_ids.get, INFILL_PIECES
         )
+        types = [entry.type for entry in proto.pieces]
+        types += [USER_DEFINED] * (len(pieces) - len(types))
         special = {i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL)}
-        special |= set(infill_ids.values())
-        special |= {i for i, piece in enumerate(pieces) if piece == STEP_PIECE}
+        special |= {*infill_ids.values(), *(i for i, p in enumerate(pieces) if p == STEP_PIECE)}
+        special |= {token.id for token in config.added if token.special}
+        self._merged = frozenset(i for i in special if types[i] == NORMAL)
         super().__init__(
             pieces,
             [_piece_bytes(piece, types[i], i in special) for i, piece in enumerate(pieces)],
             special,
-            bos_id=_id_or_none(self._processor.bos_id()),
-            eos_id=_id_or_none(self._processor.eos_id()),
-            adds_bos=adds_bos,
+            config,
         )
+
+    def encode(self, text: str, *, bos: bool = True, parse_special: bool = False) -> list[int]:
+        """Encode text to token ids, as described for `Tokenizer`."""
+        ids = super().encode(text, bos=False, parse_special=parse_special)
+        if parse_special and self.spacing == "start":
+            first, second = ids[:1], ids[1:2]
+            if first == [self.piece_id(SPACE)] and self.special_ids.issuperset(second) and second:
+                del ids[0]
+        return self._head(bos) + ids
 
     def encode_infill(self, prefix: str, suffix: str, *, suffix_first: bool = False) -> list[int]:
         """Build Meta's infilling prompt from the text around a hole.
@@ -100,42 +119,50 @@ class SentencePieceTokenizer(Tokenizer):
         """
         if not self.can_infill:
             return super().encode_infill(prefix, suffix)
-        before = self.encode(prefix, bos=False)
+        before = self.encode_plain(prefix)
         after = self.encode_continuation(suffix)
         if suffix_first:
             return [self.bos_id, self.prefix_id, self.suffix_id, *after, self.middle_id, *before]
         return [self.bos_id, self.prefix_id, *before, self.suffix_id, *after, self.middle_id]
 
-    def encode_continuation(self, text: str) -> list[int]:
-        """Encode text that continues a line, without the space that `encode` adds."""
-        check_text(text)
-        return self._continuation.encode(text)
-
-    def encode_plain(self, text: str) -> list[int]:
+    def encode_plain(self, text: str, *, bos: bool = False) -> list[int]:
         """Encode a user's text; unlike with `encode`, " <EOT>" does not become <EOT>."""
         check_text(text)
-        return self._without_special(self._processor.encode(text))
+        return self._head(bos) + self.encode_rendered(self._plain.split(self._prepare(text)))
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Encode a user's text that continues a line, without the space that `encode` adds."""
+        check_text(text)
+        parts = self._plain.split(text)
+        if parts and isinstance(parts[0], str) and self.spacing == "each":
+            parts[0] = parts[0][1:]
+        return self.encode_rendered(["", *parts])
+
+    def split_special(self, text: str) -> list[int | str]:
+        """Split a rendered chat template, as described for `Tokenizer`."""
+        parts = super().split_special(text)
+        if self.spacing == "start" and parts[:1] == [SPACE] and len(parts) > 1:
+            del parts[0]
+        return parts
 
     def encode_rendered(self, parts: Iterable[int | str]) -> list[int]:
-        """Encode a rendered chat template as the slow Transformers tokenizer does."""
+        """Encode what has been split; " <EOT>" in the texts stays text."""
         ids: list[int] = []
         for i, part in enumerate(parts):
             if isinstance(part, int):
                 ids.append(part)
-                continue
-            text = part.replace(SPACE, " ")
-            lead = SPACE if i == 0 and self._has_lead else ""
-            ids += self._without_special(self._continuation.encode(lead + text))
+            else:
+                ids += self._without_special(self._encode_stretch(part, i == 0))
         return ids
 
     def _without_special(self, ids: list[int]) -> list[int]:
         """Replace infilling tokens that merges have formed by plain pieces: ▁< and EOT>."""
         plain: list[int] = []
         for token_id in ids:
-            if token_id in self.special_ids:
+            if token_id in self._merged:
                 name = self.pieces[token_id]
                 for half in (name[:2], name[2:]):
-                    plain += self._continuation.encode(half)
+                    plain += self._model.encode(half)
             else:
                 plain.append(token_id)
         return plain
@@ -149,25 +176,31 @@ class SentencePieceTokenizer(Tokenizer):
         Raises:
             ValueError: an id is outside the vocabulary.
         """
-        checked = self._checked(as_id_list(ids))
-        return self._continuation.decode([i for i in checked if i < self.vocab_size])
+        shown = [i for i in self._checked(as_id_list(ids)) if i < self.vocab_size]
+        runs = itertools.groupby(shown, key=lambda token_id: token_id < self.own_size)
+        return "".join(self._joined(list(run), is_own) for is_own, run in runs)
 
-    def _encode_text(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+    def _joined(self, ids: list[int], are_own: bool) -> str:
+        return self._model.decode(ids) if are_own else "".join(self.piece(i) for i in ids)
 
-    def _encode_special(self, text: str) -> list[int]:
-        """Encode like the slow Transformers tokenizer: only the start gets a space in front."""
-        if text and self._has_lead:
-            text = SPACE + text.replace(SPACE, " ")
-        ids: list[int] = []
-        for part in self.split_special(text):
-            ids += [part] if isinstance(part, int) else self._continuation.encode(part)
-        if len(ids) > 1 and self.pieces[ids[0]] == SPACE and ids[1] in self.special_ids:
-            del ids[0]
-        return ids
+    def _prepare(self, text: str) -> str:
+        return SPACE + text.replace(SPACE, " ") if text and self.spacing == "start" else text
 
-    def _lead_length(self, ids: Sequence[int]) -> int:
-        return int(self._has_lead and bool(ids) and self.piece(ids[0]).startswith(SPACE))
+    def _normalize(self, text: str) -> str:
+        if self.spacing not in ("each", "none") or not text:
+            return text
+        return (SPACE if self.spacing == "each" else "") + text.replace(" ", SPACE)
+
+    def _encode_stretch(self, text: str, is_first: bool) -> list[int]:
+        takes_space = self.spacing == "first" and is_first and text
+        if takes_space and not text.startswith((SPACE, " ")):
+            text = SPACE + text
+        return self._model.encode(text)
+
+    def lead_length(self, ids: Sequence[int]) -> int:
+        """Return how many leading characters of the text of `ids` were added by the encoder."""
+        has_lead = self.spacing not in ("none", "never")
+        return int(has_lead and bool(ids) and self.piece(ids[0]).startswith(SPACE))
 
 
 def build_model_proto(
@@ -206,7 +239,12 @@ def build_model_proto(
     return proto.SerializeToString()
 
 
-def _parse(model_proto: bytes, source: str) -> Any:
+def parse_model(model_proto: bytes, source: str) -> Any:
+    """Return the parsed bytes of a tokenizer.model.
+
+    Raises:
+        CheckpointError: it is not one.
+    """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as pb
 
@@ -239,5 +277,19 @@ def _piece_bytes(piece: str, kind: int, special: bool) -> bytes:
     return piece.encode() if special else piece.replace(SPACE, " ").encode()
 
 
-def _id_or_none(token_id: int) -> int | None:
-    return token_id if token_id >= 0 else None
+def _completed(config: TokenizerConfig, proto: Any, model: Any, has_space: bool) -> TokenizerConfig:
+    """Return a configuration with what the model itself says: roles, tokens, no space in front."""
+    own = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
+    role_ids = {role: None if token_id < 0 else token_id for role, token_id in own.items()}
+    known = {token.id for token in config.added}
+    matched = [
+        AddedToken(i, entry.piece)
+        for i, entry in enumerate(proto.pieces)
+        if entry.type == USER_DEFINED and SPACE not in entry.piece and i not in known
+    ]
+    return replace(
+        config,
+        role_ids=role_ids | config.role_ids,
+        added=(*matched, *config.added),
+        spacing=config.spacing if has_space else "none",
+    )

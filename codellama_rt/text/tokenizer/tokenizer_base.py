@@ -6,10 +6,13 @@ UTF-8 decode, whole or incremental, for every kind of tokenizer.
 
 import codecs
 import operator
-import re
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
 from typing import Any
+
+from codellama_rt.text.tokenizer.added_tokens import AddedToken, TokenSplitter
+from codellama_rt.text.tokenizer.detokenizer import IncrementalDetokenizer
+from codellama_rt.text.tokenizer.end_tokens import find_end_ids
+from codellama_rt.text.tokenizer.tokenizer_config import ROLES, TokenizerConfig
 
 DECODE_LIKE_SENTENCEPIECE = "codellama_rt.replace_one_byte"
 
@@ -30,14 +33,21 @@ codecs.register_error(DECODE_LIKE_SENTENCEPIECE, _replace_one_byte)
 class Tokenizer:
     """The interface of all tokenizers; a subclass defines how plain text becomes ids.
 
-    The name of a special token in a text is plain text, unless `parse_special` is set.
+    The name of a special token in a text is plain text, unless `parse_special` is set. An added
+    token that is not special is matched in every text.
 
     Args:
-        pieces: the vocabulary's entries as the file names them, by id.
+        pieces: the vocabulary's entries as the file names them, by id, with the added tokens.
         piece_bytes: the UTF-8 bytes of each entry's text, by id; for a special token, its name.
-        special_ids: ids that are control tokens, not text.
-        bos_id, eos_id: begin and end of sequence, or None.
+        special_ids: ids that are control tokens, not text, besides the special ones of `config`.
+        config: added tokens, roles, and what surrounds a text.
+
+    Attributes:
+        bos_id, eos_id, unk_id, pad_id: ids of the roles, or None.
         adds_bos: whether the model expects `bos_id` before a prompt.
+        adds_eos: whether Transformers puts `eos_id` after a text; a prompt goes on without it.
+        end_ids: ids that end every answer.
+        num_rows: ids that the model has rows for.
     """
 
     decode_errors = "replace"  # how invalid UTF-8 decodes; SentencePiece differs
@@ -51,24 +61,27 @@ class Tokenizer:
         pieces: Sequence[str],
         piece_bytes: Sequence[bytes],
         special_ids: Iterable[int],
-        *,
-        bos_id: int | None,
-        eos_id: int | None,
-        adds_bos: bool,
+        config: TokenizerConfig,
     ) -> None:
         self.pieces = list(pieces)
-        self.special_ids = frozenset(special_ids)
-        self.bos_id = bos_id
-        self.eos_id = eos_id
-        self.adds_bos = adds_bos and bos_id is not None
+        self.config = config
+        self.special_ids = frozenset(special_ids).union(t.id for t in config.added if t.special)
+        self.bos_id, self.eos_id, self.unk_id, self.pad_id = map(config.role_ids.get, ROLES)
+        self.adds_bos = config.adds_bos and self.bos_id is not None
+        self.adds_eos = config.adds_eos and self.eos_id is not None
         self._piece_bytes = list(piece_bytes)
-        self._id_of = {piece: token_id for token_id, piece in enumerate(self.pieces)}
-        names = sorted((self.pieces[i] for i in self.special_ids), key=len, reverse=True)
-        self._special_name = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+        self.num_rows = len(self.pieces)
+        self._id_of = {piece: token_id for token_id, piece in enumerate(self.pieces) if piece}
+        self.end_ids = find_end_ids(self.pieces, (self.eos_id, *config.end_ids))
+        plain = [token for token in config.added if token.id not in self.special_ids]
+        own = self.special_ids.difference(token.id for token in config.added)
+        own = [AddedToken(i, self.pieces[i], special=True) for i in sorted(own)]
+        self._plain = TokenSplitter(plain, self._normalize)
+        self._all = TokenSplitter([*own, *config.added], self._normalize)
 
     @property
     def vocab_size(self) -> int:
-        """Number of pieces."""
+        """Number of pieces, added tokens included."""
         return len(self.pieces)
 
     @property
@@ -77,10 +90,17 @@ class Tokenizer:
         return None not in (self.prefix_id, self.middle_id, self.suffix_id)
 
     def pad_vocabulary(self, vocab_size: int) -> None:
-        """Let further ids, up to the model's `vocab_size`, decode to nothing: padding rows."""
+        """Fit the rows of a model: further ids, up to `vocab_size`, decode to nothing.
+
+        Infilling tokens without a row are given up.
+        """
+        self.num_rows = vocab_size
         extra = range(self.vocab_size, vocab_size)
         self._piece_bytes += [b""] * len(extra)
         self.special_ids |= frozenset(extra)
+        infill = (self.prefix_id, self.middle_id, self.suffix_id, self.eot_id)
+        if any(token_id is not None and token_id >= vocab_size for token_id in infill):
+            self.prefix_id = self.middle_id = self.suffix_id = self.eot_id = None
 
     def piece_id(self, piece: str) -> int | None:
         """Return the id of a vocabulary entry, or None if it does not exist."""
@@ -111,52 +131,80 @@ class Tokenizer:
             [1, 822, 285, 7295]
         """
         check_text(text)
-        head = [self.bos_id] if bos and self.adds_bos else []
-        return head + (self._encode_special(text) if parse_special else self._encode_text(text))
+        splitter = self._all if parse_special else self._plain
+        return self._head(bos) + self._encode_parts(splitter.split(self._prepare(text)))
+
+    def encode_plain(self, text: str, *, bos: bool = False) -> list[int]:
+        """Encode a user's text, in which no control token can occur.
+
+        Args:
+            text: any text.
+            bos: put the begin token in front if the model expects one.
+
+        Raises:
+            TypeError, ValueError: as for `encode`.
+        """
+        return self.encode(text, bos=bos)
 
     def encode_infill(self, prefix: str, suffix: str, *, suffix_first: bool = False) -> list[int]:
         """Build an infilling prompt; not supported by this tokenizer, so it raises ValueError."""
         raise cannot_infill(self.vocab_size)
 
-    def _encode_text(self, text: str) -> list[int]:
-        raise NotImplementedError
+    def split_special(self, text: str) -> list[int | str]:
+        """Split a rendered chat template at the names of added and control tokens.
 
-    def _encode_special(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for part in self.split_special(text):
-            ids += [part] if isinstance(part, int) else self._encode_text(part)
-        return ids
+        Returns:
+            The ids of the tokens, and the texts between them, to be passed to `encode_rendered`.
+        """
+        return self._all.split(self._prepare(text))
+
+    def encode_rendered(self, parts: Iterable[int | str]) -> list[int]:
+        """Encode what `split_special` has split; no name in the texts becomes a token any more."""
+        return self._encode_parts(parts)
 
     @property
     def special_names(self) -> list[str]:
-        """The names of the control tokens, as `split_special` finds them in a text."""
-        return [piece for piece in map(self.piece, self.special_ids) if piece]
+        """The names that no message of a conversation may turn into a token.
 
-    def encode_plain(self, text: str) -> list[int]:
-        """Encode a user's text to ids without any control token, not even the begin token.
-
-        Raises:
-            TypeError, ValueError: as for `encode`.
+        They are those of control tokens, of ends, and of added tokens in the form <|name|>.
         """
-        check_text(text)
-        return self._encode_text(text)
+        marks = (t.id for t in self.config.added if t.content[:2] + t.content[-2:] == "<||>")
+        ids = self.special_ids | self.end_ids | frozenset(marks)
+        return [piece for piece in map(self.piece, sorted(ids)) if piece]
 
     def encode_continuation(self, text: str) -> list[int]:
         """Encode text that continues a line; a vocabulary may begin a text in another way."""
         return self.encode_plain(text)
 
-    def encode_rendered(self, parts: Iterable[int | str]) -> list[int]:
-        """Encode a rendered chat template that `split_special` has split."""
+    def control_id(self, name: str) -> int | None:
+        """Return the id of the control token of this name, as a text writes it, or None."""
+        found = (self._id_of.get(name), self._id_of.get(f"▁{name}"))
+        return next((i for i in found if i in self.special_ids), None)
+
+    def filling_end(self, prompt_ids: Sequence[int]) -> int | None:
+        """Return the token that ends what follows a prompt that asks for a filling, else None."""
+        return self.eot_id if self.can_infill and self.middle_id in prompt_ids else None
+
+    def _head(self, bos: bool) -> list[int]:
+        return [self.bos_id] if bos and self.adds_bos else []
+
+    def _prepare(self, text: str) -> str:
+        """Return a whole text as it is before it is split at tokens."""
+        return text
+
+    def _normalize(self, text: str) -> str:
+        """Return the normalised form of a text between tokens."""
+        return text
+
+    def _encode_parts(self, parts: Iterable[int | str]) -> list[int]:
         ids: list[int] = []
-        for part in parts:
-            ids += [part] if isinstance(part, int) else self.encode_plain(part)
+        for i, part in enumerate(parts):
+            ids += [part] if isinstance(part, int) else self._encode_stretch(part, i == 0)
         return ids
 
-    def split_special(self, text: str) -> list[int | str]:
-        """Split text at the names of special tokens, longest first; each name becomes its id."""
-        parts = self._special_name.split(text)
-        # A pattern with one group puts the matches at the odd indices.
-        return [self._id_of[part] if i % 2 else part for i, part in enumerate(parts) if part]
+    def _encode_stretch(self, text: str, is_first: bool) -> list[int]:
+        """Encode a normalised text between tokens, the first part of a whole text or not."""
+        raise NotImplementedError
 
     # Ids to text
 
@@ -179,7 +227,7 @@ class Tokenizer:
         if skip_special_tokens:
             shown = [token_id for token_id in shown if token_id not in self.special_ids]
         text = b"".join(map(self._piece_bytes.__getitem__, shown))
-        return text.decode("utf-8", self.decode_errors)[self._lead_length(shown) :]
+        return text.decode("utf-8", self.decode_errors)[self.lead_length(shown) :]
 
     def decode_infill(self, ids: Iterable[int]) -> str:
         """Decode the ids of a filling, up to its end token; a leading space is kept."""
@@ -187,12 +235,12 @@ class Tokenizer:
 
     def detokenizer(
         self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
-    ) -> "IncrementalDetokenizer":
+    ) -> IncrementalDetokenizer:
         """Return an incremental decoder for the ids that follow `prompt_ids`."""
         checked = self._checked(as_id_list(prompt_ids))
         return IncrementalDetokenizer(self, checked, skip_special_tokens=skip_special_tokens)
 
-    def _lead_length(self, ids: Sequence[int]) -> int:
+    def lead_length(self, ids: Sequence[int]) -> int:
         """Return how many leading characters of the text of `ids` were added by the encoder."""
         return 0
 
@@ -203,51 +251,6 @@ class Tokenizer:
                 f"token id {bad} is out of range; expected 0 to {len(self._piece_bytes) - 1}"
             )
         return ids
-
-
-class IncrementalDetokenizer:
-    """Decode ids one by one, each character as soon as it is complete.
-
-    The joined pieces equal the decoded continuation, including a leading space; no text is taken
-    back, and the cost of a push does not depend on the length.
-
-    Example:
-        >>> detokenizer = tokenizer.detokenizer(prompt_ids)  # doctest: +SKIP
-        >>> text = "".join(map(detokenizer.push, new_ids)) + detokenizer.flush()  # doctest: +SKIP
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True
-    ) -> None:
-        """Start after `prompt_ids`; if those are only the begin token, a text starts here.
-
-        With `skip_special_tokens` the begin token has no text; otherwise its name is before.
-        """
-        self._tokenizer = tokenizer
-        self._skips_special = skip_special_tokens
-        self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.decode_errors)
-        is_first = bool(prompt_ids) and set(prompt_ids) <= {tokenizer.bos_id}
-        self._at_start = is_first and skip_special_tokens
-        # A prompt may end inside a character; its at most three bytes are in the last three tokens.
-        tail = takewhile(bool, map(tokenizer.token_bytes, reversed(prompt_ids[-3:])))
-        self._decoder.decode(b"".join(reversed(list(tail))))
-
-    def push(self, token_id: int) -> str:
-        """Take the next id and return the text that is now complete, possibly ""."""
-        piece = self._tokenizer.token_bytes(token_id)
-        if piece is None:
-            if self._skips_special:
-                return ""
-            piece = self._tokenizer.piece(token_id).encode()
-        text = self._decoder.decode(piece)
-        if self._at_start:
-            self._at_start = False
-            text = text[self._tokenizer._lead_length([token_id]) :]
-        return text
-
-    def flush(self) -> str:
-        """End the text; bytes of an incomplete character become U+FFFD."""
-        return self._decoder.decode(b"", final=True)
 
 
 def cannot_infill(n_pieces: int) -> ValueError:

@@ -40,14 +40,14 @@ _TOKENIZER = (
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "LICENSE*",
     "USE_POLICY*",
 )
 _COMPANIONS = (  # files that belong to a model and are copied unchanged
     *_TOKENIZER,
     "generation_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
@@ -105,9 +105,10 @@ def convert(
     _check_source(stored, options)
     options = with_dtype(stored, options)
     plan, source = make_plan(stored, options), mapped_files(stored.tensors.values())
-    with Journal(out, _identity(path, options)) as journal:
+    with Journal(out, _identity(path, stored, options)) as journal:
         try:
             _check_space(plan, journal)
+            _check_sums(stored, progress)
             _write_tensors(plan, journal, options, progress, source.check)
             _write_companions(stored, journal.output, options)
             write_texts(plan, journal.output, _write_file)
@@ -139,6 +140,11 @@ def _checked(options: Options) -> Options:
     return options
 
 
+def _is_written_so(stored: StoredModel) -> bool:
+    """Return whether the files are what would be written: floats, and not in pickles."""
+    return all(t.is_float and t.file.suffix == ".safetensors" for t in stored.tensors.values())
+
+
 def _check_source(stored: StoredModel, options: Options) -> None:
     if stored.quantization is not None:
         raise CheckpointError(
@@ -147,16 +153,23 @@ def _check_source(stored: StoredModel, options: Options) -> None:
         )
     is_file = not stored.path.is_dir()
     found = None if is_file else META if is_meta_directory(stored.path) else HUGGING_FACE
-    is_same = found == options.to and options.to != META
+    is_same = found == options.to and options.to != META and _is_written_so(stored)
     if is_same and options.quantization is None and options.dtype == "auto":
         raise ValueError(
             f"{stored.path} is already in that layout; give a quantization, a dtype or to='meta'"
         )
 
 
-def _identity(path: Path, options: Options) -> dict[str, Any]:
+def _files_of(stored: StoredModel) -> set[Path]:
+    """Return the files that have the weights."""
+    tensors = stored.tensors.values()
+    return {mapping.path for tensor in tensors for mapping in tensor.mappings()}
+
+
+def _identity(path: Path, stored: StoredModel, options: Options) -> dict[str, Any]:
     """Return the facts that identify a conversion."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    beside = [path] if path.is_file() else [p for p in path.iterdir() if p.is_file()]
+    files = sorted({*(file.absolute() for file in beside), *_files_of(stored)})
     described = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return {"format": _FORMAT, "source": str(path.resolve()), "files": described, **vars(options)}
 
@@ -171,6 +184,22 @@ def _check_space(plan: Plan, journal: Journal) -> None:
             f"{needed / 1e9:.2f} GB are needed, and the disk has {free / 1e9:.2f} GB",
             str(journal.output.parent.parent),
         )
+
+
+def _check_sums(stored: StoredModel, progress: Progress | None) -> None:
+    """Verify the checksums that .pth and .bin files have, before their bytes are taken over.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    files = sorted(file for file in _files_of(stored) if file.suffix in (".pth", ".bin"))
+    if not files:
+        return
+    from codellama_rt.checkpoint.formats.pth import verify_pth  # a machine that others never need
+
+    counter = Counter(sum(file.stat().st_size for file in files), progress)
+    for file in files:
+        verify_pth(file, lambda count: counter.add(count, "verifying checksums"))
 
 
 def _write_tensors(

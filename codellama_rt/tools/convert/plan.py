@@ -89,7 +89,7 @@ def with_dtype(stored: StoredModel, options: Options) -> Options:
     Raises:
         CheckpointError: as for `make_plan`.
     """
-    is_kept = all(tensor.is_float for tensor in stored.tensors.values())
+    is_kept = all(tensor.float_dtype is not None for tensor in stored.tensors.values())
     return options if options.dtype != "auto" or is_kept else replace(options, dtype="bfloat16")
 
 
@@ -124,6 +124,7 @@ def _hf_config(
     if not (stored.path.is_dir() and file.exists()):
         return hf_config(stored.config) | {"torch_dtype": dtype}
     config = read_object(file)
+    config.pop("quantization_config", None)  # of GPTQ or AWQ: floats are written
     if options.dtype != "auto":
         config.pop("dtype", None)
         config["torch_dtype"] = dtype
@@ -140,7 +141,7 @@ def _order(stored: StoredModel, name: str, to: str) -> Reorder | None:
 
 
 def _float_dtype(tensor: StoredTensor, options: Options) -> np.dtype:
-    return ENCODINGS[tensor.encoding] if options.dtype == "auto" else numpy_dtype(options.dtype)
+    return tensor.float_dtype if options.dtype == "auto" else numpy_dtype(options.dtype)
 
 
 def _floats(stored: StoredModel, name: str, tensor: StoredTensor, options: Options) -> np.ndarray:

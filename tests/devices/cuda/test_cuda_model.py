@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers.builders import int32
+from helpers.checkpoint_files import TINY
 from helpers.goldens import run, tiny_golden
 from helpers.tolerances import assert_equal_bits
 
@@ -175,6 +176,9 @@ def test_refusals():
     checkpoint = open_checkpoint(tiny_golden(NAMES[1]).folder, dtype="float32")
     with pytest.raises(ValueError, match="load them with dtype='bfloat16'"):
         upload(checkpoint.weights)
+    packed = open_checkpoint(TINY.parent / "reference" / "awq")
+    with pytest.raises(ValueError, match="these are q4_1; load them with dtype='bfloat16'"):
+        upload(packed.weights)
     checkpoint = open_checkpoint(tiny_golden(NAMES[1]).folder, dtype="bfloat16")
     with pytest.raises(ValueError, match="quantization must be None, int8 or int4"):
         upload(checkpoint.weights, "int3")
@@ -196,8 +200,8 @@ def test_a_failing_step_leaves_no_graph(rng, monkeypatch):
         real(*arguments)
 
     monkeypatch.setattr(model, "compute", fail_once)
-    with pytest.raises(RuntimeError, match="no luck"):
-        generate(model, cache, prompts)
+    assert generate(model, cache, prompts) == expected  # the engine tries each sequence again
+    assert len(calls) > 3
     assert generate(model, DeviceKVCache(
         model.config, num_blocks=cache.num_blocks, block_size=16, dtype="bfloat16"
     ), prompts) == expected  # fmt: skip
