@@ -26,7 +26,8 @@ _HELP = {
     "/save FILE": "keep the conversation as JSON",
     "/load FILE": "continue a conversation that was kept",
 }
-_SETTABLE = tuple(field.name for field in fields(SamplingParams) if field.name != "n")
+_NOT_SETTABLE = ("n", "logits_processors")  # one answer at a time; functions cannot be typed
+_SETTABLE = tuple(field.name for field in fields(SamplingParams) if field.name not in _NOT_SETTABLE)
 
 
 class ChatSession:

@@ -21,6 +21,8 @@ _UsageError = typer.BadParameter.__base__  # click's, or that of the copy which 
 _OPTIONS = {
     "max_tokens": "--max-new-tokens",
     "stop_token_ids": "--stop-token-id",
+    "allowed_token_ids": "--allowed-token-id",
+    "bad_words": "--bad-word",
     "prompt_token_ids": "--prompt",
 } | {
     name: f"--{name.replace('_', '-')}"
@@ -30,6 +32,7 @@ _OPTIONS = {
         *("rope_theta", "rope_scaling"),
         *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
         *("presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "ignore_eos"),
+        *("include_stop_str_in_output", "skip_special_tokens"),
         *("n", "logprobs", "prompt_logprobs", "shards", "context", "batch", "chat_template"),
     )
 }

@@ -170,6 +170,14 @@ class SamplingOptions:
         list[str] | None,
         typer.Option(metavar="ID=BIAS", help="Add to a token's logit; may be repeated."),
     ] = None
+    allowed_token_id: Annotated[
+        list[int] | None,
+        typer.Option(metavar="ID", help="Choose among these token ids only; may be repeated."),
+    ] = None
+    bad_word: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Never write the tokens of this text; may be repeated."),
+    ] = None
     seed: Annotated[int | None, typer.Option(help="Make sampling repeatable.")] = None
     stop: Annotated[
         list[str] | None,
@@ -182,6 +190,12 @@ class SamplingOptions:
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Continue after end-of-sequence.")
     ] = False
+    include_stop_str_in_output: Annotated[
+        bool, typer.Option("--include-stop-str-in-output", help="Keep the text that ends it.")
+    ] = False
+    skip_special_tokens: Annotated[
+        bool, typer.Option(help="Leave the names of control tokens out of the text.")
+    ] = True
     n: Annotated[int | None, typer.Option(help="Samples of the prompt; needs --json.")] = None
     logprobs: Annotated[
         int | None, typer.Option(help="Report this many likeliest tokens; needs --json.")
@@ -212,7 +226,12 @@ class SamplingOptions:
             for field in fields(self)
             if getattr(self, field.name) not in (None, [])
         }
-        names = {"max_new_tokens": "max_tokens", "stop_token_id": "stop_token_ids"}
+        names = {
+            "max_new_tokens": "max_tokens",
+            "stop_token_id": "stop_token_ids",
+            "allowed_token_id": "allowed_token_ids",
+            "bad_word": "bad_words",
+        }
         if "logit_bias" in given:
             given["logit_bias"] = dict(map(_token_and_bias, given["logit_bias"]))
         return replace(defaults, **{names.get(name, name): x for name, x in given.items()})

@@ -14,7 +14,12 @@ from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
 from codellama_rt.engine.sampler import TokenSampler
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
-from codellama_rt.engine.stop_strings import TextStream, Tokenizer, control_tokens
+from codellama_rt.engine.stop_strings import (
+    TextStream,
+    Tokenizer,
+    bad_word_runs,
+    control_tokens,
+)
 
 
 @dataclass(slots=True)
@@ -25,7 +30,8 @@ class Output:
         request_id: as given to `add_request`.
         index: which of the request's n samples.
         token_ids: new tokens, including one that ended the output.
-        text: new text that is final; without stop strings, stop tokens and special tokens.
+        text: new text that is final; without stop strings, stop tokens and special tokens, unless
+            the parameters say otherwise.
         logprobs: one dict per new token, or None if not asked for.
         prompt_logprobs: with a sample's first output, if asked for; one entry per prompt token.
         finished: whether this is the sample's last output.
@@ -87,6 +93,7 @@ class Request:
         )
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
+        self.bad_runs = bad_word_runs(params.bad_words, tokenizer, vocab_size)
         self.prompt_logprobs = None if params.prompt_logprobs is None else PromptLogprobs()
         self.inbox = inbox
         self.samples = [Sample(self, sequence)]
@@ -188,11 +195,15 @@ class Sample:
             request.vocab_size,
             request.end_ids,
             request.request_id,
+            request.bad_runs,
         )
         self._stream = None
         if request.tokenizer is not None:
-            detokenizer = request.tokenizer.detokenizer(prompt_ids)
-            self._stream = TextStream(detokenizer, params.stop)
+            detokenizer = request.tokenizer.detokenizer(
+                prompt_ids, skip_special_tokens=params.skip_special_tokens
+            )
+            keeps_stop = params.include_stop_str_in_output
+            self._stream = TextStream(detokenizer, params.stop, keeps_stop=keeps_stop)
         for i, token_id in enumerate(sequence.token_ids[sequence.prompt_len :], start=1):
             self._sampler.record(token_id)
             if self._stream is not None:
@@ -209,7 +220,8 @@ class Sample:
             The token, its text, and whether and why it was the last one.
 
         Raises:
-            RuntimeError: the logits are NaN or infinite.
+            RuntimeError: the logits are NaN or infinite, or no token is allowed.
+            Exception: of the caller's processors.
         """
         sequence, params = self.sequence, self.request.params
         num_generated = sequence.num_generated
@@ -233,8 +245,13 @@ class Sample:
     def _read(self, token_id: int, may_stop: bool, output: Output) -> None:
         """Fill in the text of a new token, and whether it ends the output."""
         if token_id in self.request.end_ids and may_stop:
-            output.finish_reason = "stop"
-            output.stop_reason = self.request.stop_names.get(token_id, token_id)
+            name = self.request.stop_names.get(token_id)
+            output.finish_reason, output.stop_reason = "stop", token_id if name is None else name
+            if self.request.params.include_stop_str_in_output and self._stream is not None:
+                if name is None:
+                    output.text, _ = self._stream.push(token_id, may_stop=False)
+                else:  # as the caller has written it
+                    output.text = self._stream.flush() + name
         elif self._stream is not None:
             output.text, stop = self._stream.push(token_id, may_stop=may_stop)
             if stop is not None:
@@ -288,17 +305,21 @@ def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -
 
     Raises:
         TypeError: not SamplingParams.
-        ValueError: a token outside the vocabulary, or stop strings without a tokenizer.
+        ValueError: a token outside the vocabulary, or what needs a tokenizer without one.
     """
     if not isinstance(params, SamplingParams):
         raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
     ids: Collection[int] = params.stop_token_ids
     for i, token_id in enumerate(ids):
         check_token_id(token_id, vocab_size, f"stop_token_ids[{i}]")
+    for i, token_id in enumerate(params.allowed_token_ids or ()):
+        check_token_id(token_id, vocab_size, f"allowed_token_ids[{i}]")
     for token_id in params.logit_bias or ():
         check_token_id(token_id, vocab_size, f"logit_bias[{token_id}]")
     if params.stop and not has_tokenizer:
         raise ValueError("stop strings need a tokenizer; give the engine one or use stop_token_ids")
+    if params.bad_words and not has_tokenizer:
+        raise ValueError("bad_words need a tokenizer; give the engine one or use logit_bias")
 
 
 def check_token_id(token_id: int, vocab_size: int, name: str) -> None:

@@ -1,15 +1,16 @@
 """Choose a token from a row of logits; every function is pure in its arguments.
 
-Order of the processors as in Transformers: repetition, presence and frequency penalties, bias,
-minimum length, then temperature, top-k, top-p, min-p. All arithmetic in float64.
+Order of the processors as in vLLM and Transformers: the caller's own, repetition, presence and
+frequency penalties, bias, forbidden tokens, then temperature, top-k, top-p, min-p. All arithmetic
+in float64.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
 
 
 class TokenCounts:
@@ -32,6 +33,49 @@ class TokenCounts:
         self.seen[token_id] = True
 
 
+class ForbiddenTokens:
+    """The tokens of one output that may not come next; everything follows from the tokens so far.
+
+    Example:
+        >>> forbidden = ForbiddenTokens(4, runs=[[1], [2, 3]])
+        >>> forbidden.add(2)
+        >>> np.flatnonzero(forbidden.mask())
+        array([1, 3])
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        allowed_ids: Collection[int] | None = None,
+        runs: Collection[Sequence[int]] = (),
+    ) -> None:
+        """Start with an empty output.
+
+        Args:
+            vocab_size: length of the masks.
+            allowed_ids: the only tokens that may ever come; None: all.
+            runs: of tokens; the last one of each is forbidden after those before it.
+        """
+        self._always = np.full(vocab_size, allowed_ids is not None)
+        if allowed_ids is not None:
+            self._always[list(allowed_ids)] = False
+        self._always[[run[-1] for run in runs if len(run) == 1]] = True
+        self._runs = [list(run) for run in runs if len(run) > 1]
+        self._longest = max((len(run) - 1 for run in self._runs), default=0)
+        self._tail: list[int] = []  # of the output, as far as a run looks back
+
+    def add(self, token_id: int) -> None:
+        """Take a new output token."""
+        self._tail = [*self._tail, token_id][-self._longest :] if self._longest else []
+
+    def mask(self) -> np.ndarray:
+        """Return which tokens may not come next, (vocab_size,) bool."""
+        mask = self._always.copy()
+        for *begin, last in self._runs:
+            mask[last] |= self._tail[-len(begin) :] == begin
+        return mask
+
+
 class TokenSampler:
     """Choose the tokens of one sample of one request."""
 
@@ -44,6 +88,7 @@ class TokenSampler:
         vocab_size: int,
         end_ids: Collection[int] = (),
         name: str = "",
+        bad_runs: Collection[Sequence[int]] = (),
     ) -> None:
         """Start after the prompt.
 
@@ -55,11 +100,19 @@ class TokenSampler:
             vocab_size: of the model.
             end_ids: tokens that would end the output; masked until `min_tokens`.
             name: of the request, for messages.
+            bad_runs: the tokens of `bad_words`.
         """
         self._params, self._seed, self._index, self._name = params, seed, index, name
         self._counts = TokenCounts(prompt_ids, vocab_size) if params.counts_tokens else None
+        self._forbidden = None
+        if bad_runs or params.allowed_token_ids is not None:
+            self._forbidden = ForbiddenTokens(vocab_size, params.allowed_token_ids, bad_runs)
+        self._output_ids: list[int] = []
         self._end_ids = list(end_ids)
-        self._reads_raw_logits = params.is_greedy and self._counts is None and not params.logit_bias
+        changes = (self._counts, self._forbidden)
+        self._reads_raw_logits = (
+            params.is_greedy and changes == (None, None) and not params.logit_bias
+        )
 
     def sample(self, logits: np.ndarray, position: int, num_generated: int) -> int:
         """Choose the token that follows.
@@ -71,14 +124,21 @@ class TokenSampler:
 
         Raises:
             RuntimeError: the logits are NaN or infinite, or every token is masked.
+            Exception: of one of the caller's processors.
         """
         best = int(logits.argmax())  # the first NaN, if any: one pass finds both
         self._require_finite(logits, best, position)
+        if self._params.logits_processors:
+            logits = apply_processors(self._params.logits_processors, self._output_ids, logits)
+            best = int(logits.argmax())
+            self._require_finite(logits, best, position)
         masked = num_generated < self._params.min_tokens
         if self._reads_raw_logits and not masked:
             return best
         end_ids = self._end_ids if masked else ()
         processed = process_logits(logits, self._params, self._counts, end_ids)
+        if self._forbidden is not None:
+            processed[self._forbidden.mask()] = -np.inf
         best = int(processed.argmax())
         self._require_finite(processed, best, position)
         if self._params.is_greedy:
@@ -87,17 +147,50 @@ class TokenSampler:
         return draw(token_ids, probs, uniform(self._seed, self._index, position))
 
     def record(self, token_id: int) -> None:
-        """Record the chosen token, for the penalties."""
+        """Record the chosen token, on which the penalties and the rest depend."""
+        self._output_ids.append(token_id)
         if self._counts is not None:
             self._counts.add(token_id)
+        if self._forbidden is not None:
+            self._forbidden.add(token_id)
 
     def _require_finite(self, logits: np.ndarray, best: int, position: int) -> None:
         if not math.isfinite(logits[best]):
             raise RuntimeError(
                 f"request {self._name!r}: no token to choose at position {position}: the highest "
                 f"logit, of token {best}, is {logits[best]}; check the weights "
-                "(open_checkpoint(..., check='finite')), logit_bias and stop_token_ids"
+                "(open_checkpoint(..., check='finite')), logit_bias, allowed_token_ids, "
+                "bad_words, logits_processors and stop_token_ids"
             )
+
+
+def apply_processors(
+    processors: Collection[LogitsProcessor], output_ids: Sequence[int], logits: np.ndarray
+) -> np.ndarray:
+    """Apply the caller's processors one after another.
+
+    Args:
+        processors: each is called with a list of the output's tokens and a copy of the logits.
+        output_ids: tokens of the output so far.
+        logits: (vocab_size,) float32, not changed.
+
+    Returns:
+        (vocab_size,) float32.
+
+    Raises:
+        TypeError, ValueError: a processor returned something else.
+        Exception: what a processor raised.
+    """
+    for processor in processors:
+        changed = processor(list(output_ids), logits.copy())
+        changed = changed.asnumpy() if hasattr(changed, "asnumpy") else np.asarray(changed)
+        name = f"logits_processors: {processor!r:.60} must return"
+        if changed.dtype.kind not in "fiu":
+            raise TypeError(f"{name} numbers, got {changed.dtype}")
+        if changed.shape != logits.shape:
+            raise ValueError(f"{name} logits of shape {logits.shape}, got {changed.shape}")
+        logits = changed.astype(np.float32)
+    return logits
 
 
 def process_logits(

@@ -1,12 +1,17 @@
 """The sampling parameters, with vLLM's names, validated when they are created."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LogitsProcessor = Callable[[Sequence[int], np.ndarray], Any]
 
 MAX_SAMPLES = 64  # limits that keep one request from exhausting the machine's memory
 MAX_STOPS = 16
+MAX_BAD_WORDS = 256
 MAX_LOGPROBS = 20
 
 
@@ -62,11 +67,21 @@ class SamplingParams:
         presence_penalty: subtracted once from the logit of each token of the output.
         frequency_penalty: subtracted once per occurrence in the output.
         logit_bias: token id -> added to its logit, -100 to 100.
+        allowed_token_ids: the only tokens that may be chosen; None: all.
+        bad_words: strings (a str or up to 256) whose tokens never follow one another: the last one
+            is forbidden after those before it.
+        logits_processors: called one after another, before everything else, with (token_ids,
+            logits): the output so far, a list of int, and (vocab_size,) float32, which they may
+            change; each returns the logits. They may be called again for the same tokens, so the
+            result must depend on nothing else. An exception ends this request alone.
         seed: fixes the draws; None: a fresh seed per request.
         stop: strings that end the text (a str or up to 16); not included in the text. The name of a
             control token stands for the token.
         stop_token_ids: token ids that end the output, besides end-of-sequence.
         ignore_eos: continue after end-of-sequence.
+        include_stop_str_in_output: keep the stop string, or the text of the stop token, in the
+            text.
+        skip_special_tokens: leave control tokens out of the text; otherwise their names appear.
         logprobs: report the log-probability of each new token and of this many likeliest ones.
         prompt_logprobs: the same for the tokens of the prompt.
 
@@ -90,10 +105,15 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    logits_processors: tuple[LogitsProcessor, ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -105,11 +125,15 @@ class SamplingParams:
                 continue
             number = _integer if name in _INTEGERS else _real
             self._set(name, number(name, value, allowed))
-        self._set("stop", _stop_strings(self.stop))
-        self._set("stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        self._set("stop", _strings("stop", self.stop, MAX_STOPS, "end"))
+        self._set("bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS, "forbid"))
+        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        self._set("allowed_token_ids", _allowed_token_ids(self.allowed_token_ids))
         self._set("logit_bias", _logit_bias(self.logit_bias))
-        if not isinstance(self.ignore_eos, bool):
-            raise _wrong_type("ignore_eos", "a bool", self.ignore_eos)
+        self._set("logits_processors", _logits_processors(self.logits_processors))
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong_type(name, "a bool", getattr(self, name))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"SamplingParams: min_tokens must be <= max_tokens ({self.max_tokens}), "
@@ -164,26 +188,45 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def _stop_strings(stop: object) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else stop
+def _strings(name: str, given: object, most: int, effect: str) -> tuple[str, ...]:
+    strings = (given,) if isinstance(given, str) else given
     if not isinstance(strings, (tuple, list)):
-        raise _wrong_type("stop", "a str or a list of str", stop)
+        raise _wrong_type(name, "a str or a list of str", given)
     for i, string in enumerate(strings):
         if not isinstance(string, str):
-            raise _wrong_type(f"stop[{i}]", "a str", string)
+            raise _wrong_type(f"{name}[{i}]", "a str", string)
         if not string:
             raise ValueError(
-                f"SamplingParams: stop[{i}] must not be empty; it would end every text"
+                f"SamplingParams: {name}[{i}] must not be empty; it would {effect} every text"
             )
-    if len(strings) > MAX_STOPS:
-        raise ValueError(f"SamplingParams: stop takes at most {MAX_STOPS}, got {len(strings)}")
+    if len(strings) > most:
+        raise ValueError(f"SamplingParams: {name} takes at most {most}, got {len(strings)}")
     return tuple(strings)
 
 
-def _stop_token_ids(ids: object) -> tuple[int, ...]:
+def _token_ids(name: str, ids: object) -> tuple[int, ...]:
     if isinstance(ids, (str, bytes, Mapping)) or not hasattr(ids, "__iter__"):
-        raise _wrong_type("stop_token_ids", "a list of int", ids)
-    return tuple(_integer(f"stop_token_ids[{i}]", x, _TOKEN_ID) for i, x in enumerate(ids))
+        raise _wrong_type(name, "a list of int", ids)
+    return tuple(_integer(f"{name}[{i}]", x, _TOKEN_ID) for i, x in enumerate(ids))
+
+
+def _allowed_token_ids(ids: object) -> tuple[int, ...] | None:
+    if ids is None:
+        return None
+    allowed = _token_ids("allowed_token_ids", ids)
+    if not allowed:
+        raise ValueError("SamplingParams: allowed_token_ids must hold a token; None allows all")
+    return allowed
+
+
+def _logits_processors(given: object) -> tuple[LogitsProcessor, ...]:
+    processors = () if given is None else given
+    if not isinstance(processors, (tuple, list)):
+        raise _wrong_type("logits_processors", "a list of callables", given)
+    for i, processor in enumerate(processors):
+        if not callable(processor):
+            raise _wrong_type(f"logits_processors[{i}]", "callable", processor)
+    return tuple(processors)
 
 
 def _logit_bias(bias: object) -> dict[int, float] | None:

@@ -31,8 +31,29 @@ class Tokenizer(Protocol):
     def control_id(self, name: str) -> int | None:
         """Return the id of a control token, which has no text, by its name; None: no such token."""
 
-    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+    def detokenizer(
+        self, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> Detokenizer:
         """Return an incremental decoder for the tokens that follow a prompt."""
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Return the tokens of a text that continues another."""
+
+
+def bad_word_runs(
+    words: Collection[str], tokenizer: Tokenizer | None, vocab_size: int
+) -> list[list[int]]:
+    """Return the tokens of words that must not be written, with and without a space in front.
+
+    Args:
+        words: none of them empty.
+        tokenizer: needed if there are words.
+        vocab_size: of the model; a run with a token beyond it can never be complete.
+    """
+    bare = dict.fromkeys(word.lstrip(" ") or word for word in words)
+    texts = [lead + word for word in bare for lead in ("", " ")]
+    runs = [tokenizer.encode_continuation(text) for text in texts]
+    return [run for run in runs if max(run) < vocab_size]
 
 
 def end_token_ids(
@@ -69,15 +90,19 @@ class TextStream:
     longest counts. So the text does not depend on how it was split into tokens.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stop: Collection[str]) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, stop: Collection[str], *, keeps_stop: bool = False
+    ) -> None:
         """Start with no text.
 
         Args:
             detokenizer: of this sequence.
             stop: strings that end the text.
+            keeps_stop: the string that ends the text is part of it.
         """
         self._detokenizer = detokenizer
         self._stop = stop
+        self._keeps_stop = keeps_stop
         self._held = ""  # the end of the text so far that could begin a stop string
 
     def push(self, token_id: int, *, may_stop: bool = True) -> tuple[str, str | None]:
@@ -88,7 +113,7 @@ class TextStream:
             may_stop: False before `min_tokens`: stop strings completed now are plain text.
 
         Returns:
-            The text that is now final, and the stop string that follows it, if any.
+            The text that is now final, and the stop string that ends it or follows it, if any.
         """
         return self._release(self._detokenizer.push(token_id), may_stop)
 
@@ -106,7 +131,7 @@ class TextStream:
         if found:
             start, stop = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
             self._held = ""
-            return text[:start], stop
+            return text[: start + len(stop) * self._keeps_stop], stop
         held = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], None

@@ -20,6 +20,21 @@ class BatchEncoding(dict):
         except KeyError:
             raise AttributeError(f"this encoding has {', '.join(self)}, not {name!r}") from None
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """The entries as a plain dictionary."""
+        return dict(self)
+
+    def to(self, device: str) -> "BatchEncoding":
+        """Return the encoding itself: the model takes tensors from where they are.
+
+        Raises:
+            TypeError: not the name of a device.
+        """
+        if not isinstance(device, str):
+            raise TypeError(f"a device must be a str, got {type(device).__name__}")
+        return self
+
 
 def row_limit(
     truncation: bool | str | None, max_length: int | None, padding: bool | str

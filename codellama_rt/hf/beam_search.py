@@ -1,7 +1,8 @@
 """Beam search like `_beam_search` in Transformers 4.57, one prompt at a time.
 
-The best continuations of all beams are kept. One that ends is a result if it is among the
-num_beams best of its step; its score is its log-probability / length ** length_penalty.
+The best continuations of all beams are kept, or, when sampling, some that are drawn without
+replacement. One that ends is a result if it is among the num_beams first of its step; its score is
+its log-probability / length ** length_penalty. Tokens that a processor forbids are never taken.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import numpy as np
 
 from codellama_rt.engine.branches import Branch, Branches
 from codellama_rt.engine.stop_strings import TextStream
-from codellama_rt.hf.processors import process
-from codellama_rt.hf.search import Found, Search
+from codellama_rt.hf.search import Found, Search, nothing_allowed
+from codellama_rt.hf.warping import warped
 
 
 class _Beam(NamedTuple):
@@ -32,6 +33,9 @@ def beam_search(search: Search, branches: Branches) -> Found:
 
     Returns:
         num_return_sequences results per prompt, best first.
+
+    Raises:
+        ValueError: the processors leave no token, or fewer continuations than asked for.
     """
     count = search.config.num_return_sequences
     searches = [_PromptSearch(search, branches, i) for i in range(len(search.prompts))]
@@ -44,6 +48,11 @@ def beam_search(search: Search, branches: Branches) -> Found:
         for one in going:
             one.select(is_last=step + 1 == search.max_new_tokens)
     for i, one in enumerate(searches):
+        if len(one.results) < count:
+            raise ValueError(
+                f"the processors leave {len(one.results)} continuations of prompt {i}, and "
+                f"num_return_sequences={count}"
+            )
         for result in one.results[:count]:
             found.rows.append(list(result.beam.token_ids))
             found.parents.append(i)
@@ -74,11 +83,11 @@ class _PromptSearch:
     def __init__(self, search: Search, branches: Branches, index: int) -> None:
         self._search, self._branches = search, branches
         self._prompt, self._ends = search.prompts[index], search.ends[index]
-        self._padded = search.padded[index]
+        self._padded, self._index = search.padded[index], index
         self._room = search.max_model_len - len(self._prompt)
         n_beams = search.config.num_beams
         # At first all beams are the same; only the first is continued.
-        self._beams = [_Beam((), 0.0 if i == 0 else -1e9, ()) for i in range(n_beams)]
+        self._beams = [_Beam((), 0.0 if i == 0 else -np.inf, ()) for i in range(n_beams)]
         first = branches.add(self._prompt, search.adapter)
         self._live: list[Branch] = [first]
         self._scores = np.zeros(0)
@@ -93,34 +102,68 @@ class _PromptSearch:
             logits = np.repeat(logits, n_beams, axis=0)
         log_probs = _log_softmax(logits)
         input_ids = np.array([[*self._padded, *beam.token_ids] for beam in self._beams])
-        processed = process(self._search.processors, input_ids, log_probs)
+        processed = self._search.processed([self._index] * n_beams, input_ids, log_probs)
+        if self._draws:
+            processed = np.stack([self._warped(row) for row in processed])
         self._scores = processed + np.array([[beam.log_prob] for beam in self._beams])
         return logits, processed
 
     def select(self, is_last: bool) -> None:
-        """Choose the beams of the next step, and the results of this one."""
+        """Choose the beams of the next step, and the results of this one.
+
+        Raises:
+            ValueError: nothing is allowed to come next, and nothing has ended before.
+        """
         n_beams = self._search.config.num_beams
         candidates = self._candidates(n_beams * max(2, 1 + len(self._ends)))
-        ending = self._ending(candidates, is_last)
-        going = [beam for beam, ends in zip(candidates, ending, strict=True) if not ends][:n_beams]
+        if not candidates and not self.results:
+            raise nothing_allowed(float(self._scores.max()))
+        ending = self._ending(candidates, is_last) if candidates else ()
+        going = [beam for beam, ends in zip(candidates, ending, strict=True) if not ends]
+        going = sorted(going, key=lambda beam: -beam.log_prob)[:n_beams]
         ended = [beam for beam, ends in zip(candidates[:n_beams], ending, strict=False) if ends]
         self.results += [_Result(self._score(beam), beam) for beam in ended]
         self.results.sort(key=lambda result: -result.score)
         del self.results[n_beams:]
-        self.is_done = len(going) < n_beams or self._is_settled(going)
+        self.is_done = not going or self._is_settled(going)
         if self.is_done:
             for branch in self._live:
                 self._branches.drop(branch)
         else:
-            self._follow(going)
+            # Where the processors leave too few, what fills the beams can have no continuation.
+            missing = n_beams - len(going)
+            self._follow(going + [going[-1]._replace(log_prob=-np.inf)] * missing)
+
+    @property
+    def _draws(self) -> bool:
+        config = self._search.config
+        return config.do_sample and config.temperature > 0.0
+
+    def _warped(self, scores: np.ndarray) -> np.ndarray:
+        """Divide by the temperature and forbid what the cuts leave out; (vocab_size,)."""
+        cut = np.full_like(scores, -np.inf)
+        if scores.max() > -np.inf:
+            kept, _ = warped(scores, self._search.config)
+            cut[kept] = scores[kept] / self._search.config.temperature
+        return cut
 
     def _candidates(self, count: int) -> list[_Beam]:
-        """Return the best continuations, best first; ties: the lower beam and token go first."""
+        """Return the best continuations, best first; ties: the lower beam and token go first.
+
+        When sampling, return as many that are drawn, in the order of their draws.
+        """
         vocab_size = self._scores.shape[1]
         flat = self._scores.reshape(-1)
-        count = min(count, flat.size)
-        best = np.argpartition(-flat, count - 1)[:count]
-        best = best[np.lexsort((best, -flat[best]))]
+        allowed = np.flatnonzero(flat > -np.inf)
+        if not allowed.size:
+            return []
+        keys = -flat[allowed]
+        if self._draws:
+            position = len(self._prompt) + len(self._beams[0].token_ids)
+            keys -= _gumbel(self._search.seed + self._index, position, len(keys))
+        count = min(count, len(keys))
+        best = np.argpartition(keys, count - 1)[:count]
+        best = allowed[best[np.lexsort((best, keys[best]))]]
         return [
             _Beam(
                 (*self._beams[i // vocab_size].token_ids, int(i % vocab_size)),
@@ -174,6 +217,17 @@ class _PromptSearch:
         for branch, beam in zip(children, going, strict=True):
             self._branches.append(branch, beam.token_ids[-1])
         self._beams, self._live = going, children
+
+
+def _gumbel(seed: int, position: int, count: int) -> np.ndarray:
+    """Return noise that depends on the arguments alone; (count,) float64.
+
+    Adding it to log-probabilities and taking the k highest draws k without replacement (Kool et
+    al., "Stochastic beams and where to find them", ICML 2019, section 2.3).
+    """
+    # A position has 2^64 numbers of its own.
+    bits = np.random.Philox(key=seed, counter=position << 64).random_raw(count)
+    return -np.log(-np.log(((bits >> np.uint64(11)) + 0.5) * 2.0**-53))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

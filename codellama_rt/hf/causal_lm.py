@@ -16,10 +16,20 @@ from codellama_rt.checkpoint.formats.hf_writer import write_directory
 from codellama_rt.engine.branches import Branches
 from codellama_rt.engine.request import check_token_id
 from codellama_rt.hf import CausalLMOutput, GenerateOutput, GenerationConfig
+from codellama_rt.hf.arguments import CALL, FROM_PRETRAINED, GENERATE, supported
 from codellama_rt.hf.beam_search import beam_search
+from codellama_rt.hf.llama_config import LlamaConfig
+from codellama_rt.hf.model_idioms import ModelIdioms
 from codellama_rt.hf.processors import LogitsProcessor, make_processors
 from codellama_rt.hf.sample import sample
-from codellama_rt.hf.search import Found, Search, StoppingCriterion, padded_rows
+from codellama_rt.hf.search import (
+    AllowedTokens,
+    Found,
+    Search,
+    StoppingCriterion,
+    padded_rows,
+    time_limit,
+)
 from codellama_rt.hf.tensors import as_mask, as_rows, dtype_name, label_loss, to_tensor
 from codellama_rt.llm.llm import LLM
 from codellama_rt.llm.memory import parse_bytes
@@ -30,7 +40,7 @@ from codellama_rt.text.tokenizer.save_tokenizer import save_tokenizer
 _IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "paged_attention")
 
 
-class LlamaForCausalLM:
+class LlamaForCausalLM(ModelIdioms):
     """A model that takes and returns MindSpore Tensors of token ids.
 
     Example:
@@ -45,7 +55,7 @@ class LlamaForCausalLM:
     def __init__(self, llm: LLM) -> None:
         """Wrap an LLM; use `from_pretrained` to open a checkpoint."""
         self.llm = llm
-        self.config = llm.config
+        self.config = LlamaConfig(**vars(llm.config))
         try:
             self.generation_config = GenerationConfig.from_dict(llm.generation_config)
         except (ValueError, TypeError) as error:  # values that contradict one another
@@ -74,11 +84,14 @@ class LlamaForCausalLM:
                 mindspore_dtype, ms_dtype and torch_dtype are other names for it.
             attn_implementation: one of Transformers' names, accepted for compatibility: there is
                 one implementation, paged attention, and the tokens are the same under every name.
-            **llm_options: options of `LLM`.
+            **llm_options: options of `LLM`. Arguments of Transformers that change nothing here are
+                ignored with a warning.
 
         Raises:
-            CheckpointError, ValueError, TypeError, RuntimeError: as for `LLM`; or two dtypes.
+            CheckpointError, ValueError, TypeError, RuntimeError: as for `LLM`; or two dtypes, or an
+                argument of Transformers whose effect is not supported.
         """
+        llm_options = supported("from_pretrained()", llm_options, FROM_PRETRAINED)
         if attn_implementation not in (None, *_IMPLEMENTATIONS):
             raise ValueError(
                 f"attn_implementation must be one of {', '.join(_IMPLEMENTATIONS)}, got "
@@ -97,6 +110,7 @@ class LlamaForCausalLM:
         labels: Any = None,
         logits_to_keep: int = 0,
         output_hidden_states: bool = False,
+        **others: Any,
     ) -> CausalLMOutput:
         """Compute the logits after every token, and the loss if labels are given.
 
@@ -107,6 +121,7 @@ class LlamaForCausalLM:
                 with the logits before it.
             logits_to_keep: return only those of the last so many positions; 0: of all.
             output_hidden_states: return what the layers pass on as well.
+            **others: arguments of Transformers that change nothing here, ignored with a warning.
 
         Returns:
             `logits`, (batch, length or logits_to_keep, vocab_size) float32, zeros at padding;
@@ -114,8 +129,12 @@ class LlamaForCausalLM:
             (batch, length, dim) float32, the embeddings first and the last one normalised.
 
         Raises:
-            TypeError, ValueError: a wrong type or shape; an id outside the vocabulary.
+            TypeError, ValueError: a wrong type or shape; an id outside the vocabulary; an argument
+                that is not supported.
         """
+        unknown = supported("the model", others, CALL)
+        if unknown:
+            raise TypeError(f"the model has no argument {', '.join(unknown)}")
         rows = as_rows(input_ids)
         mask = as_mask(attention_mask, rows)
         logits = np.zeros((*rows.shape, self.config.vocab_size), np.float32)
@@ -134,11 +153,13 @@ class LlamaForCausalLM:
 
     def generate(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
         stopping_criteria: Sequence[StoppingCriterion] | None = None,
+        prefix_allowed_tokens_fn: AllowedTokens | None = None,
         *,
+        inputs: Any = None,
         attention_mask: Any = None,
         streamer: Any = None,
         tokenizer: Any = None,
@@ -148,19 +169,24 @@ class LlamaForCausalLM:
         """Continue every row; explicit arguments override the configuration.
 
         Args:
-            input_ids: (batch, length) Tensor of int32 or int64; rows are padded on the left.
+            input_ids: (batch, length) Tensor of int32 or int64; rows are padded on the left. None:
+                one row that holds the begin token.
             generation_config: None: the checkpoint's.
             logits_processor: called with (input_ids, scores), NumPy (rows, length) int64 and
                 (rows, vocab_size) float64, after the built-in ones; returns scores.
             stopping_criteria: called with (input_ids, scores) after each token; True, or an array
                 with one bool per row, ends rows. Scores are those of output_scores, or None.
+            prefix_allowed_tokens_fn: called for each row and token with (index of the prompt,
+                NumPy (length,) int64); returns the token ids that may come next.
+            inputs: another name of input_ids.
             attention_mask: (batch, length), 0 where a row is padded; None: where pad_token_id
                 stands, unless that is an end token.
             streamer: gets the prompt by `put`, then each token, then `end()`, also when the call
                 raises: its reader may be in another thread; one row, no beams.
             tokenizer: decodes rows to look for stop_strings; None: the checkpoint's own.
             seed: makes sampling repeatable; row i of a batch draws from seed + i.
-            **fields: of `GenerationConfig`: max_new_tokens, do_sample, num_beams, ...
+            **fields: of `GenerationConfig`: max_new_tokens, do_sample, num_beams, ... Arguments of
+                Transformers that change nothing here are ignored with a warning.
 
         Returns:
             Tensor (rows, length + new tokens) in input_ids' dtype, prompts and continuations; a
@@ -168,11 +194,13 @@ class LlamaForCausalLM:
             and <EOT> in a row that asks for infilling; eos_token_id=None or [] means none.
 
         Raises:
-            TypeError: input_ids is not a Tensor of integers, or an unknown argument.
+            TypeError: input_ids is not a Tensor of integers, or an unknown argument or one whose
+                effect is not supported.
             ValueError: a shape, mask or parameter out of range.
         """
         with _ended(streamer):
-            rows = as_rows(input_ids)
+            fields = supported("generate()", fields, GENERATE)
+            rows = as_rows(self._inputs(input_ids, inputs))
             config = (generation_config or self.generation_config).replaced(**fields)
             is_given = generation_config is not None or "eos_token_id" in fields
             is_given |= self.generation_config.eos_token_id != self._stored_ends
@@ -180,9 +208,14 @@ class LlamaForCausalLM:
                 config, rows, attention_mask, config.eos_token_id if is_given else None, tokenizer
             )
             all_ends = frozenset().union(*search.ends)
-            processors = make_processors(config, rows.shape[1], all_ends)
-            search.processors = [*processors, *(logits_processor or ())]
-            search.criteria = stopping_criteria or ()
+            search.processors = make_processors(
+                config, rows.shape[1], all_ends, search.max_new_tokens
+            )
+            search.allowed, search.callers_processors = (
+                prefix_allowed_tokens_fn,
+                logits_processor or (),
+            )
+            search.criteria = [*(stopping_criteria or ()), *time_limit(config.max_time)]
             search.seed = secrets.randbits(63) if seed is None else seed
             num_rows = len(rows) * config.num_beams * config.num_return_sequences
             if streamer is not None and num_rows > 1:
@@ -194,9 +227,14 @@ class LlamaForCausalLM:
                 found = (sample if config.num_beams == 1 else beam_search)(search, branches)
             return self._result(search, found, rows.dtype)
 
-    def eval(self) -> LlamaForCausalLM:
-        """Return the model itself: it is never in training mode and has no dropout."""
-        return self
+    def _inputs(self, input_ids: Any, inputs: Any) -> Any:
+        """Return the rows to continue, given under one of their names."""
+        if input_ids is not None and inputs is not None:
+            raise TypeError("input_ids and inputs are two names of one argument; give one")
+        given = inputs if input_ids is None else input_ids
+        if given is None and self.config.bos_token_id is None:
+            raise ValueError("this model has no begin token to start from; give input_ids")
+        return np.array([[self.config.bos_token_id]]) if given is None else given
 
     def load_adapter(self, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
         """Load a LoRA adapter in PEFT's format and apply it from now on.

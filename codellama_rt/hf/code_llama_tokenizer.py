@@ -7,23 +7,23 @@ are parsed.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from codellama_rt.hf.batch_encoding import (
     BatchEncoding,
     as_tensor,
-    pad,
-    padded_length,
     row_limit,
     truncate,
 )
-from codellama_rt.hf.code_llama_vocabulary import CodeLlamaVocabulary
-from codellama_rt.text.chat import JinjaFormat, checked_messages, find_format
+from codellama_rt.hf.tokenizer_idioms import TokenizerIdioms
+from codellama_rt.text.chat import JinjaFormat, Message, checked_messages, find_format
 from codellama_rt.text.tokenizer import split_fill
 from codellama_rt.text.tokenizer.tokenizer_base import cannot_infill
 
-_CLEAN_UPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+_NO_LIMIT = 10**20  # a model_max_length above it means none
 
 
-class CodeLlamaTokenizer(CodeLlamaVocabulary):
+class CodeLlamaTokenizer(TokenizerIdioms):
     """Code Llama's tokenizer with the interface of Transformers.
 
     Example:
@@ -56,6 +56,11 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
         return_tensors: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_token_type_ids: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_length: bool = False,
+        verbose: bool = True,
         suffix: str | None = None,
         suffix_first: bool | None = None,
     ) -> BatchEncoding:
@@ -66,26 +71,47 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
             truncation, max_length: True or "longest_first", and the maximum tokens per row.
             padding, pad_to_multiple_of, padding_side: True or "longest", or "max_length".
             return_tensors: None for lists, "np" for int64 arrays, "ms" for int32 tensors.
+            return_attention_mask: False leaves the mask out.
+            return_token_type_ids, return_special_tokens_mask, return_length: add 0 for the first
+                text and 1 for the second; 1 for special tokens and padding; tokens per row.
+            verbose: accepted but ignored: there is nothing to tell.
             suffix: the text after a hole that follows `text`.
             suffix_first: the order of such a prompt; None: that of the tokenizer.
 
         Returns:
-            `input_ids` and `attention_mask`: lists (of lists), or (batch, length) tensors.
+            `input_ids`, `attention_mask` and what else was asked for: lists (of lists), or
+            (batch, length) tensors.
 
         Raises:
             TypeError, ValueError: a text is not a str, or an invalid option or hole.
         """
         single = isinstance(text, str)
         pairs = [text_pair] if single else text_pair or [None] * len(text)
+        if truncation and max_length is None and self.model_max_length < _NO_LIMIT:
+            max_length = self.model_max_length
         limit = row_limit(truncation, max_length, padding)
-        rows = []
+        rows, kinds = [], []
         for first, second in zip([text] if single else text, pairs, strict=True):
             ids = self._text_ids(first, suffix, suffix_first)
-            rows.append(self._row(ids, second, add_special_tokens, limit))
-        length = padded_length(rows, padding, max_length, pad_to_multiple_of)
-        filled = pad(rows, length, self.pad_token_id, padding_side or self.padding_side)
-        rows, masks = (as_tensor(part, return_tensors, single) for part in filled)
-        return BatchEncoding(input_ids=rows, attention_mask=masks)
+            second_ids = None if second is None else self._text_ids(second)
+            row, kind = self._joined(ids, second_ids, add_special_tokens, limit)
+            rows.append(row)
+            kinds.append(kind)
+        encoding: dict[str, Any] = {"input_ids": rows}
+        if return_token_type_ids:
+            encoding["token_type_ids"] = kinds
+        if return_special_tokens_mask:
+            encoding["special_tokens_mask"] = [
+                self.get_special_tokens_mask(row, already_has_special_tokens=True) for row in rows
+            ]
+        padded = self.pad(
+            encoding, padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask
+        )
+        result = {name: as_tensor(part, return_tensors, single) for name, part in padded.items()}
+        if return_length:
+            lengths = [len(row) for row in padded.input_ids]
+            result["length"] = lengths if return_tensors is None else np.array(lengths)
+        return BatchEncoding(**result)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -129,39 +155,44 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         tokenize: bool = True,
         add_generation_prompt: bool = False,
         chat_template: str | None = None,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
         return_tensors: str | None = None,
         return_dict: bool = False,
     ) -> Any:
-        """Turn a conversation into a prompt.
+        """Turn a conversation, or each of several, into a prompt.
 
         Code Llama's own format, or a template that renders the same, gives the ids of Meta's code
         (unlike Transformers); Meta's prompts always end where the model's answer begins. Names of
         control tokens inside messages stay plain text.
 
         Args:
-            conversation: a list of {"role": ..., "content": ...}.
+            conversation: a list of {"role": ..., "content": ...}, or a list of such lists.
             tokenize: return ids instead of the rendered text.
             add_generation_prompt: end templates of other formats where the assistant begins.
             chat_template: Jinja, "code-llama" or "code-llama-70b"; None: the tokenizer's own.
-            return_tensors: as for calling the tokenizer.
+            padding, truncation, max_length, return_tensors: as for calling the tokenizer.
             return_dict: return `input_ids` and `attention_mask`, as calling the tokenizer does.
 
         Raises:
             TypeError, ValueError: an invalid message or order of roles.
             ChatTemplateError: the template is faulty, forbidden, or rejects the conversation.
         """
-        messages = checked_messages(conversation)
+        single = not _is_batch(conversation)
+        conversations = [checked_messages(c) for c in ([conversation] if single else conversation)]
         style = find_format(chat_template or self.chat_template, self.runtime)
         is_template = isinstance(style, JinjaFormat)
         prompt = {"add_generation_prompt": add_generation_prompt} if is_template else {}
         if not tokenize:
-            return style.render(self.runtime, messages, **prompt)
-        ids = style.encode(self.runtime, messages, **prompt)
-        rows = as_tensor([ids], return_tensors, True)
-        if not return_dict:
-            return rows
-        mask = as_tensor([[1] * len(ids)], return_tensors, True)
-        return BatchEncoding(input_ids=rows, attention_mask=mask)
+            texts = [style.render(self.runtime, messages, **prompt) for messages in conversations]
+            return texts[0] if single else texts
+        rows = [style.encode(self.runtime, messages, **prompt) for messages in conversations]
+        limit = row_limit(truncation, max_length, padding)
+        rows = [self._joined(row, None, False, limit)[0] for row in rows]
+        padded = self.pad({"input_ids": rows}, padding, max_length)
+        result = {name: as_tensor(part, return_tensors, single) for name, part in padded.items()}
+        return BatchEncoding(**result) if return_dict else result["input_ids"]
 
     # Ids to text
 
@@ -175,9 +206,7 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         text = self.runtime.decode(token_ids, skip_special_tokens=skip_special_tokens)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        for spaced in _CLEAN_UPS if clean_up_tokenization_spaces else ():
-            text = text.replace(spaced, spaced.strip())
-        return text
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
     def batch_decode(self, sequences: Any, *args: Any, **options: Any) -> list[str]:
         """Decode rows of ids (lists, or an array or tensor of two axes) to texts, as `decode`."""
@@ -196,14 +225,28 @@ class CodeLlamaTokenizer(CodeLlamaVocabulary):
         first = self.suffix_first if suffix_first is None else suffix_first
         return self.runtime.encode_infill(text, suffix, suffix_first=first)[1:]
 
-    def _row(
-        self, ids: list[int], text_pair: str | None, add_special_tokens: bool, limit: int | None
-    ) -> list[int]:
-        texts = [ids] if text_pair is None else [ids, self._text_ids(text_pair)]
+    def _joined(
+        self,
+        ids: list[int],
+        pair_ids: list[int] | None,
+        add_special_tokens: bool,
+        limit: int | None,
+    ) -> tuple[list[int], list[int]]:
+        """Return one row of a text or a pair, at most `limit` tokens, and which text each is of."""
+        texts = [ids] if pair_ids is None else [ids, pair_ids]
         build = self.build_inputs_with_special_tokens if add_special_tokens else _join
         if limit is not None:
             texts = truncate(texts, len(build(*texts)) - limit, self.truncation_side)
-        return build(*texts)
+        row, first = build(*texts), len(build(texts[0]))
+        return row, [0] * first + [1] * (len(row) - first)
+
+
+def _is_batch(conversation: Any) -> bool:
+    """Return whether these are several conversations; a message is a mapping or a Message."""
+    if not isinstance(conversation, Sequence) or isinstance(conversation, str):
+        return False
+    first = conversation[0] if conversation else None
+    return isinstance(first, Sequence) and not isinstance(first, (str, Message))
 
 
 def _join(*texts: list[int]) -> list[int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ _COUNTS = {  # field: its minimum
     "num_return_sequences": 1,
     "no_repeat_ngram_size": 0,
 }
+_TUPLES = (
+    *("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+    "stop_strings",
+)
+_NUMBERS = ("length_penalty", "max_time")
 _MASSES = ("typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -36,14 +42,26 @@ class GenerationConfig:
 
     Args:
         max_new_tokens, max_length: limit without or with the prompt; 128 new tokens by default.
-        min_new_tokens, min_length: end tokens are masked until then.
+        min_new_tokens, min_length: end tokens are masked until then, without or with the prompt; of
+            both, the one that asks for more tokens counts.
+        max_time: seconds after which all rows end; the result then depends on the machine.
         do_sample: draw tokens instead of taking the likeliest.
         temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: shape the draw.
         repetition_penalty: values over 1 make tokens of prompt and output less likely.
         no_repeat_ngram_size: no run of so many tokens occurs twice; 0: no restriction.
         bad_words_ids: forbidden runs of tokens.
         suppress_tokens: forbidden tokens.
-        num_beams: values over 1 search with so many beams.
+        begin_suppress_tokens: tokens that a continuation must not begin with.
+        sequence_bias: run of tokens -> what is added to the score of its last one after the others;
+            a mapping with tuples as keys, or a list of (run, bias).
+        forced_bos_token_id: follows a prompt of one token.
+        forced_eos_token_id: one or several; the last token if nothing else ends a row.
+        exponential_decay_length_penalty: (start, factor): after `start` new tokens the scores of
+            the end tokens grow by |score| * (factor ** (tokens since) - 1).
+        remove_invalid_values: a processor's NaN becomes 0, its infinities the largest number.
+        renormalize_logits: scores become log-probabilities again after all processors.
+        num_beams: values over 1 search with so many beams; with do_sample the continuations of
+            a step are drawn without replacement.
         length_penalty: exponent of the length that a beam's score is divided by.
         early_stopping: end a beam search when num_beams are finished: True, False (when no better
             one is likely) or "never" (when none is possible).
@@ -66,6 +84,7 @@ class GenerationConfig:
     max_length: int | None = None
     min_new_tokens: int = 0
     min_length: int = 0
+    max_time: float | None = None
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 50
@@ -78,6 +97,13 @@ class GenerationConfig:
     no_repeat_ngram_size: int = 0
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: tuple[int, ...] = ()
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    remove_invalid_values: bool = False
+    renormalize_logits: bool = False
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | str = False
@@ -92,9 +118,13 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         """Validate, and turn lists into tuples."""
-        for name in ("eos_token_id", "suppress_tokens", "stop_strings"):
+        for name in _TUPLES:
             setattr(self, name, _tuple_of(name, getattr(self, name)))
-        self.bad_words_ids = _token_runs(self.bad_words_ids)
+        self.bad_words_ids = _token_runs("bad_words_ids", self.bad_words_ids)
+        self.sequence_bias = _biased_runs(self.sequence_bias)
+        self.exponential_decay_length_penalty = _decay(self.exponential_decay_length_penalty)
+        for name in _NUMBERS:
+            _check_number(name, getattr(self, name))
         for name, least in _COUNTS.items():
             _check_count(name, getattr(self, name), least)
         for name in _MASSES:
@@ -102,8 +132,6 @@ class GenerationConfig:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f"early_stopping must be bool or 'never', got {self.early_stopping!r}")
-        if self.num_beams > 1 and self.do_sample:
-            raise ValueError("beam search does not sample: num_beams > 1 needs do_sample=False")
         if self.num_beams == 1 and self.num_return_sequences > 1 and not self.do_sample:
             raise ValueError(
                 "greedy search has one result: num_return_sequences > 1 needs do_sample=True or "
@@ -208,11 +236,41 @@ def _tuple_of(name: str, value: Any) -> tuple | None:
     return values
 
 
-def _token_runs(value: Any) -> tuple[tuple[int, ...], ...]:
-    runs = tuple(_tuple_of("bad_words_ids", run) for run in value or ())
+def _token_runs(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+    runs = tuple(_tuple_of(name, run) for run in value or ())
     if not all(runs):
-        raise ValueError("bad_words_ids must not contain an empty list")
+        raise ValueError(f"{name} must not contain an empty list")
     return runs
+
+
+def _biased_runs(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
+    pairs = list(value.items() if isinstance(value, Mapping) else value or ())
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise TypeError("sequence_bias must map runs of tokens to numbers")
+    for _, bias in pairs:
+        _check_number("sequence_bias", bias)
+    runs = _token_runs("sequence_bias", [run for run, _ in pairs])
+    return tuple(zip(runs, (float(bias) for _, bias in pairs), strict=True))
+
+
+def _decay(value: Any) -> tuple[int, float] | None:
+    if value is None:
+        return None
+    name = "exponential_decay_length_penalty"
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise TypeError(f"{name} must be (start, factor), got {value!r:.60}")
+    _check_count(f"{name}[0]", value[0], 0)
+    _check_number(f"{name}[1]", value[1])
+    return int(value[0]), float(value[1])
+
+
+def _check_number(name: str, value: Any) -> None:
+    if value is None and name == "max_time":
+        return
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def _check_count(name: str, value: int | None, least: int) -> None:

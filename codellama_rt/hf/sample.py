@@ -7,8 +7,7 @@ import numpy as np
 from codellama_rt.engine.branches import Branch, Branches
 from codellama_rt.engine.sampler import draw, uniform
 from codellama_rt.engine.stop_strings import TextStream
-from codellama_rt.hf.processors import process
-from codellama_rt.hf.search import Found, Search, padded_rows
+from codellama_rt.hf.search import Found, Search, nothing_allowed, padded_rows
 from codellama_rt.hf.warping import warped
 
 
@@ -45,7 +44,7 @@ def sample(search: Search, branches: Branches) -> Found:
     for _ in range(search.max_new_tokens):
         logits = _logits(rows, branches)
         input_ids = np.hstack([prompts, padded_rows(found.rows, search.pad_id)])
-        scores = process(search.processors, input_ids, logits)
+        scores = search.processed(found.parents, input_ids, logits)
         tokens = [
             search.pad_id if row.ended else _choose(search, row, scores[i])
             for i, row in enumerate(rows)
@@ -92,10 +91,7 @@ def _choose(search: Search, row: _Row, scores: np.ndarray) -> int:
     """Choose the next token; when sampling, `scores` becomes the scores it is drawn from."""
     best = int(scores.argmax())
     if not np.isfinite(scores[best]):
-        raise ValueError(
-            "no token can come next: the highest score is "
-            f"{scores[best]}; check bad_words_ids, suppress_tokens and logits_processor"
-        )
+        raise nothing_allowed(scores[best])
     if not search.config.do_sample or search.config.temperature == 0.0:
         return best
     token_ids, probs = warped(scores, search.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,15 @@ import numpy as np
 
 from codellama_rt.engine.stop_strings import TextStream
 from codellama_rt.hf.generation_config import GenerationConfig
-from codellama_rt.hf.processors import LogitsProcessor
+from codellama_rt.hf.processors import (
+    LogitsProcessor,
+    forbid_all_but,
+    process,
+    renormalize,
+)
 
 StoppingCriterion = Callable[[np.ndarray, Any], Any]
+AllowedTokens = Callable[[int, np.ndarray], Collection[int]]
 
 
 @dataclass
@@ -28,7 +35,9 @@ class Search:
         max_new_tokens: columns the result may have after the prompts.
         max_model_len: maximum tokens per row.
         seed: of the draws.
-        processors: called with (input_ids, scores).
+        processors: the configuration's, called with (input_ids, scores).
+        allowed: called with (prompt's index, row); the only tokens that may follow; or None.
+        callers_processors: called last.
         criteria: called with (input_ids, scores); True or (rows,) of bool ends rows.
         streamer: takes the prompt, then each token; or None.
         tokenizer: for stop strings; None without them.
@@ -44,10 +53,31 @@ class Search:
     max_model_len: int
     seed: int = 0
     processors: Sequence[LogitsProcessor] = ()
+    allowed: AllowedTokens | None = None
+    callers_processors: Sequence[LogitsProcessor] = ()
     criteria: Sequence[StoppingCriterion] = ()
     streamer: Any = None
     tokenizer: Any = None
     adapter: Any = None
+
+    def processed(
+        self, prompts: Sequence[int], input_ids: np.ndarray, logits: np.ndarray
+    ) -> np.ndarray:
+        """Apply all processors.
+
+        Args:
+            prompts: which prompt each row continues.
+            input_ids: (rows, length) int64.
+            logits: (rows, vocab_size), not changed.
+
+        Returns:
+            (rows, vocab_size) float64.
+        """
+        scores = process(self.processors, input_ids, logits)
+        if self.allowed is not None:
+            scores = forbid_all_but(self.allowed, prompts, input_ids, scores)
+        scores = process(self.callers_processors, input_ids, scores)
+        return renormalize(input_ids, scores) if self.config.renormalize_logits else scores
 
     def stopped(self, input_ids: np.ndarray, scores: Any) -> np.ndarray:
         """Which rows the caller's criteria end.
@@ -102,3 +132,19 @@ def padded_rows(rows: Sequence[Sequence[int]], fill: int) -> np.ndarray:
     for target, row in zip(array, rows, strict=True):
         target[: len(row)] = row
     return array
+
+
+def time_limit(max_time: float | None) -> list[StoppingCriterion]:
+    """Return the criterion that ends all rows so many seconds from now; none without a limit."""
+    if max_time is None:
+        return []
+    end = time.monotonic() + max_time
+    return [lambda input_ids, scores: time.monotonic() > end]
+
+
+def nothing_allowed(highest: float) -> ValueError:
+    """Return the error for rows that no token may follow."""
+    return ValueError(
+        f"no token can come next: the highest score is {highest}; check bad_words_ids, "
+        "suppress_tokens, prefix_allowed_tokens_fn and logits_processor"
+    )

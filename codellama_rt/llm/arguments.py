@@ -11,25 +11,58 @@ from codellama_rt.checkpoint.quantize import check_quantization
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.model.kv_cache import KV_DTYPES
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """Return a list of prompts from one or several, and whether it was one.
 
     Raises:
-        TypeError: neither str nor token ids nor a list of them.
+        TypeError: neither str nor token ids nor a dictionary of either, nor a list of them.
+        ValueError: a dictionary with other entries.
     """
-    if isinstance(prompts, str):
-        return [prompts], True
-    if isinstance(prompts, (bytes, bytearray, Mapping)) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, (str, Mapping)):
+        return [prompt_content(prompts)], True
+    if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable):
         raise TypeError(
             f"prompts are a str, token ids or a list of these, got {type(prompts).__name__}"
         )
-    items = list(prompts)
+    items = [prompt_content(prompt) for prompt in prompts]
     if items and not isinstance(items[0], str) and not hasattr(items[0], "__len__"):
         return [items], True
     return items, False
+
+
+def prompt_content(prompt: Any) -> Any:
+    """Return the str or the token ids of a prompt that is a dictionary, as vLLM takes them."""
+    if not isinstance(prompt, Mapping):
+        return prompt
+    for name, kind in (("prompt", str), ("prompt_token_ids", Iterable)):
+        if set(prompt) == {name}:
+            value = prompt[name]
+            if isinstance(value, kind) and (kind is str or not isinstance(value, (str, Mapping))):
+                return value
+            raise TypeError(
+                f"a prompt's entry {name!r} is of a wrong type, got {type(value).__name__}"
+            )
+    raise ValueError(
+        "a prompt that is a dictionary has one entry, 'prompt' or 'prompt_token_ids', got "
+        f"{sorted(map(str, prompt))!r:.100}"
+    )
+
+
+def only_one(
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+) -> SamplingParams | Sequence[SamplingParams] | None:
+    """Return the parameters that were given under one of their two names.
+
+    Raises:
+        TypeError: both are given.
+    """
+    if params is not None and sampling_params is not None:
+        raise TypeError("params and sampling_params are two names of one argument; give one")
+    return sampling_params if params is None else params
 
 
 def require_options(

@@ -19,7 +19,14 @@ from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.follow import Jobs
 from codellama_rt.engine.request import check_params
 from codellama_rt.engine.sampling_params import SamplingParams
-from codellama_rt.llm.arguments import Prompt, as_prompts, default_params, require_options
+from codellama_rt.llm.arguments import (
+    Prompt,
+    as_prompts,
+    default_params,
+    only_one,
+    prompt_content,
+    require_options,
+)
 from codellama_rt.llm.memory_plan import settle
 from codellama_rt.llm.placement import default_block_size, place, require_runtime
 from codellama_rt.llm.plan import Plan
@@ -122,6 +129,7 @@ class LLM:
         if num_threads is not None:
             ops.set_num_threads(num_threads)
         opened = resolve(model)
+        self.name_or_path, self.device = os.fspath(model), device
         opened = replace(opened, config=opened.config.with_rope(rope_theta, rope_scaling))
         self.variant = find_variant(model)
         require_length(self.variant, max_model_len)
@@ -188,14 +196,17 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         adapter: LoraAdapter | None = None,
     ) -> list[Completion]:
         """Complete prompts, all together; a str with <FILL_ME> is filled in.
 
         Args:
-            prompts: a str, token ids, or a list of either. Special tokens written out in a str
-                stay text, but for a str that is Code Llama's whole infilling template.
+            prompts: a str, token ids, or a list of either; also as {"prompt": str} or
+                {"prompt_token_ids": ids}. Special tokens written out in a str stay text, but for a
+                str that is Code Llama's whole infilling template.
             params: for all, or one a prompt; None: `default_params()`.
+            sampling_params: vLLM's name of `params`.
             adapter: applied to these prompts; from `load_adapter`.
 
         Returns:
@@ -206,6 +217,7 @@ class LLM:
             CheckpointError: a file of the model has been written or cut since it was opened.
         """
         prompts, _ = as_prompts(prompts)
+        params = only_one(params, sampling_params)
         if not isinstance(params, (list, tuple)):
             params = [params] * len(prompts)
         if len(params) != len(prompts):
@@ -232,6 +244,7 @@ class LLM:
         Raises:
             ValueError, TypeError: as `generate`, when called, not when iterated; also params.n > 1.
         """
+        prompt = prompt_content(prompt)
         params = self._checked(params)
         if params.n != 1:
             raise ValueError(f"a stream has one sample, got params.n={params.n}")
@@ -273,6 +286,7 @@ class LLM:
         messages: Sequence[Mapping[str, str]],
         params: SamplingParams | None = None,
         *,
+        sampling_params: SamplingParams | None = None,
         chat_template: str | None = None,
         adapter: LoraAdapter | None = None,
     ) -> Completion:
@@ -281,12 +295,14 @@ class LLM:
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": str} in order.
             params: as in `generate`; params.n must be 1.
+            sampling_params: vLLM's name of `params`.
             chat_template: "code-llama", "code-llama-70b" or Jinja; the checkpoint's own if None.
             adapter: as in `generate`.
 
         Raises:
             ValueError, TypeError: as `chat_prompt`; also params.n is not 1.
         """
+        params = only_one(params, sampling_params)
         prompt, params = self.chat_prompt(messages, params, chat_template=chat_template)
         if params.n != 1:
             raise ValueError(f"chat gives one answer, got params.n={params.n}")

@@ -61,10 +61,37 @@ def test_stop_ends_the_text(run, model):
     assert result[1] == text[: text.index(stop)]
 
 
+def test_restrictions_reach_the_engine(run, model):
+    words = ("generate", model, "-p", PROMPT, "--max-new-tokens", 12)
+    text = clrt.generate(model, PROMPT, max_new_tokens=12)
+    stop = text[6:8]
+    kept = run(*words, "--stop", stop, "--include-stop-str-in-output")[1]
+    assert kept == text[: text.index(stop)] + stop
+    restricted = ("--allowed-token-id", 2, "--allowed-token-id", 300, "--ignore-eos")
+    with clrt.LLM(model) as llm:
+        for skips in (True, False):
+            params = clrt.SamplingParams(
+                max_tokens=12, allowed_token_ids=[2, 300], bad_words=["zz"], ignore_eos=True,
+                skip_special_tokens=skips, logit_bias={2: 5.0},
+            )  # fmt: skip
+            expected = llm.generate(PROMPT, params)[0].text
+            option = "--skip-special-tokens" if skips else "--no-skip-special-tokens"
+            options = (*restricted, "--bad-word", "zz", "--logit-bias", "2=5", option)
+            assert run(*words, *options)[1] == expected
+            assert ("</s>" in expected) == (not skips)
+    code, _, err = run(*words, "--allowed-token-id", 10**6)
+    assert code != 0
+    assert "--allowed-token-id" in err or "allowed_token_ids" in err
+
+
 def test_every_sampling_parameter_has_an_option():
     options = {field.name for field in fields(SamplingOptions)}
-    renamed = {"max_tokens": "max_new_tokens", "stop_token_ids": "stop_token_id"}
-    assert {renamed.get(f.name, f.name) for f in fields(SamplingParams)} == options
+    renamed = {
+        "max_tokens": "max_new_tokens", "stop_token_ids": "stop_token_id",
+        "allowed_token_ids": "allowed_token_id", "bad_words": "bad_word",
+    }  # fmt: skip
+    names = {f.name for f in fields(SamplingParams)} - {"logits_processors"}  # functions
+    assert {renamed.get(name, name) for name in names} == options
 
 
 def test_options_replace_what_the_checkpoint_says():

@@ -99,7 +99,12 @@ def test_a_small_step_gives_the_same_text(run, model):
 
 def test_errors_know_every_option():
     names = {field.name for cls in (ModelOptions, SamplingOptions) for field in fields(cls)}
-    python_names = {"max_new_tokens": "max_tokens", "stop_token_id": "stop_token_ids"}
+    python_names = {
+        "max_new_tokens": "max_tokens",
+        "stop_token_id": "stop_token_ids",
+        "allowed_token_id": "allowed_token_ids",
+        "bad_word": "bad_words",
+    }
     assert {python_names.get(name, name) for name in names} - {"model"} <= _OPTIONS.keys()
 
 

@@ -186,7 +186,7 @@ class FailingTokenizer(FakeTokenizer):
     def __init__(self, token_id):
         self.token_id = token_id
 
-    def detokenizer(self, prompt_ids):
+    def detokenizer(self, prompt_ids, *, skip_special_tokens):
         return self
 
     def push(self, token_id):

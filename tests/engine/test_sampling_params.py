@@ -100,6 +100,32 @@ def list_cases():
         yield "ignore_eos", value, TypeError
     for value in (True, False):
         yield "ignore_eos", value, None
+    yield from restriction_cases()
+
+
+def restriction_cases():
+    """What restricts the tokens, and what the text holds."""
+    for name in ("include_stop_str_in_output", "skip_special_tokens"):
+        for value in (0, 1, None, "yes", 1.0, np.bool_(True), []):
+            yield name, value, TypeError
+        for value in (True, False):
+            yield name, value, None
+    for value in (1, "1", b"1", {"1": 2}, [1.0], ["1"], [None], [True], [[1]]):
+        yield "allowed_token_ids", value, TypeError
+    for value in ([], (), [-1], [2, -(10**30)], [2**31]):
+        yield "allowed_token_ids", value, ValueError
+    for value in (None, [0], (2,), {7}, np.array([1, 2]), range(3)):
+        yield "allowed_token_ids", value, None
+    for value in (1, None, {"a": 1}, b"a", [1], ["a", None], [["a"]], True):
+        yield "bad_words", value, TypeError
+    for value in ("", ["a", ""], ["x"] * 257):
+        yield "bad_words", value, ValueError
+    for value in ("a", ["a"] * 256, (), []):
+        yield "bad_words", value, None
+    for value in (1, print, {"a": print}, "a", [1], [print, None], {print}):
+        yield "logits_processors", value, TypeError
+    for value in (None, (), [], [print], (print, len)):
+        yield "logits_processors", value, None
 
 
 def test_every_field_is_valid_or_refused_by_name():

@@ -109,7 +109,7 @@ class FakeTokenizer:
     def filling_end(self, prompt_ids):
         return None
 
-    def detokenizer(self, prompt_ids):
+    def detokenizer(self, prompt_ids, *, skip_special_tokens=True):
         assert all(type(token_id) is int for token_id in prompt_ids)
         return FakeDetokenizer()
 

@@ -108,6 +108,14 @@ def test_dtypes_have_several_names(tmp_path, name, dtype, expected):
         assert made.config.dtype == expected
 
 
+class Silent:
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
+
+
 def test_options_that_cannot_be(tmp_path):
     folder = make_folder(tmp_path / "model")
     with pytest.raises(TypeError, match="dtype is given 2 times"):
@@ -119,8 +127,12 @@ def test_options_that_cannot_be(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"assistant_model": 1}, TypeError, "no argument assistant_model"),
-        ({"num_beams": 2, "do_sample": True}, ValueError, "beam search does not sample"),
+        ({"assistant_modell": 1}, TypeError, "no argument assistant_modell"),
+        ({"assistant_model": 1}, TypeError, "support assistant_model: speculative decoding"),
+        ({"guidance_scale": 1.5}, TypeError, "does not support guidance_scale: combine"),
+        ({"output_attentions": True}, TypeError, "does not support output_attentions"),
+        ({"inputs_embeds": np.ones((1, 2, 3))}, TypeError, "does not support inputs_embeds"),
+        ({"inputs": tensor([PROMPT])}, TypeError, "two names of one argument"),
         ({"num_return_sequences": 2}, ValueError, "greedy search has one result"),
         ({"num_beams": 2, "num_return_sequences": 3}, ValueError, "2 beams cannot give"),
         ({"max_length": 3}, ValueError, "leaves none of max_length=3"),
@@ -135,8 +147,36 @@ def test_options_that_cannot_be(tmp_path):
         ({"eos_token_id": 512}, ValueError, "eos_token_id must be a token id in"),
         ({"pad_token_id": -1}, ValueError, "pad_token_id must be a token id in"),
         ({"suppress_tokens": list(range(512))}, ValueError, "no token can come next"),
+        ({"suppress_tokens": list(range(512)), "num_beams": 2}, ValueError, "no token can come"),
+        (
+            {"suppress_tokens": list(range(512)), "num_beams": 2, "do_sample": True},
+            ValueError,
+            "no token can come",
+        ),
+        (
+            {
+                "suppress_tokens": list(range(511)),
+                "num_beams": 2,
+                "max_new_tokens": 1,
+                "num_return_sequences": 2,
+                "eos_token_id": [],
+            },
+            ValueError,
+            "leave 1 continuations",
+        ),
+        ({"prefix_allowed_tokens_fn": lambda i, ids: []}, ValueError, "returned no token"),
+        ({"prefix_allowed_tokens_fn": lambda i, ids: [512]}, ValueError, r"ids in \[0, 512\)"),
+        ({"prefix_allowed_tokens_fn": lambda i, ids: ["a"]}, TypeError, "must return token ids"),
+        ({"max_time": "1"}, TypeError, "max_time must be a number"),
+        ({"max_time": float("nan")}, ValueError, "max_time must be finite"),
+        ({"length_penalty": None, "sequence_bias": {(1,): "a"}}, TypeError, "sequence_bias must"),
+        ({"sequence_bias": [5]}, TypeError, "sequence_bias must map runs"),
+        ({"sequence_bias": {(): 1.0}}, ValueError, "sequence_bias must not contain an empty"),
+        ({"exponential_decay_length_penalty": 1}, TypeError, r"must be \(start, factor\)"),
+        ({"exponential_decay_length_penalty": (-1, 2.0)}, ValueError, r"\[0\] must be at least 0"),
+        ({"forced_eos_token_id": "a"}, TypeError, "forced_eos_token_id must be"),
         ({"logits_processor": [lambda i, s: s[:, :3]]}, ValueError, "must return scores of shape"),
-        ({"streamer": object(), "num_beams": 2}, ValueError, "a streamer shows one row"),
+        ({"streamer": Silent(), "num_beams": 2}, ValueError, "a streamer shows one row"),
         ({"attention_mask": np.array([[1, 1, 1, 1, 0]])}, ValueError, "padded on the left"),
         ({"attention_mask": np.array([[1, 0, 1, 1, 1]])}, ValueError, "one run of tokens"),
         ({"attention_mask": np.array([[0] * 5])}, ValueError, "one run of tokens"),

@@ -176,7 +176,13 @@ PROMPTS = [
     (None, TypeError, "prompts are a str, token ids or a list of these, got NoneType"),
     (7, TypeError, "prompts are a str, token ids or a list of these, got int"),
     (b"text", TypeError, "got bytes"),
-    ({"prompt": "x"}, TypeError, "got dict"),
+    ({}, ValueError, "has one entry, 'prompt' or 'prompt_token_ids'"),
+    ({"prompt": "x", "prompt_token_ids": [1]}, ValueError, "has one entry"),
+    ({"prompt_embeds": [[0.5]]}, ValueError, r"got \['prompt_embeds'\]"),
+    ({"prompt": [1]}, TypeError, "entry 'prompt' is of a wrong type, got list"),
+    ({"prompt_token_ids": 5}, TypeError, "entry 'prompt_token_ids' is of a wrong type, got int"),
+    ({"prompt_token_ids": "ab"}, TypeError, "entry 'prompt_token_ids' is of a wrong type"),
+    ([{"prompt": b"x"}], TypeError, "entry 'prompt' is of a wrong type, got bytes"),
     ([b"text"], TypeError, "must be a list of int, got bytes"),
     ([[]], ValueError, "must hold at least one token"),
     ([1, -1], ValueError, r"prompt_token_ids\[1\] must be a token id in \[0, 512\), got -1"),
@@ -198,7 +204,8 @@ def test_prompts(llm, prompts, error, message):
         lambda: clrt.generate(llm, prompts),
         lambda: clrt.generate(llm, prompts, stream=True),
     ]
-    if isinstance(prompts, (str, list)) and not isinstance(prompts[0], (list, bytes)):
+    is_one = not isinstance(prompts, list) or not isinstance(prompts[0], (list, bytes, dict))
+    if isinstance(prompts, (str, list, dict)) and is_one:
         ways.append(lambda: llm.stream(prompts))
     for way in ways:
         if way is ways[2] and isinstance(prompts, list) and hasattr(prompts[0], "__len__"):

@@ -20,6 +20,9 @@ class Pieces(Protocol):
     def token_bytes(self, token_id: int) -> bytes | None:
         """Return a token's UTF-8 bytes, possibly part of a character; None if it is special."""
 
+    def piece(self, token_id: int) -> str:
+        """Return the name of a token."""
+
     def lead_length(self, ids: Sequence[int]) -> int:
         """Return how many leading characters of the text of `ids` were added by the encoder."""
 
@@ -35,11 +38,18 @@ class IncrementalDetokenizer:
         >>> text = "".join(map(detokenizer.push, new_ids)) + detokenizer.flush()  # doctest: +SKIP
     """
 
-    def __init__(self, tokenizer: Pieces, prompt_ids: Sequence[int]) -> None:
-        """Start after `prompt_ids`; if those are only the begin token, a text starts here."""
+    def __init__(
+        self, tokenizer: Pieces, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> None:
+        """Start after `prompt_ids`; if those are only the begin token, a text starts here.
+
+        With `skip_special_tokens` the begin token has no text; otherwise its name is before.
+        """
         self._tokenizer = tokenizer
+        self._skips_special = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.decode_errors)
-        self._at_start = bool(prompt_ids) and set(prompt_ids) <= {tokenizer.bos_id}
+        is_first = bool(prompt_ids) and set(prompt_ids) <= {tokenizer.bos_id}
+        self._at_start = is_first and skip_special_tokens
         # A prompt may end inside a character; its at most three bytes are in the last three tokens.
         tail = takewhile(bool, map(tokenizer.token_bytes, reversed(prompt_ids[-3:])))
         self._decoder.decode(b"".join(reversed(list(tail))))
@@ -48,7 +58,9 @@ class IncrementalDetokenizer:
         """Take the next id and return the text that is now complete, possibly ""."""
         piece = self._tokenizer.token_bytes(token_id)
         if piece is None:
-            return ""
+            if self._skips_special:
+                return ""
+            piece = self._tokenizer.piece(token_id).encode()
         text = self._decoder.decode(piece)
         if self._at_start:
             self._at_start = False

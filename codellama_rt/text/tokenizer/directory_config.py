@@ -239,7 +239,8 @@ def _spacing(
     if not has_space and "add_prefix_space" in fields.values and not is_code:
         # A null, too, which LlamaTokenizerFast writes, is false to LlamaTokenizer.
         return "never" if legacy is False else "none"
-    if kind == "CodeLlamaTokenizer" and not legacy and not is_extended:
+    is_slow = not is_extended or fields.values.get("spacing") == "start"  # the second: we wrote it
+    if kind == "CodeLlamaTokenizer" and not legacy and is_slow:
         return "start"
     return "first" if legacy is False and not is_code else "each"
 

@@ -58,7 +58,8 @@ def spacing_options(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     """Return the class and the options that tell where SentencePiece's extra space goes."""
     kind = "CodeLlamaTokenizer" if tokenizer.can_infill else "LlamaTokenizer"
     return {
-        "start": {"tokenizer_class": "CodeLlamaTokenizer"},
+        # Transformers has no option for the second; without it an extended one would be "each".
+        "start": {"tokenizer_class": "CodeLlamaTokenizer", "spacing": "start"},
         "each": {"tokenizer_class": kind, "legacy": True},
         "first": {"tokenizer_class": "LlamaTokenizer", "legacy": False},
         "none": {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_prefix_space": False},

@@ -172,6 +172,10 @@ class Tokenizer:
         ids = self.special_ids | self.end_ids | frozenset(marks)
         return [piece for piece in map(self.piece, sorted(ids)) if piece]
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Encode text that continues a line; a vocabulary may begin a text in another way."""
+        return self.encode_plain(text)
+
     def control_id(self, name: str) -> int | None:
         """Return the id of the control token of this name, as a text writes it, or None."""
         found = (self._id_of.get(name), self._id_of.get(f"▁{name}"))
@@ -229,9 +233,12 @@ class Tokenizer:
         """Decode the ids of a filling, up to its end token; a leading space is kept."""
         raise cannot_infill(self.vocab_size)
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> IncrementalDetokenizer:
+    def detokenizer(
+        self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> IncrementalDetokenizer:
         """Return an incremental decoder for the ids that follow `prompt_ids`."""
-        return IncrementalDetokenizer(self, self._checked(as_id_list(prompt_ids)))
+        checked = self._checked(as_id_list(prompt_ids))
+        return IncrementalDetokenizer(self, checked, skip_special_tokens=skip_special_tokens)
 
     def lead_length(self, ids: Sequence[int]) -> int:
         """Return how many leading characters of the text of `ids` were added by the encoder."""
