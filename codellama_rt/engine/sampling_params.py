@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-import numpy as np
-
-LogitsProcessor = Callable[[Sequence[int], np.ndarray], Any]
+# (tokens of the output, logits as a NumPy array) -> logits; the command line imports this module,
+# and not NumPy, before it knows its command.
+LogitsProcessor = Callable[[Sequence[int], Any], Any]
 
 MAX_SAMPLES = 64  # limits that keep one request from exhausting the machine's memory
 MAX_STOPS = 16

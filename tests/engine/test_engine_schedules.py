@@ -1,12 +1,11 @@
 """An output is a function of the request, whatever else runs and however it is scheduled."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from helpers.paged_fakes import HashModel, collect, drain, engine_of, generate
 
 from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.model.config import RopeScaling
 
 
 def random_request(rng):
@@ -110,7 +109,7 @@ def test_one_sequence_may_use_all_blocks():
 
 
 def test_under_dynamic_rope_only_prompts_of_one_length_share_long_prefixes():
-    model = HashModel(rope_scaling=SimpleNamespace(kind="dynamic"))
+    model = HashModel(rope_scaling=RopeScaling("dynamic", 2.0))
     shared = list(range(3, 43))  # longer than the 32 positions of the model
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     prompts = [shared[:40], [*shared[:36], 50], [*shared[:39], 51], shared[:30], shared[:20]]

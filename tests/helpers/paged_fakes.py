@@ -4,12 +4,14 @@ Each slot holds a hash of the whole prefix up to its token, as real keys and val
 A wrong block, a missing copy or a stale block changes every later token.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 
 from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.model.config import ModelConfig
 
 MASK = 2**64 - 1
 LETTERS = "abcdefgh"
@@ -38,6 +40,7 @@ class HashModel:
             rope_scaling=rope_scaling,
             max_position_embeddings=32,
         )
+        self.config.rope_class = partial(ModelConfig.rope_class, self.config)
         self.nan_token = nan_token
         self.num_computed_tokens = 0
         self.largest_batch = (0, 0)  # sequences, tokens
