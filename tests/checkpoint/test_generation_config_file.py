@@ -82,7 +82,6 @@ def test_good_values_open(tmp_path, key):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"num_beams": 2, "do_sample": True}, "beam search does not sample"),
         ({"num_beams": 2, "num_return_sequences": 3}, "2 beams cannot give num_return_sequences=3"),
         ({"num_return_sequences": 2}, "greedy search has one result"),
         ({"do_sample": True, "top_p": 0}, "top_p must be > 0"),

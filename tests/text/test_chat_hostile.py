@@ -20,6 +20,7 @@ from helpers.hostile_templates import HOSTILE, SECONDS
 
 from codellama_rt.text.chat import JinjaFormat, Message, checked_messages, find_format, sandbox
 from codellama_rt.text.chat.sandbox import ChatTemplateError, TemplateLimitError, render_template
+from codellama_rt.text.tokenizer.tokenizer_config import TokenizerConfig
 
 MAX_BYTES = 400_000_000
 SLACK = 10  # seconds, to start a process on a busy machine
@@ -83,10 +84,32 @@ def test_a_limit_is_a_kind_of_its_own(hasty):
         render_template(ENDLESS, {})
 
 
+class OfNoNames:
+    """A tokenizer without control tokens."""
+
+    bos_id = eos_id = unk_id = pad_id = None
+    special_names = ()
+
+    def split_special(self, text):
+        return [text]
+
+    def encode_rendered(self, parts):
+        return parts
+
+
+class OfMeta(OfNoNames):
+    """One with the control tokens that Meta's format needs."""
+
+    bos_id, eos_id, config = 1, 2, TokenizerConfig(spacing="each")
+
+    def piece(self, token_id):
+        return {1: "<s>", 2: "</s>"}[token_id]
+
+
 def test_a_template_at_a_limit_is_not_taken_for_another_format(hasty):
     """Otherwise the ids of a conversation would depend on the load of the machine."""
     with pytest.raises(TemplateLimitError):
-        find_format("[INST]" + ENDLESS, None)
+        find_format("[INST]" + ENDLESS, OfMeta())
 
 
 @pytest.mark.parametrize("character", ["a", "\xe9", "\u4e2d", "\x01", "\n", "\ud800"])
@@ -326,19 +349,6 @@ def test_the_longest_variables_arrive():
 def test_hostile_messages_are_refused(messages, error, reason):
     with pytest.raises(error, match=reason):
         checked_messages(messages)
-
-
-class OfNoNames:
-    """A tokenizer without control tokens."""
-
-    bos_id = eos_id = None
-    special_names = ()
-
-    def split_special(self, text):
-        return [text]
-
-    def encode_rendered(self, parts):
-        return parts
 
 
 def test_a_message_must_leave_a_private_character_to_separate():
