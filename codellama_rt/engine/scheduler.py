@@ -105,7 +105,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         num_preemptions = self.num_preemptions
         self._schedule_decodes(chunks)
-        # Whoever were admitted after a preemption would take back what was just freed.
+        # A sequence admitted after a preemption would take back what was just freed.
         may_admit = self.num_preemptions == num_preemptions
         self._schedule_prompts(chunks, self.max_num_batched_tokens - len(chunks), may_admit)
         return chunks
@@ -140,9 +140,10 @@ class Scheduler:
 
     def _schedule_prompts(self, chunks: list[Chunk], budget: int, may_admit: bool) -> None:
         prompts = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
-        first = self.waiting[0] if may_admit and self.waiting else None
-        needed = 0 if first is None else self.blocks.num_needed(first)
-        queue = self.waiting[:] if first is not None and self._has_room(needed) else []
+        queue, kept = [], 0
+        if may_admit and self.waiting and len(self.running) < self.max_num_running:
+            kept = self.blocks.num_needed(self.waiting[0])
+            queue = self.waiting[:] if kept <= self.blocks.num_free else []
         if not prompts and not queue:
             return
         oldest = min([*prompts, *queue[:1]], key=_by_arrival)
@@ -152,31 +153,32 @@ class Scheduler:
                 reserved = 0
             if budget <= reserved:
                 continue
-            if not sequence.block_ids and not self._admit(sequence, first):
-                continue
+            if not sequence.block_ids:
+                if not self._admit(sequence, 0 if sequence is queue[0] else kept):
+                    continue
+                kept = 0 if queue[0].block_ids else self.blocks.num_needed(queue[0])
             chunk = _chunk(sequence, budget - reserved)
             chunks.append(chunk)
             budget -= chunk.stop - chunk.start
 
-    def _admit(self, sequence: Sequence, first: Sequence) -> bool:
+    def _admit(self, sequence: Sequence, kept: int) -> bool:
         """Let a waiting sequence run if there is room.
 
-        The first in the queue keeps a place and the blocks that it needs, or it would starve behind
-        short ones that take each as it becomes free.
+        Args:
+            sequence: one that waits.
+            kept: blocks that the first in the queue needs, if it is another one and still waits. It
+                keeps these and a place, or it would starve behind short ones that take each as it
+                becomes free.
         """
-        needed, places = self.blocks.num_needed(sequence), 1
-        if sequence is not first and not first.block_ids:
-            needed, places = needed + self.blocks.num_needed(first), 2
-        if not self._has_room(needed, places):
+        places = 2 if kept else 1
+        if len(self.running) + places > self.max_num_running:
+            return False
+        if self.blocks.num_needed(sequence) + kept > self.blocks.num_free:
             return False
         self.blocks.allocate(sequence)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_by_order)
         return True
-
-    def _has_room(self, num_blocks: int, places: int = 1) -> bool:
-        fits = len(self.running) + places <= self.max_num_running
-        return fits and num_blocks <= self.blocks.num_free
 
 
 def _by_arrival(sequence: Sequence) -> tuple[int, int]:
