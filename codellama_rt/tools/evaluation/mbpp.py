@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,6 @@ def evaluate_mbpp(
     Raises:
         ValueError: a k above n, or a prompt that does not fit.
     """
-    params = SamplingParams(max_tokens=512) if params is None else params
     by_number = {problem.task_id: problem for problem in problems}
     examples = "".join(
         f"{question(by_number[number])}{_lines(by_number[number].code)}\n[DONE]\n\n"
@@ -150,7 +149,8 @@ def evaluate_mbpp(
             Task(problem.task_id, examples + question(problem), partial(check_program, problem))
             for problem in chosen
         ],
-        params=replace(params, stop=(*STOP, *params.stop)),
+        params=params,
+        stop=STOP,
         n=n,
         ks=ks,
         execute=execute,

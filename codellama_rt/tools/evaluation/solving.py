@@ -27,7 +27,8 @@ def solve(
     llm: LLM,
     tasks: Sequence[Task],
     *,
-    params: SamplingParams,
+    params: SamplingParams | None,
+    stop: Sequence[str],
     n: int,
     ks: Sequence[int],
     execute: bool,
@@ -40,7 +41,8 @@ def solve(
     Args:
         llm: the model.
         tasks: what to write.
-        params: how to sample.
+        params: how to sample; None: greedy, at most 512 tokens.
+        stop: strings that end a completion, besides those of params.
         n: samples per task.
         ks: values of k for pass@k; none above n.
         execute: run the model's code, with limits; otherwise there are no scores.
@@ -55,6 +57,8 @@ def solve(
     """
     if not ks or not 1 <= min(ks) <= max(ks) <= n:
         raise ValueError(f"pass@k takes k from 1 to n={n} samples, got {list(ks)}")
+    params = SamplingParams(max_tokens=512) if params is None else params
+    params = replace(params, stop=(*stop, *params.stop))
     requests = [request for task in tasks for request in _requests(llm, task, params, n)]
     completions = [one for group in complete(llm, requests, progress) for one in group]
     written = [task for task in tasks for _ in range(n)]
