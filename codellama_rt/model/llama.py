@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from codellama_rt import ops
-from codellama_rt.model.batch import Batch
+from codellama_rt.model.batch import Batch, Wanted
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.kv_cache import KVCache
 from codellama_rt.model.rope import RotaryEmbedding
@@ -40,7 +40,8 @@ def decoder_stack(
     step: StepArrays,
     kv_layers: Sequence[tuple[Any, Any]],
     watch: Callable[[int], None] | None = None,
-) -> None:
+    narrow: Callable[[Activations], Narrowed] | None = None,
+) -> Activations:
     """Take the residual stream through all layers, as far as the last addition to it.
 
     Args:
@@ -48,12 +49,16 @@ def decoder_stack(
         linear: `linear(x, weight, out=...)`; `weight` is what `layers` holds.
         layers: per layer attention_norm, qkv_proj, o_proj, mlp_norm, gate_up_proj, down_proj.
         config: the model's shape.
-        a: `a.residual` holds the embeddings; afterwards `a.residual + a.sublayer` is the stream.
+        a: `a.residual` holds the embeddings.
         step: which tokens these are, and where their keys and values lie.
         kv_layers: per layer (key_cache, value_cache); written.
         watch: called with each layer's index when `a.residual` is its input.
+        narrow: leaves the tokens whose stream is wanted, once the last layer's keys are written.
+
+    Returns:
+        The activations of the tokens that are left; `residual + sublayer` is their stream.
     """
-    eps, stream = config.norm_eps, (a.x, a.residual)
+    eps, stream, sequences = config.norm_eps, (a.x, a.residual), step.sequences
     next_norms = [*(layer.attention_norm for layer in layers[1:]), None]
     ops.rms_norm(a.residual, layers[0].attention_norm, eps, out=a.x)
     for i, (layer, caches, next_norm) in enumerate(zip(layers, kv_layers, next_norms, strict=True)):
@@ -63,7 +68,10 @@ def decoder_stack(
         ops.rope_and_cache(
             a.qkv, *step.rope, *caches, step.slots, interleaved=config.rope_interleaved, out=a.query
         )
-        ops.paged_attention(a.query, *caches, *step.sequences, out=(a.attended, a.lse))
+        if next_norm is None and narrow is not None:
+            a, sequences, linear = narrow(a)
+            stream = a.x, a.residual
+        ops.paged_attention(a.query, *caches, *sequences, out=(a.attended, a.lse))
         linear(a.attended_rows, layer.o_proj, out=a.sublayer)
         ops.add_rms_norm(a.sublayer, a.residual, layer.mlp_norm, eps, out=stream)
 
@@ -72,6 +80,7 @@ def decoder_stack(
         linear(a.hidden, layer.down_proj, out=a.sublayer)
         if next_norm is not None:
             ops.add_rms_norm(a.sublayer, a.residual, next_norm, eps, out=stream)
+    return a
 
 
 class StepArrays(NamedTuple):
@@ -80,6 +89,14 @@ class StepArrays(NamedTuple):
     rope: tuple[Any, Any, Any]  # cos and sin, float32 (rows, head_dim / 2), and a row per token
     slots: Any  # (num_tokens): where each token's key and value go
     sequences: tuple[Any, Any, Any]  # block_tables, seq_lens, cu_seqlens_q
+
+
+class Narrowed(NamedTuple):
+    """What `decoder_stack` goes on with for some of the tokens; fields as its arguments."""
+
+    activations: Activations
+    sequences: tuple[Any, Any, Any]  # block_tables, seq_lens, cu_seqlens_q
+    linear: Callable[..., Any]
 
 
 @dataclass(slots=True)
@@ -120,6 +137,19 @@ class Activations:
         heads = (arrays["query"].shape[0], config.n_heads, config.head_dim)
         by_head = {name: arrays[name].reshape(*heads) for name in ("query", "attended")}
         return cls(**{**arrays, **by_head}, attended_rows=arrays["attended"])
+
+    def of(self, tokens: Array) -> Activations:
+        """Return activations for these tokens, with their residual and query; NumPy only.
+
+        Args:
+            tokens: (count,) indices. What the other arrays hold is undefined: they are the first
+                `count` rows of the same memory.
+        """
+        count = len(tokens)
+        rows = {name: getattr(self, name)[:count] for name in self.__slots__}
+        return Activations(
+            **{**rows, "residual": self.residual[tokens], "query": self.query[tokens]}
+        )
 
 
 # Weights of one dtype, and their columns of the result; None: all.
@@ -181,8 +211,9 @@ class Llama:
         """
         scratch = self._take_scratch()
         a = scratch.activations(len(batch.token_ids))
-        self._through_layers(a, batch, kv_cache)
-        x, adapted = self._normalized(a, batch, batch.logit_rows)
+        wanted = batch.wanted()
+        a = self._through_layers(a, batch, kv_cache, wanted=wanted)
+        x, adapted = self._normalized(a, wanted or batch)
         logits = ops.linear(x, self.weights.lm_head)
         for adapter, rows in adapted:
             adapter.project(x, rows, logits)
@@ -210,7 +241,8 @@ class Llama:
             states[i] = a.residual
 
         self._through_layers(a, batch, kv_cache, None if last_only else watch)
-        states[-1], _ = self._normalized(a, batch, np.arange(len(batch.token_ids)))
+        every = replace(batch, logit_rows=np.arange(len(batch.token_ids)))
+        states[-1], _ = self._normalized(a, every)
         self._unused.append(scratch)
         return states
 
@@ -226,24 +258,39 @@ class Llama:
         batch: Batch,
         kv_cache: KVCache,
         watch: Callable[[int], None] | None = None,
-    ) -> None:
+        wanted: Wanted | None = None,
+    ) -> Activations:
         step = StepArrays(
             self.rope.lookup(batch.positions, batch.rope_lengths),
             batch.slot_mapping,
             (batch.block_tables, batch.seq_lens, batch.cu_seqlens_q),
         )
-        linear = _with_adapters(batch.adapted) if batch.adapted else _linear
+
+        def narrow(a: Activations) -> Narrowed:
+            sequences = batch.block_tables, batch.seq_lens, wanted.cu_seqlens_q
+            return Narrowed(a.of(wanted.tokens), sequences, _linear_with(wanted.adapted))
+
         ops.embedding(batch.token_ids, self.weights.embedding, out=a.residual)
         for adapter, rows in batch.adapted:
             adapter.embed(batch.token_ids, rows, a.residual)
-        decoder_stack(ops, linear, self.layers, self.config, a, step, kv_cache.layers, watch)
+        return decoder_stack(
+            ops,
+            _linear_with(batch.adapted),
+            self.layers,
+            self.config,
+            a,
+            step,
+            kv_cache.layers,
+            watch,
+            None if wanted is None else narrow,
+        )
 
     def _normalized(
-        self, a: Activations, batch: Batch, rows: Array
+        self, a: Activations, batch: Batch | Wanted
     ) -> tuple[Array, list[tuple[Any, Array]]]:
-        """Return what the head takes, (count, dim) of those rows, and which are of adapters."""
-        sublayer, residual = a.sublayer, a.residual
-        if len(rows) != len(residual):
+        """Return what the head takes, (num_logits, dim), and which rows are of adapters."""
+        sublayer, residual, rows = a.sublayer, a.residual, batch.logit_rows
+        if not np.array_equal(rows, np.arange(len(residual))):
             sublayer, residual = sublayer[rows], residual[rows]
         x, stream = ops.add_rms_norm(sublayer, residual, self.weights.norm, self.config.norm_eps)
         places = [(one, np.flatnonzero(np.isin(rows, tokens))) for one, tokens in batch.adapted]
@@ -333,8 +380,10 @@ def _linear(x: Array, projection: Projection, out: Array) -> None:
         np.add(out, projection.bias, out=out)
 
 
-def _with_adapters(adapted: Sequence[tuple[Any, Array]]) -> Callable[..., None]:
+def _linear_with(adapted: Sequence[tuple[Any, Array]]) -> Callable[..., None]:
     """Return `_linear` with what the adapters of some requests add to it."""
+    if not adapted:
+        return _linear
 
     def linear(x: Array, projection: Projection, out: Array) -> None:
         _linear(x, projection, out)

@@ -149,17 +149,21 @@ class LlamaCell(nn.Cell):
         x = graph.rms_norm(residual, self.layers[0].attention_norm, self.eps)
         for i in range(self.n_layers):
             pair = (caches[2 * i], caches[2 * i + 1])
-            sublayer = self.layers[i].attention(x, rope, pair, slot_mapping, sequences)
+            attended = self.layers[i].attend(x, rope, pair, slot_mapping, sequences)
+            if i + 1 == self.n_layers:  # from here on only what the logits depend on
+                attended = graph.embedding(logit_rows, attended)
+                residual = graph.embedding(logit_rows, residual)
+            sublayer = self.layers[i].output(attended)
             norm = self.layers[i].mlp_norm
             x, residual = graph.add_rms_norm(sublayer, residual, norm, self.eps)
             sublayer = self.layers[i].mlp(x)
             norm = self.layers[i + 1].attention_norm if i + 1 < self.n_layers else self.norm
             x, residual = graph.add_rms_norm(sublayer, residual, norm, self.eps)
-        return graph.linear(graph.embedding(logit_rows, x), lm_head)
+        return graph.linear(x, lm_head)
 
 
 class LayerCell(nn.Cell):
-    """The weights of one layer, and its two sublayers as parts of a graph."""
+    """The weights of one layer, and its parts of a graph."""
 
     def __init__(
         self,
@@ -181,7 +185,7 @@ class LayerCell(nn.Cell):
             if joined is not None:
                 setattr(self, part, _parameter(f"{name}.{part}", joined))
 
-    def attention(
+    def attend(
         self,
         x: Tensor,
         rope: tuple[Tensor, ...],
@@ -189,7 +193,7 @@ class LayerCell(nn.Cell):
         slot_mapping: Tensor,
         sequences: tuple[Tensor, ...],
     ) -> Tensor:
-        """Take (num_tokens, dim), normalized, to (num_tokens, dim); write the caches."""
+        """Take (num_tokens, dim), normalized, to all heads side by side; write the caches."""
         q_proj = _as_given(self.q_proj, self.q_proj_format)
         k_proj = _as_given(self.k_proj, self.k_proj_format)
         v_proj = _as_given(self.v_proj, self.v_proj_format)
@@ -200,8 +204,11 @@ class LayerCell(nn.Cell):
             qkv, *rope, *caches, slot_mapping, interleaved=self.interleaved
         )
         attended, _ = graph.paged_attention(query, *caches, *sequences)
-        o_proj = _as_given(self.o_proj, self.o_proj_format)
-        sublayer = graph.linear(attended.reshape(-1, self.q_dim), o_proj)
+        return attended.reshape(-1, self.q_dim)
+
+    def output(self, attended: Tensor) -> Tensor:
+        """Take all heads side by side, (num_tokens, n_heads * head_dim), to (num_tokens, dim)."""
+        sublayer = graph.linear(attended, _as_given(self.o_proj, self.o_proj_format))
         return sublayer + self.o_bias if self.has_o_bias else sublayer
 
     def mlp(self, x: Tensor) -> Tensor:

@@ -1,16 +1,21 @@
 """The model against Transformers' goldens: logits, greedy tokens, far positions, long prompts."""
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers.builders import running_on
 from helpers.checkpoint_files import TINY_NAMES
 from helpers.goldens import GOLDEN_NAMES, SHARED_NAMES, load_golden, make_engine, run, tiny_golden
 from helpers.oracle import forward
-from helpers.tolerances import LOGITS_ATOL
+from helpers.tolerances import LOGITS_ATOL, assert_equal_bits
 
 from codellama_rt import ops
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.scoring import sequence_logits
+from codellama_rt.model.batch import Batch
+from codellama_rt.model.kv_cache import KVCache
 
 # Transformers scales a dynamic RoPE by the longest row of a batch; here each row has its own.
 DYNAMIC = "rope_dynamic2"
@@ -130,3 +135,49 @@ def test_weights_are_used_as_they_lie():
     lm_head = tiny_golden("hd128_gqa_bf16").model().weights.lm_head
     assert not lm_head.flags.owndata
     assert not lm_head.flags.writeable
+
+
+def three_chunks():
+    """Return five tokens after two, one after nine, and three of a prompt's start."""
+    tables = np.array([[3, -1], [0, 4], [2, -1]], np.int32)
+    counts, starts = [5, 1, 3], [2, 9, 0]
+    positions = np.concatenate(
+        [start + np.arange(n) for start, n in zip(starts, counts, strict=True)]
+    )
+    chunks = np.repeat(np.arange(3), counts)
+    return Batch(
+        token_ids=np.arange(5, 14, dtype=np.int32),
+        positions=positions.astype(np.int32),
+        cu_seqlens_q=np.array([0, 5, 6, 9], np.int32),
+        seq_lens=np.array([7, 10, 3], np.int32),
+        block_tables=tables,
+        slot_mapping=(tables[chunks, positions // 16] * 16 + positions % 16).astype(np.int32),
+        logit_rows=np.arange(9, dtype=np.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    "wanted", [[], [4], [3, 4, 5, 8], [5, 7], [2, 0], [8, 7], [1, 0, 2, 3, 4, 5, 6, 7, 8], [6, 1]]
+)
+def test_the_last_layer_computes_the_tokens_whose_logits_are_wanted(wanted, monkeypatch):
+    model = tiny_golden(GOLDEN_NAMES[0]).model()
+    batch, rows = three_chunks(), np.array(wanted, np.int32)
+    caches = [KVCache(model.config, num_blocks=5, block_size=16, dtype="float32") for _ in range(2)]
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        for cache in itertools.chain(*layers):
+            cache[:] = 0.5  # the tokens before the chunks
+    expected = model.forward(batch, caches[0])[rows]
+    computed = []
+    silu_and_mul = ops.silu_and_mul
+    monkeypatch.setattr(
+        ops, "silu_and_mul", lambda x, out: computed.append(len(x)) or silu_and_mul(x, out=out)
+    )
+    assert_equal_bits(model.forward(replace(batch, logit_rows=rows), caches[1]), expected)
+    for mine, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert_equal_bits(a, b)
+    tails = [
+        end - min([row for row in wanted if begin <= row < end], default=end)
+        for begin, end in [(0, 5), (5, 6), (6, 9)]
+    ]
+    assert computed == [9] * (model.config.n_layers - 1) + [sum(tails)]
