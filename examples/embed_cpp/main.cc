@@ -95,7 +95,8 @@ int main() {
     }
   }
 
-  codellama_rt_rope_and_cache_args rope = {sizeof rope};
+  codellama_rt_rope_and_cache_args rope = {};
+  rope.struct_size = sizeof rope;
   rope.qkv = floats(qkv, {kLength, width});
   rope.cos = floats(cos, {kLength, kHeadDim / 2});
   rope.sin = floats(sin, {kLength, kHeadDim / 2});
@@ -108,7 +109,8 @@ int main() {
 
   std::vector<float> last(query.end() - kHeads * kHeadDim, query.end());
   std::vector<float> out(last.size()), lse(kHeads);
-  codellama_rt_paged_attention_args attention = {sizeof attention};
+  codellama_rt_paged_attention_args attention = {};
+  attention.struct_size = sizeof attention;
   attention.num_threads = 1;
   attention.query = floats(last, {1, kHeads, kHeadDim});
   attention.key_cache = rope.key_cache;
