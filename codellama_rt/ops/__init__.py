@@ -23,7 +23,6 @@ from codellama_rt.ops.attention import (
 )
 from codellama_rt.ops.dense import *  # noqa: F403 (its __all__: a new op there is one here)
 from codellama_rt.ops.dense import __all__ as _dense
-from codellama_rt.ops.dlpack import as_dlpack
 from codellama_rt.ops.native import (
     available,
     available_isas,
@@ -33,6 +32,7 @@ from codellama_rt.ops.native import (
     set_num_threads,
 )
 from codellama_rt.ops.quantized import Quantized, empty_caches
+from codellama_rt.ops.results import as_dlpack
 
 __all__ = [
     *_dense,

@@ -81,7 +81,7 @@ def test_python_takes_the_arguments_of_the_schema(name):
     parameters = inspect.signature(getattr(ops, name)).parameters
     assert [p for p in parameters if p in op.inputs] == list(op.inputs)
     others = set(parameters) - set(op.inputs)
-    assert others == set(op.attributes) | ({"out"} if op.outputs else set())
+    assert others == {*op.attributes, "num_threads"} | ({"out"} if op.outputs else set())
 
 
 @pytest.mark.parametrize("name", OP_NAMES)
