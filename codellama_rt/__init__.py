@@ -7,6 +7,7 @@ Names are imported on first use: importing the package loads NumPy and nothing e
 """
 
 from importlib import import_module
+from pathlib import Path
 
 __version__ = "0.1.0"
 
@@ -27,7 +28,27 @@ _HOME = {
     "ops": "ops",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", "get_cmake_dir", "get_include", *_HOME]
+
+
+def get_include() -> str:
+    """Return the directory of `codellama_rt.h`, for programs in C and C++ (docs/embedding.md).
+
+    Example:
+        >>> get_include().endswith("include")
+        True
+    """
+    return str(Path(__file__).resolve().parent / "include")
+
+
+def get_cmake_dir() -> str:
+    """Return the directory of the CMake package: `-Dcodellama_rt_DIR=`.
+
+    Example:
+        >>> get_cmake_dir().endswith("cmake")
+        True
+    """
+    return str(Path(__file__).resolve().parent / "cmake")
 
 
 def __getattr__(name: str) -> object:

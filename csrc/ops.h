@@ -63,16 +63,27 @@ struct RotaryParams {
   DType dtype;
   int64_t num_tokens, n_heads, n_kv_heads, head_dim;
   bool interleaved;
+  int64_t query_stride, key_stride;  // from token to token
 };
 
-// Pages are head-major: (num_blocks, n_kv_heads, block_size, head_dim); the token of slot s lies in
-// block s / block_size at row s % block_size of every head. Slot -1 is skipped.
+// Caches are (num_blocks, n_kv_heads, block_size, head_dim); the token of slot s lies in block
+// s / block_size at row s % block_size of every head. Slot -1 is skipped. In memory the axes may be
+// in any order, and other things between them, but for the row of head_dim elements; of a quantised
+// cache kCacheGroup rows with their scales are one piece (quantized.h). On cuda all is contiguous.
+struct CacheStrides {  // in bytes
+  int64_t block, head;
+  int64_t group;  // of kCacheGroup tokens
+  int64_t token;  // of floats; 0 in a quantised cache
+};
+
 struct ReshapeAndCacheParams {
   const void *key, *value;        // (num_tokens, n_kv_heads, head_dim)
   void *key_cache, *value_cache;  // (num_blocks, n_kv_heads, block_size, head_dim)
   const int32_t* slot_mapping;    // (num_tokens)
   DType dtype, cache_dtype;
   int64_t num_tokens, n_kv_heads, head_dim, block_size;
+  int64_t key_stride, value_stride;  // from token to token
+  CacheStrides key_cache_strides, value_cache_strides;
 };
 
 struct RopeAndCacheParams {
@@ -85,6 +96,8 @@ struct RopeAndCacheParams {
   DType dtype, cache_dtype;
   int64_t num_tokens, n_heads, n_kv_heads, head_dim, block_size;
   bool interleaved;
+  int64_t qkv_stride;  // from token to token
+  CacheStrides key_cache_strides, value_cache_strides;
 };
 
 // Both attentions are causal from the end: query i of a sequence with num_queries queries and
@@ -101,6 +114,8 @@ struct PagedAttentionParams {
   DType dtype, cache_dtype;
   int64_t num_tokens, num_seqs, max_blocks, n_heads, n_kv_heads, head_dim, block_size;
   float scale;
+  int64_t query_stride;                     // from token to token
+  CacheStrides key_cache_strides, value_cache_strides;  // with one stride of tokens
 };
 
 struct FlashAttentionParams {
@@ -114,6 +129,7 @@ struct FlashAttentionParams {
   int64_t num_tokens, num_keys, num_seqs, n_heads, n_kv_heads, head_dim;
   float scale;
   bool causal;
+  int64_t query_stride, key_stride;  // from token to token; key_stride is the values' as well
 };
 
 struct MergeAttentionParams {
@@ -132,10 +148,16 @@ struct SiluAndMulParams {
   int64_t num_tokens, hidden_dim;
 };
 
+// A block's bytes in memory: outer x inner pieces, each in one run. On cuda always one.
+struct BlockPieces {
+  int64_t block_stride, num_outer, outer_stride, num_inner, inner_stride, bytes;  // all in bytes
+};
+
 struct CopyBlocksParams {
   void *key_cache, *value_cache;  // (num_blocks, ...)
   const int32_t* block_pairs;     // (num_pairs, 2): source, destination; done in order
   int64_t num_pairs, key_block_bytes, value_block_bytes;
+  BlockPieces key_pieces, value_pieces;
 };
 
 // One table an instruction set (or device): the ops' entry points.

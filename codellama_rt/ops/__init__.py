@@ -1,9 +1,10 @@
-"""The operators, called directly: NumPy arrays or MindSpore Tensors in, the same kind out.
+"""The operators, called directly, on tensors of NumPy, MindSpore, or any framework with DLPack.
 
 Shapes, dtypes and costs of each op: `ops.schema`; NumPy definitions: `ops.reference`; MindSpore
 primitives of the same kernels: `ops.graph`. Every op checks all its arguments before it writes
 anything and raises ValueError for shapes and values, TypeError for dtypes. `out=` takes
-preallocated results. Calls run synchronously in the caller's thread and release the GIL.
+preallocated results; without it they are MindSpore Tensors if the first argument is one, else
+NumPy arrays. Calls run synchronously in the caller's thread and release the GIL.
 """
 
 from __future__ import annotations
@@ -30,15 +31,18 @@ from codellama_rt.ops.native import (
     set_isa,
     set_num_threads,
 )
-from codellama_rt.ops.quantized import Quantized
+from codellama_rt.ops.quantized import Quantized, empty_caches
+from codellama_rt.ops.results import as_dlpack
 
 __all__ = [
     *_dense,
     "Quantized",
     "apply_rotary_pos_emb",
+    "as_dlpack",
     "available",
     "available_isas",
     "copy_blocks",
+    "empty_caches",
     "flash_attention",
     "isa",
     "merge_attention",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from codellama_rt.ops.native import _core
+from codellama_rt.ops.native import _core, thread_limit
 from codellama_rt.ops.results import Array, axis_size, empty, empty_like, shape_of
 
 
@@ -18,6 +18,7 @@ def flash_attention(
     causal: bool = True,
     scale: float | None = None,
     out: tuple[Array, Array] | None = None,
+    num_threads: int | None = None,
 ) -> tuple[Array, Array]:
     """Compute softmax attention of several sequences over contiguous K and V (arXiv:2307.08691).
 
@@ -30,6 +31,7 @@ def flash_attention(
         causal: query i of n sees keys up to length - n + i.
         scale: factor of the scores; head_dim ** -0.5 by default.
         out: (out, lse).
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Returns:
         out (num_tokens, n_heads, head_dim) in query's dtype; lse (num_tokens, n_heads) float32, the
@@ -43,7 +45,17 @@ def flash_attention(
     if out is None:
         out = (empty_like(query), empty(query, shape_of(query)[:2], np.float32))
     factor = 0.0 if scale is None else scale
-    _core.flash_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, factor, *out)
+    _core.flash_attention(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        causal,
+        factor,
+        *out,
+        thread_limit(num_threads),
+    )
     return out
 
 
@@ -57,6 +69,7 @@ def paged_attention(
     *,
     scale: float | None = None,
     out: tuple[Array, Array] | None = None,
+    num_threads: int | None = None,
 ) -> tuple[Array, Array]:
     """Compute causal attention of one or more queries per sequence over its blocks.
 
@@ -74,6 +87,7 @@ def paged_attention(
             decoding, k + 1 are speculation, more are a chunk of a prompt.
         scale: factor of the scores; head_dim ** -0.5 by default.
         out: (out, lse).
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Returns:
         out (num_tokens, n_heads, head_dim) in query's dtype; lse (num_tokens, n_heads) float32.
@@ -91,7 +105,15 @@ def paged_attention(
         out = (empty_like(query), empty(query, shape_of(query)[:2], np.float32))
     factor = 0.0 if scale is None else scale
     _core.paged_attention(
-        query, key_cache, value_cache, block_tables, seq_lens, cu_seqlens_q, factor, *out
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        seq_lens,
+        cu_seqlens_q,
+        factor,
+        *out,
+        thread_limit(num_threads),
     )
     return out
 
@@ -103,6 +125,7 @@ def merge_attention(
     lse_b: Array,
     *,
     out: tuple[Array, Array] | None = None,
+    num_threads: int | None = None,
 ) -> tuple[Array, Array]:
     """Merge two attentions of the same queries over disjoint keys (arXiv:2501.01005).
 
@@ -112,6 +135,7 @@ def merge_attention(
         out_b: like `out_a`.
         lse_b: like `lse_a`.
         out: (out, lse).
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Returns:
         (out, lse) as if all keys had been attended at once.
@@ -123,12 +147,19 @@ def merge_attention(
     """
     if out is None:
         out = (empty_like(out_a), empty(out_a, shape_of(out_a)[:2], np.float32))
-    _core.merge_attention(out_a, lse_a, out_b, lse_b, *out)
+    _core.merge_attention(out_a, lse_a, out_b, lse_b, *out, thread_limit(num_threads))
     return out
 
 
 def apply_rotary_pos_emb(
-    query: Array, key: Array, cos: Array, sin: Array, positions: Array, *, interleaved: bool = False
+    query: Array,
+    key: Array,
+    cos: Array,
+    sin: Array,
+    positions: Array,
+    *,
+    interleaved: bool = False,
+    num_threads: int | None = None,
 ) -> tuple[Array, Array]:
     """Rotate queries and keys by their positions, in place: RoPE (arXiv:2104.09864).
 
@@ -140,6 +171,7 @@ def apply_rotary_pos_emb(
         positions: (num_tokens) int32.
         interleaved: elements (2i, 2i + 1) rotate together, as in Meta's and GGUF files; otherwise
             (i, i + head_dim / 2), as in Hugging Face's.
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Returns:
         (query, key), the same objects.
@@ -150,12 +182,20 @@ def apply_rotary_pos_emb(
         >>> apply_rotary_pos_emb(q, q.copy(), zero, one, np.zeros(1, np.int32))[0]
         array([[[0., 1.]]], dtype=float32)
     """
-    _core.apply_rotary_pos_emb(query, key, cos, sin, positions, interleaved)
+    _core.apply_rotary_pos_emb(
+        query, key, cos, sin, positions, interleaved, thread_limit(num_threads)
+    )
     return query, key
 
 
 def reshape_and_cache(
-    key: Array, value: Array, key_cache: Array, value_cache: Array, slot_mapping: Array
+    key: Array,
+    value: Array,
+    key_cache: Array,
+    value_cache: Array,
+    slot_mapping: Array,
+    *,
+    num_threads: int | None = None,
 ) -> None:
     """Write keys and values into their slots of the paged cache, in place.
 
@@ -166,6 +206,7 @@ def reshape_and_cache(
             in int8 or int4, quantised as it is written; written.
         value_cache: like `key_cache`; written.
         slot_mapping: (num_tokens) int32: block_id * block_size + offset; -1 skips the token.
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Example:
         >>> cache = np.zeros((1, 1, 16, 2), np.float32)
@@ -174,7 +215,9 @@ def reshape_and_cache(
         >>> cache[0, 0, 3]
         array([1., 1.], dtype=float32)
     """
-    _core.reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
+    _core.reshape_and_cache(
+        key, value, key_cache, value_cache, slot_mapping, thread_limit(num_threads)
+    )
 
 
 def rope_and_cache(
@@ -188,6 +231,7 @@ def rope_and_cache(
     *,
     interleaved: bool = False,
     out: Array = None,
+    num_threads: int | None = None,
 ) -> Array:
     """Apply RoPE to queries and keys and write keys and values to the cache, in one pass over qkv.
 
@@ -202,6 +246,7 @@ def rope_and_cache(
         slot_mapping: (num_tokens) int32; -1 skips the token.
         interleaved: as in `apply_rotary_pos_emb`.
         out: (num_tokens, n_heads, head_dim) in qkv's dtype.
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Returns:
         The rotated query (num_tokens, n_heads, head_dim).
@@ -219,12 +264,23 @@ def rope_and_cache(
         n_heads = axis_size(qkv, 1) // max(head_dim, 1) - 2 * n_kv_heads
         out = empty(qkv, (axis_size(qkv, 0), max(n_heads, 0), head_dim))
     _core.rope_and_cache(
-        qkv, cos, sin, positions, key_cache, value_cache, slot_mapping, interleaved, out
+        qkv,
+        cos,
+        sin,
+        positions,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        interleaved,
+        out,
+        thread_limit(num_threads),
     )
     return out
 
 
-def copy_blocks(key_cache: Array, value_cache: Array, block_pairs: Array) -> None:
+def copy_blocks(
+    key_cache: Array, value_cache: Array, block_pairs: Array, *, num_threads: int | None = None
+) -> None:
     """Copy whole blocks of both caches, pair after pair, in place (copy-on-write).
 
     Args:
@@ -232,6 +288,7 @@ def copy_blocks(key_cache: Array, value_cache: Array, block_pairs: Array) -> Non
             in int8 or int4, quantised as it is written; written.
         value_cache: like `key_cache`; written.
         block_pairs: (num_pairs, 2) int32: source, destination.
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Example:
         >>> cache = np.arange(2, dtype=np.float32).repeat(32).reshape(2, 1, 16, 2)
@@ -239,4 +296,4 @@ def copy_blocks(key_cache: Array, value_cache: Array, block_pairs: Array) -> Non
         >>> cache[0, 0, 0]
         array([1., 1.], dtype=float32)
     """
-    _core.copy_blocks(key_cache, value_cache, block_pairs)
+    _core.copy_blocks(key_cache, value_cache, block_pairs, thread_limit(num_threads))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from codellama_rt.ops.native import _core
+from codellama_rt.ops.native import _core, thread_limit
 from codellama_rt.ops.quantized import OWN_WEIGHT_DTYPES, Quantized, weight_num_bytes
 from codellama_rt.ops.results import Array, axis_size, empty, empty_like
 
@@ -19,13 +19,16 @@ __all__ = [  # which codellama_rt.ops hands on
 ]
 
 
-def embedding(token_ids: Array, table: Array, *, out: Array = None) -> Array:
+def embedding(
+    token_ids: Array, table: Array, *, out: Array = None, num_threads: int | None = None
+) -> Array:
     """Return rows `token_ids` of a table.
 
     Args:
         token_ids: (num_tokens) int32, each in [0, vocab_size).
         table: (vocab_size, dim) float32, float16 or bfloat16, or a `Quantized` weight.
         out: (num_tokens, dim), any float dtype; float32 by default.
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Returns:
         (num_tokens, dim).
@@ -36,11 +39,13 @@ def embedding(token_ids: Array, table: Array, *, out: Array = None) -> Array:
     """
     if out is None:
         out = empty(token_ids, (axis_size(token_ids, 0), axis_size(table, 1)), np.float32)
-    _core.embedding(token_ids, table, out)
+    _core.embedding(token_ids, table, out, thread_limit(num_threads))
     return out
 
 
-def rms_norm(x: Array, weight: Array, eps: float = 1e-5, *, out: Array = None) -> Array:
+def rms_norm(
+    x: Array, weight: Array, eps: float = 1e-5, *, out: Array = None, num_threads: int | None = None
+) -> Array:
     """Return RMSNorm (arXiv:1910.07467) of x: x / sqrt(mean(x^2) + eps) * weight.
 
     The mean is accumulated in float32.
@@ -50,6 +55,7 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-5, *, out: Array = None) -
         weight: (dim), any float dtype.
         eps: added to the mean square.
         out: (num_tokens, dim) in x's dtype; may be `x`.
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Returns:
         (num_tokens, dim) in x's dtype.
@@ -60,7 +66,7 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-5, *, out: Array = None) -
     """
     if out is None:
         out = empty_like(x)
-    _core.rms_norm(x, weight, eps, out)
+    _core.rms_norm(x, weight, eps, out, thread_limit(num_threads))
     return out
 
 
@@ -71,6 +77,7 @@ def add_rms_norm(
     eps: float = 1e-5,
     *,
     out: tuple[Array, Array] | None = None,
+    num_threads: int | None = None,
 ) -> tuple[Array, Array]:
     """Return rms_norm(x + residual) and the sum, which continues the residual stream.
 
@@ -80,6 +87,7 @@ def add_rms_norm(
         weight: (dim), any float dtype.
         eps: added to the mean square.
         out: (normalized, sum), each like `x`; `(x, residual)` works in place.
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Returns:
         (rms_norm(x + residual), x + residual).
@@ -91,11 +99,17 @@ def add_rms_norm(
     """
     if out is None:
         out = (empty_like(x), empty_like(x))
-    _core.add_rms_norm(x, residual, weight, eps, out[0], out[1])
+    _core.add_rms_norm(x, residual, weight, eps, out[0], out[1], thread_limit(num_threads))
     return out
 
 
-def linear(x: Array, weight: Array | tuple[Array, ...], *, out: Array = None) -> Array:
+def linear(
+    x: Array,
+    weight: Array | tuple[Array, ...],
+    *,
+    out: Array = None,
+    num_threads: int | None = None,
+) -> Array:
     """Return x times weight transposed, accumulated in float32.
 
     The bits of a row do not depend on num_tokens.
@@ -108,6 +122,7 @@ def linear(x: Array, weight: Array | tuple[Array, ...], *, out: Array = None) ->
             weights: groups of 64, rotated). A tuple of up to three weights of one dtype is
             multiplied in one pass, as if their rows were concatenated.
         out: (num_tokens, out_features), any float dtype (default: x's); rows may be strided.
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Returns:
         (num_tokens, out_features).
@@ -121,11 +136,11 @@ def linear(x: Array, weight: Array | tuple[Array, ...], *, out: Array = None) ->
     if out is None:
         weights = weight if isinstance(weight, tuple) else (weight,)
         out = empty(x, (axis_size(x, 0), sum(axis_size(w, 0) for w in weights)))
-    _core.linear(x, weight, out)
+    _core.linear(x, weight, out, thread_limit(num_threads))
     return out
 
 
-def quantize(weight: Array, dtype: str) -> Quantized:
+def quantize(weight: Array, dtype: str, *, num_threads: int | None = None) -> Quantized:
     """Quantise a weight to int8 or int4.
 
     int8 has one scale per 64 elements of a row; int4 a scale and a minimum per 32. int8 first
@@ -136,6 +151,7 @@ def quantize(weight: Array, dtype: str) -> Quantized:
     Args:
         weight: (out_features, in_features) float32, float16 or bfloat16.
         dtype: "int8" (8.25 bits per element) or "int4" (4.5 bits).
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Returns:
         A weight for `linear` and `embedding`; its payload is the same kind of array as `weight`.
@@ -155,16 +171,17 @@ def quantize(weight: Array, dtype: str) -> Quantized:
     shape = (axis_size(weight, 0), axis_size(weight, 1))
     payload = empty(weight, (weight_num_bytes(dtype, shape),), np.uint8)
     quantized = Quantized(payload, dtype, shape)
-    _core.quantize(weight, quantized)
+    _core.quantize(weight, quantized, thread_limit(num_threads))
     return quantized
 
 
-def silu_and_mul(gate_up: Array, *, out: Array = None) -> Array:
+def silu_and_mul(gate_up: Array, *, out: Array = None, num_threads: int | None = None) -> Array:
     """Return silu(gate) * up, the middle of a SwiGLU layer (arXiv:2002.05202).
 
     Args:
         gate_up: (num_tokens, 2 * hidden_dim) float32, float16 or bfloat16: gate, then up.
         out: (num_tokens, hidden_dim) in the same dtype.
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Returns:
         (num_tokens, hidden_dim).
@@ -175,7 +192,7 @@ def silu_and_mul(gate_up: Array, *, out: Array = None) -> Array:
     """
     if out is None:
         out = empty(gate_up, (axis_size(gate_up, 0), axis_size(gate_up, 1) // 2))
-    _core.silu_and_mul(gate_up, out)
+    _core.silu_and_mul(gate_up, out, thread_limit(num_threads))
     return out
 
 
@@ -203,6 +220,7 @@ def decoder_layer(
     eps: float = 1e-5,
     interleaved: bool = False,
     out: Array = None,
+    num_threads: int | None = None,
 ) -> Array:
     """Run a whole Llama layer (arXiv:2302.13971), bit for bit the result of its single ops.
 
@@ -230,6 +248,7 @@ def decoder_layer(
         eps: of both norms.
         interleaved: as in `apply_rotary_pos_emb`.
         out: like `x`; may be `x`.
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 
     Returns:
         (num_tokens, dim) float32: x + attention + mlp.
@@ -269,5 +288,5 @@ def decoder_layer(
         seq_lens,
         cu_seqlens_q,
     )
-    _core.decoder_layer(inputs, eps, interleaved, out)
+    _core.decoder_layer(inputs, eps, interleaved, out, thread_limit(num_threads))
     return out

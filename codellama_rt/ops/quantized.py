@@ -32,6 +32,8 @@ from typing import Any
 
 import numpy as np
 
+from codellama_rt.ops.dtypes import FLOATS
+
 CACHE_DTYPES = ("int8", "int4")
 OWN_WEIGHT_DTYPES = ("int8", "int4")  # written by `quantize`
 WEIGHT_DTYPES = (*OWN_WEIGHT_DTYPES, "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")
@@ -54,7 +56,8 @@ class Quantized:
     """A quantised cache or weight; ops accept it in place of a float tensor.
 
     Attributes:
-        payload: uint8, contiguous, of any shape: values and scales.
+        payload: uint8, contiguous, of any shape: values and scales. That of a cache, shaped
+            (num_blocks, n_kv_heads, bytes), may be a view with gaps between these two axes.
         dtype: a name of `CACHE_DTYPES` or `WEIGHT_DTYPES`.
         shape: of the float tensor that it encodes.
 
@@ -132,16 +135,39 @@ def cache_item_size(dtype: str, head_dim: int, *, key: bool) -> float:
     return cache_row_bytes(dtype, head_dim)[0 if key else 1] / head_dim
 
 
-def empty_caches(dtype: str, shape: tuple[int, int, int, int]) -> tuple[Quantized, Quantized]:
-    """Return zeroed blocks of keys and of values.
+def empty_caches(
+    dtype: str, shape: tuple[int, int, int, int]
+) -> tuple[np.ndarray | Quantized, np.ndarray | Quantized]:
+    """Return zeroed blocks of keys and of values, as the attention operators take them.
 
     Args:
-        dtype: a name of `CACHE_DTYPES`.
-        shape: (num_blocks, n_kv_heads, block_size, head_dim).
+        dtype: "float32", "float16", "bfloat16", or "int8" or "int4".
+        shape: (num_blocks, n_kv_heads, block_size, head_dim); block_size is a multiple of 16.
 
     Returns:
-        (key_cache, value_cache), payloads (num_blocks, n_kv_heads, bytes per block).
+        (key_cache, value_cache): NumPy arrays, or `Quantized` whose payloads are
+        (num_blocks, n_kv_heads, bytes per block and head).
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: another dtype, or a shape that no cache has.
+
+    Example:
+        >>> key_cache, value_cache = empty_caches("int8", (4, 2, 64, 128))
+        >>> key_cache.shape, key_cache.payload.shape
+        ((4, 2, 64, 128), (4, 2, 8448))
     """
+    if dtype not in FLOATS and dtype not in CACHE_DTYPES:
+        names = ", ".join((*FLOATS, *CACHE_DTYPES))
+        raise ValueError(f"empty_caches: dtype must be one of {names}, got {dtype!r}")
+    check_shape(shape)
+    if len(shape) != 4 or shape[2] == 0 or shape[2] % CACHE_GROUP:
+        raise ValueError(
+            "empty_caches: shape must be (num_blocks, n_kv_heads, block_size, head_dim) with "
+            f"block_size a multiple of {CACHE_GROUP}, got {tuple(shape)}"
+        )
+    if dtype in FLOATS:
+        return np.zeros(shape, FLOATS[dtype].dtype), np.zeros(shape, FLOATS[dtype].dtype)
     num_blocks, n_kv_heads, block_size, head_dim = shape
     key, value = (
         Quantized(np.zeros((num_blocks, n_kv_heads, block_size * row), np.uint8), dtype, shape)

@@ -1,18 +1,22 @@
-// Direct calls from Python: NumPy arrays and MindSpore Tensors to the launchers, nothing else.
+// Direct calls from Python: tensors to the launchers, nothing else.
 //
 // An array is read through NumPy's own struct; a MindSpore Tensor through its Python methods
-// (`data_ptr`, `shape`, `dtype`), so that no header or ABI of MindSpore is touched. Kernels run in
-// the caller's thread, with the GIL released.
+// (`data_ptr`, `shape`, `dtype`), so that no header or ABI of MindSpore is touched; any other
+// tensor through DLPack. Kernels run in the caller's thread, with the GIL released.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <climits>
 #include <cstring>
 #include <string>
 #include <tuple>
 #include <unordered_map>
 #include <vector>
 
+#ifndef CLRT_CUDA
+#include "bind/dlpack.h"
+#endif
 #include "bind/gil.h"
 #include "common/launch.h"
 #ifdef CLRT_CUDA     // the module _cuda: the same ops on device tensors
@@ -139,6 +143,9 @@ bool is_mindspore(py::handle object) {
 }
 #endif
 
+// What a call holds besides its arguments: the capsules of DLPack.
+using Kept = std::vector<py::object>;
+
 TensorView view_mindspore(py::handle tensor) {
   TensorView t;
   const NamedDType& dtype = dtype_of(attribute(tensor, "dtype"));
@@ -152,30 +159,52 @@ TensorView view_mindspore(py::handle tensor) {
   return t;
 }
 
-// An ops.Quantized: bytes, and the dtype and shape of what they stand for.
-TensorView view_quantized(py::handle object) {
-  const py::object payload = attribute(object, "payload");
-#ifdef CLRT_CUDA
-  TensorView t = view_mindspore(payload);
-#else
-  TensorView t;
-  if (py::isinstance<py::array>(payload)) {
-    t = view_array(py::reinterpret_borrow<py::array>(payload));
-  } else if (is_mindspore(payload)) {
-    t = view_mindspore(payload);
-  } else {
-    throw DtypeError(
-        "the payload of a Quantized must be a NumPy array or a MindSpore Tensor, got " +
-        type_name(payload));
-  }
-#endif
+// The bytes of a Quantized lie in one run. Those of a cache (num_blocks, n_kv_heads, bytes) may
+// have gaps between what these two axes count: one head's part of a block is one piece.
+void set_pieces(TensorView& t, const TensorView& payload) {
+  bool apart = false, cache = t.ndim == 4 && payload.ndim >= 3;
   t.num_bytes = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    if (t.strides[i] != t.num_bytes && t.shape[i] > 1) {
-      throw std::invalid_argument("the payload of a Quantized must be contiguous");
+  for (int i = payload.ndim - 1; i >= 0; --i) {
+    if (payload.shape[i] > 1 && payload.strides[i] != t.num_bytes) {
+      apart = true;
+      cache = cache && i < 2 && payload.strides[i] > 0;
     }
-    t.num_bytes *= t.shape[i];
+    if (i < 2) cache = cache && payload.shape[i] == t.shape[i];
+    t.num_bytes *= payload.shape[i];
   }
+  if (!apart || t.num_bytes == 0) return;
+  if (!cache) {
+    throw std::invalid_argument(
+        "the payload of a Quantized must be contiguous; that of a cache (num_blocks, n_kv_heads, "
+        "bytes) may have gaps between blocks and between heads, not between tokens");
+  }
+  const int64_t piece = t.num_bytes / (t.shape[0] * t.shape[1]);
+  for (int i = 0; i < 2; ++i) {
+    t.piece_strides[i] = t.shape[i] > 1 ? payload.strides[i] : piece;
+  }
+}
+
+#ifdef CLRT_CUDA
+TensorView view_bytes(py::handle payload, Kept&) { return view_mindspore(payload); }
+#else
+TensorView view_bytes(py::handle payload, Kept& kept) {
+  if (py::isinstance<py::array>(payload)) {
+    return view_array(py::reinterpret_borrow<py::array>(payload));
+  }
+  if (is_mindspore(payload)) return view_mindspore(payload);
+  if (py::hasattr(payload, "__dlpack__")) return dlpack::view(payload, type_name(payload), kept);
+  throw DtypeError(
+      "the payload of a Quantized must be a NumPy array, a MindSpore Tensor or a tensor with "
+      "DLPack, got " +
+      type_name(payload));
+}
+#endif
+
+// An ops.Quantized: bytes, and the dtype and shape of what they stand for.
+TensorView view_quantized(py::handle object, Kept& kept) {
+  const py::object held = attribute(object, "payload");
+  const TensorView payload = view_bytes(held, kept);
+  TensorView t = payload;
   if (std::strcmp(t.dtype_text, "uint8") != 0) {
     throw DtypeError(std::string("the payload of a Quantized must be uint8, got ") + t.dtype_text);
   }
@@ -186,28 +215,31 @@ TensorView view_quantized(py::handle object) {
   }
   t.dtype_text = dtype_name(t.dtype);
   set_shape(t, attribute(object, "shape"));
+  set_pieces(t, payload);
   return t;
 }
 
-// The view, and what keeps its memory: the caller holds the object for the length of the call.
+// The view. The caller holds the object for the length of the call, which keeps its memory; what
+// else must be held goes to `kept`.
 #ifdef CLRT_CUDA
-TensorView view(py::handle object) {
+TensorView view(py::handle object, Kept& kept) {
   if (py::hasattr(object, "device_ptr")) return view_mindspore(object);
-  if (py::hasattr(object, "payload")) return view_quantized(object);
+  if (py::hasattr(object, "payload")) return view_quantized(object, kept);
   if (py::hasattr(object, "is_cuda")) return view_mindspore(object);
   throw DtypeError("an op on cuda takes DeviceTensors, got " + type_name(object));
 }
 #else
-TensorView view(py::handle object) {
+TensorView view(py::handle object, Kept& kept) {
   if (py::isinstance<py::array>(object)) {
     return view_array(py::reinterpret_borrow<py::array>(object));
   }
   if (is_mindspore(object)) return view_mindspore(object);
-  if (py::hasattr(object, "payload")) return view_quantized(object);
-  throw DtypeError("an op takes NumPy arrays or MindSpore Tensors, got " + type_name(object) +
-                   (py::hasattr(object, "data_ptr")
-                        ? "; pass a NumPy array that shares its memory, as tensor.numpy() is"
-                        : ""));
+  if (py::hasattr(object, "payload")) return view_quantized(object, kept);
+  if (py::hasattr(object, "__dlpack__")) return dlpack::view(object, type_name(object), kept);
+  throw DtypeError(
+      "an op takes NumPy arrays, MindSpore Tensors or tensors with DLPack (__dlpack__), got " +
+      type_name(object) +
+      (py::hasattr(object, "data_ptr") ? "; pass a NumPy array that shares its memory" : ""));
 }
 #endif
 
@@ -217,58 +249,89 @@ void run(const Launch& launch) {
   launch();
 }
 
+#ifndef CLRT_CUDA
+// On at most so many threads; 0: on all.
+template <typename Launch>
+void run(int64_t num_threads, const Launch& launch) {
+  const ThreadLimit limit(num_threads > 0 && num_threads < INT_MAX ? int(num_threads) : INT_MAX);
+  run(launch);
+}
+#endif
+
 // What Python passes for a parameter of a launcher: any tensor, or a sequence of them, or a number.
 template <typename T>
 struct Argument {
   using Type = T;
-  static T read(T value) { return value; }
+  static T read(T value, Kept&) { return value; }
 };
 template <>
 struct Argument<TensorView> {
   using Type = py::handle;
-  static TensorView read(py::handle object) { return view(object); }
+  static TensorView read(py::handle object, Kept& kept) { return view(object, kept); }
 };
 template <>
 struct Argument<Weights> {
   using Type = py::handle;
-  static Weights read(py::handle object) {
+  static Weights read(py::handle object, Kept& kept) {
     Weights weights;
     if (PyTuple_Check(object.ptr()) || PyList_Check(object.ptr())) {
       for (py::handle weight : py::reinterpret_borrow<py::sequence>(object)) {
-        weights.add(view(weight));
+        weights.add(view(weight, kept));
       }
     } else {
-      weights.add(view(object));
+      weights.add(view(object, kept));
     }
     return weights;
   }
 };
 
-// An op of ops.def: its arguments are read in order under the GIL, then it runs without.
+// An op of ops.def: its arguments are read in order under the GIL, then it runs without. On the CPU
+// the number of threads comes last.
 template <typename... T>
 void def(py::module_& m, const char* name, void (*launch)(T...)) {
+#ifdef CLRT_CUDA
   m.def(name, [launch](typename Argument<T>::Type... arguments) {
-    const std::tuple<T...> views{Argument<T>::read(arguments)...};
+    Kept kept;
+    const std::tuple<T...> views{Argument<T>::read(arguments, kept)...};
     run([&] { std::apply(launch, views); });
   });
+#else
+  m.def(name, [launch](typename Argument<T>::Type... arguments, int64_t num_threads) {
+    Kept kept;
+    const std::tuple<T...> views{Argument<T>::read(arguments, kept)...};
+    run(num_threads, [&] { std::apply(launch, views); });
+  });
+#endif
 }
 
 #ifndef CLRT_CUDA
 // Its 19 tensors come as one tuple.
 void def(py::module_& m, const char* name, void (*launch)(const DecoderLayer&)) {
-  m.def(name, [launch](const py::tuple& inputs, float eps, bool interleaved, py::handle out) {
+  m.def(name, [launch](const py::tuple& inputs, float eps, bool interleaved, py::handle out,
+                       int64_t num_threads) {
+    Kept kept;
     if (inputs.size() != 19) throw std::invalid_argument("decoder_layer takes 19 tensors");
     TensorView t[19];
-    for (size_t i = 0; i < 19; ++i) t[i] = view(inputs[i]);
-    const DecoderLayer layer{t[0],  t[1],  t[2],  t[3],      t[4],  t[5],       t[6],  t[7],
-                             t[8],  t[9],  t[10], t[11],     t[12], t[13],      t[14], t[15],
-                             t[16], t[17], t[18], view(out), eps,   interleaved};
-    run([&] { launch(layer); });
+    for (size_t i = 0; i < 19; ++i) t[i] = view(inputs[i], kept);
+    const DecoderLayer layer{
+        t[0],  t[1],       t[2],  t[3],  t[4],  t[5],  t[6],  t[7],  t[8],  t[9],
+        t[10], t[11],      t[12], t[13], t[14], t[15], t[16], t[17], t[18], view(out, kept),
+        eps,   interleaved};
+    run(num_threads, [&] { launch(layer); });
   });
 }
 #endif
 
 #ifndef CLRT_CUDA
+// Of a tensor with DLPack: (shape, name of the dtype).
+py::tuple shape_and_dtype(py::handle object) {
+  Kept kept;
+  const TensorView t = dlpack::view(object, type_name(object), kept);
+  py::tuple shape(t.ndim);
+  for (int i = 0; i < t.ndim; ++i) shape[i] = t.shape[i];
+  return py::make_tuple(shape, t.dtype_text);
+}
+
 std::vector<std::string> isa_names() {
   size_t n = 0;
   const KernelTable* const* tables = available_isas(&n);
@@ -327,6 +390,8 @@ PYBIND11_MODULE(CLRT_MODULE, m) {
     run([&] { flops = kernels().multiply_add(operands, num_rounds); });
     return flops;
   });
+  m.def("shape_and_dtype", shape_and_dtype);
+  m.def("dlpack_capsule", dlpack::export_array);
   m.def("available_isas", isa_names);
   m.def("isa", [] { return kernels().isa; });
   m.def("set_isa", choose_isa);

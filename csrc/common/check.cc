@@ -43,6 +43,30 @@ bool is_aligned(const TensorView& t) {
   return !has_elements(t) || reinterpret_cast<uintptr_t>(t.data) % item_size(t.dtype) == 0;
 }
 
+// Whether rows of the last axis are contiguous, and no two of them overlap: seen from the smallest
+// stride to the largest, each axis steps over all that lies inside.
+bool rows_are_apart(const TensorView& t) {
+  if (!has_elements(t)) return true;
+  int64_t size[kMaxDims], stride[kMaxDims];
+  int n = 0;
+  for (int i = 0; i < t.ndim; ++i) {
+    if (t.shape[i] == 1) continue;
+    if (i == t.ndim - 1 && t.strides[i] != 1) return false;
+    int at = n++;
+    for (; at > 0 && stride[at - 1] > t.strides[i]; --at) {
+      stride[at] = stride[at - 1];
+      size[at] = size[at - 1];
+    }
+    stride[at] = t.strides[i];
+    size[at] = t.shape[i];
+  }
+  int64_t inside = 1;
+  for (int i = 0; i < n; ++i) {
+    if (stride[i] < inside || __builtin_mul_overflow(stride[i], size[i], &inside)) return false;
+  }
+  return true;
+}
+
 bool is_contiguous(const TensorView& t, bool rows_apart) {
   if (!has_elements(t)) return true;  // nothing is apart from nothing
   int64_t expected = 1;
@@ -57,9 +81,11 @@ bool is_contiguous(const TensorView& t, bool rows_apart) {
 constexpr const char* kFloatNames = "float32, float16 or bfloat16";
 #ifdef CLRT_CUDA
 constexpr const char* kCacheNames = "float32, float16, bfloat16, int8 or fp8";
+constexpr bool kCachesHaveStrides = false;
 constexpr const char* kWeightNames = "float32, float16, bfloat16, int8_mma or int4_mma";
 #else
 constexpr const char* kCacheNames = "float32, float16, bfloat16, int8 or int4";
+constexpr bool kCachesHaveStrides = true;
 constexpr const char* kWeightNames =
     "float32, float16, bfloat16, int8, int4, q4_0, q4_1, q8_0, q4_k or q6_k";
 #endif
@@ -67,17 +93,20 @@ constexpr const char* kWeightNames =
 }  // namespace
 
 void Check::floats(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
-  tensor(name, t, axes, is_float(t.dtype), kFloatNames, false);
+  tensor(name, t, axes, is_float(t.dtype), kFloatNames);
 }
 
 void Check::floats(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
                    DType same_as) {
-  tensor(name, t, axes, t.dtype == same_as, dtype_name(same_as), false);
+  tensor(name, t, axes, t.dtype == same_as, dtype_name(same_as));
 }
 
 void Check::weight(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
-  tensor(name, t, axes, is_weight_dtype(t.dtype), kWeightNames, false);
+  tensor(name, t, axes, is_weight_dtype(t.dtype), kWeightNames);
   if (is_float(t.dtype)) return;
+  if (t.piece_strides[0] != 0) {
+    require(false, std::string(name) + ": the payload of a Quantized weight must be contiguous");
+  }
   const int64_t block = weight_block(t.dtype);
   require(t.shape[1] % block == 0,
           std::string(name) + " in " + t.dtype_text + " must have in_features a multiple of " +
@@ -88,7 +117,7 @@ void Check::weight(const char* name, const TensorView& t, std::initializer_list<
 void Check::weight(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
                    DType same_as) {
   if (t.dtype == same_as) return weight(name, t, axes);
-  tensor(name, t, axes, false, dtype_name(same_as), false);
+  tensor(name, t, axes, false, dtype_name(same_as));
 }
 
 void Check::cache(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
@@ -98,18 +127,31 @@ void Check::cache(const char* name, const TensorView& t, std::initializer_list<A
 void Check::cache(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
                   DType same_as) {
   if (t.dtype == same_as) return pages(name, t, axes, false);
-  tensor(name, t, axes, false, dtype_name(same_as), false);
+  tensor(name, t, axes, false, dtype_name(same_as));
 }
 
 void Check::pages(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
                   bool key) {
-  tensor(name, t, axes, is_cache_dtype(t.dtype), kCacheNames, false);
+  tensor(name, t, axes, is_cache_dtype(t.dtype), kCacheNames,
+         kCachesHaveStrides ? Layout::kRowsAnywhere : Layout::kContiguous);
   if (is_float(t.dtype)) return;
   require(t.dtype != DType::kInt4 || t.shape[3] % kInt4Step == 0,
           std::string(name) + " in int4 must have head_dim a multiple of " +
               std::to_string(kInt4Step) + ", got " + std::to_string(t.shape[3]));
   require(t.shape[2] % kCacheGroup == 0,
           "block_size must be a multiple of 16, got " + std::to_string(t.shape[2]));
+  if (t.piece_strides[0] != 0 && has_elements(t)) {
+    const int64_t piece = t.shape[2] / kCacheGroup * cache_group_bytes(t.dtype, t.shape[3], key);
+    TensorView pieces;  // of `piece` bytes each
+    pieces.ndim = 3;
+    for (int i = 0; i < 2; ++i) {
+      pieces.shape[i] = t.shape[i];
+      pieces.strides[i] = t.piece_strides[i];
+    }
+    pieces.shape[2] = piece;
+    pieces.strides[2] = 1;
+    if (!rows_are_apart(pieces)) require(false, std::string(name) + ": blocks or heads overlap");
+  }
   num_bytes(name, t,
             t.shape[0] * t.shape[1] * (t.shape[2] / kCacheGroup) *
                 cache_group_bytes(t.dtype, t.shape[3], key));
@@ -122,19 +164,24 @@ void Check::num_bytes(const char* name, const TensorView& t, int64_t expected) {
 }
 
 void Check::float32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
-  tensor(name, t, axes, t.dtype == DType::kFloat32, "float32", false);
+  tensor(name, t, axes, t.dtype == DType::kFloat32, "float32");
 }
 
 void Check::int32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
-  tensor(name, t, axes, t.dtype == DType::kInt32, "int32", false);
+  tensor(name, t, axes, t.dtype == DType::kInt32, "int32");
 }
 
 void Check::rows(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
-  tensor(name, t, axes, is_float(t.dtype), kFloatNames, true);
+  tensor(name, t, axes, is_float(t.dtype), kFloatNames, Layout::kRowsApart);
+}
+
+void Check::rows(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+                 DType same_as) {
+  tensor(name, t, axes, t.dtype == same_as, dtype_name(same_as), Layout::kRowsApart);
 }
 
 void Check::tensor(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
-                   bool dtype_ok, const char* dtype_wanted, bool rows_apart) {
+                   bool dtype_ok, const char* dtype_wanted, Layout layout) {
   if (!dtype_ok) {
     throw DtypeError(std::string(op_) + ": " + name + " must be " + describe(dtype_wanted, axes) +
                      ", got " + describe(t) + "; cast it with .astype");
@@ -156,10 +203,17 @@ void Check::tensor(const char* name, const TensorView& t, std::initializer_list<
                        std::to_string(item_size(t.dtype)) +
                        " bytes in memory; copy it with .copy()");
   }
-  if (is_contiguous(t, rows_apart)) return;
-  throw std::invalid_argument(std::string(op_) + ": " + name + " " + describe(t) +
-                              " must be contiguous" + (rows_apart ? " within its rows" : "") +
-                              "; copy it with numpy.ascontiguousarray");
+  if (layout == Layout::kRowsAnywhere ? !is_float(t.dtype) || rows_are_apart(t)
+                                      : is_contiguous(t, layout == Layout::kRowsApart)) {
+    return;
+  }
+  throw std::invalid_argument(
+      std::string(op_) + ": " + name + " " + describe(t) + " must be contiguous" +
+      (layout == Layout::kContiguous
+           ? ""
+           : " within its rows" +
+                 std::string(layout == Layout::kRowsAnywhere ? ", which must not overlap" : "")) +
+      "; copy it with numpy.ascontiguousarray");
 }
 
 void Check::fail_shape(const char* name, const TensorView& t, const char* dtype_wanted,

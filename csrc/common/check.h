@@ -9,6 +9,7 @@
 #include <string>
 
 #include "common/quantized.h"
+#include "ops.h"
 
 namespace codellama_rt {
 
@@ -31,7 +32,8 @@ struct TensorView {
   int64_t shape[kMaxDims] = {};
   int64_t strides[kMaxDims] = {};  // in elements
   bool writable = true;
-  int64_t num_bytes = 0;  // of a quantised tensor
+  int64_t num_bytes = 0;          // of a quantised tensor
+  int64_t piece_strides[2] = {};  // of its first two axes in bytes; 0: all is contiguous
 };
 
 // Elements that a tensor may have, a size of 0 counted as 1. No memory holds that many, and
@@ -81,15 +83,17 @@ class Check {
   void int32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
   // A weight (out_features, in_features), or a cache (num_blocks, n_kv_heads, block_size,
   // head_dim) of keys or, with `same_as` the keys' dtype, of values: floats, or quantised as
-  // quantized.h says.
+  // quantized.h says. A cache may have strides of its own (CacheStrides in ops.h).
   void weight(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
   void weight(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
               DType same_as);
   void cache(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
   void cache(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
              DType same_as);
-  // A float matrix whose rows may lie apart.
+  // Floats of which what the first axis counts, a row or a token, may lie apart.
   void rows(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
+  void rows(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+            DType same_as);
   void writable(const char* name, const TensorView& t);
   // Every element in [low, high).
   void range(const char* name, const TensorView& t, int64_t low, int64_t high, const char* high_is);
@@ -98,8 +102,9 @@ class Check {
   void require(bool condition, const std::string& message);
 
  private:
+  enum class Layout { kContiguous, kRowsApart, kRowsAnywhere };
   void tensor(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
-              bool dtype_ok, const char* dtype_wanted, bool rows_apart);
+              bool dtype_ok, const char* dtype_wanted, Layout layout = Layout::kContiguous);
   void pages(const char* name, const TensorView& t, std::initializer_list<Axis*> axes, bool key);
   void num_bytes(const char* name, const TensorView& t, int64_t expected);
   [[noreturn]] void fail_shape(const char* name, const TensorView& t, const char* dtype_wanted,
@@ -135,6 +140,29 @@ inline void check_heads(Check& check, int64_t n_heads, int64_t n_kv_heads) {
 inline void check_block_size(Check& check, int64_t block_size) {
   check.require(block_size > 0 && block_size % 16 == 0,
                 "block_size must be a multiple of 16, got " + std::to_string(block_size));
+}
+
+// Of a checked cache.
+inline CacheStrides cache_strides(const TensorView& cache, bool key) {
+  if (is_float(cache.dtype)) {
+    const int64_t item = item_size(cache.dtype);
+    const int64_t token = cache.strides[2] * item;
+    return {cache.strides[0] * item, cache.strides[1] * item, kCacheGroup * token, token};
+  }
+  const int64_t group = cache_group_bytes(cache.dtype, cache.shape[3], key);
+  if (cache.piece_strides[0] != 0)
+    return {cache.piece_strides[0], cache.piece_strides[1], group, 0};
+  const int64_t head = cache.shape[2] / kCacheGroup * group;
+  return {cache.shape[1] * head, head, group, 0};
+}
+
+// The kernel steps through keys and values alike.
+inline void check_token_strides(Check& check, const TensorView& key, const TensorView& value,
+                                int axis, const char* what) {
+  if (key.strides[axis] == value.strides[axis] || key.shape[axis] <= 1) return;
+  check.require(false, std::string(what) + " must have the same stride from token to token, got " +
+                           std::to_string(key.strides[axis]) + " and " +
+                           std::to_string(value.strides[axis]) + " elements");
 }
 
 inline void check_even(Check& check, int64_t head_dim) {

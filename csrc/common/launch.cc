@@ -1,5 +1,7 @@
 #include "common/launch.h"
 
+#include <utility>
+
 #include "common/check.h"
 #ifdef CLRT_CUDA  // compiled once a device
 #include "cuda/runtime/dispatch.h"
@@ -85,8 +87,8 @@ void apply_rotary_pos_emb(TensorView query, TensorView key, TensorView cos, Tens
   Check check("apply_rotary_pos_emb");
   Axis tokens{"num_tokens"}, heads{"n_heads"}, kv_heads{"n_kv_heads"}, dim{"head_dim"};
   Axis table{"num_positions"};
-  check.floats("query", query, {&tokens, &heads, &dim});
-  check.floats("key", key, {&tokens, &kv_heads, &dim}, query.dtype);
+  check.rows("query", query, {&tokens, &heads, &dim});
+  check.rows("key", key, {&tokens, &kv_heads, &dim}, query.dtype);
   check_even(check, dim.size);
   Axis half{"half_head_dim", dim.size / 2};
   check.float32("cos", cos, {&table, &half});
@@ -97,7 +99,7 @@ void apply_rotary_pos_emb(TensorView query, TensorView key, TensorView cos, Tens
   check.range("positions", positions, 0, table.size, "num_positions");
   kernels().apply_rotary_pos_emb({query.data, key.data, floats(cos), floats(sin), ints(positions),
                                   query.dtype, tokens.size, heads.size, kv_heads.size, dim.size,
-                                  interleaved});
+                                  interleaved, query.strides[0], key.strides[0]});
 }
 
 void reshape_and_cache(TensorView key, TensorView value, TensorView key_cache,
@@ -105,8 +107,8 @@ void reshape_and_cache(TensorView key, TensorView value, TensorView key_cache,
   Check check("reshape_and_cache");
   Axis tokens{"num_tokens"}, kv_heads{"n_kv_heads"}, dim{"head_dim"}, blocks{"num_blocks"},
       block{"block_size"};
-  check.floats("key", key, {&tokens, &kv_heads, &dim});
-  check.floats("value", value, {&tokens, &kv_heads, &dim}, key.dtype);
+  check.rows("key", key, {&tokens, &kv_heads, &dim});
+  check.rows("value", value, {&tokens, &kv_heads, &dim}, key.dtype);
   check.cache("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
   check.cache("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
   check.int32("slot_mapping", slot_mapping, {&tokens});
@@ -115,9 +117,10 @@ void reshape_and_cache(TensorView key, TensorView value, TensorView key_cache,
   check_block_size(check, block.size);
   check.range("slot_mapping", slot_mapping, -1, blocks.size * block.size,
               "num_blocks * block_size");
-  kernels().reshape_and_cache({key.data, value.data, key_cache.data, value_cache.data,
-                               ints(slot_mapping), key.dtype, key_cache.dtype, tokens.size,
-                               kv_heads.size, dim.size, block.size});
+  kernels().reshape_and_cache(
+      {key.data, value.data, key_cache.data, value_cache.data, ints(slot_mapping), key.dtype,
+       key_cache.dtype, tokens.size, kv_heads.size, dim.size, block.size, key.strides[0],
+       value.strides[0], cache_strides(key_cache, true), cache_strides(value_cache, false)});
 }
 
 void rope_and_cache(TensorView qkv, TensorView cos, TensorView sin, TensorView positions,
@@ -134,7 +137,7 @@ void rope_and_cache(TensorView qkv, TensorView cos, TensorView sin, TensorView p
   Axis half{"half_head_dim", dim.size / 2};
   Axis qkv_dim{"(n_heads + 2 * n_kv_heads) * head_dim",
                (heads.size + 2 * kv_heads.size) * dim.size};
-  check.floats("qkv", qkv, {&tokens, &qkv_dim});
+  check.rows("qkv", qkv, {&tokens, &qkv_dim});
   check.float32("cos", cos, {&table, &half});
   check.float32("sin", sin, {&table, &half});
   check.int32("positions", positions, {&tokens});
@@ -148,7 +151,8 @@ void rope_and_cache(TensorView qkv, TensorView cos, TensorView sin, TensorView p
   kernels().rope_and_cache({qkv.data, floats(cos), floats(sin), ints(positions), key_cache.data,
                             value_cache.data, ints(slot_mapping), query.data, qkv.dtype,
                             key_cache.dtype, tokens.size, heads.size, kv_heads.size, dim.size,
-                            block.size, interleaved});
+                            block.size, interleaved, qkv.strides[0], cache_strides(key_cache, true),
+                            cache_strides(value_cache, false)});
 }
 
 void flash_attention(TensorView query, TensorView key, TensorView value, TensorView cu_seqlens_q,
@@ -157,9 +161,10 @@ void flash_attention(TensorView query, TensorView key, TensorView value, TensorV
   Check check("flash_attention");
   Axis tokens{"num_tokens"}, keys{"num_keys"}, heads{"n_heads"}, kv_heads{"n_kv_heads"},
       dim{"head_dim"}, bounds{"num_seqs + 1"};
-  check.floats("query", query, {&tokens, &heads, &dim});
-  check.floats("key", key, {&keys, &kv_heads, &dim});
-  check.floats("value", value, {&keys, &kv_heads, &dim}, key.dtype);
+  check.rows("query", query, {&tokens, &heads, &dim});
+  check.rows("key", key, {&keys, &kv_heads, &dim});
+  check.rows("value", value, {&keys, &kv_heads, &dim}, key.dtype);
+  check_token_strides(check, key, value, 0, "key and value");
   check.int32("cu_seqlens_q", cu_seqlens_q, {&bounds});
   check.int32("cu_seqlens_k", cu_seqlens_k, {&bounds});
   check.floats("out", out, {&tokens, &heads, &dim}, query.dtype);
@@ -172,7 +177,8 @@ void flash_attention(TensorView query, TensorView key, TensorView value, TensorV
   kernels().flash_attention({query.data, key.data, value.data, ints(cu_seqlens_q),
                              ints(cu_seqlens_k), out.data, floats(lse), query.dtype, key.dtype,
                              tokens.size, keys.size, bounds.size - 1, heads.size, kv_heads.size,
-                             dim.size, attention_scale(check, scale, dim.size), causal});
+                             dim.size, attention_scale(check, scale, dim.size), causal,
+                             query.strides[0], key.strides[0]});
 }
 
 void paged_attention(TensorView query, TensorView key_cache, TensorView value_cache,
@@ -181,9 +187,10 @@ void paged_attention(TensorView query, TensorView key_cache, TensorView value_ca
   Check check("paged_attention");
   Axis tokens{"num_tokens"}, heads{"n_heads"}, kv_heads{"n_kv_heads"}, dim{"head_dim"},
       blocks{"num_blocks"}, block{"block_size"}, seqs{"num_seqs"}, max_blocks{"max_blocks"};
-  check.floats("query", query, {&tokens, &heads, &dim});
+  check.rows("query", query, {&tokens, &heads, &dim});
   check.cache("key_cache", key_cache, {&blocks, &kv_heads, &block, &dim});
   check.cache("value_cache", value_cache, {&blocks, &kv_heads, &block, &dim}, key_cache.dtype);
+  check_token_strides(check, key_cache, value_cache, 2, "key_cache and value_cache");
   check.int32("block_tables", block_tables, {&seqs, &max_blocks});
   check.int32("seq_lens", seq_lens, {&seqs});
   Axis bounds{"num_seqs + 1", seqs.size + 1};
@@ -196,11 +203,27 @@ void paged_attention(TensorView query, TensorView key_cache, TensorView value_ca
   check_block_size(check, block.size);
   check.offsets("cu_seqlens_q", cu_seqlens_q, tokens.size, "num_tokens");
   check_pages(check, block_tables, seq_lens, cu_seqlens_q, blocks.size, block.size);
-  kernels().paged_attention({query.data, key_cache.data, value_cache.data, ints(block_tables),
-                             ints(seq_lens), ints(cu_seqlens_q), out.data, floats(lse), query.dtype,
-                             key_cache.dtype, tokens.size, seqs.size, max_blocks.size, heads.size,
-                             kv_heads.size, dim.size, block.size,
-                             attention_scale(check, scale, dim.size)});
+  kernels().paged_attention({query.data,
+                             key_cache.data,
+                             value_cache.data,
+                             ints(block_tables),
+                             ints(seq_lens),
+                             ints(cu_seqlens_q),
+                             out.data,
+                             floats(lse),
+                             query.dtype,
+                             key_cache.dtype,
+                             tokens.size,
+                             seqs.size,
+                             max_blocks.size,
+                             heads.size,
+                             kv_heads.size,
+                             dim.size,
+                             block.size,
+                             attention_scale(check, scale, dim.size),
+                             query.strides[0],
+                             cache_strides(key_cache, true),
+                             cache_strides(value_cache, false)});
 }
 
 void merge_attention(TensorView out_a, TensorView lse_a, TensorView out_b, TensorView lse_b,
@@ -231,6 +254,28 @@ void silu_and_mul(TensorView gate_up, TensorView out) {
   kernels().silu_and_mul({gate_up.data, out.data, out.dtype, tokens.size, hidden.size});
 }
 
+namespace {
+
+struct Repeated {
+  int64_t count, stride;
+};
+
+// Rows that follow one another are one piece, whichever of the two axes is the inner one.
+BlockPieces pieces_of_block(int64_t block_stride, Repeated outer, Repeated inner, int64_t bytes) {
+  if (inner.stride > outer.stride) std::swap(inner, outer);
+  if (inner.stride == bytes || inner.count == 1) {
+    bytes *= inner.count;
+    inner.count = 1;
+    if (outer.stride == bytes || outer.count == 1) {
+      bytes *= outer.count;
+      outer.count = 1;
+    }
+  }
+  return {block_stride, outer.count, outer.stride, inner.count, inner.stride, bytes};
+}
+
+}  // namespace
+
 void copy_blocks(TensorView key_cache, TensorView value_cache, TensorView block_pairs) {
   Check check("copy_blocks");
   Axis blocks{"num_blocks"}, kv_heads{"n_kv_heads"}, block{"block_size"}, dim{"head_dim"},
@@ -245,8 +290,18 @@ void copy_blocks(TensorView key_cache, TensorView value_cache, TensorView block_
     const int64_t group_bytes = cache_group_bytes(key_cache.dtype, dim.size, key);
     return kv_heads.size * (block.size * group_bytes / kCacheGroup);
   };
+  const auto pieces = [&](const TensorView& cache, bool key) {
+    const CacheStrides strides = cache_strides(cache, key);
+    const bool floats = is_float(cache.dtype);
+    const int64_t row = floats ? dim.size * item_size(cache.dtype) : strides.group;
+    return pieces_of_block(
+        strides.block, {kv_heads.size, strides.head},
+        {floats ? block.size : block.size / kCacheGroup, floats ? strides.token : strides.group},
+        row);
+  };
   kernels().copy_blocks({key_cache.data, value_cache.data, ints(block_pairs), pairs.size,
-                         block_bytes(true), block_bytes(false)});
+                         block_bytes(true), block_bytes(false), pieces(key_cache, true),
+                         pieces(value_cache, false)});
 }
 
 #ifndef CLRT_CUDA  // whose formats are made by Python

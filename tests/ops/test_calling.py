@@ -77,6 +77,31 @@ def test_threads_change_no_bit(name, threads):
             assert_equal_bits(ours, theirs)
 
 
+@pytest.mark.parametrize("name", OP_NAMES)
+def test_a_limit_of_threads_changes_no_bit(name, threads):
+    op, arrays = OPS[name], make_arguments(OPS[name], {"num_tokens": 300, "num_positions": 300,
+                                                       "num_blocks": 40, "max_blocks": 20,
+                                                       "num_keys": 500})  # fmt: skip
+    if "seq_lens" in arrays:
+        arrays["seq_lens"][...] = [320, 170]
+    threads(4)
+    expected = outcome(op, arrays)
+    for limit in (1, 3, 4, 100, 2**40):
+        for ours, theirs in zip(outcome(op, arrays, num_threads=limit), expected, strict=True):
+            assert_equal_bits(ours, theirs)
+    assert ops.num_threads() == 4
+
+
+@pytest.mark.parametrize("name", OP_NAMES)
+def test_a_limit_of_threads_that_cannot_be(name):
+    op, arrays = OPS[name], make_arguments(OPS[name])
+    for limit in (0, -3):
+        with pytest.raises(ValueError, match=f"num_threads must be at least 1, got {limit}"):
+            call(op, arrays, num_threads=limit)
+    with pytest.raises(TypeError):
+        call(op, arrays, num_threads=2.5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OP_NAMES)
 def test_mindspore_tensors(name, dtype):
@@ -106,7 +131,7 @@ def as_bits(array):
 
 
 def test_an_argument_that_is_no_tensor():
-    with pytest.raises(TypeError, match="NumPy arrays or MindSpore Tensors, got list"):
+    with pytest.raises(TypeError, match=r"tensors with DLPack \(__dlpack__\), got list"):
         ops.rms_norm([[1.0]], np.ones(1, np.float32))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import codellama_rt
 from codellama_rt import ops
 from codellama_rt.ops import reference
 from codellama_rt.ops.schema import OPS
@@ -58,6 +59,17 @@ def test_launcher(name):
     launchers = [CSRC / "common" / "launch.cc", CSRC / "cpu" / "ops" / "decoder_layer.cc"]
     place = "csrc/common/launch.cc"
     assert any(defines(file, name) for file in launchers), missing(name, place, "the launcher")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_c_function(name):
+    header = Path(codellama_rt.get_include()) / "codellama_rt.h"
+    place = header.relative_to(REPOSITORY)
+    assert f"}} codellama_rt_{name}_args;" in header.read_text(), missing(name, place, "its struct")
+    assert f"int codellama_rt_{name}(" in header.read_text(), missing(name, place, "its function")
+    functions = CSRC / "bind" / "c.cc"
+    place = functions.relative_to(REPOSITORY)
+    assert f"CLRT_C_OP({name})" in functions.read_text(), missing(name, place, "the C function")
 
 
 @pytest.mark.parametrize("name", OPS)

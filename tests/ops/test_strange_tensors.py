@@ -160,7 +160,7 @@ def test_items_without_bytes():
 
 
 class Tensor:
-    """Looks like a torch.Tensor; its pointer may be a device's."""
+    """Looks like a torch.Tensor without DLPack; its pointer may be a device's."""
 
     __module__ = "torch"
     dtype = "torch.float32"
@@ -186,8 +186,8 @@ def test_tensors_of_other_frameworks_are_refused_in_words(name, argument, give_o
     with pytest.raises(TypeError) as caught:
         call(op, arrays, give_out=give_out)
     assert str(caught.value) == (
-        "an op takes NumPy arrays or MindSpore Tensors, got torch.Tensor; "
-        "pass a NumPy array that shares its memory, as tensor.numpy() is"
+        "an op takes NumPy arrays, MindSpore Tensors or tensors with DLPack (__dlpack__), "
+        "got torch.Tensor; pass a NumPy array that shares its memory"
     )
 
 

@@ -28,6 +28,9 @@ void paged_attention(const PagedAttentionParams& p) {
   a.block_size = p.block_size;
   a.scale = p.scale;
   a.causal = true;
+  a.query_stride = p.query_stride;
+  a.key_strides = p.key_cache_strides;
+  a.value_strides = p.value_cache_strides;
   attend<true>(a);
 }
 
@@ -48,6 +51,9 @@ void flash_attention(const FlashAttentionParams& p) {
   a.head_dim = p.head_dim;
   a.scale = p.scale;
   a.causal = p.causal;
+  a.query_stride = p.query_stride;
+  const int64_t item = item_size(p.kv_dtype), token = p.key_stride * item;
+  a.key_strides = a.value_strides = {0, p.head_dim * item, kCacheGroup * token, token};
   attend<false>(a);
 }
 

@@ -68,23 +68,22 @@ struct Workspace {
 template <typename T>
 Tile<T> tile_at(const Block& block, int64_t key) {
   const Attention& a = block.a;
-  const int64_t key_group = cache_group_bytes(a.cache_dtype, a.head_dim, true);
-  const int64_t value_group = cache_group_bytes(a.cache_dtype, a.head_dim, false);
   Tile<T> tile;
-  tile.row_stride = (a.block_tables ? 1 : a.n_kv_heads) * a.head_dim / kPacked<T>;
-  tile.key_bytes = a.block_tables ? key_group : 0;
-  tile.value_bytes = a.block_tables ? value_group : 0;
+  tile.row_stride = kQuantized<T> ? a.head_dim / kPacked<T> : a.key_strides.token / sizeof(T);
+  const bool whole = kQuantized<T> || tile.row_stride == a.head_dim;
+  tile.key_bytes = whole ? a.key_strides.group : 0;
+  tile.value_bytes = whole ? a.value_strides.group : 0;
   const int64_t left = block.most_keys() - key;
   tile.num_keys = left < 0 ? 0 : int(smaller(kTile, left));
   for (int g = 0; g < kGroups && tile.num_keys > 0; ++g) {
     const int64_t last = (tile.num_keys - 1) / kGroup;
-    const int64_t row = a.row(block.task.seq, block.kv_head, key + smaller(g, last) * kGroup);
-    const auto at = [&](const void* rows, int64_t group_bytes) {
-      return reinterpret_cast<const T*>(static_cast<const char*>(rows) +
-                                        row * (group_bytes / kGroup));
+    const auto at = [&](const void* rows, const CacheStrides& strides) {
+      const int64_t offset =
+          a.offset(strides, block.task.seq, block.kv_head, key + smaller(g, last) * kGroup);
+      return reinterpret_cast<const T*>(static_cast<const char*>(rows) + offset);
     };
-    tile.keys[g] = at(a.key, key_group);
-    tile.values[g] = at(a.value, value_group);
+    tile.keys[g] = at(a.key, a.key_strides);
+    tile.values[g] = at(a.value, a.value_strides);
   }
   return tile;
 }
@@ -316,7 +315,7 @@ void run_task(const Attention& a, const Task& task) {
   std::memset(work.query, 0, num_heads * query_floats * sizeof(float));
   for_heads([&](int64_t h, const Block& block) {
     for (int64_t row = 0; row < rows; ++row) {
-      const Q* query = static_cast<const Q*>(a.query) + block.output_row(row) * a.head_dim;
+      const Q* query = static_cast<const Q*>(a.query) + block.query_offset(row);
       QueryScale& scale = work.scales[h * rows + row];
       if constexpr (kQuantized<T>) {
         scale = pack_quantized_query<T>(query, a.head_dim, work.keys, work.values);

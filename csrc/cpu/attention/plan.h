@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/attention/softmax.h"
+#include "ops.h"
 
 namespace codellama_rt {
 namespace CLRT_ISA {
@@ -25,6 +26,8 @@ struct Attention {
   int64_t num_seqs, max_blocks, n_heads, n_kv_heads, head_dim, block_size;
   float scale;
   bool causal;
+  int64_t query_stride;                     // from token to token, in elements
+  CacheStrides key_strides, value_strides;  // of contiguous keys: block 0
 
   int64_t group_size() const { return n_heads / n_kv_heads; }
   int64_t padded_dim() const { return ceil_div(head_dim, kGroup) * kGroup; }
@@ -35,11 +38,12 @@ struct Attention {
   int64_t num_keys(int64_t seq) const {
     return block_tables ? seq_lens[seq] : cu_seqlens_k[seq + 1] - cu_seqlens_k[seq];
   }
-  // Row number over all keys and heads: of head `kv_head` and key number `key` (a group's first).
-  int64_t row(int64_t seq, int64_t kv_head, int64_t key) const {
-    if (!block_tables) return (cu_seqlens_k[seq] + key) * n_kv_heads + kv_head;
-    const int64_t page = block_tables[seq * max_blocks + key / block_size];
-    return (page * n_kv_heads + kv_head) * block_size + key % block_size;
+  // Where the group that key number `key` begins lies, in bytes.
+  int64_t offset(const CacheStrides& strides, int64_t seq, int64_t kv_head, int64_t key) const {
+    const int64_t head = kv_head * strides.head;
+    if (!block_tables) return (cu_seqlens_k[seq] + key) * strides.token + head;
+    const int64_t block = block_tables[seq * max_blocks + key / block_size];
+    return block * strides.block + head + key % block_size / kCacheGroup * strides.group;
   }
 };
 
@@ -70,6 +74,10 @@ struct Block {
   int64_t output_row(int64_t row) const {
     const int64_t token = a.cu_seqlens_q[task.seq] + task.first_query + row / group_size;
     return token * a.n_heads + kv_head * group_size + row % group_size;
+  }
+  int64_t query_offset(int64_t row) const {  // in elements
+    const int64_t token = a.cu_seqlens_q[task.seq] + task.first_query + row / group_size;
+    return token * a.query_stride + (kv_head * group_size + row % group_size) * a.head_dim;
   }
   RowState state(float* states, int64_t row) const {
     return {states + row * a.state_floats(), a.state_width()};

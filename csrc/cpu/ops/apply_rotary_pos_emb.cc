@@ -23,11 +23,11 @@ void apply_rotary_pos_emb(const RotaryParams& p) {
       const float* cos = p.cos + p.positions[t] * half;
       const float* sin = p.sin + p.positions[t] * half;
       for (int64_t h = 0; h < p.n_heads; ++h) {
-        T* x = static_cast<T*>(p.query) + t * query_row + h * p.head_dim;
+        T* x = static_cast<T*>(p.query) + t * p.query_stride + h * p.head_dim;
         rotate_head(x, cos, sin, x, half, p.interleaved);
       }
       for (int64_t h = 0; h < p.n_kv_heads; ++h) {
-        T* x = static_cast<T*>(p.key) + t * key_row + h * p.head_dim;
+        T* x = static_cast<T*>(p.key) + t * p.key_stride + h * p.head_dim;
         rotate_head(x, cos, sin, x, half, p.interleaved);
       }
     });

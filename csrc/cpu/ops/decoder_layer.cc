@@ -30,6 +30,7 @@ Sizes check_weights(Check& check, const DecoderLayer& l) {
   check.cache("key_cache", l.key_cache, {&blocks, &kv_heads, &block, &head_dim});
   check.cache("value_cache", l.value_cache, {&blocks, &kv_heads, &block, &head_dim},
               l.key_cache.dtype);
+  check_token_strides(check, l.key_cache, l.value_cache, 2, "key_cache and value_cache");
   check.writable("key_cache", l.key_cache);
   check.writable("value_cache", l.value_cache);
   check_even(check, head_dim.size);
@@ -120,15 +121,35 @@ void normalize(const Sizes& s, const DecoderLayer& l, const TensorView& weight, 
 
 // rms_norm(x) -> narrow -> the attention's result in narrow
 void attention(const Sizes& s, const DecoderLayer& l, const Buffers& b) {
+  const CacheStrides key_strides = cache_strides(l.key_cache, true);
+  const CacheStrides value_strides = cache_strides(l.value_cache, false);
   multiply(s, b.narrow, s.dim, {l.q_proj, l.k_proj, l.v_proj}, b.wide);
   kernels().rope_and_cache({b.wide, floats(l.cos), floats(l.sin), ints(l.positions),
                             l.key_cache.data, l.value_cache.data, ints(l.slot_mapping), b.middle,
                             DType::kFloat32, l.key_cache.dtype, s.tokens, s.heads, s.kv_heads,
-                            s.head_dim, s.block_size, l.interleaved});
-  kernels().paged_attention({b.middle, l.key_cache.data, l.value_cache.data, ints(l.block_tables),
-                             ints(l.seq_lens), ints(l.cu_seqlens_q), b.wide, b.lse, DType::kFloat32,
-                             l.key_cache.dtype, s.tokens, s.seqs, s.max_blocks, s.heads, s.kv_heads,
-                             s.head_dim, s.block_size, usual_scale(s.head_dim)});
+                            s.head_dim, s.block_size, l.interleaved, s.qkv_dim(), key_strides,
+                            value_strides});
+  kernels().paged_attention({b.middle,
+                             l.key_cache.data,
+                             l.value_cache.data,
+                             ints(l.block_tables),
+                             ints(l.seq_lens),
+                             ints(l.cu_seqlens_q),
+                             b.wide,
+                             b.lse,
+                             DType::kFloat32,
+                             l.key_cache.dtype,
+                             s.tokens,
+                             s.seqs,
+                             s.max_blocks,
+                             s.heads,
+                             s.kv_heads,
+                             s.head_dim,
+                             s.block_size,
+                             usual_scale(s.head_dim),
+                             s.q_dim(),
+                             key_strides,
+                             value_strides});
   multiply(s, b.wide, s.q_dim(), {l.o_proj}, b.narrow);
 }
 

@@ -24,11 +24,12 @@ void reshape_and_cache(const ReshapeAndCacheParams& p) {
         if (slot < 0) return;
         float* floats = page_scratch(p.head_dim);
         for (int64_t h = 0; h < p.n_kv_heads; ++h) {
-          const int64_t from = t * row + h * p.head_dim;
-          const Page key(p.key_cache, true, slot, h, p.n_kv_heads, p.block_size, p.head_dim);
-          const Page value(p.value_cache, false, slot, h, p.n_kv_heads, p.block_size, p.head_dim);
-          key.write(static_cast<const T*>(p.key) + from, floats);
-          value.write(static_cast<const T*>(p.value) + from, floats);
+          const int64_t from = h * p.head_dim;
+          const Page key(p.key_cache, p.key_cache_strides, true, slot, h, p.block_size, p.head_dim);
+          const Page value(p.value_cache, p.value_cache_strides, false, slot, h, p.block_size,
+                           p.head_dim);
+          key.write(static_cast<const T*>(p.key) + t * p.key_stride + from, floats);
+          value.write(static_cast<const T*>(p.value) + t * p.value_stride + from, floats);
         }
       });
     });

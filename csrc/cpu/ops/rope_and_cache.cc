@@ -21,7 +21,7 @@ namespace {
 template <typename T, typename Cache>
 void rope_and_cache_token(const RopeAndCacheParams& p, int64_t t) {
   const int64_t half = p.head_dim / 2, slot = p.slot_mapping[t];
-  const T* query = static_cast<const T*>(p.qkv) + t * (p.n_heads + 2 * p.n_kv_heads) * p.head_dim;
+  const T* query = static_cast<const T*>(p.qkv) + t * p.qkv_stride;
   const T* key = query + p.n_heads * p.head_dim;
   const T* value = key + p.n_kv_heads * p.head_dim;
   const float* cos = p.cos + p.positions[t] * half;
@@ -34,8 +34,8 @@ void rope_and_cache_token(const RopeAndCacheParams& p, int64_t t) {
   float* floats = page_scratch(p.head_dim);
   for (int64_t h = 0; h < p.n_kv_heads; ++h) {
     using Page = PageRow<Cache>;
-    const Page keys(p.key_cache, true, slot, h, p.n_kv_heads, p.block_size, p.head_dim);
-    const Page values(p.value_cache, false, slot, h, p.n_kv_heads, p.block_size, p.head_dim);
+    const Page keys(p.key_cache, p.key_cache_strides, true, slot, h, p.block_size, p.head_dim);
+    const Page values(p.value_cache, p.value_cache_strides, false, slot, h, p.block_size, p.head_dim);
     if constexpr (Page::kQuantizes) {
       rotate_head(key + h * p.head_dim, cos, sin, floats, half, p.interleaved);
       keys.write(floats, floats);

@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <climits>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -69,13 +70,24 @@ inline void pause_cpu() {
 #endif
 }
 
-// One region of work. Everything a worker reads of it is published by `generation`.
+// One region of work, and how many workers may help its caller.
 struct Region {
   void (*body)(void*, int64_t) = nullptr;
   void* context = nullptr;
   int64_t num_tasks = 0;
+  int num_helpers = 0;
 };
 
+// A region ends when its tasks are done: workers that have not come by then, because something else
+// has their CPUs, are not waited for.
+//
+// `generation_` is odd while a region is open, and 64 bits wide: it never comes back to a value
+// that a sleeping worker has seen. `inside_` counts the workers that may read the region. A worker
+// first counts itself, then looks whether a region is open; the caller first shuts the region, then
+// waits for the count to be 0. All four steps are sequentially consistent, so either the worker
+// sees that the region is shut and touches nothing, or the caller sees the worker and waits. If the
+// worker finds another region open than the one that woke it, that one is as good: its caller must
+// wait for it as well.
 class Pool {
  public:
   // Throws std::runtime_error, with no thread left over, if one cannot be started.
@@ -98,15 +110,15 @@ class Pool {
   void run(const Region& region) {
     region_ = region;
     next_.store(0, std::memory_order_relaxed);
-    running_.store(int(workers_.size()), std::memory_order_relaxed);
-    generation_.fetch_add(1);  // publishes the three lines above
+    helpers_.store(0, std::memory_order_relaxed);
+    generation_.fetch_add(1);  // opens it, and publishes the lines above
     if (sleepers_.load() > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
     }
-    drain();
-    // A worker that was asleep may still be on its way: every one must pass, for `region_` is ours.
-    for (int spins = 0; running_.load(std::memory_order_acquire) > 0; ++spins) {
+    drain(region);
+    generation_.fetch_add(1);  // shuts it
+    for (int spins = 0; inside_.load() > 0; ++spins) {
       if (spins < kSpins) {
         pause_cpu();
       } else {
@@ -117,6 +129,8 @@ class Pool {
   }
 
  private:
+  static bool is_open(uint64_t generation) { return generation % 2 == 1; }
+
   void stop() {
     {
       std::lock_guard<std::mutex> lock(sleep_);
@@ -126,8 +140,7 @@ class Pool {
     for (std::thread& worker : workers_) worker.join();
   }
 
-  void drain() {
-    const Region region = region_;
+  void drain(const Region& region) {
     try {
       for (int64_t task;
            (task = next_.fetch_add(1, std::memory_order_relaxed)) < region.num_tasks;) {
@@ -142,41 +155,48 @@ class Pool {
 
   void work() {
     const DefaultFloatMode mode;
-    uint64_t seen = 0;
-    while (await(&seen)) {
-      drain();
-      running_.fetch_sub(1, std::memory_order_release);
+    for (uint64_t seen = 0; await(seen);) {
+      inside_.fetch_add(1);
+      seen = generation_.load();
+      if (is_open(seen)) help();
+      inside_.fetch_sub(1);
     }
   }
 
-  bool await(uint64_t* seen) {
+  void help() {
+    const Region region = region_;
+    if (helpers_.fetch_add(1, std::memory_order_relaxed) < region.num_helpers) drain(region);
+  }
+
+  // Until a region is open that is not `seen`; false when the pool ends.
+  bool await(uint64_t seen) {
     for (int spins = 0; spins < kSpins; ++spins) {
-      if (changed(seen)) return !stop_.load();
+      if (is_new(seen)) return true;
+      if (stop_.load(std::memory_order_relaxed)) return false;
       pause_cpu();
     }
     std::unique_lock<std::mutex> lock(sleep_);
     sleepers_.fetch_add(1);
     // Not wake_.wait(lock): GCC 12's asks for a libstdc++ newer than that of manylinux_2_34.
-    while (!changed(seen) && !stop_.load()) {
+    while (!is_new(seen) && !stop_.load()) {
       pthread_cond_wait(wake_.native_handle(), sleep_.native_handle());
     }
     sleepers_.fetch_sub(1);
     return !stop_.load();
   }
 
-  bool changed(uint64_t* seen) {
+  bool is_new(uint64_t seen) const {
     const uint64_t now = generation_.load();  // in one order with `sleepers_`: no wake-up is lost
-    const bool is_new = now != *seen;
-    *seen = now;
-    return is_new || stop_.load(std::memory_order_relaxed);
+    return is_open(now) && now != seen;
   }
 
-  Region region_;
-  std::exception_ptr error_;  // the first of a region; under `sleep_` until all have passed
+  Region region_;             // written while no region is open and no worker inside
+  std::exception_ptr error_;  // the first of a region; under `sleep_` until nobody is inside
   alignas(64) std::atomic<uint64_t> generation_{0};
   alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int> running_{0};
-  std::atomic<int> sleepers_{0};
+  alignas(64) std::atomic<int> inside_{0};
+  std::atomic<int> helpers_{0};  // workers that came into this region, in time or too many
+  alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::mutex sleep_;
   std::condition_variable wake_;
@@ -220,6 +240,7 @@ std::atomic<int> wanted_threads{0};
 Pool* pool = nullptr;  // started by the first region that wants it; never ended, for threads may
 int pool_threads = 0;  // still be inside when the process exits
 thread_local bool inside = false;
+thread_local int thread_limit = INT_MAX;  // of the operators that this thread calls
 
 struct Inside {
   Inside() { inside = true; }
@@ -241,29 +262,40 @@ void start_pool(int threads) {
   pool_threads = threads;
 }
 
-}  // namespace
-
-void parallel_for(int64_t num_tasks, void (*body)(void*, int64_t), void* context) {
-  const DefaultFloatMode mode;
-  const int threads = num_threads();
-  std::unique_lock<std::mutex> lock(busy, std::defer_lock);
-  if (num_tasks <= 1 || threads == 1 || inside || !lock.try_lock()) {
-    for (int64_t task = 0; task < num_tasks; ++task) body(context, task);
-    return;
-  }
-  if (pool_threads != threads) start_pool(threads);
-  const Inside here;
-  pool->run({body, context, num_tasks});
-}
-
-int num_threads() {
+int usual_num_threads() {
   int n = wanted_threads.load(std::memory_order_relaxed);
   if (n != 0) return n;
   const int usual = default_num_threads();
   return wanted_threads.compare_exchange_strong(n, usual) ? usual : n;  // another may have set it
 }
 
+}  // namespace
+
+void parallel_for(int64_t num_tasks, void (*body)(void*, int64_t), void* context) {
+  const DefaultFloatMode mode;
+  const int threads = usual_num_threads();
+  const int helpers = (threads < thread_limit ? threads : thread_limit) - 1;
+  std::unique_lock<std::mutex> lock(busy, std::defer_lock);
+  if (num_tasks <= 1 || helpers == 0 || inside || !lock.try_lock()) {
+    for (int64_t task = 0; task < num_tasks; ++task) body(context, task);
+    return;
+  }
+  if (pool_threads != threads) start_pool(threads);
+  const Inside here;
+  pool->run({body, context, num_tasks, helpers});
+}
+
+int num_threads() {
+  const int usual = usual_num_threads();
+  return usual < thread_limit ? usual : thread_limit;
+}
+
 void set_num_threads(int n) { wanted_threads.store(n); }
+
+ThreadLimit::ThreadLimit(int most) : found_(thread_limit) {
+  if (most < thread_limit) thread_limit = most;
+}
+ThreadLimit::~ThreadLimit() { thread_limit = found_; }
 
 void* scratch(Scratch slot, size_t bytes) {
   struct Arena {

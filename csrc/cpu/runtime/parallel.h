@@ -18,6 +18,18 @@ void parallel_for(int64_t num_tasks, void (*body)(void* context, int64_t task), 
 #pragma GCC visibility push(default)
 int num_threads();            // throws std::invalid_argument for a bad CODELLAMA_RT_NUM_THREADS
 void set_num_threads(int n);  // n >= 1
+
+// For the length of its life the operators that this thread calls use at most so many of the
+// num_threads(), itself included; other threads' calls are not touched.
+class ThreadLimit {
+ public:
+  explicit ThreadLimit(int most);  // at least 1
+  ~ThreadLimit();
+  ThreadLimit(const ThreadLimit&) = delete;
+
+ private:
+  int found_;
+};
 #pragma GCC visibility pop
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for its next call: a kernel asks once

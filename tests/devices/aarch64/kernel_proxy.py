@@ -73,7 +73,8 @@ def describe(argument, buffers) -> str:
     array = getattr(argument, "payload", argument)
     if not isinstance(array, np.ndarray):
         raise TypeError(
-            f"an op takes NumPy arrays or MindSpore Tensors, got {type(argument).__name__}"
+            "an op takes NumPy arrays, MindSpore Tensors or tensors with DLPack (__dlpack__), got "
+            + type(argument).__name__
         )
     if array.ndim > 4:
         raise ValueError(f"a tensor of an op has at most 4 dimensions, got {array.ndim}")
