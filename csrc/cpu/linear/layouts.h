@@ -86,9 +86,9 @@ struct Int4Layout {
 };
 
 // What GGUF blocks are unpacked into.
-template <int kBiasOf, int kHalvesOf, bool kHasMinimumOf>
+template <int kBiasOf, int kHalvesOf, bool kHasMinimumOf, int kGroupOf = int(kWeightGroup)>
 struct Unpacked {
-  static constexpr int kGroup = int(kWeightGroup);
+  static constexpr int kGroup = kGroupOf;
   static constexpr bool kRotated = false;
   static constexpr int kValuesBytes = kGroup * int(kWeightTile);
   static constexpr int kHalves = kHalvesOf;
