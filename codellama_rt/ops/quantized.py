@@ -11,15 +11,19 @@ holds its rows of values, then its scales, contiguously and independent of block
   scales and minimums as above.
 
 A weight (out_features, in_features): int8 and int4 as `quantize` writes them, in tiles of 16 rows
-and groups of 64 (int4: 32) along in_features; q4_0, q4_1, q8_0, q4_k and q6_k in the layout of GGUF
-files. Elements of a group are in the order in which kernels multiply them: 4 of row 0, 4 of row 1,
-... of row 15, then the next 4 of each.
+and groups of 64 (int4: 32) along in_features; those of `GGUF_BLOCKS` in the layout of GGUF files,
+or, with `_tiled` after the name, as `repack` writes them. Elements of a group are in the order in
+which kernels multiply them: 4 of row 0, 4 of row 1, ... of row 15, then the next 4 of each.
 
 * int8: a group is 1024 bytes, value + 128, then 16 bfloat16 scales. value * scale is the row's 64
   elements times a Hadamard matrix (`rotate_rows`, its own inverse).
 * int4: a tile begins with 16 float32 units of scales and 16 of minima, one per row. A group is 256
   bytes, elements 0 to 15 in the low and 16 to 31 in the high nibbles, then 16 + 16 bytes: scales
   and minima in those units. x = value * scale + minimum, value in 0..15.
+* q4_0_tiled and the others: tiles of 16 rows, the last one filled up with the last row. The fields
+  of the rows' blocks lie together: a field at byte b of a block begins at 16 b. Fields are words of
+  4 bytes, and the float16 of `GGUF_HALVES`. q8_0 has 128 added to its values; of the 32 fifth bits
+  of q5_0 and q5_1, bit q of byte b is that of element 4 q + b.
 """
 
 from __future__ import annotations
@@ -34,19 +38,40 @@ import numpy as np
 
 CACHE_DTYPES = ("int8", "int4")
 OWN_WEIGHT_DTYPES = ("int8", "int4")  # written by `quantize`
-WEIGHT_DTYPES = (*OWN_WEIGHT_DTYPES, "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")
+GGUF_BLOCKS = {  # elements and bytes of a block
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
+    "q8_0": (32, 34),
+    "iq4_nl": (32, 18),
+    "q2_k": (256, 84),
+    "q3_k": (256, 110),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
+    "q6_k": (256, 210),
+}
+GGUF_HALVES = {  # where a block has its float16: scales, then minima
+    "q4_0": (0,),
+    "q4_1": (0, 2),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
+    "q8_0": (0,),
+    "iq4_nl": (0,),
+    "q2_k": (80, 82),
+    "q3_k": (108,),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+}
+TILED = "_tiled"
+TILED_DTYPES = tuple(name + TILED for name in GGUF_BLOCKS)  # written by `repack`
+WEIGHT_DTYPES = (*OWN_WEIGHT_DTYPES, *GGUF_BLOCKS, *TILED_DTYPES)
 CACHE_GROUP = 16  # tokens
 INT4_STEP = 32  # head_dim is a multiple of this in an int4 cache
 WEIGHT_TILE = 16  # rows
 WEIGHT_GROUPS = {"int8": 64, "int4": 32}  # elements of in_features per scale
 MAX_ELEMENTS = 2**48  # so that products of sizes stay within 64 bits (kMaxElements in C++)
-GGUF_BLOCKS = {
-    "q4_0": (32, 18),
-    "q4_1": (32, 20),
-    "q8_0": (32, 34),
-    "q4_k": (256, 144),
-    "q6_k": (256, 210),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,11 +178,12 @@ def empty_caches(dtype: str, shape: tuple[int, int, int, int]) -> tuple[Quantize
 def weight_num_bytes(dtype: str, shape: tuple[int, int]) -> int:
     """Return the bytes of a quantised weight (out_features, in_features)."""
     rows, k = shape
-    if dtype in GGUF_BLOCKS:
-        elements, num_bytes = GGUF_BLOCKS[dtype]
-        return rows * (k // elements) * num_bytes
+    padded_rows = -(-rows // WEIGHT_TILE) * WEIGHT_TILE
+    if dtype not in WEIGHT_GROUPS:
+        elements, num_bytes = GGUF_BLOCKS[dtype.removesuffix(TILED)]
+        return (padded_rows if dtype in TILED_DTYPES else rows) * (k // elements) * num_bytes
     size = WEIGHT_GROUPS[dtype]
-    padded_rows, groups = -(-rows // WEIGHT_TILE) * WEIGHT_TILE, -(-k // size)
+    groups = -(-k // size)
     if dtype == "int8":
         return padded_rows * groups * (size + 2)
     return padded_rows * (8 + groups * (size // 2 + 2))
