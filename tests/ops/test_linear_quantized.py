@@ -11,7 +11,7 @@ from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.ops.quantized import GGUF_BLOCKS, OWN_WEIGHT_DTYPES
 
 # Those in tiles have the bits of the blocks they are made of: test_repack.py.
-EVERY_FORMAT = pytest.mark.parametrize("dtype", (*OWN_WEIGHT_DTYPES, *GGUF_BLOCKS))
+EVERY_FORMAT = pytest.mark.parametrize("dtype", [*OWN_WEIGHT_DTYPES, *GGUF_BLOCKS])
 COUNTS = (1, 2, 3, 6, 7, 16, 17, 64, 100)  # of tokens: one panel, several, and all that is between
 
 
