@@ -20,10 +20,13 @@ which kernels multiply them: 4 of row 0, 4 of row 1, ... of row 15, then the nex
 * int4: a tile begins with 16 float32 units of scales and 16 of minima, one per row. A group is 256
   bytes, elements 0 to 15 in the low and 16 to 31 in the high nibbles, then 16 + 16 bytes: scales
   and minima in those units. x = value * scale + minimum, value in 0..15.
-* q4_0_tiled and the others: tiles of 16 rows, the last one filled up with the last row. The fields
-  of the rows' blocks lie together: a field at byte b of a block begins at 16 b. Fields are words of
-  4 bytes, and the float16 of `GGUF_HALVES`. q8_0 has 128 added to its values; of the 32 fifth bits
-  of q5_0 and q5_1, bit q of byte b is that of element 4 q + b.
+* q4_0_tiled and the others: tiles of 16 rows, the last one filled up with the last row. A group of
+  32 (q2_k: 16) has its values as unsigned integers: nibbles, elements 0 to 15 in the low ones; then
+  words of 4 bytes per row: pairs of bits, those of elements 16 i + 4 j + b in bits 2 j of byte b of
+  word i; single bits, that of element 4 q + b in bit q of byte b. 5 bits are a nibble and a single
+  bit, 3 a pair and a single bit, 6 a nibble and a pair, 8 a byte (q8_0: plus 128). Formats of 32
+  elements have the rows' scales, and minima, in front of a group. In K-quants the scales of the
+  blocks follow a tile's groups, the last block first: for each of its fields those of the 16 rows.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from codellama_rt.ops.quantized import (
     read_cache,
     rotate_rows,
 )
-from codellama_rt.ops.reference_gguf import repack, unpack_tiles
+from codellama_rt.ops.reference_gguf import repack
 from codellama_rt.ops.reference_weights import dequantize, quantize, rounded_to_int8
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "rotate",
     "rounded_to_int8",
     "silu_and_mul",
-    "unpack_tiles",
 ]
 Array = NDArray
 

@@ -22,12 +22,14 @@
 //   q4_0 ... q6_k     rows of GGUF blocks as they lie in the file
 //   q4_0_tiled ...    made of them by ops.repack: tiles of 16 rows, the last filled up with its
 //   last
-//                     row; for each block along k the fields of the 16 rows' blocks, one field
-//                     after another: a field at byte b of a block of a row is at 16 b. Fields are
-//                     words of 4 bytes, but for a format's float16 that stand alone: d, m in front
-//                     (q4_0 to iq4_nl) or d, dmin at the end (q2_k, q3_k, q6_k). q8_0's values get
-//                     128 added; of q5_0's and q5_1's word of fifth bits, bit q of byte b becomes
-//                     that of element 4 q + b
+//                     row. A group of 32 (q2_k: 16) along k has its values, as unsigned integers in
+//                     the order above: nibbles, elements 0 to 15 in the low ones; then words of 4
+//                     bytes a row: pairs of bits, of elements 16 i + 4 j + b in bits 2 j of byte b
+//                     of word i; single bits, of element 4 q + b in bit q of byte b. (5 bits:
+//                     nibbles and the fifth; 3: a pair and the third; 6: a nibble and a pair; 8: a
+//                     byte, plus 128.) q4_0 to iq4_nl: before them 16 float16 scales, and minima.
+//                     K-quants: after a tile's groups the blocks' scales, last block first: d (and
+//                     dmin) of the 16 rows, then their words or bytes of scales as in the file
 // On cuda: a cache in int8 as above, or in fp8 (e4m3), which lies like int8; a weight in int8_mma
 // or int4_mma, see cuda/linear/formats.cuh.
 #pragma once

@@ -22,7 +22,7 @@ def test_bytes(rng, dtype, rows):
     tiles, expected = ops.repack(weight), reference.repack(weight)
     assert (tiles.dtype, tiles.shape) == (dtype + TILED, (rows, 768))
     assert_equal_bits(tiles.payload, expected.payload)
-    assert_equal_bits(reference.unpack_tiles(tiles).payload, weight.payload)
+    assert_equal_bits(reference.dequantize(tiles), reference.dequantize(weight))
 
 
 @EVERY_FORMAT

@@ -1,8 +1,8 @@
 // GGUF's quantised blocks, unpacked 16 rows at a time into the layout of the integer dot product.
 //
-// Blocks of 16 rows are loaded and transposed as 4 x 4 words, so that a lane is a row; in tiles
-// (quantized.h) they lie like that already. Nibbles and bits are then taken apart in all lanes at
-// once. The formats are ggml's.
+// Blocks of 16 rows are loaded and transposed as 4 x 4 words, so that a lane is a row; nibbles and
+// bits are then taken apart in all lanes at once. The formats are ggml's. Values without a minimum
+// are stored with 128 added, whatever their own zero is, so that formats share layouts.
 #pragma once
 
 #include "cpu/linear/layouts.h"
@@ -71,19 +71,6 @@ struct Rows {
   }
 };
 
-// The same of a tile: a field at byte b of a row's block is at 16 b.
-struct TiledRows {
-  const uint8_t* tile;
-
-  inline void load_four(int64_t offset, Uint32x16 (&words)[4]) const {
-    std::memcpy(&words, tile + kWeightTile * offset, sizeof(words));
-  }
-  inline void load_halves(int64_t offset, float* to) const {
-    const auto* halves = reinterpret_cast<const f16*>(tile + kWeightTile * offset);
-    for (int i = 0; i < kWeightTile; i += kLanes) store(to + i, load(halves + i));
-  }
-};
-
 inline void put(const Uint32x16& words, uint8_t* group, int quad) {
   std::memcpy(group + quad * kStepBytes, &words, kStepBytes);
 }
@@ -107,36 +94,35 @@ inline void low_halves(const Uint32x16& words, Floats& floats) {
 
 // ---- formats: blocks of a row, and how they are unpacked -----------------------------------
 //
-// kGroups: of a layout's elements in a block. Bytes kWordsAt to kWordsEnd are words, the others
-// float16 (what a tile makes of them: see quantized.h).
+// kGroups: of a layout's elements in a block. kHead: bytes of scales in front of its values, of the
+// formats of 32 elements.
 
 constexpr uint32_t kNibbles = 0x0f0f0f0f;
 constexpr uint32_t kPairs = 0x03030303;
 constexpr uint32_t kOnes = 0x01010101;
 
-// 16 bytes: element i in the low nibble of byte i, i + 16 in the high one.
-template <typename AnyRows>
-inline void unpack_nibbles(const AnyRows& rows, int64_t offset, uint8_t* to) {
+// 16 bytes: element i in the low nibble of byte i, i + 16 in the high one; plus `zero`.
+inline void unpack_nibbles(const Rows& rows, int64_t offset, uint8_t* to, uint32_t zero = 0) {
   Uint32x16 words[4];
   rows.load_four(offset, words);
   for (int c = 0; c < 4; ++c) {
-    put(words[c] & kNibbles, to, c);
-    put(words[c] >> 4 & kNibbles, to, 4 + c);
+    put((words[c] & kNibbles) + zero * kOnes, to, c);
+    put((words[c] >> 4 & kNibbles) + zero * kOnes, to, 4 + c);
   }
 }
 
 struct Q4_0 {
-  using Layout = Unpacked<8, 1, false>;
-  static constexpr int64_t kBlockBytes = 18, kGroups = 1, kWordsAt = 2, kWordsEnd = 18;
+  using Layout = Unpacked<128, 1, false>;
+  static constexpr int64_t kBlockBytes = 18, kGroups = 1, kHead = 2;
   static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
     rows.load_halves(at, Layout::floats(to, 0));
-    unpack_nibbles(rows, at + 2, to);
+    unpack_nibbles(rows, at + 2, to, 128 - 8);
   }
 };
 
 struct Q4_1 {
   using Layout = Unpacked<0, 1, true>;
-  static constexpr int64_t kBlockBytes = 20, kGroups = 1, kWordsAt = 4, kWordsEnd = 20;
+  static constexpr int64_t kBlockBytes = 20, kGroups = 1, kHead = 4;
   static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
     rows.load_halves(at, Layout::floats(to, 0));
     rows.load_halves(at + 2, Layout::floats(to, 1));
@@ -157,30 +143,32 @@ inline void order_bits_by_quad(Uint32x16& words) {
 }
 
 // A word of fifth bits, then 16 bytes of nibbles.
-inline void unpack_fives(const Rows& rows, int64_t offset, uint8_t* to) {
+inline void unpack_fives(const Rows& rows, int64_t offset, uint8_t* to, uint32_t zero = 0) {
   Uint32x16 words[4];
   rows.load_four(offset, words);
   Uint32x16 fifths = words[0];
   order_bits_by_quad(fifths);
   rows.load_four(offset + 4, words);
   for (int c = 0; c < 4; ++c) {
-    put((words[c] & kNibbles) | (fifths >> c & kOnes) << 4, to, c);
-    put((words[c] >> 4 & kNibbles) | (fifths >> (4 + c) & kOnes) << 4, to, 4 + c);
+    const Uint32x16 low = (words[c] & kNibbles) | (fifths >> c & kOnes) << 4;
+    const Uint32x16 high = (words[c] >> 4 & kNibbles) | (fifths >> (4 + c) & kOnes) << 4;
+    put(low + zero * kOnes, to, c);
+    put(high + zero * kOnes, to, 4 + c);
   }
 }
 
 struct Q5_0 {
-  using Layout = Unpacked<16, 1, false>;
-  static constexpr int64_t kBlockBytes = 22, kGroups = 1, kWordsAt = 2, kWordsEnd = 22;
+  using Layout = Unpacked<128, 1, false>;
+  static constexpr int64_t kBlockBytes = 22, kGroups = 1, kHead = 2;
   static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
     rows.load_halves(at, Layout::floats(to, 0));
-    unpack_fives(rows, at + 2, to);
+    unpack_fives(rows, at + 2, to, 128 - 16);
   }
 };
 
 struct Q5_1 {
   using Layout = Unpacked<0, 1, true>;
-  static constexpr int64_t kBlockBytes = 24, kGroups = 1, kWordsAt = 4, kWordsEnd = 24;
+  static constexpr int64_t kBlockBytes = 24, kGroups = 1, kHead = 4;
   static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
     rows.load_halves(at, Layout::floats(to, 0));
     rows.load_halves(at + 2, Layout::floats(to, 1));
@@ -190,7 +178,7 @@ struct Q5_1 {
 
 struct Q8_0 {
   using Layout = Unpacked<128, 1, false>;
-  static constexpr int64_t kBlockBytes = 34, kGroups = 1, kWordsAt = 2, kWordsEnd = 34;
+  static constexpr int64_t kBlockBytes = 34, kGroups = 1, kHead = 2;
   static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
     rows.load_halves(at, Layout::floats(to, 0));
     for (int half = 0; half < 2; ++half) {
@@ -220,7 +208,7 @@ inline Bytes iq4_values(Bytes nibbles) {
 
 struct IQ4_NL {
   using Layout = Unpacked<128, 1, false>;
-  static constexpr int64_t kBlockBytes = 18, kGroups = 1, kWordsAt = 2, kWordsEnd = 18;
+  static constexpr int64_t kBlockBytes = 18, kGroups = 1, kHead = 2;
   static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
     rows.load_halves(at, Layout::floats(to, 0));
     unpack_nibbles(rows, at + 2, to);
@@ -236,9 +224,8 @@ struct IQ4_NL {
 // 2 j and 2 j + 1 of its 32 bytes. x = d * scale * value - dmin * minimum.
 struct Q2_K {
   using Layout = Unpacked<0, 1, true, 16>;
-  static constexpr int64_t kBlockBytes = 84, kGroups = 16, kWordsAt = 0, kWordsEnd = 80;
-  template <typename AnyRows>
-  static inline void unpack(const AnyRows& rows, int64_t at, uint8_t* to) {
+  static constexpr int64_t kBlockBytes = 84, kGroups = 16;
+  static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
     Floats d, dmin;
     rows.load_halves(at + 80, reinterpret_cast<float*>(&d));
     rows.load_halves(at + 82, reinterpret_cast<float*>(&dmin));
@@ -258,7 +245,9 @@ struct Q2_K {
       Uint32x16 words[4];
       rows.load_four(at + 16 + 16 * i, words);
       uint8_t* group = to + (i / 2 * 8 + i % 2) * Layout::kBytes;
+#pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) {
+#pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
           put(words[c] >> (2 * j) & kPairs, group + 2 * j * Layout::kBytes, c);
         }
@@ -271,28 +260,28 @@ struct Q2_K {
 // of a half of 128 elements has bits 2 g and 2 g + 1 of its 32 bytes of pairs; group g of the block
 // bit g of the 32 bytes in front. x = d * (scale - 32) * (value - 4), a scale for 16.
 struct Q3_K {
-  using Layout = Unpacked<4, 2, false>;
-  static constexpr int64_t kBlockBytes = 110, kGroups = 8, kWordsAt = 0, kWordsEnd = 108;
-  template <typename AnyRows>
-  static inline void unpack(const AnyRows& rows, int64_t at, uint8_t* to) {
+  using Layout = Unpacked<128, 2, false>;
+  static constexpr int64_t kBlockBytes = 110, kGroups = 8;
+  static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
     unpack_scales(rows, at, to);
     for (int i = 0; i < 4; ++i) {  // 16 elements of each group of a half of the block
       Uint32x16 thirds[4], words[4];
       rows.load_four(at + i % 2 * 16, thirds);
       rows.load_four(at + 32 + 16 * i, words);
+#pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) {
+#pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
           const int g = i / 2 * 4 + j;
-          put((words[c] >> (2 * j) & kPairs) | (thirds[c] >> g & kOnes) << 2,
-              to + g * Layout::kBytes, i % 2 * 4 + c);
+          const Uint32x16 value = (words[c] >> (2 * j) & kPairs) | (thirds[c] >> g & kOnes) << 2;
+          put(value + (128 - 4) * kOnes, to + g * Layout::kBytes, i % 2 * 4 + c);
         }
       }
     }
   }
 
  private:
-  template <typename AnyRows>
-  static inline void unpack_scales(const AnyRows& rows, int64_t at, uint8_t* to) {
+  static inline void unpack_scales(const Rows& rows, int64_t at, uint8_t* to) {
     Floats d;
     rows.load_halves(at + 108, reinterpret_cast<float*>(&d));
     Uint32x16 words[4];  // the last three: low nibbles, then pairs of upper bits
@@ -310,8 +299,8 @@ struct Q3_K {
 };
 
 // The head of Q4_K and Q5_K. d, dmin float16; 8 scales and 8 minima of 6 bits in 12 bytes.
-template <typename Layout, typename AnyRows>
-inline void unpack_k_scales(const AnyRows& rows, int64_t at, uint8_t* to) {
+template <typename Layout>
+inline void unpack_k_scales(const Rows& rows, int64_t at, uint8_t* to) {
   Uint32x16 head[4];  // d and dmin, then the 12 bytes
   rows.load_four(at, head);
   Floats d, dmin;
@@ -338,9 +327,8 @@ inline void unpack_k_scales(const AnyRows& rows, int64_t at, uint8_t* to) {
 // bytes. x = d * scale * value - dmin * minimum.
 struct Q4_K {
   using Layout = Unpacked<0, 1, true>;
-  static constexpr int64_t kBlockBytes = 144, kGroups = 8, kWordsAt = 0, kWordsEnd = 144;
-  template <typename AnyRows>
-  static inline void unpack(const AnyRows& rows, int64_t at, uint8_t* to) {
+  static constexpr int64_t kBlockBytes = 144, kGroups = 8;
+  static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
     unpack_k_scales<Layout>(rows, at, to);
     for (int i = 0; i < 8; ++i) {  // 16 bytes each
       Uint32x16 words[4];
@@ -357,9 +345,8 @@ struct Q4_K {
 // The head, 32 bytes of fifth bits, of group g bit g; then as in Q4_K.
 struct Q5_K {
   using Layout = Unpacked<0, 1, true>;
-  static constexpr int64_t kBlockBytes = 176, kGroups = 8, kWordsAt = 0, kWordsEnd = 176;
-  template <typename AnyRows>
-  static inline void unpack(const AnyRows& rows, int64_t at, uint8_t* to) {
+  static constexpr int64_t kBlockBytes = 176, kGroups = 8;
+  static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
     unpack_k_scales<Layout>(rows, at, to);
     Uint32x16 fifths[2][4];
     for (int half = 0; half < 2; ++half) rows.load_four(at + 16 + 16 * half, fifths[half]);
@@ -382,10 +369,9 @@ struct Q5_K {
 // 128 elements, groups 0 and 1 have the low, 2 and 3 the high nibbles of its 64 bytes; group g the
 // bits 2 g and 2 g + 1 of its 32 bytes of pairs. x = d * scale * (value - 32), a scale for 16.
 struct Q6_K {
-  using Layout = Unpacked<32, 2, false>;
-  static constexpr int64_t kBlockBytes = 210, kGroups = 8, kWordsAt = 0, kWordsEnd = 208;
-  template <typename AnyRows>
-  static inline void unpack(const AnyRows& rows, int64_t at, uint8_t* to) {
+  using Layout = Unpacked<128, 2, false>;
+  static constexpr int64_t kBlockBytes = 210, kGroups = 8;
+  static inline void unpack(const Rows& rows, int64_t at, uint8_t* to) {
     Floats d;
     rows.load_halves(at + 208, reinterpret_cast<float*>(&d));
     Uint32x16 scales[4];
@@ -402,17 +388,19 @@ struct Q6_K {
   }
 
  private:
-  template <typename AnyRows>
-  static inline void unpack_sixteen(const AnyRows& rows, int64_t nibbles, int64_t pairs,
-                                    uint8_t* to, int quad) {
+  static inline void unpack_sixteen(const Rows& rows, int64_t nibbles, int64_t pairs, uint8_t* to,
+                                    int quad) {
     Uint32x16 even[4], odd[4], upper[4];
     rows.load_four(nibbles, even);
     rows.load_four(nibbles + 32, odd);
     rows.load_four(pairs, upper);
+#pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
+#pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) {
         const Uint32x16 low = (g % 2 ? odd[c] : even[c]) >> (g / 2 * 4) & kNibbles;
-        put(low | (upper[c] >> (2 * g) & kPairs) << 4, to + g * Layout::kBytes, quad + c);
+        const Uint32x16 value = low | (upper[c] >> (2 * g) & kPairs) << 4;
+        put(value + (128 - 32) * kOnes, to + g * Layout::kBytes, quad + c);
       }
     }
   }

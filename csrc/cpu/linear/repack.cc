@@ -1,9 +1,9 @@
-// repack: a weight in a format of GGUF, as the kernels read it: in tiles of 16 rows
+// repack: a weight in a format of GGUF, in the tiles that the kernels multiply where they lie
 // Shapes   weight (n, k) in rows of blocks; tiles as quantized.h says
 // Traffic  weight_bytes(n, k) read, as many written, once each
 // Limit    memory
-// Tiling   a task takes tiles of 16 rows; four words of them are transposed at a time
-// Numerics bits are moved, and 128 is added to q8_0's values
+// Tiling   a task takes tiles of 16 rows; blocks are unpacked as linear does it, then packed again
+// Numerics bits are moved, none is changed
 #include "cpu/linear/formats.h"
 #include "ops.h"
 
@@ -11,45 +11,67 @@ namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
-// The words of a block of a tile, as its layout wants them.
+// A block's values, 128 - bias more than a tile has them in formats without a minimum.
 template <typename Block>
-void finish(uint8_t*) {}
-
-template <>
-void finish<Q8_0>(uint8_t* words) {
-  for (int i = 0; i < int(kWeightGroup * kWeightTile); ++i) words[i] ^= 128;
-}
-
-void finish_fifths(uint8_t* words) {
-  Uint32x16 fifths;
-  std::memcpy(&fifths, words, sizeof(fifths));
-  order_bits_by_quad(fifths);
-  std::memcpy(words, &fifths, sizeof(fifths));
+void unpack_values(const Rows& rows, int64_t at, uint8_t* to) {
+  Block::unpack(rows, at, to);
 }
 template <>
-void finish<Q5_0>(uint8_t* words) {
-  finish_fifths(words);
-}
-template <>
-void finish<Q5_1>(uint8_t* words) {
-  finish_fifths(words);
+void unpack_values<IQ4_NL>(const Rows& rows, int64_t at, uint8_t* to) {
+  unpack_nibbles(rows, at + IQ4_NL::kHead, to, 128 - Iq4Tile::kBias);  // not what they stand for
 }
 
-template <typename Block>
-void repack_block(const Rows& rows, int64_t at, uint8_t* to) {
-  for (int64_t field = 0; field < Block::kBlockBytes; field += 2) {
-    if (field >= Block::kWordsAt && field < Block::kWordsEnd) continue;
-    for (int64_t r = 0; r < kWeightTile; ++r) {
-      std::memcpy(to + kWeightTile * field + 2 * r, rows.row[r] + at + field, 2);
+template <typename Block, typename Layout, typename Values>
+void pack_values(const Rows& rows, int64_t at, uint8_t* to, int64_t stride) {
+  using Source = typename Block::Layout;
+  constexpr uint32_t kMore = Source::kBias - Layout::kBias;
+  alignas(64) uint8_t unpacked[Block::kGroups * Source::kBytes];
+  unpack_values<Block>(rows, at, unpacked);
+  for (int64_t g = 0; g < Block::kGroups; ++g) {
+    Uint32x16 quads[Values::kQuads];
+    std::memcpy(&quads, unpacked + g * Source::kBytes, sizeof(quads));
+    for (Uint32x16& quad : quads) quad -= kMore * kOnes;
+    Values::pack(quads, to + g * stride);
+  }
+}
+
+// Fields of so many bytes each, from byte `at` of the rows on.
+inline uint8_t* copy_fields(const Rows& rows, int64_t at, int count, int bytes, uint8_t* to) {
+  for (int field = 0; field < count; ++field) {
+    for (const uint8_t* row : rows.row) {
+      std::memcpy(to, row + at + field * bytes, bytes);
+      to += bytes;
     }
   }
-  for (int64_t next = Block::kWordsAt; next < Block::kWordsEnd; next += 16) {
-    const int64_t field = smaller(next, Block::kWordsEnd - 16);  // the last ones may come twice
-    Uint32x16 words[4];
-    rows.load_four(at + field, words);
-    std::memcpy(to + kWeightTile * field, &words, sizeof(words));
+  return to;
+}
+inline void copy_scales(const Rows& rows, int64_t at, const Fields& fields, uint8_t* to) {
+  to = copy_fields(rows, at + fields.halves_at, fields.num_halves, 2, to);
+  to = copy_fields(rows, at + fields.words_at, fields.num_words, 4, to);
+  copy_fields(rows, at + fields.bytes_at, fields.num_bytes, 1, to);
+}
+
+template <typename Block, int kBits, int kBias>
+void repack_tile(SimpleTile<Block, kBits, kBias>, const Rows& rows, int64_t blocks, uint8_t* to) {
+  using Layout = SimpleTile<Block, kBits, kBias>;
+  for (int64_t b = 0; b < blocks; ++b, to += Layout::kBytes) {
+    const int64_t at = b * Block::kBlockBytes;
+    copy_scales(rows, at, Layout::kFields, to);
+    pack_values<Block, Layout, typename Layout::Values>(rows, at, to + Layout::kFields.size(), 0);
   }
-  finish<Block>(to + kWeightTile * Block::kWordsAt);
+}
+
+template <typename Block, int kBits, int kBias, typename Scales>
+void repack_tile(KTile<Block, kBits, kBias, Scales>, const Rows& rows, int64_t blocks,
+                 uint8_t* to) {
+  using Layout = KTile<Block, kBits, kBias, Scales>;
+  constexpr int64_t kBlockValues = Block::kGroups * Layout::kBytes;
+  uint8_t* scales = to + blocks * kBlockValues;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t at = b * Block::kBlockBytes;
+    pack_values<Block, Layout, Layout>(rows, at, to + b * kBlockValues, Layout::kBytes);
+    copy_scales(rows, at, Scales::kFields, scales + (blocks - 1 - b) * Scales::kFields.size());
+  }
 }
 
 }  // namespace
@@ -63,12 +85,10 @@ void repack(const RepackParams& p) {
       const int64_t row = smaller(tile * kWeightTile + i, p.n - 1);
       rows.row[i] = static_cast<const uint8_t*>(p.weight) + row * row_bytes;
     }
-    uint8_t* to = static_cast<uint8_t*>(p.tiles) + tile * tile_bytes;
     with_block(p.dtype, [&](auto block) {
-      using Block = decltype(block);
-      for (int64_t at = 0; at < row_bytes; at += Block::kBlockBytes) {
-        repack_block<Block>(rows, at, to + kWeightTile * at);
-      }
+      using Layout = typename Tiles<decltype(block)>::Layout;
+      const int64_t blocks = p.k / weight_block(p.dtype);
+      repack_tile(Layout{}, rows, blocks, static_cast<uint8_t*>(p.tiles) + tile * tile_bytes);
     });
   });
 }

@@ -36,9 +36,9 @@ void embed_quantized(const EmbeddingParams& p) {
   for_each_row(p.num_tokens, p.dim * item_size(p.out_dtype), [&](int64_t t) {
     const int64_t id = p.token_ids[t], first = id / kWeightTile * kWeightTile;
     // Of rows of GGUF's blocks the row alone, as a tile of one; other formats have tiles of 16.
-    const Tile tile = Format::kTiled ? Tile{table, first, kWeightTile} : Tile{table, id, 1};
+    const Tile tile = Format::kInPlace ? Tile{table, first, kWeightTile} : Tile{table, id, 1};
     const uint8_t* head = head_of<Format>(tile, p.dim);
-    const int row = Format::kTiled ? int(id - first) : 0;
+    const int row = Format::kInPlace ? int(id - first) : 0;
     for (int64_t k = 0; k < p.dim; k += kChunk) {
       constexpr int64_t kGroup = Layout::kGroup;
       alignas(64) uint8_t unpacked[Format::kInPlace ? 1 : kChunk / kGroup * Layout::kBytes];
