@@ -53,6 +53,13 @@ struct QuantizeParams {
   int64_t n, k;
 };
 
+struct RepackParams {
+  const void* weight;  // (n, k), rows of GGUF blocks
+  void* tiles;         // the same in tiles: weight_bytes(tiled dtype, n, k)
+  DType dtype;         // of weight
+  int64_t n, k;
+};
+
 // Tables: row p holds the cosines (sines) of position p. `interleaved`: elements (2i, 2i + 1)
 // rotate together, as in Meta's files; otherwise (i, i + head_dim / 2), as in Hugging Face's.
 struct RotaryParams {

@@ -2,7 +2,7 @@
 
 Weights stay where they lie: each is a view of a read-only mapping of its file, so opening a model
 costs the reading of headers, and its pages are shared with every process that maps them. Only what
-is asked for in another dtype is made anew, a tensor at a time.
+is asked for in another dtype, or repacked, is made anew, a tensor at a time.
 """
 
 import dataclasses
@@ -46,6 +46,7 @@ def open_checkpoint(
     *,
     dtype: str = "auto",
     quantization: str | None = None,
+    repack: bool = False,
     check: str | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
@@ -54,12 +55,14 @@ def open_checkpoint(
     Args:
         model: a directory in Hugging Face's or Meta's layout, a GGUF file, a built-in name, or a
             hub id.
-        dtype: "auto" keeps the stored dtype and copies nothing, GGUF's Q4_0, Q4_1, Q8_0, Q4_K and
-            Q6_K included (its other quantised types become bfloat16; norms keep their own; what
-            Meta's files hold in shards is put together); "float32", "float16", "bfloat16" convert
-            what differs.
+        dtype: "auto" keeps the stored dtype and copies nothing, GGUF's Q4_0, Q4_1, Q5_0, Q5_1,
+            Q8_0, IQ4_NL, Q2_K, Q3_K, Q4_K, Q5_K and Q6_K included (its other quantised types
+            become bfloat16; norms keep their own; what Meta's files hold in shards is put
+            together); "float32", "float16", "bfloat16" convert what differs.
         quantization: "int8" or "int4" quantises the projections and the head, a tensor at a time.
             None keeps what is stored; so it opens what `convert` quantised.
+        repack: copy GGUF's blocks into the kernels' order, which is faster, as `LLM` does; the
+            results are the same to the bit.
         check: "finite" reads every weight and rejects NaN and infinities; None skips the check.
         progress: called with bytes done, bytes in all, and what is being done.
 
@@ -78,7 +81,12 @@ def open_checkpoint(
         30
     """
     return load_checkpoint(
-        resolve(model), dtype=dtype, quantization=quantization, check=check, progress=progress
+        resolve(model),
+        dtype=dtype,
+        quantization=quantization,
+        repack=repack,
+        check=check,
+        progress=progress,
     )
 
 
@@ -87,6 +95,7 @@ def load_checkpoint(
     *,
     dtype: str = "auto",
     quantization: str | None = None,
+    repack: bool = False,
     check: str | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
@@ -96,6 +105,7 @@ def load_checkpoint(
         opened: from `resolve`.
         dtype: as in `open_checkpoint`.
         quantization: as in `open_checkpoint`.
+        repack: as in `open_checkpoint`.
         check: as in `open_checkpoint`.
         progress: as in `open_checkpoint`.
 
@@ -112,6 +122,7 @@ def load_checkpoint(
         numpy_dtype(float_dtype),
         is_auto=dtype == "auto",
         quantization=quantization,
+        repack=repack,
         progress=progress,
     )
     if check == "finite":

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from codellama_rt import ops
 from codellama_rt.checkpoint.finiteness import check_range
 from codellama_rt.checkpoint.quantize import QUANTIZATIONS, is_quantized, quantize_tensor, sources
 from codellama_rt.checkpoint.stored_tensor import (
@@ -17,6 +18,7 @@ from codellama_rt.checkpoint.stored_tensor import (
 from codellama_rt.checkpoint.tensor_names import EMBEDDING, HEAD, expected_shapes, is_recomputed
 from codellama_rt.errors import CheckpointError
 from codellama_rt.ops.dtypes import ENCODINGS, numpy_dtype
+from codellama_rt.ops.quantized import GGUF_BLOCKS
 
 _CHUNK_BYTES = 2**20  # stays in a core's second-level cache between the passes over it
 
@@ -102,6 +104,7 @@ def load_arrays(
     *,
     is_auto: bool,
     quantization: str | None = None,
+    repack: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Weight]:
     """Turn stored tensors into weights, one after another.
@@ -113,6 +116,7 @@ def load_arrays(
             differs from the projections' dtype or is in blocks that no operator takes; otherwise
             convert every tensor, those that `convert` quantised apart.
         quantization: "int8" or "int4" quantises the projections and the head.
+        repack: copy the blocks that every step reads into the kernels' order (`ops.repack`).
         progress: called with bytes done, bytes to read, and what is done.
 
     Returns:
@@ -124,16 +128,18 @@ def load_arrays(
     """
     todo = dict(tensors) if quantization is None else sources(tensors)
     kept = used_as_stored(todo, target, is_auto, quantization)
-    made = [t for n, t in todo.items() if n not in kept or t.is_repacked]
+    tiled = repacked(todo, kept) if repack else set()
+    made = [t for n, t in todo.items() if n not in kept or n in tiled or t.is_repacked]
     counter = Counter(sum(t.num_bytes for t in made), progress)
     weights: dict[str, Weight] = {}
-    mapped = used_in_place(todo, kept)
+    mapped = used_in_place(todo, kept, tiled)
     for name, tensor in todo.items():
         if name in mapped:
             weights[name] = tensor.view()
-        elif name in kept and tensor.is_repacked:
-            weights[name] = tensor.view()
-            counter.add(tensor.num_bytes, f"repacking to {tensor.weight_dtype}")
+        elif name in tiled or (name in kept and tensor.is_repacked):
+            weight = tensor.view()
+            weights[name] = ops.repack(weight) if name in tiled else weight
+            counter.add(tensor.num_bytes, f"repacking {tensor.encoding}")
             tensor.release()
         elif name in kept:
             weights[name] = tensor.view().copy()
@@ -175,15 +181,27 @@ def used_as_stored(
     return {name for name, tensor in tensors.items() if lies_right(name, tensor)}
 
 
-def used_in_place(tensors: Mapping[str, StoredTensor], kept: set[str]) -> set[str]:
+def repacked(tensors: Mapping[str, StoredTensor], kept: set[str]) -> set[str]:
+    """Those of the tensors used as stored whose blocks can be repacked, and are worth it.
+
+    An embedding is left where it lies, unless it is the head as well: a step reads few of its rows.
+    """
+    every_step = {name for name in kept if is_quantized(name)}
+    if HEAD not in tensors:
+        every_step |= kept & {EMBEDDING}
+    return {name for name in every_step if tensors[name].weight_dtype in GGUF_BLOCKS}
+
+
+def used_in_place(tensors: Mapping[str, StoredTensor], kept: set[str], tiled: set[str]) -> set[str]:
     """Those of the tensors used as stored that stay in the file's mapping.
 
     Where others of a file are made anew, its vectors are copied: a page that is touched brings its
     neighbours, up to 2 MB of them, into the process, and the norms lie all over the file.
     """
-    if len(kept) == len(tensors) and not any(t.is_repacked for t in tensors.values()):
+    made = tiled | {name for name in kept if tensors[name].is_repacked}
+    if len(kept) == len(tensors) and not made:
         return kept
-    return {name for name in kept if len(tensors[name].shape) > 1 and not tensors[name].is_repacked}
+    return {name for name in kept - made if len(tensors[name].shape) > 1}
 
 
 def convert_tensor(tensor: StoredTensor, dtype: np.dtype, counter: Counter) -> np.ndarray:

@@ -38,7 +38,7 @@ def examine(seconds: float = 0.2) -> dict[str, Any]:
         from codellama_rt.model.kv_cache import KV_DTYPES
         from codellama_rt.ops.dtypes import FLOAT_DTYPES
         from codellama_rt.ops.native import _core
-        from codellama_rt.ops.quantized import WEIGHT_DTYPES
+        from codellama_rt.ops.quantized import GGUF_BLOCKS, OWN_WEIGHT_DTYPES
         from codellama_rt.tools.limits import measure_limits
     except ImportError as error:
         return found | {"kernels": str(error)}
@@ -51,7 +51,7 @@ def examine(seconds: float = 0.2) -> dict[str, Any]:
         "read_bandwidth": limits.read_bandwidth,
         "flops": limits.flops,
         "cache_dtypes": KV_DTYPES,
-        "weight_dtypes": (*FLOAT_DTYPES, *WEIGHT_DTYPES),
+        "weight_dtypes": (*FLOAT_DTYPES, *OWN_WEIGHT_DTYPES, *GGUF_BLOCKS),
         "custom_ops": _custom_ops(Path(_core.__file__).with_name("libcodellama_rt_cpu.so")),
         "runtimes": {"direct": "yes", "graph": _graph_runtime()},
         "devices": {name: ops.available(name) for name in _DEVICES},

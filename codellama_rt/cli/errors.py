@@ -27,7 +27,16 @@ _OPTIONS = {
 } | {
     name: f"--{name.replace('_', '-')}"
     for name in (
-        *("device", "dtype", "quantization", "adapter", "kv_dtype", "kv_memory", "block_size"),
+        *(
+            "device",
+            "dtype",
+            "quantization",
+            "repack",
+            "adapter",
+            "kv_dtype",
+            "kv_memory",
+            "block_size",
+        ),
         *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_threads", "runtime"),
         *("rope_theta", "rope_scaling"),
         *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
@@ -93,11 +102,15 @@ def in_options(message: str) -> str:
     Example:
         >>> in_options("kv_dtype must be one of auto, int8; use kv_dtype='int8'")
         '--kv-dtype must be one of auto, int8; use --kv-dtype int8'
+        >>> in_options("use repack=False")
+        'use --no-repack'
     """
     return _PARAMETER.sub(_option, message)
 
 
 def _option(match: re.Match[str]) -> str:
+    if match["assigned"] and match["value"] == "False":
+        return _OPTIONS[match["assigned"]].replace("--", "--no-", 1)
     if match["assigned"]:
         return f"{_OPTIONS[match['assigned']]} {match['value'].strip(chr(39))}"
     return _OPTIONS[match["named"] or match["subject"]]

@@ -17,6 +17,7 @@ from codellama_rt.cli.options import (
     KvDtypeOption,
     QuantizationName,
     QuantizationOption,
+    RepackOption,
     checked_size,
 )
 
@@ -88,6 +89,7 @@ def estimate(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
+    repack: RepackOption = True,
     kv_dtype: KvDtypeOption = "auto",
     memory: Annotated[
         str | None,
@@ -135,7 +137,13 @@ def estimate(
         speed = read_bandwidth() if bandwidth is None else parse_bytes(bandwidth)
         ways = estimate_report.compare(
             opened,
-            Plan(device=device, dtype=dtype, quantization=quantization, kv_dtype=kv_dtype),
+            Plan(
+                device=device,
+                dtype=dtype,
+                quantization=quantization,
+                repack=repack,
+                kv_dtype=kv_dtype,
+            ),
             context=length,
             num_seqs=batch,
             available=available,

@@ -74,6 +74,10 @@ RuntimeOption = Annotated[
     RuntimeName,
     typer.Option(help="Direct calls of the kernels, or a MindSpore graph of them; the same bits."),
 ]
+RepackOption = Annotated[
+    bool,
+    typer.Option(help="Copy GGUF's blocks into the kernels' order; else read them in the file."),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show errors with their traceback.")]
 
 
@@ -93,6 +97,7 @@ class ModelOptions:
     device: DeviceOption = "cpu"
     dtype: DtypeOption = "auto"
     quantization: QuantizationOption = None
+    repack: RepackOption = True
     kv_dtype: KvDtypeOption = "auto"
     max_model_len: Annotated[
         int | None,

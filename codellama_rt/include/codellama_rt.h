@@ -150,6 +150,13 @@ typedef struct {
 typedef struct {
   size_t struct_size;
   int32_t num_threads;
+  codellama_rt_tensor weight; /* blocks as in a GGUF file, such as "q4_0" */
+  codellama_rt_tensor tiles;  /* out, "q4_0_tiled": codellama_rt_weight_bytes of them */
+} codellama_rt_repack_args;
+
+typedef struct {
+  size_t struct_size;
+  int32_t num_threads;
   int32_t interleaved;
   float eps;
   codellama_rt_tensor x, attention_norm, q_proj, k_proj, v_proj, o_proj, mlp_norm, gate_proj,
@@ -172,6 +179,7 @@ int codellama_rt_merge_attention(const codellama_rt_merge_attention_args* args);
 int codellama_rt_silu_and_mul(const codellama_rt_silu_and_mul_args* args);
 int codellama_rt_copy_blocks(const codellama_rt_copy_blocks_args* args);
 int codellama_rt_quantize(const codellama_rt_quantize_args* args);
+int codellama_rt_repack(const codellama_rt_repack_args* args);
 int codellama_rt_decoder_layer(const codellama_rt_decoder_layer_args* args);
 
 /* Bytes of a weight (n, k), or of a cache of keys (is_key 1) or of values (0); -1: no such dtype,

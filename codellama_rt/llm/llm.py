@@ -57,6 +57,7 @@ class LLM:
         device: str = "cpu",
         dtype: str = "auto",
         quantization: str | None = None,
+        repack: bool = True,
         kv_dtype: str = "auto",
         max_model_len: int | None = None,
         kv_memory: int | str | None = None,
@@ -73,7 +74,7 @@ class LLM:
         check: str | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
-        """Open a checkpoint; its weights are mapped, not copied, unless others are asked for.
+        """Open a checkpoint; weights are mapped, not copied, but for GGUF's and what is asked for.
 
         Args:
             model: directory, GGUF file, built-in name or hub id.
@@ -81,6 +82,10 @@ class LLM:
             dtype: of the weights: "auto" (as stored), "float32", "float16", "bfloat16".
             quantization: "int8" or "int4" quantises the projections and the head as they are
                 loaded; None takes them as stored, quantised ones included.
+            repack: copy GGUF's blocks, and those made of AWQ and GPTQ, into the order in which the
+                CPU's kernels read them, which is faster; False reads GGUF's in the file's mapping,
+                which opens at once and shares memory with other processes. The results are the
+                same to the bit.
             kv_dtype: of the KV cache: "auto" (that of the weights, bfloat16 beside GGUF's
                 quantised ones), "float32", "float16", "bfloat16", "int8", "int4"; on cuda "fp8",
                 but no "int4".
@@ -106,8 +111,8 @@ class LLM:
                 {"rope_type": "yarn", "factor": 4.0}; {"rope_type": "default"} is no scaling, None
                 the checkpoint's. Give max_model_len as well where contexts are to be longer.
             check: "finite" rejects weights with NaN or infinity (reads every byte).
-            progress: called with (bytes done, bytes in all, what) while weights are converted or
-                quantised.
+            progress: called with (bytes done, bytes in all, what) while weights are converted,
+                quantised or repacked.
 
         Raises:
             CheckpointError: the checkpoint cannot be used.
@@ -137,6 +142,7 @@ class LLM:
             device=device,
             dtype=dtype,
             quantization=quantization,
+            repack=repack,
             kv_dtype=kv_dtype,
             block_size=block_size or default_block_size(device),
             max_model_len=max_model_len,
@@ -151,6 +157,7 @@ class LLM:
             opened,
             dtype=dtype,
             quantization=None if device == "cuda" else quantization,  # there in formats of its own
+            repack=plan.repacks,
             check=check,
             progress=progress,
         )

@@ -18,7 +18,7 @@ from codellama_rt.checkpoint.open import Opened, resolve
 from codellama_rt.checkpoint.quantize import is_quantized, sources
 from codellama_rt.checkpoint.stored_tensor import StoredTensor
 from codellama_rt.checkpoint.tensor_names import EMBEDDING, HEAD, expected_shapes
-from codellama_rt.checkpoint.weight_loading import used_as_stored, used_in_place
+from codellama_rt.checkpoint.weight_loading import repacked, used_as_stored, used_in_place
 from codellama_rt.llm.kv_plan import REQUIRED_SHARE, plan_num_blocks
 from codellama_rt.llm.memory import HUGE_PAGE_BYTES, available_bytes
 from codellama_rt.llm.plan import Plan
@@ -29,7 +29,7 @@ from codellama_rt.model.llama import Activations
 from codellama_rt.model.rope import table_bytes
 from codellama_rt.model.weights import LlamaWeights
 from codellama_rt.ops.dtypes import ENCODINGS, numpy_dtype
-from codellama_rt.ops.quantized import weight_num_bytes
+from codellama_rt.ops.quantized import TILED, weight_num_bytes
 from codellama_rt.text.tokenizer import has_tokenizer
 
 # Of a process that has imported the runtime and run an operator: Python 3.11, NumPy and kernels,
@@ -50,7 +50,8 @@ class Estimate:
 
     Attributes:
         weights: as they are computed with: mapped ones, and those made anew.
-        made: of them those made anew: converted, quantised or put together when loading.
+        made: of them those made anew: converted, quantised, repacked or put together when loading.
+        repacked: of them those that `repack=False` leaves in the file.
         read_per_token: of the weights those that every step reads.
         loading: most that loading takes at once; what is used where it lies is not read yet.
         kv: keys and values of all sequences, in whole blocks.
@@ -62,6 +63,7 @@ class Estimate:
 
     weights: int
     made: int
+    repacked: int
     read_per_token: int
     loading: int
     kv: int
@@ -190,50 +192,65 @@ def estimate(opened: Opened, plan: Plan, *, context: int, num_seqs: int = 1) -> 
     config, tensors = opened.config, opened.tensors
     if plan.quantization is not None:
         tensors = sources(tensors)
-    weights, loading, read_per_token, made = _weights(tensors, target, plan)
+    weights = _weights(tensors, target, plan)
     num_tokens = min(context * num_seqs, plan.max_num_batched_tokens)
     activations = num_tokens * (
         4 * sum(Activations.widths(config).values()) + _PACKED_ITEM_BYTES * config.hidden_dim
     )
-    decodes = made > 0 and any(tensor.float_dtype is None for tensor in tensors.values())
     return Estimate(
-        weights,
-        made,
-        read_per_token,
-        loading,
-        kv_bytes(config, with_kv_dtype(opened, plan), context, num_seqs),
-        activations + table_bytes(config, context) + _STEP_BYTES,
-        _tokenizer_bytes(opened),
-        _DECODER_BYTES * decodes,
+        weights=weights.total,
+        made=weights.made,
+        repacked=weights.repacked,
+        read_per_token=weights.read_per_token,
+        loading=weights.loading,
+        kv=kv_bytes(config, with_kv_dtype(opened, plan), context, num_seqs),
+        activations=activations + table_bytes(config, context) + _STEP_BYTES,
+        tokenizer=_tokenizer_bytes(opened),
+        decoder=_DECODER_BYTES * weights.decodes,
     )
 
 
-def _weights(
-    tensors: Mapping[str, StoredTensor], target: np.dtype, plan: Plan
-) -> tuple[int, int, int, int]:
-    """Bytes of all weights, at most while loading, read by every step, and made when loading."""
+@dataclass
+class _Weights:
+    """Bytes of the weights: as in `Estimate`; and whether the gguf package decodes some."""
+
+    total: int = 0
+    loading: int = 0
+    read_per_token: int = 0
+    made: int = 0
+    repacked: int = 0
+    decodes: bool = False
+
+
+def _weights(tensors: Mapping[str, StoredTensor], target: np.dtype, plan: Plan) -> _Weights:
     kept = used_as_stored(tensors, target, plan.dtype == "auto", plan.quantization)
-    mapped = used_in_place(tensors, kept)
-    total = loading = made = 0
-    sizes = {}
+    tiled = repacked(tensors, kept) if plan.repacks else set()
+    mapped = used_in_place(tensors, kept, tiled)
+    found, sizes = _Weights(), {}
     for name, tensor in tensors.items():
         if name in kept:
-            size = tensor.num_bytes
-            if tensor.is_repacked:
-                size = weight_num_bytes(tensor.weight_dtype, tensor.shape)
-                loading = max(loading, made + size + 2 * tensor.size)  # its integers, byte by byte
-            total, sizes[name] = total + size, size
-            made += 0 if name in mapped else size
-            continue
-        if plan.quantization is not None and is_quantized(name):
-            size = weight_num_bytes(plan.quantization, tensor.shape)
+            dtype, size = tensor.weight_dtype, tensor.num_bytes
+            if name in tiled or tensor.is_repacked:
+                size = weight_num_bytes(dtype + TILED * (name in tiled), tensor.shape)
+            beside = tensor.num_bytes * (name in tiled)
+            if tensor.is_repacked:  # its integers, byte by byte, and blocks
+                beside = 2 * tensor.size + size * (name in tiled)
+            elif name in tiled:
+                found.repacked += size
         else:
-            size = tensor.size * target.itemsize
-        loading = max(loading, made + size + tensor.num_bytes)
-        total, made = total + size, made + size
-        sizes[name] = size
+            if plan.quantization is not None and is_quantized(name):
+                size = weight_num_bytes(plan.quantization, tensor.shape)
+            else:
+                size = tensor.size * target.itemsize
+            beside = tensor.num_bytes
+            found.decodes |= tensor.float_dtype is None
+        if name not in mapped:
+            found.loading = max(found.loading, found.made + size + beside)
+            found.made += size
+        found.total, sizes[name] = found.total + size, size
     is_tied = HEAD not in tensors
-    return total, loading, total - (0 if is_tied else sizes[EMBEDDING]), made
+    found.read_per_token = found.total - (0 if is_tied else sizes[EMBEDDING])
+    return found
 
 
 def _tokenizer_bytes(opened: Opened) -> int:
@@ -262,8 +279,9 @@ def require_memory(needed: Estimate, available: int) -> None:
         raise RuntimeError(
             f"the model needs {least / 1e9:.2f} GB beside its KV cache (weights "
             f"{needed.weights / 1e9:.2f}, while loading {needed.loading / 1e9:.2f}, activations "
-            f"{needed.activations / 1e9:.2f}), and {available / 1e9:.2f} GB are available; "
-            "use quantization='int4', or a model that `codellama-rt convert` quantised"
+            f"{needed.activations / 1e9:.2f}), and {available / 1e9:.2f} GB are available; use "
+            + "repack=False, which leaves GGUF's blocks in the file, " * (needed.repacked > 0)
+            + "quantization='int4', or a model that `codellama-rt convert` quantised"
         )
 
 

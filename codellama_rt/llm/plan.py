@@ -13,6 +13,7 @@ class Plan:
         device: "cpu", "cuda" or "ascend".
         dtype: of the weights, "auto" as stored.
         quantization: of the weights, None as stored.
+        repack: copy GGUF's blocks into the order of the CPU's kernels.
         kv_dtype: of the KV cache; "auto" until it is settled.
         block_size: tokens per block of the KV cache.
         num_blocks: of the KV cache; None until it is settled, and on "cuda", whose memory is asked
@@ -28,6 +29,7 @@ class Plan:
     device: str = "cpu"
     dtype: str = "auto"
     quantization: str | None = None
+    repack: bool = True
     kv_dtype: str = "auto"
     block_size: int = 64
     num_blocks: int | None = None
@@ -37,3 +39,8 @@ class Plan:
     kv_memory: int | str | None = None
     attention: str = "custom"
     runtime: str = "direct"
+
+    @property
+    def repacks(self) -> bool:
+        """Whether GGUF's blocks are repacked: other devices have orders of their own."""
+        return self.repack and self.device == "cpu"

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from codellama_rt.ops.native import _core, thread_limit
-from codellama_rt.ops.quantized import OWN_WEIGHT_DTYPES, Quantized, weight_num_bytes
+from codellama_rt.ops.quantized import (
+    GGUF_BLOCKS,
+    OWN_WEIGHT_DTYPES,
+    TILED,
+    Quantized,
+    weight_num_bytes,
+)
 from codellama_rt.ops.results import Array, axis_size, empty, empty_like
 
 __all__ = [  # which codellama_rt.ops hands on
@@ -14,6 +20,7 @@ __all__ = [  # which codellama_rt.ops hands on
     "embedding",
     "linear",
     "quantize",
+    "repack",
     "rms_norm",
     "silu_and_mul",
 ]
@@ -118,8 +125,8 @@ def linear(
         x: (num_tokens, in_features) float32, float16 or bfloat16; rows may be strided. Over
             bfloat16 weights it is rounded to bfloat16 on CPUs with bfloat16 dot products.
         weight: (out_features, in_features) in the checkpoint's row order, any float dtype or
-            `Quantized`. Over quantised weights x is rounded to int8 in groups of 32 (over int8
-            weights: groups of 64, rotated). A tuple of up to three weights of one dtype is
+            `Quantized`. Over quantised weights x is rounded to int8 in groups of 32 (over q2_k:
+            of 16; over int8: of 64, rotated). A tuple of up to three weights of one dtype is
             multiplied in one pass, as if their rows were concatenated.
         out: (num_tokens, out_features), any float dtype (default: x's); rows may be strided.
         num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
@@ -173,6 +180,41 @@ def quantize(weight: Array, dtype: str, *, num_threads: int | None = None) -> Qu
     quantized = Quantized(payload, dtype, shape)
     _core.quantize(weight, quantized, thread_limit(num_threads))
     return quantized
+
+
+def repack(weight: Quantized, *, num_threads: int | None = None) -> Quantized:
+    """Repack a weight in a format of GGUF into the order in which the kernels read it.
+
+    Every value stays as it is, and so does every bit that `linear` and `embedding` compute of it.
+    The bytes are as many, with the rows filled up to a multiple of 16, and the same on every
+    instruction set.
+
+    Args:
+        weight: (out_features, in_features) in a dtype of `GGUF_BLOCKS`, blocks as in a file.
+        num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
+
+    Returns:
+        The weight in dtype "q4_0_tiled" and the like; its payload is the same kind of array.
+
+    Raises:
+        TypeError: not a `Quantized`.
+        ValueError: another dtype, or a payload of another size.
+
+    Example:
+        >>> repack(Quantized(np.zeros((16, 18), np.uint8), "q4_0", (16, 32))).dtype
+        'q4_0_tiled'
+    """
+    if not isinstance(weight, Quantized):
+        raise TypeError(f"repack: weight must be a Quantized, got {type(weight).__name__}")
+    if weight.dtype not in GGUF_BLOCKS:
+        names = ", ".join(GGUF_BLOCKS)
+        raise ValueError(f"repack: weight must be in one of {names}, got {weight.dtype!r}")
+    shape = (axis_size(weight, 0), axis_size(weight, 1))
+    dtype = weight.dtype + TILED
+    payload = empty(weight.payload, (weight_num_bytes(dtype, shape),), np.uint8)
+    tiles = Quantized(payload, dtype, shape)
+    _core.repack(weight, tiles, thread_limit(num_threads))
+    return tiles
 
 
 def silu_and_mul(gate_up: Array, *, out: Array = None, num_threads: int | None = None) -> Array:

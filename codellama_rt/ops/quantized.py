@@ -11,15 +11,22 @@ holds its rows of values, then its scales, contiguously and independent of block
   scales and minimums as above.
 
 A weight (out_features, in_features): int8 and int4 as `quantize` writes them, in tiles of 16 rows
-and groups of 64 (int4: 32) along in_features; q4_0, q4_1, q8_0, q4_k and q6_k in the layout of GGUF
-files. Elements of a group are in the order in which kernels multiply them: 4 of row 0, 4 of row 1,
-... of row 15, then the next 4 of each.
+and groups of 64 (int4: 32) along in_features; those of `GGUF_BLOCKS` in the layout of GGUF files,
+or, with `_tiled` after the name, as `repack` writes them. Elements of a group are in the order in
+which kernels multiply them: 4 of row 0, 4 of row 1, ... of row 15, then the next 4 of each.
 
 * int8: a group is 1024 bytes, value + 128, then 16 bfloat16 scales. value * scale is the row's 64
   elements times a Hadamard matrix (`rotate_rows`, its own inverse).
 * int4: a tile begins with 16 float32 units of scales and 16 of minima, one per row. A group is 256
   bytes, elements 0 to 15 in the low and 16 to 31 in the high nibbles, then 16 + 16 bytes: scales
   and minima in those units. x = value * scale + minimum, value in 0..15.
+* q4_0_tiled and the others: tiles of 16 rows, the last one filled up with the last row. A group of
+  32 (q2_k: 16) has its values as unsigned integers: nibbles, elements 0 to 15 in the low ones; then
+  words of 4 bytes per row: pairs of bits, those of elements 16 i + 4 j + b in bits 2 j of byte b of
+  word i; single bits, that of element 4 q + b in bit q of byte b. 5 bits are a nibble and a single
+  bit, 3 a pair and a single bit, 6 a nibble and a pair, 8 a byte (q8_0: plus 128). Formats of 32
+  elements have the rows' scales, and minima, in front of a group. In K-quants the scales of the
+  blocks follow a tile's groups, the last block first: for each of its fields those of the 16 rows.
 """
 
 from __future__ import annotations
@@ -36,19 +43,40 @@ from codellama_rt.ops.dtypes import FLOATS
 
 CACHE_DTYPES = ("int8", "int4")
 OWN_WEIGHT_DTYPES = ("int8", "int4")  # written by `quantize`
-WEIGHT_DTYPES = (*OWN_WEIGHT_DTYPES, "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")
+GGUF_BLOCKS = {  # elements and bytes of a block
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
+    "q8_0": (32, 34),
+    "iq4_nl": (32, 18),
+    "q2_k": (256, 84),
+    "q3_k": (256, 110),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
+    "q6_k": (256, 210),
+}
+GGUF_HALVES = {  # where a block has its float16: scales, then minima
+    "q4_0": (0,),
+    "q4_1": (0, 2),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
+    "q8_0": (0,),
+    "iq4_nl": (0,),
+    "q2_k": (80, 82),
+    "q3_k": (108,),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+}
+TILED = "_tiled"
+TILED_DTYPES = tuple(name + TILED for name in GGUF_BLOCKS)  # written by `repack`
+WEIGHT_DTYPES = (*OWN_WEIGHT_DTYPES, *GGUF_BLOCKS, *TILED_DTYPES)
 CACHE_GROUP = 16  # tokens
 INT4_STEP = 32  # head_dim is a multiple of this in an int4 cache
 WEIGHT_TILE = 16  # rows
 WEIGHT_GROUPS = {"int8": 64, "int4": 32}  # elements of in_features per scale
 MAX_ELEMENTS = 2**48  # so that products of sizes stay within 64 bits (kMaxElements in C++)
-GGUF_BLOCKS = {
-    "q4_0": (32, 18),
-    "q4_1": (32, 20),
-    "q8_0": (32, 34),
-    "q4_k": (256, 144),
-    "q6_k": (256, 210),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,11 +207,12 @@ def empty_caches(
 def weight_num_bytes(dtype: str, shape: tuple[int, int]) -> int:
     """Return the bytes of a quantised weight (out_features, in_features)."""
     rows, k = shape
-    if dtype in GGUF_BLOCKS:
-        elements, num_bytes = GGUF_BLOCKS[dtype]
-        return rows * (k // elements) * num_bytes
+    padded_rows = -(-rows // WEIGHT_TILE) * WEIGHT_TILE
+    if dtype not in WEIGHT_GROUPS:
+        elements, num_bytes = GGUF_BLOCKS[dtype.removesuffix(TILED)]
+        return (padded_rows if dtype in TILED_DTYPES else rows) * (k // elements) * num_bytes
     size = WEIGHT_GROUPS[dtype]
-    padded_rows, groups = -(-rows // WEIGHT_TILE) * WEIGHT_TILE, -(-k // size)
+    groups = -(-k // size)
     if dtype == "int8":
         return padded_rows * groups * (size + 2)
     return padded_rows * (8 + groups * (size // 2 + 2))

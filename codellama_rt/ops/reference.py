@@ -17,6 +17,7 @@ from codellama_rt.ops.quantized import (
     read_cache,
     rotate_rows,
 )
+from codellama_rt.ops.reference_gguf import repack
 from codellama_rt.ops.reference_weights import dequantize, quantize, rounded_to_int8
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "merge_attention",
     "paged_attention",
     "quantize",
+    "repack",
     "reshape_and_cache",
     "rms_norm",
     "rope_and_cache",

@@ -1,16 +1,15 @@
 """Quantised weights in NumPy: what `quantize` writes, and what each format's bytes encode.
 
-The layouts are described in `quantized`; GGUF's blocks follow ggml's formats.
+The layouts are described in `quantized`; those of GGUF are in `reference_gguf`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from codellama_rt.ops.quantized import WEIGHT_GROUPS, WEIGHT_TILE, Quantized, rotate_rows
+from codellama_rt.ops.reference_gguf import dequantize_gguf
 
 Array = NDArray
 
@@ -104,10 +103,9 @@ def dequantize(weight: Quantized, *, rotated: bool = False) -> Array:
         rotated: return int8 as stored: groups rotated, the last one whole.
     """
     rows, k = weight.shape
+    if weight.dtype not in WEIGHT_GROUPS:
+        return dequantize_gguf(weight)
     payload = np.asarray(weight.payload).reshape(-1)
-    if weight.dtype in _BLOCKS:
-        num_bytes, unpack = _BLOCKS[weight.dtype]
-        return unpack(payload.reshape(-1, num_bytes)).reshape(rows, k)
     size = WEIGHT_GROUPS[weight.dtype]
     tiles, groups = -(-rows // WEIGHT_TILE), -(-k // size)
     payload = payload.reshape(tiles, -1)
@@ -142,64 +140,15 @@ def _from_int4(payload: Array, groups: int) -> tuple[Array, Array, Array]:
     return values, scaled[:, :, 0], scaled[:, :, 1]
 
 
-# ---- GGUF's blocks: (num_blocks, bytes) -> (num_blocks, elements) ----------------------------
-
-
-def _half(blocks: Array, offset: int) -> Array:
-    """Return the float16 at a byte offset, as a column."""
-    return np.ascontiguousarray(blocks[:, offset : offset + 2]).view(np.float16).astype(np.float64)
-
-
-def _nibbles(packed: Array) -> Array:
-    return np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.float64)
-
-
-def _q4_0(blocks: Array) -> Array:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 2:]) - 8)
-
-
-def _q4_1(blocks: Array) -> Array:
-    return _half(blocks, 0) * _nibbles(blocks[:, 4:]) + _half(blocks, 2)
-
-
-def _q8_0(blocks: Array) -> Array:
-    return _half(blocks, 0) * blocks[:, 2:].view(np.int8)
-
-
-def _q4_k(blocks: Array) -> Array:
-    first, second, third = np.split(blocks[:, 4:16], 3, axis=1)
-    scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=1)
-    minima = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=1)
-    values = _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    values = (_half(blocks, 0) * scales)[..., None] * values
-    return values - (_half(blocks, 2) * minima)[..., None]
-
-
-def _q6_k(blocks: Array) -> Array:
-    low = blocks[:, :128].reshape(-1, 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None] & 15
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
-    values = (low.reshape(-1, 2, 4, 32) | high << 4).reshape(-1, 16, 16).astype(np.float64) - 32
-    scales = _half(blocks, 208) * blocks[:, 192:208].view(np.int8)
-    return scales[..., None] * values
-
-
-_BLOCKS: dict[str, tuple[int, Callable[[Array], Array]]] = {
-    "q4_0": (18, _q4_0),
-    "q4_1": (20, _q4_1),
-    "q8_0": (34, _q8_0),
-    "q4_k": (144, _q4_k),
-    "q6_k": (210, _q6_k),
-}
-
-
 def rounded_to_int8(x: Array, weight_dtype: str) -> Array:
     """Return `x` (num_tokens, in_features) as `linear` rounds it for such a weight, in float64.
 
     Groups of 32 share a scale, max|x| / 127 in float32; a group that holds a NaN or an infinity is
-    NaN. For int8 weights the groups are 64 long, rotated, and the last one is kept whole.
+    NaN. For int8 weights the groups are 64 long, rotated, and the last one is kept whole; for q2_k
+    they are 16 long.
     """
     num_tokens, k = x.shape
-    size = WEIGHT_GROUPS.get(weight_dtype, 32)
+    size = 16 if weight_dtype.startswith("q2_k") else WEIGHT_GROUPS.get(weight_dtype, 32)
     padded = np.zeros((num_tokens, -(-k // size), size), np.float32)
     padded.reshape(num_tokens, -1)[:, :k] = x
     with np.errstate(all="ignore"):

@@ -20,11 +20,11 @@ Array = Any  # numpy.ndarray, mindspore.Tensor, or what has __dlpack__
 def shape_of(argument: Array) -> tuple[int, ...]:
     """Return the shape of a tensor; anything else counts as a scalar.
 
-    So does a Quantized whose shape its payload cannot hold: no format has less than 4 bits per
+    So does a Quantized whose shape its payload cannot hold: no format has less than 2 bits per
     element.
     """
     if isinstance(argument, Quantized):
-        fits = math.prod(argument.shape) <= 2 * argument.nbytes
+        fits = math.prod(argument.shape) <= 4 * argument.nbytes
         return tuple(argument.shape) if fits else ()
     if isinstance(argument, np.ndarray) or _is_mindspore(argument):
         return argument.shape

@@ -12,7 +12,11 @@ from dataclasses import dataclass, field
 
 FLOATS = ("float32", "float16", "bfloat16")
 CACHED = (*FLOATS, "int8", "int4")  # the last two as `Quantized`
-WEIGHTS = (*CACHED, "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")  # all but floats as `Quantized`
+GGUF = (
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"),
+    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+)
+WEIGHTS = (*CACHED, *GGUF, *(f"{name}_tiled" for name in GGUF))  # all but floats as `Quantized`
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
 

@@ -220,6 +220,9 @@ CLRT_C_OP(copy_blocks) {
 CLRT_C_OP(quantize) {
   return run(args, [](auto& a) { launch::quantize(view(a.weight), view(a.payload)); });
 }
+CLRT_C_OP(repack) {
+  return run(args, [](auto& a) { launch::repack(view(a.weight), view(a.tiles)); });
+}
 CLRT_C_OP(decoder_layer) {
   return run(args, [](auto& a) {
     launch::decoder_layer({view(a.x),

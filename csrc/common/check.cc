@@ -86,8 +86,11 @@ constexpr const char* kWeightNames = "float32, float16, bfloat16, int8_mma or in
 #else
 constexpr const char* kCacheNames = "float32, float16, bfloat16, int8 or int4";
 constexpr bool kCachesHaveStrides = true;
+#define CLRT_FORMAT(format, name, elements, bytes) name ", "
 constexpr const char* kWeightNames =
-    "float32, float16, bfloat16, int8, int4, q4_0, q4_1, q8_0, q4_k or q6_k";
+    "float32, float16, bfloat16, int8, int4, " CLRT_GGUF_FORMATS(CLRT_FORMAT) "or one of these "
+    "with _tiled";
+#undef CLRT_FORMAT
 #endif
 
 }  // namespace

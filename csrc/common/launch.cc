@@ -315,6 +315,17 @@ void quantize(TensorView weight, TensorView payload) {
   check.writable("payload", payload);
   kernels().quantize({weight.data, payload.data, weight.dtype, payload.dtype, n.size, k.size});
 }
+
+void repack(TensorView weight, TensorView tiles) {
+  Check check("repack");
+  Axis n{"out_features"}, k{"in_features"};
+  check.require(is_gguf(weight.dtype),
+                std::string("weight must be in a format of GGUF, got ") + weight.dtype_text);
+  check.weight("weight", weight, {&n, &k});
+  check.weight("tiles", tiles, {&n, &k}, DType(int(weight.dtype) + kNumGgufFormats));
+  check.writable("tiles", tiles);
+  kernels().repack({weight.data, tiles.data, weight.dtype, n.size, k.size});
+}
 #endif
 
 }  // namespace launch

@@ -20,6 +20,15 @@
 //                     minima; a group is 256 bytes, elements 0 to 15 in low and 16 to 31 in high
 //                     nibbles, then 16 + 16 bytes, its scales and minima in those units
 //   q4_0 ... q6_k     rows of GGUF blocks as they lie in the file
+//   q4_0_tiled ...    made of them by ops.repack: tiles of 16 rows, the last filled up with its
+//                     last row. A group of 32 (q2_k: 16) along k has its values, as unsigned integers in
+//                     the order above: nibbles, elements 0 to 15 in the low ones; then words of 4
+//                     bytes a row: pairs of bits, of elements 16 i + 4 j + b in bits 2 j of byte b
+//                     of word i; single bits, of element 4 q + b in bit q of byte b. (5 bits:
+//                     nibbles and the fifth; 3: a pair and the third; 6: a nibble and a pair; 8: a
+//                     byte, plus 128.) q4_0 to iq4_nl: before them 16 float16 scales, and minima.
+//                     K-quants: after a tile's groups the blocks' scales, last block first: d (and
+//                     dmin) of the 16 rows, then their words or bytes of scales as in the file
 // On cuda: a cache in int8 as above, or in fp8 (e4m3), which lies like int8; a weight in int8_mma
 // or int4_mma, see cuda/linear/formats.cuh.
 #pragma once
@@ -50,7 +59,7 @@ constexpr bool is_weight_dtype(DType dtype) {
 #ifdef CLRT_CUDA
   return is_float(dtype) || dtype == DType::kInt8Mma || dtype == DType::kInt4Mma;
 #else
-  return is_float(dtype) || (dtype >= DType::kInt8 && dtype <= DType::kQ6_K);
+  return is_float(dtype) || (dtype >= DType::kInt8 && dtype < DType::kFp8);
 #endif
 }
 
@@ -74,10 +83,30 @@ inline DType quantized_dtype(const char* name) {
   return DType(dtype);
 }
 
+struct GgufBlock {
+  int64_t elements, bytes;
+};
+
+// Of a GGUF format, in rows or in tiles.
+constexpr GgufBlock gguf_block(DType dtype) {
+  switch (is_gguf_tiled(dtype) ? DType(int(dtype) - kNumGgufFormats) : dtype) {
+#define CLRT_FORMAT(format, name, elements, bytes) \
+  case DType::k##format:                           \
+    return {elements, bytes};
+    CLRT_GGUF_FORMATS(CLRT_FORMAT)
+#undef CLRT_FORMAT
+    default:
+      return {1, 0};
+  }
+}
+
 // Bytes of a weight of n rows of k, k being a multiple of what a block holds.
 constexpr int64_t weight_bytes(DType dtype, int64_t n, int64_t k) {
   const int64_t tiles = (n + kWeightTile - 1) / kWeightTile;
   const int64_t groups = (k + kWeightGroup - 1) / kWeightGroup;
+  const GgufBlock block = gguf_block(dtype);
+  if (is_gguf(dtype)) return n * (k / block.elements) * block.bytes;
+  if (is_gguf_tiled(dtype)) return tiles * kWeightTile * (k / block.elements) * block.bytes;
   switch (dtype) {
     case DType::kInt8:
       return tiles * kWeightTile * ((k + kInt8Group - 1) / kInt8Group) * (kInt8Group + 2);
@@ -87,16 +116,6 @@ constexpr int64_t weight_bytes(DType dtype, int64_t n, int64_t k) {
       return tiles * kWeightTile * (8 + groups * (kWeightGroup / 2 + 2));
     case DType::kInt4Mma:
       return tiles * kWeightTile * groups * (kWeightGroup / 2 + 2);
-    case DType::kQ4_0:
-      return n * (k / 32) * 18;
-    case DType::kQ4_1:
-      return n * (k / 32) * 20;
-    case DType::kQ8_0:
-      return n * (k / 32) * 34;
-    case DType::kQ4_K:
-      return n * (k / 256) * 144;
-    case DType::kQ6_K:
-      return n * (k / 256) * 210;
     default:
       return n * k * item_size(dtype);
   }
@@ -104,9 +123,8 @@ constexpr int64_t weight_bytes(DType dtype, int64_t n, int64_t k) {
 
 // Elements of k that a block of the format holds: k is a multiple of it.
 constexpr int64_t weight_block(DType dtype) {
-  if (dtype == DType::kQ4_K || dtype == DType::kQ6_K) return 256;
   if (dtype == DType::kInt8Mma || dtype == DType::kInt4Mma) return 64;
-  return dtype >= DType::kQ4_0 && dtype <= DType::kQ8_0 ? 32 : 1;
+  return gguf_block(dtype).elements;
 }
 
 }  // namespace codellama_rt

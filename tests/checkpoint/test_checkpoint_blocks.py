@@ -18,7 +18,7 @@ from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.checkpoint.quantize import QUANTIZATIONS
 from codellama_rt.llm.scoring import sequence_logits
 from codellama_rt.model.llama import Llama
-from codellama_rt.ops.quantized import GGUF_BLOCKS, Quantized
+from codellama_rt.ops.quantized import GGUF_BLOCKS, TILED, Quantized
 
 KINDS = [name.upper() for name in GGUF_BLOCKS]
 MIXED = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "output.": "Q6_K", "": "Q4_K"}  # as Q4_K_M mixes
@@ -72,8 +72,8 @@ def test_a_type_that_no_operator_takes_is_decoded(tmp_path):
     values = gguf.dequantize(
         original.payload.reshape(original.shape[0], -1), gguf.GGMLQuantizationType.Q8_0
     )
-    raw = gguf.quantize(values, gguf.GGMLQuantizationType.Q5_0).tobytes()
-    path = block_model(tmp_path / "b.gguf", {"": "Q8_0"}, given={"ffn_down": ("Q5_0", raw)})
+    raw = gguf.quantize(values, gguf.GGMLQuantizationType.MXFP4).tobytes()
+    path = block_model(tmp_path / "b.gguf", {"": "Q8_0"}, given={"ffn_down": ("MXFP4", raw)})
     calls = []
     mixed = open_checkpoint(path, progress=lambda *call: calls.append(call))
     assert {layer.down_proj.dtype.name for layer in mixed.weights.layers} == {"bfloat16"}
@@ -117,3 +117,47 @@ def test_the_types_of_a_layer_are_multiplied_run_by_run(tmp_path):
     assert qk == ((layer.q_proj, layer.k_proj), slice(0, q_dim + kv_dim))
     assert v == ((layer.v_proj,), slice(q_dim + kv_dim, q_dim + 2 * kv_dim))
     assert gate_up[0] == (layer.gate_proj, layer.up_proj)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kinds", [*({"": kind} for kind in KINDS), MIXED], ids=str)
+def test_repacked_blocks_have_the_bits_of_mapped_ones(tmp_path, kinds, tied):
+    path, calls = block_model(tmp_path / "a.gguf", kinds, tied=tied), []
+    mapped = open_checkpoint(path)
+    checkpoint = open_checkpoint(
+        path, repack=True, check="finite", progress=lambda *call: calls.append(call)
+    )
+    for ours, stored in zip(
+        projections(checkpoint.weights), projections(mapped.weights), strict=True
+    ):
+        assert ours.dtype == stored.dtype + TILED
+        assert mapping_under(ours.payload) is None
+    assert (checkpoint.weights.lm_head is checkpoint.weights.embedding) is tied
+    if not tied:  # of which a step reads few rows
+        assert isinstance(mapping_under(checkpoint.weights.embedding.payload), mmap.mmap)
+    assert all(
+        mapping_under(norm) is None for norm in floats(checkpoint.weights) if norm_like(norm)
+    )
+    assert {what.split()[0] for _, _, what in calls} == {"repacking", "checking"}
+    repacking = [(done, total) for done, total, what in calls if what.startswith("repacking")]
+    assert repacking[-1][0] == repacking[-1][1]
+    assert np.array_equal(logits(checkpoint), logits(mapped))
+
+
+def norm_like(array):
+    return isinstance(array, np.ndarray) and array.ndim == 1
+
+
+def test_a_repacked_file_is_no_longer_resident(tmp_path):
+    path = block_model(tmp_path / "a.gguf", {"": "Q4_0"}, tied=True)
+    checkpoint = open_checkpoint(path, repack=True)
+    assert checkpoint.mapped_bytes == 0
+    assert resident_bytes(path) < 0.2 * path.stat().st_size
+
+
+def test_what_is_decoded_or_quantised_is_not_repacked(tmp_path):
+    path = block_model(tmp_path / "a.gguf", MIXED)
+    floats_only = open_checkpoint(path, dtype="float32", repack=True)
+    assert all(isinstance(weight, np.ndarray) for weight in projections(floats_only.weights))
+    quantised = open_checkpoint(path, quantization="int4", repack=True)
+    assert {weight.dtype for weight in projections(quantised.weights)} == {"int4"}

@@ -101,7 +101,7 @@ def test_float_tensors_are_views_of_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("Q8_0", "bfloat16"), ("Q8_0", "float32"), ("Q4_0", "float16"), ("Q5_0", "auto")],
+    [("Q8_0", "bfloat16"), ("Q8_0", "float32"), ("Q4_0", "float16"), ("MXFP4", "auto")],
 )
 def test_quantised_tensors_are_decoded(tmp_path, kind, dtype):
     """When a dtype is asked for, and where no operator takes the type as it lies."""

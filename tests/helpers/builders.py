@@ -13,7 +13,10 @@ from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops.quantized import (
     CACHE_DTYPES,
     GGUF_BLOCKS,
+    GGUF_HALVES,
     OWN_WEIGHT_DTYPES,
+    TILED,
+    TILED_DTYPES,
     Quantized,
     empty_caches,
 )
@@ -45,11 +48,12 @@ def quantized_weight(rng: np.random.Generator, shape: tuple[int, int], dtype: st
     """A weight in any quantised format: of normal numbers, or valid blocks of random bits."""
     if dtype in OWN_WEIGHT_DTYPES:
         return ops.quantize(normal(rng, shape), dtype)
+    if dtype in TILED_DTYPES:
+        return ops.repack(quantized_weight(rng, shape, dtype.removesuffix(TILED)))
     rows, k = shape
     elements, num_bytes = GGUF_BLOCKS[dtype]
     blocks = rng.integers(0, 256, (rows, k // elements, num_bytes), np.uint8)
-    halves = {"q4_1": [0, 2], "q4_k": [0, 2], "q6_k": [208]}.get(dtype, [0])
-    for offset in halves:
+    for offset in GGUF_HALVES[dtype]:
         scales = (0.02 * rng.standard_normal((rows, k // elements, 1))).astype(np.float16)
         blocks[..., offset : offset + 2] = scales.view(np.uint8)
     return ops.Quantized(blocks.reshape(rows, -1), dtype, shape)

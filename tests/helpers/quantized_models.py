@@ -12,7 +12,7 @@ from codellama_rt.checkpoint.formats.safetensors import read_safetensors
 from codellama_rt.checkpoint.stored_tensor import Weight
 from codellama_rt.checkpoint.tensor_names import expected_shapes, gguf_name
 from codellama_rt.model.config import ModelConfig
-from codellama_rt.ops.quantized import GGUF_BLOCKS
+from codellama_rt.ops.quantized import GGUF_BLOCKS, GGUF_HALVES
 from helpers.checkpoint_files import (
     MINI_CONFIG,
     TINY,
@@ -26,9 +26,10 @@ BLOCK_CONFIG = ModelConfig(  # K-quants have blocks of 256
     n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, dim=256, hidden_dim=512, vocab_size=300,
     max_position_embeddings=256, rope_interleaved=True,
 )  # fmt: skip
-_SCALES = {  # where a block has its float16 scales and minima, and how large they are
-    "Q4_0": [(0, 1e-2)], "Q4_1": [(0, 1e-2), (2, -7.5e-2)], "Q8_0": [(0, 1e-3)],
-    "Q4_K": [(0, 4e-4), (2, 3e-3)], "Q6_K": [(208, 6e-5)],
+_SCALES = {  # how large a block's float16 scales and minima are
+    "Q4_0": [1e-2], "Q4_1": [1e-2, -7.5e-2], "Q5_0": [5e-3], "Q5_1": [5e-3, -7.75e-2],
+    "Q8_0": [1e-3], "IQ4_NL": [8e-4], "Q2_K": [6e-3, 9e-3], "Q3_K": [1e-3], "Q4_K": [4e-4, 3e-3],
+    "Q5_K": [1e-4, 1.55e-3], "Q6_K": [6e-5],
 }  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def random_blocks(rng: np.random.Generator, kind: str, shape: tuple[int, int]) -
     """Blocks of one of GGUF's formats with small random scales and any values."""
     elements, num_bytes = GGUF_BLOCKS[kind.lower()]
     blocks = rng.integers(0, 256, (shape[0] * shape[1] // elements, num_bytes), np.uint8)
-    for offset, size in _SCALES[kind]:
+    for offset, size in zip(GGUF_HALVES[kind.lower()], _SCALES[kind], strict=True):
         scales = (size * rng.uniform(0.5, 1.0, (len(blocks), 1))).astype(np.float16)
         blocks[:, offset : offset + 2] = scales.view(np.uint8)
     return blocks.tobytes()

@@ -24,7 +24,7 @@ from codellama_rt.ops.reference_weights import dequantize
 PROMPT = [1, 309, 103, 28, 67, 9, 44]
 DIALOG = [{"role": "user", "content": "add"}]
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
-WAYS = ["int8", "int4", "gguf"]
+WAYS = ["int8", "int4", "gguf", "repacked"]
 
 
 def gguf_tokenizer():
@@ -44,8 +44,9 @@ def gguf_tokenizer():
 @pytest.fixture(params=WAYS)
 def quantized(request, tmp_path):
     """A quantised model, and the options that open it."""
-    if request.param == "gguf":
-        return q8_model(tmp_path / "model.gguf", NAME, gguf_tokenizer()), {}
+    if request.param in ("gguf", "repacked"):
+        path = q8_model(tmp_path / "model.gguf", NAME, gguf_tokenizer())
+        return path, {"repack": request.param == "repacked"}
     return make_folder(tmp_path / "model"), {"quantization": request.param}
 
 

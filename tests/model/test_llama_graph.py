@@ -164,8 +164,14 @@ def test_a_quantized_embedding():
 def test_the_types_of_a_layer_are_multiplied_run_by_run(tmp_path):
     """Q4_K beside Q6_K, as GGUF's Q4_K_M mixes them."""
     mixed = {"attn_v": "Q6_K", "ffn_gate": "Q6_K", "output.": "Q6_K", "": "Q4_K"}
-    checkpoint = open_checkpoint(block_model(tmp_path / "a.gguf", mixed))
-    run_requests(BothRoads(checkpoint, False), "float32")
+    path = block_model(tmp_path / "a.gguf", mixed)
+    for repack in (False, True):
+        run_requests(BothRoads(open_checkpoint(path, repack=repack), False), "float32")
+
+
+def test_whole_layers_of_repacked_blocks(tmp_path):
+    checkpoint = open_checkpoint(block_model(tmp_path / "a.gguf", {"": "Q4_1"}), repack=True)
+    run_requests(BothRoads(checkpoint, True), "float32")
 
 
 def quantized_cache(config, dtype, num_blocks, block_size):

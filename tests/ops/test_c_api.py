@@ -95,7 +95,7 @@ def test_every_operator_has_its_function_and_struct():
     listed = set(
         re.findall(r"^CLRT_\w*OP\((\w+),", (REPOSITORY / "csrc/ops.def").read_text(), re.M)
     )
-    assert set(STRUCTS) == listed == {*OPS, "quantize"}
+    assert set(STRUCTS) == listed == {*OPS, "quantize", "repack"}
     for name in listed:
         assert hasattr(library, f"codellama_rt_{name}")
 
@@ -132,6 +132,14 @@ def test_quantised_tensors(rng):
         weights, out = (Tensor * 3)(Tensor.of(payload)), np.zeros((2, 33), np.float32)
         assert run("linear", {"x": x, "out": out}, weights=weights, num_weights=1) == 0
         assert_equal_bits(out, ops.linear(x, expected))
+
+
+def test_blocks_of_gguf_are_repacked(rng):
+    rows = Quantized(rng.integers(0, 250, 33 * 2 * 18).astype(np.uint8), "q4_0", (33, 64))
+    num_bytes = library.codellama_rt_weight_bytes(b"q4_0_tiled", 33, 64)
+    tiles = Quantized(np.zeros(num_bytes, np.uint8), "q4_0_tiled", (33, 64))
+    assert run("repack", {"weight": rows, "tiles": tiles}) == 0, last_error()
+    assert_equal_bits(tiles.payload, ops.repack(rows).payload)
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)

@@ -8,9 +8,10 @@ from helpers.tolerances import assert_dot, assert_equal_bits
 from codellama_rt import ops
 from codellama_rt.ops import Quantized, reference
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
-from codellama_rt.ops.quantized import GGUF_BLOCKS, OWN_WEIGHT_DTYPES, WEIGHT_DTYPES
+from codellama_rt.ops.quantized import GGUF_BLOCKS, OWN_WEIGHT_DTYPES
 
-EVERY_FORMAT = pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+# Those in tiles have the bits of the blocks they are made of: test_repack.py.
+EVERY_FORMAT = pytest.mark.parametrize("dtype", [*OWN_WEIGHT_DTYPES, *GGUF_BLOCKS])
 COUNTS = (1, 2, 3, 6, 7, 16, 17, 64, 100)  # of tokens: one panel, several, and all that is between
 
 
@@ -26,12 +27,13 @@ def terms(weight):
     """Largest sizes of the terms that a group adds: |value * scale| + |minimum|, at most."""
     groups = np.abs(reference.dequantize(weight, rotated=True))
     largest = groups.max(axis=1, keepdims=True)
-    return np.maximum(groups, 2 * largest) if weight.dtype in ("int4", "q4_1", "q4_k") else groups
+    has_minimum = weight.dtype in ("int4", "q4_1", "q5_1", "q2_k", "q4_k", "q5_k")
+    return np.maximum(groups, 2 * largest) if has_minimum else groups
 
 
 def width(dtype):
     """A row that is no multiple of what a chunk holds."""
-    return 2304 if dtype in ("q4_k", "q6_k") else 608 + 32 * (dtype in GGUF_BLOCKS)
+    return 2304 if dtype.endswith("_k") else 608 + 32 * (dtype in GGUF_BLOCKS)
 
 
 @EVERY_FORMAT

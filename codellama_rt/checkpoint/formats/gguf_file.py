@@ -24,7 +24,19 @@ from codellama_rt.ops.quantized import GGUF_BLOCKS
 
 MAGIC = b"GGUF"
 _FLOAT_TYPES = {known.ggml_type: known for known in FLOATS.values()}
-_BLOCK_TYPES = {2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 12: "Q4_K", 14: "Q6_K"}  # supported by ops
+_BLOCK_TYPES = {  # supported by ops
+    2: "Q4_0",
+    3: "Q4_1",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    10: "Q2_K",
+    11: "Q3_K",
+    12: "Q4_K",
+    13: "Q5_K",
+    14: "Q6_K",
+    20: "IQ4_NL",
+}
 _SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q").unpack_from  # of a string, in front of it

@@ -57,7 +57,7 @@ class Model:
                 config = SHAPES[self.shape]
                 config = replace(config, n_layers=self.layers or config.n_layers)
                 write_directory(path, config, dtype=self.weights)
-            yield Runner(open_checkpoint(self.path or path), max_depth, self.kv_dtype)
+            yield Runner(open_checkpoint(self.path or path, repack=True), max_depth, self.kv_dtype)
 
 
 def decode_row(

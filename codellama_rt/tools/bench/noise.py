@@ -7,11 +7,16 @@ import numpy as np
 from codellama_rt import ops
 from codellama_rt.ops import Quantized
 from codellama_rt.ops.dtypes import numpy_dtype
-from codellama_rt.ops.quantized import GGUF_BLOCKS, weight_num_bytes
+from codellama_rt.ops.quantized import (
+    GGUF_BLOCKS,
+    GGUF_HALVES,
+    TILED,
+    TILED_DTYPES,
+    weight_num_bytes,
+)
 
 _PERIOD = 1_000_003  # larger arrays repeat so many elements; a prime, so that rows differ
 _BLOCKS = 7  # a cache repeats so many blocks
-_SCALES_AT = {"q4_0": (0,), "q4_1": (0, 2), "q8_0": (0,), "q4_k": (0, 2), "q6_k": (208,)}
 
 
 def noise(
@@ -24,11 +29,13 @@ def noise(
 
 def quantized_noise(shape: tuple[int, int], dtype: str, rng: np.random.Generator) -> Quantized:
     """Return a quantised weight: quantised noise, or random blocks of a GGUF format."""
+    if dtype in TILED_DTYPES:
+        return ops.repack(quantized_noise(shape, dtype.removesuffix(TILED), rng))
     if dtype not in GGUF_BLOCKS:
         return ops.quantize(noise(shape, "bfloat16", rng), dtype)
     _, block_bytes = GGUF_BLOCKS[dtype]
     blocks = rng.integers(0, 256, (_PERIOD // block_bytes, block_bytes), np.uint8)
-    for at in _SCALES_AT[dtype]:
+    for at in GGUF_HALVES[dtype]:
         blocks[:, at : at + 2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
     payload = np.resize(blocks, weight_num_bytes(dtype, shape))
     return Quantized(payload, dtype, shape)

@@ -12,6 +12,7 @@ from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.ops.quantized import (
     CACHE_DTYPES,
     GGUF_BLOCKS,
+    TILED,
     WEIGHT_DTYPES,
     cache_row_bytes,
     weight_num_bytes,
@@ -157,7 +158,7 @@ def _accepts(case: Case) -> bool:
     if case.dtype in FLOAT_DTYPES:
         return True
     stored = [name for name in case.op.inputs if case.dtype_of(name) == case.dtype]
-    block, _ = GGUF_BLOCKS.get(case.dtype, (1, 0))
+    block, _ = GGUF_BLOCKS.get(case.dtype.removesuffix(TILED), (1, 0))
     return bool(stored) and not any(case.shape_of(name)[-1] % block for name in stored)
 
 

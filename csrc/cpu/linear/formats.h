@@ -1,7 +1,7 @@
-// Quantised weight formats of both kinds: own ones, read in place, and GGUF's, unpacked first.
+// Quantised weight formats: those that are read in place, and GGUF's that are unpacked first.
 #pragma once
 
-#include "cpu/linear/gguf_blocks.h"
+#include "cpu/linear/tiles.h"
 #include "cpu/runtime/task.h"
 
 namespace codellama_rt {
@@ -10,13 +10,13 @@ namespace {
 
 // ---- a format of either kind ---------------------------------------------------------------
 
-// Own formats: read in place.
+// Read in place, in tiles of 16 rows.
 template <typename LayoutOf>
-struct Own {
+struct InPlace {
   using Layout = LayoutOf;
   static constexpr bool kInPlace = true;
 };
-// GGUF's: unpacked first.
+// Rows of GGUF's blocks: unpacked first.
 template <typename BlockOf>
 struct Gguf {
   using Block = BlockOf;
@@ -24,23 +24,60 @@ struct Gguf {
   static constexpr bool kInPlace = false;
 };
 
+// The layout of a GGUF format in tiles.
+template <typename Block>
+struct Tiles;
+template <>
+struct Tiles<Q4_0> : InPlace<SimpleTile<Q4_0, 4, 8>> {};
+template <>
+struct Tiles<Q4_1> : InPlace<SimpleTile<Q4_1, 4, 0>> {};
+template <>
+struct Tiles<Q5_0> : InPlace<SimpleTile<Q5_0, 5, 16>> {};
+template <>
+struct Tiles<Q5_1> : InPlace<SimpleTile<Q5_1, 5, 0>> {};
+template <>
+struct Tiles<Q8_0> : InPlace<SimpleTile<Q8_0, 8, 128>> {};
+template <>
+struct Tiles<IQ4_NL> : InPlace<Iq4Tile> {};
+template <>
+struct Tiles<Q2_K> : InPlace<KTile<Q2_K, 2, 0, Q2Scales>> {};
+template <>
+struct Tiles<Q3_K> : InPlace<KTile<Q3_K, 3, 4, Q3Scales>> {};
+template <>
+struct Tiles<Q4_K> : InPlace<KTile<Q4_K, 4, 0, Q4Scales>> {};
+template <>
+struct Tiles<Q5_K> : InPlace<KTile<Q5_K, 5, 0, Q4Scales>> {};
+template <>
+struct Tiles<Q6_K> : InPlace<KTile<Q6_K, 6, 32, Q6Scales>> {};
+
 template <typename Body>
 inline void with_format(DType dtype, const Body& body) {
   switch (dtype) {
     case DType::kInt8:
-      return body(Own<Int8Layout>{});
-    case DType::kInt4:
-      return body(Own<Int4Layout>{});
-    case DType::kQ4_0:
-      return body(Gguf<Q4_0>{});
-    case DType::kQ4_1:
-      return body(Gguf<Q4_1>{});
-    case DType::kQ8_0:
-      return body(Gguf<Q8_0>{});
-    case DType::kQ4_K:
-      return body(Gguf<Q4_K>{});
+      return body(InPlace<Int8Layout>{});
+#define CLRT_FORMAT(format, name, elements, bytes) \
+  case DType::k##format:                           \
+    return body(Gguf<format>{});                   \
+  case DType::k##format##Tiled:                    \
+    return body(Tiles<format>{});
+      CLRT_GGUF_FORMATS(CLRT_FORMAT)
+#undef CLRT_FORMAT
     default:
-      return body(Gguf<Q6_K>{});
+      return body(InPlace<Int4Layout>{});
+  }
+}
+
+// What repacking takes: the blocks of a GGUF format.
+template <typename Body>
+inline void with_block(DType dtype, const Body& body) {
+  switch (dtype) {
+#define CLRT_FORMAT(format, name, elements, bytes) \
+  case DType::k##format:                           \
+    return body(format{});
+    CLRT_GGUF_FORMATS(CLRT_FORMAT)
+#undef CLRT_FORMAT
+    default:
+      return;
   }
 }
 
@@ -56,15 +93,35 @@ struct Tile {
   int64_t first_row, num_rows;  // at most 16
 };
 
-// What a layout in place has before a tile's groups.
+template <typename Layout, typename = void>
+struct Tail {  // of a tile, after its groups
+  static constexpr int64_t bytes(int64_t) { return 0; }
+};
+template <typename Layout>
+struct Tail<Layout, std::void_t<typename Layout::Block>> {  // the blocks' scales of K-quants
+  static constexpr int64_t bytes(int64_t groups) {
+    return groups / Layout::Block::kGroups * Layout::kFields.size();
+  }
+};
+
+// A tile of a layout in place.
+template <typename Layout>
+inline const uint8_t* start_of(const Tile& tile, int64_t k) {
+  const int64_t groups = num_groups<Layout>(k);
+  const int64_t bytes = Layout::kHeadBytes + groups * Layout::kBytes + Tail<Layout>::bytes(groups);
+  return tile.weight + tile.first_row / kWeightTile * bytes;
+}
+
+// What a layout in place has before a tile's groups, or after them.
 template <typename Format>
 inline const uint8_t* head_of(const Tile& tile, int64_t k) {
   using Layout = typename Format::Layout;
-  if constexpr (!Format::kInPlace)
+  if constexpr (!Format::kInPlace) {
     return nullptr;
-  else {
-    const int64_t tile_bytes = Layout::kHeadBytes + num_groups<Layout>(k) * Layout::kBytes;
-    return tile.weight + tile.first_row / kWeightTile * tile_bytes;
+  } else {
+    const int64_t groups = num_groups<Layout>(k);
+    const uint8_t* start = start_of<Layout>(tile, k);
+    return Tail<Layout>::bytes(groups) > 0 ? start + groups * Layout::kBytes : start;
   }
 }
 
@@ -73,7 +130,7 @@ template <typename Format>
 const uint8_t* groups_of(const Tile& tile, int64_t k, int64_t g, int64_t count, uint8_t* to) {
   using Layout = typename Format::Layout;
   if constexpr (Format::kInPlace) {
-    return head_of<Format>(tile, k) + Layout::kHeadBytes + g * Layout::kBytes;
+    return start_of<Layout>(tile, k) + Layout::kHeadBytes + g * Layout::kBytes;
   } else {
     using Block = typename Format::Block;
     const int64_t row_bytes = num_groups<Layout>(k) / Block::kGroups * Block::kBlockBytes;

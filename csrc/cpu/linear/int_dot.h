@@ -199,7 +199,7 @@ inline void put_rounded(const Vec (&x)[kVecs], float factor, Stored* to, int32_t
   for (int i = 0; i < kVecs; ++i) {
     const __m512i rounded = _mm512_cvtps_epi32((x[i] * splat(factor)).v);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * kLanes), _mm512_cvtepi32_epi8(rounded));
-    sums[i / (kVecs / 2)] += _mm512_reduce_add_epi32(rounded);
+    sums[2 * i / kVecs] += _mm512_reduce_add_epi32(rounded);
   }
 #else
   constexpr int kOrder[] = {0, 2, 1, 3};

@@ -1,8 +1,9 @@
 // Layouts of quantised weights: where the values and scales of 16 rows of a group lie.
 //
 // A group of a tile is kGroup / 4 vectors of 16 rows x 4 unsigned bytes (or nibbles), then scales:
-// what the integer dot product takes. Own formats lie in memory like this and are read in place;
-// `Unpacked` is what GGUF's blocks become. An element is (value - kBias) * scale + minimum.
+// what the integer dot product takes. Own formats lie in memory like this and are read in place, as
+// are GGUF's in tiles (tiles.h); `Unpacked` is what rows of GGUF's blocks become. An element is
+// (value - kBias) * scale + minimum.
 #pragma once
 
 #include <type_traits>
@@ -86,9 +87,9 @@ struct Int4Layout {
 };
 
 // What GGUF blocks are unpacked into.
-template <int kBiasOf, int kHalvesOf, bool kHasMinimumOf>
+template <int kBiasOf, int kHalvesOf, bool kHasMinimumOf, int kGroupOf = int(kWeightGroup)>
 struct Unpacked {
-  static constexpr int kGroup = int(kWeightGroup);
+  static constexpr int kGroup = kGroupOf;
   static constexpr bool kRotated = false;
   static constexpr int kValuesBytes = kGroup * int(kWeightTile);
   static constexpr int kHalves = kHalvesOf;

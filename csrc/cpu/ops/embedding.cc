@@ -1,7 +1,7 @@
 // embedding: out[t] = table[token_ids[t]]
 // Shapes   token_ids (num_tokens); table (vocab_size, dim); out (num_tokens, dim)
-// Traffic  num_tokens * dim * (table itemsize + out itemsize) bytes, once each; of a table in an
-//          own quantised format, whose rows are interleaved by 16, 16 times that
+// Traffic  num_tokens * dim * (table itemsize + out itemsize) bytes, once each; of a table in
+//          tiles, whose rows are interleaved by 16, 16 times that
 // Limit    memory
 // Tiling   rows in groups of 32 KiB
 // Numerics a conversion: exact when out is no narrower than the table. Of a quantised table
@@ -35,7 +35,7 @@ void embed_quantized(const EmbeddingParams& p) {
   const auto* table = static_cast<const uint8_t*>(p.table);
   for_each_row(p.num_tokens, p.dim * item_size(p.out_dtype), [&](int64_t t) {
     const int64_t id = p.token_ids[t], first = id / kWeightTile * kWeightTile;
-    // Of a GGUF table the row alone, as a tile of one; own formats have tiles of 16.
+    // Of rows of GGUF's blocks the row alone, as a tile of one; other formats have tiles of 16.
     const Tile tile = Format::kInPlace ? Tile{table, first, kWeightTile} : Tile{table, id, 1};
     const uint8_t* head = head_of<Format>(tile, p.dim);
     const int row = Format::kInPlace ? int(id - first) : 0;
