@@ -16,6 +16,7 @@ from codellama_rt.checkpoint.stored_tensor import (
     Weight,
 )
 from codellama_rt.checkpoint.tensor_names import EMBEDDING, HEAD, expected_shapes, is_recomputed
+from codellama_rt.checkpoint.weight_memory import WeightMemory
 from codellama_rt.errors import CheckpointError
 from codellama_rt.ops.dtypes import ENCODINGS, numpy_dtype
 from codellama_rt.ops.quantized import GGUF_BLOCKS
@@ -133,6 +134,7 @@ def load_arrays(
     counter = Counter(sum(t.num_bytes for t in made), progress)
     weights: dict[str, Weight] = {}
     mapped = used_in_place(todo, kept, tiled)
+    memory = WeightMemory()
     for name, tensor in todo.items():
         if name in mapped:
             weights[name] = tensor.view()
@@ -150,6 +152,8 @@ def load_arrays(
         else:
             weights[name] = convert_tensor(tensor, target, counter)
             tensor.release()
+        if name not in mapped:
+            weights[name] = memory.keep(weights[name])
     if len(mapped) < len(todo):
         for tensor in {tensor.file: tensor for tensor in todo.values()}.values():
             tensor.release_file()

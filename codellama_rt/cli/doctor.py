@@ -7,16 +7,20 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from codellama_rt import __version__
 from codellama_rt.llm.memory import available_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _PACKAGES = (
     *("numpy", "mindspore", "ml_dtypes", "sentencepiece", "protobuf", "tokenizers", "gguf"),
     *("typer", "rich", "huggingface_hub"),
 )
 _DEVICES = ("cpu", "cuda", "ascend")
+_CLEARLY_FASTER = 1.3  # more than two measurements of one rate differ by
 
 
 def examine(seconds: float = 0.2) -> dict[str, Any]:
@@ -43,10 +47,13 @@ def examine(seconds: float = 0.2) -> dict[str, Any]:
     except ImportError as error:
         return found | {"kernels": str(error)}
     limits = measure_limits(seconds)
+    rates = _rates_by_isa(seconds / 4)
     return found | {
         "kernels": "loaded",
         "isas": ops.available_isas(),
         "isa": ops.isa(),
+        "isa_rates": rates,
+        "isa_remark": better_isa_remark(ops.isa(), rates),
         "threads": ops.num_threads(),
         "read_bandwidth": limits.read_bandwidth,
         "flops": limits.flops,
@@ -56,6 +63,26 @@ def examine(seconds: float = 0.2) -> dict[str, Any]:
         "runtimes": {"direct": "yes", "graph": _graph_runtime()},
         "devices": {name: ops.available(name) for name in _DEVICES},
     }
+
+
+def better_isa_remark(isa: str, rates: Mapping[str, Mapping[str, float]]) -> str | None:
+    """Return a sentence if another instruction set is clearly faster than `isa`, else None.
+
+    Args:
+        isa: the one in use.
+        rates: by instruction set, best first, and dtype of the operands: OP/s on registers.
+    """
+    own = rates[isa]
+    for dtype in own:
+        for other, theirs in rates.items():
+            no_slower = all(_CLEARLY_FASTER * theirs[name] > own[name] for name in own)
+            if no_slower and theirs[dtype] > _CLEARLY_FASTER * own[dtype]:
+                return (
+                    f"{other} multiplies {dtype} at {theirs[dtype] / 1e9:.0f} GOP/s here, {isa} at "
+                    f"{own[dtype] / 1e9:.0f}: set CODELLAMA_RT_ISA={other} "
+                    "(results then differ in their last bits)"
+                )
+    return None
 
 
 def render(found: dict[str, Any]) -> None:
@@ -92,6 +119,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         *lines,
         ("instruction set", f"{found['isa']} (of {', '.join(found['isas'])})"),
+        *([("", found["isa_remark"])] if found["isa_remark"] else []),
         ("threads", str(found["threads"])),
         ("read bandwidth", f"{found['read_bandwidth'] / 1e9:.1f} GB/s, measured now"),
         ("GFLOP/s", f"{flops}, measured now"),
@@ -104,6 +132,27 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("runtime graph", found["runtimes"]["graph"]),
         *devices,
     ]
+
+
+def _rates_by_isa(seconds: float) -> dict[str, dict[str, float]]:
+    """Measure what each instruction set multiplies per second; the chosen one is back afterwards.
+
+    Args:
+        seconds: for each instruction set and dtype.
+    """
+    from codellama_rt import ops
+    from codellama_rt.tools.limits import peak_flops
+
+    chosen, rates = ops.isa(), {}
+    try:
+        for isa in ops.available_isas():
+            ops.set_isa(isa)
+            rates[isa] = {
+                dtype: peak_flops(dtype, seconds) for dtype in ("float32", "bfloat16", "int8")
+            }
+    finally:
+        ops.set_isa(chosen)
+    return rates
 
 
 def _version(package: str) -> str | None:

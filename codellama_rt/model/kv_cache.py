@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
-
 import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.model.config import ModelConfig
+from codellama_rt.model.huge_pages import map_huge_pages
 from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops.quantized import CACHE_DTYPES, Quantized, cache_row_bytes
 
@@ -81,16 +80,12 @@ def check_blocks(num_blocks: int, block_size: int) -> None:
 
 def _map_memory(num_bytes: int) -> np.ndarray:
     try:
-        # Private: what mmap shares by default gets no huge pages on most systems.
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return map_huge_pages(num_bytes)  # a token's heads lie far apart
     except (OSError, ValueError) as error:
         raise RuntimeError(
             f"no memory for a KV cache of {num_bytes / 1e9:.1f} GB ({error}); "
             "ask for less with kv_memory"
         ) from None
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer TLB misses: a token's heads lie far apart
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
 
 
 def _as_cache(payload: np.ndarray, dtype: str, shape: tuple[int, ...]) -> Blocks:

@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <climits>
 #include <cstring>
 #include <string>
@@ -340,6 +341,15 @@ std::vector<std::string> isa_names() {
   return names;
 }
 
+// The sets of a CPU that is described, best first: the choice can be tested without that CPU.
+std::vector<const char*> isas_of_cpu(const std::string& vendor,
+                                     const std::vector<std::string>& features) {
+  const auto has = [&](const char* name) {
+    return std::find(features.begin(), features.end(), name) != features.end();
+  };
+  return isas_of({vendor, has("avx2"), has("avx512"), has("avx512_vnni"), has("avx512_bf16")});
+}
+
 void choose_isa(const std::string& name) {
   if (set_isa(name.c_str())) return;
   std::string names;
@@ -393,6 +403,7 @@ PYBIND11_MODULE(CLRT_MODULE, m) {
   m.def("shape_and_dtype", shape_and_dtype);
   m.def("dlpack_capsule", dlpack::export_array);
   m.def("available_isas", isa_names);
+  m.def("isas_of", isas_of_cpu, py::arg("vendor"), py::arg("features"));
   m.def("isa", [] { return kernels().isa; });
   m.def("set_isa", choose_isa);
   m.def("control_groups", control_groups, py::arg("controller"), py::arg("root") = "");

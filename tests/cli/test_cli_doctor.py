@@ -5,8 +5,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import codellama_rt as clrt
+from codellama_rt.cli import doctor
+from codellama_rt.cli.doctor import better_isa_remark
 
 
 def test_doctor_tells_what_there_is(run):
@@ -30,6 +33,40 @@ def test_doctor_speaks_json(run):
     assert found["packages"]["numpy"] == np.__version__
 
 
+RATES_OF_INTEL = {
+    "avx512_bf16": {"float32": 350e9, "bfloat16": 165e9, "int8": 1500e9},
+    "avx512_vnni": {"float32": 350e9, "bfloat16": 350e9, "int8": 1500e9},
+    "avx512": {"float32": 350e9, "bfloat16": 350e9, "int8": 350e9},
+}
+RATES_OF_AMD = RATES_OF_INTEL | {
+    "avx512_bf16": {"float32": 235e9, "bfloat16": 471e9, "int8": 940e9},
+    "avx512_vnni": {"float32": 235e9, "bfloat16": 235e9, "int8": 940e9},
+}
+
+
+@pytest.mark.parametrize(
+    ("rates", "isa", "remark"),
+    [
+        (RATES_OF_INTEL, "avx512_vnni", None),
+        (RATES_OF_INTEL, "avx512_bf16", "avx512_vnni multiplies bfloat16 at 350 GOP/s here, "
+         "avx512_bf16 at 165: set CODELLAMA_RT_ISA=avx512_vnni"),
+        (RATES_OF_INTEL, "avx512", "set CODELLAMA_RT_ISA=avx512_vnni"),
+        (RATES_OF_AMD, "avx512_bf16", None),
+        (RATES_OF_AMD, "avx512_vnni", "set CODELLAMA_RT_ISA=avx512_bf16"),
+    ],
+)  # fmt: skip
+def test_doctor_says_that_another_instruction_set_is_faster(rates, isa, remark):
+    found = better_isa_remark(isa, rates)
+    assert found is None if remark is None else remark in found
+
+
+def test_doctor_prints_the_remark_and_leaves_the_instruction_set_alone(run, monkeypatch):
+    monkeypatch.setattr(doctor, "better_isa_remark", lambda isa, rates: f"{isa} is slow")
+    before = clrt.ops.isa()
+    assert f"{before} is slow" in run("doctor")[1]
+    assert clrt.ops.isa() == before
+
+
 def test_doctor_says_that_the_kernels_are_not_built(run, monkeypatch):
     monkeypatch.delattr(clrt, "_core")
     monkeypatch.delattr(clrt, "ops", raising=False)
@@ -43,8 +80,6 @@ def test_doctor_says_that_the_kernels_are_not_built(run, monkeypatch):
 
 
 def test_doctor_knows_which_numpy_mindspore_wants(monkeypatch):
-    from codellama_rt.cli import doctor
-
     versions = {"mindspore": "2.10.0", "numpy": "2.1.0"}
     monkeypatch.setattr(doctor, "_version", versions.get)
     assert "pip install 'numpy<2'" in doctor.examine(0.01)["mindspore"]
@@ -53,8 +88,6 @@ def test_doctor_knows_which_numpy_mindspore_wants(monkeypatch):
 
 
 def test_doctor_tells_whether_the_graph_runtime_is_available(monkeypatch):
-    from codellama_rt.cli import doctor
-
     for setting, expected in [
         ("graph_pipeline:true", "but slow: MS_DEV_RUNTIME_CONF is graph_pipeline:true"),
         ("graph_pipeline:false", "yes, by MindSpore 2.10.0"),
@@ -68,8 +101,6 @@ def test_doctor_tells_whether_the_graph_runtime_is_available(monkeypatch):
 
 
 def test_doctor_names_a_library_that_does_not_load(tmp_path):
-    from codellama_rt.cli import doctor
-
     broken = tmp_path / "libcodellama_rt_cpu.so"
     broken.write_bytes(b"not a library")
     assert "cannot be loaded" in doctor._custom_ops(broken)

@@ -52,9 +52,10 @@ def test_out_of_any_dtype(rng, guarded, isa, out_dtype, weight_dtype):
 
 
 @pytest.mark.parametrize("weight_dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("in_features", [70, 1027])
+@pytest.mark.parametrize("in_features", [70, 1027, 4500])
 @pytest.mark.usefixtures("isa")
 def test_row_bits_do_not_depend_on_num_tokens(rng, weight_dtype, in_features):
+    """Few tokens and many, of one segment of k and of several, which are cut in runs."""
     weight = normal(rng, (77, in_features), weight_dtype)
     x = normal(rng, (64, in_features))
     alone = np.concatenate([ops.linear(row[None], weight) for row in x])
@@ -64,10 +65,12 @@ def test_row_bits_do_not_depend_on_num_tokens(rng, weight_dtype, in_features):
         assert_equal_bits(many, alone[first : first + num_tokens])
 
 
+@pytest.mark.parametrize("in_features", [130, 1100])
 @pytest.mark.parametrize("num_tokens", [512, 516, 517, 1100])
 @pytest.mark.usefixtures("isa")
-def test_row_bits_in_long_prompts(rng, num_tokens):
-    weight, x = normal(rng, (20, 130), "bfloat16"), normal(rng, (num_tokens, 130))
+def test_row_bits_in_long_prompts(rng, num_tokens, in_features):
+    weight = normal(rng, (20, in_features), "bfloat16")
+    x = normal(rng, (num_tokens, in_features))
     whole = ops.linear(x, weight)
     for row in (0, 5, 511, num_tokens - 1):
         assert_equal_bits(ops.linear(x[row : row + 1], weight), whole[row : row + 1])
@@ -77,10 +80,10 @@ def test_row_bits_in_long_prompts(rng, num_tokens):
 @pytest.mark.parametrize("rows", WEIGHT_SPLITS)
 @pytest.mark.usefixtures("isa")
 def test_bits_do_not_depend_on_how_the_weight_is_split(rng, weight_dtype, rows):
-    weight = normal(rng, (77, 130), weight_dtype)
-    parts = tuple(np.split(weight, np.cumsum(rows)[:-1]))
-    for num_tokens in (1, 5, 40):
-        x = normal(rng, (num_tokens, 130))
+    for num_tokens, in_features in [(1, 130), (5, 130), (40, 130), (1, 4500), (300, 1100)]:
+        weight = normal(rng, (77, in_features), weight_dtype)
+        parts = tuple(np.split(weight, np.cumsum(rows)[:-1]))
+        x = normal(rng, (num_tokens, in_features))
         assert_equal_bits(ops.linear(x, parts), ops.linear(x, weight))
 
 

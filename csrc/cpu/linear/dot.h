@@ -25,24 +25,28 @@ constexpr int kStreamTokens = kTokens * kRows / 3;
 // A segment of a packed row. A tile's tokens (24 KB) and weights (16 KB) then share a 48 KB L1 with
 // AVX-512; 6 KB segments fell out of it (430 -> 380 GFLOP/s a core), 2 KB ones sum twice as often.
 constexpr int64_t kSegmentBytes = 4096;
-// Ahead in a row; 512 to 2048 were equal. A non-temporal prefetch gained 3 % at 4 tokens and lost
-// 20 % where weights stay in cache, as it keeps them out of L2.
-constexpr int64_t kPrefetchBytes = 1024;
+// Into L2 alone: a fetch from memory that is bound for L1 holds one of its few miss buffers all
+// the while, which then lack for what comes from L2.
+inline void prefetch_to_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+constexpr int tile_rows(int64_t height) { return height > kTokens ? 3 : kRows; }
 
 // ---- dots: what panels hold, and one vector's step of the product --------------------------
 
+// A step is kStep elements of k, in kParts vectors. In panels a part has kPart elements in a row.
 struct FloatDot {
   using Element = float;
   using Operand = Vec;
-  static constexpr int kStep = kLanes;
+  static constexpr int kStep = kLanes, kParts = 1, kPart = kLanes;
   template <typename T>
-  static Operand load(const T* p) {
-    return CLRT_ISA::load(p);
+  static Operand load(const T* weight, int) {
+    return CLRT_ISA::load(weight);
   }
   template <typename T>
-  static Operand load_first(const T* p, int n) {
-    return CLRT_ISA::load_first(p, n);
+  static Operand load_first(const T* weight, int n, int) {
+    return CLRT_ISA::load_first(weight, n);
   }
+  static Operand load_packed(const float* p) { return hold(CLRT_ISA::load(p)); }
   static void store(float* p, Operand x) { CLRT_ISA::store(p, x); }
   static Vec multiply_add(Operand x, Operand w, Vec sum) { return fma(x, w, sum); }
 };
@@ -56,11 +60,12 @@ struct DotOf {
 struct Bf16Dot {
   using Element = bf16;
   using Operand = __m512i;
-  static constexpr int kStep = 2 * kLanes;
-  static Operand load(const bf16* p) { return _mm512_loadu_si512(p); }
-  static Operand load_first(const bf16* p, int n) {
-    return _mm512_maskz_loadu_epi16((1u << n) - 1, p);
+  static constexpr int kStep = 2 * kLanes, kParts = 1, kPart = kStep;
+  static Operand load(const bf16* weight, int) { return _mm512_loadu_si512(weight); }
+  static Operand load_first(const bf16* weight, int n, int) {
+    return _mm512_maskz_loadu_epi16((1u << n) - 1, weight);
   }
+  static Operand load_packed(const bf16* p) { return _mm512_loadu_si512(p); }
   static void store(bf16* p, Operand x) { _mm512_storeu_si512(p, x); }
   static Vec multiply_add(Operand x, Operand w, Vec sum) {
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)x, (__m512bh)w)};
@@ -69,6 +74,41 @@ struct Bf16Dot {
 template <>
 struct DotOf<bf16> {
   using type = Bf16Dot;
+};
+#elif defined(__AVX512F__)
+// 32 weights as two vectors of float32: the even ones are shifted, the odd ones masked. Two
+// instructions for 32 weights beside the four of two widening loads.
+struct EvenOddDot {
+  using Element = float;
+  using Operand = Vec;
+  static constexpr int kStep = 2 * kLanes, kParts = 2, kPart = kLanes;
+  static Operand widen(__m512i pairs, int part) {
+    return {_mm512_castsi512_ps(
+        part == 0 ? _mm512_slli_epi32(pairs, 16)
+                  : _mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000))))};
+  }
+  static Operand load(const bf16* weight, int part) {
+    return widen(_mm512_loadu_si512(weight), part);
+  }
+  static Operand load_first(const bf16* weight, int n, int part) {
+    return widen(_mm512_maskz_loadu_epi16((1u << n) - 1, weight), part);
+  }
+  static Operand load_packed(const float* p) { return hold(CLRT_ISA::load(p)); }
+  static void store(float* p, Operand x) { CLRT_ISA::store(p, x); }
+  // Those of even and those of odd number among the 32 of both.
+  static void separate(Vec& even, Vec& odd) {
+    const __m512i evens =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    const __m512 first = _mm512_permutex2var_ps(even.v, evens, odd.v);
+    odd.v = _mm512_permutex2var_ps(even.v, odds, odd.v);
+    even.v = first;
+  }
+  static Vec multiply_add(Operand x, Operand w, Vec sum) { return fma(x, w, sum); }
+};
+template <>
+struct DotOf<bf16> {
+  using type = EvenOddDot;
 };
 #endif
 
@@ -104,6 +144,13 @@ inline const Weight* weight_row(const LinearParams& p, int64_t n) {
   return static_cast<const Weight*>(p.weights[i]) + n * p.k;
 }
 
+// The rows [n, end) that lie together: those of n's own weight.
+inline int64_t rows_together(const LinearParams& p, int64_t n, int64_t end) {
+  int64_t i = 0, begin = 0;
+  while (n >= begin + p.n[i]) begin += p.n[i++];
+  return smaller(end, begin + p.n[i]) - n;
+}
+
 // kRows rows from row n and element k on; the last row stands in for those past it.
 template <typename Weight>
 struct WeightRows {
@@ -113,13 +160,11 @@ struct WeightRows {
   WeightRows(const LinearParams& p, int64_t n, int64_t last, int64_t k) {
     for (int j = 0; j < kRows; ++j) row[j] = weight_row<Weight>(p, smaller(n + j, last)) + k;
   }
-  inline typename Dot::Operand load(int j, int64_t step) const {
-    const Weight* at = row[j] + step * Dot::kStep;
-    __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes);
-    return Dot::load(at);
+  inline typename Dot::Operand load(int j, int64_t step, int part) const {
+    return Dot::load(row[j] + step * Dot::kStep, part);
   }
-  inline typename Dot::Operand load_first(int j, int64_t step, int n) const {
-    return Dot::load_first(row[j] + step * Dot::kStep, n);
+  inline typename Dot::Operand load_first(int j, int64_t step, int part, int n) const {
+    return Dot::load_first(row[j] + step * Dot::kStep, n, part);
   }
 };
 
@@ -134,25 +179,45 @@ inline void clear(Vec (&sums)[kHeight][kCount]) {
   }
 }
 
-// sums += x * w over `steps` steps; load(j, step) gives row j's operand.
+template <int kHeight, int kCount>
+inline void load_sums(const float* p, Vec (&sums)[kHeight][kCount]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kHeight; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kCount; ++j) sums[i][j] = load(p + (i * kCount + j) * kLanes);
+  }
+}
+template <int kHeight, int kCount>
+inline void store_sums(const Vec (&sums)[kHeight][kCount], float* p) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kHeight; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kCount; ++j) store(p + (i * kCount + j) * kLanes, sums[i][j]);
+  }
+}
+
+// sums += x * w over `steps` steps; load(j, step, part) gives row j's operand.
 template <typename Dot, int kHeight, int kCount, typename Load>
 inline __attribute__((always_inline)) void multiply_steps(const typename Dot::Element* x,
                                                           int64_t steps, const Load& load,
                                                           Vec (&sums)[kHeight][kCount]) {
-  for (int64_t s = 0; s < steps; ++s, x += kHeight * Dot::kStep) {
-    typename Dot::Operand w[kCount];
+  for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 2
+    for (int part = 0; part < Dot::kParts; ++part, x += kHeight * Dot::kPart) {
+      typename Dot::Operand w[kCount];
 #pragma GCC unroll 8
-    for (int j = 0; j < kCount; ++j) w[j] = load(j, s);
+      for (int j = 0; j < kCount; ++j) w[j] = load(j, s, part);
 #pragma GCC unroll 8
-    for (int i = 0; i < kHeight; ++i) {
-      const typename Dot::Operand xi = Dot::load(x + i * Dot::kStep);
+      for (int i = 0; i < kHeight; ++i) {
+        const typename Dot::Operand xi = Dot::load_packed(x + i * Dot::kPart);
 #pragma GCC unroll 8
-      for (int j = 0; j < kCount; ++j) sums[i][j] = Dot::multiply_add(xi, w[j], sums[i][j]);
+        for (int j = 0; j < kCount; ++j) sums[i][j] = Dot::multiply_add(xi, w[j], sums[i][j]);
+      }
     }
   }
 }
 
-// totals[j] += sum(sums[j]), by the tree of sum(), four at once. `totals` has room for four.
+// totals[j] += sum(sums[j]), by the tree of sum(), four at once.
 template <int kCount>
 inline void add_sums(const Vec (&sums)[kCount], float* totals) {
 #if defined(__AVX512F__)
@@ -166,7 +231,8 @@ inline void add_sums(const Vec (&sums)[kCount], float* totals) {
   const __m512 s = _mm512_add_ps(d, _mm512_permute_ps(d, 0xb1));
   const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
   const __m128 four = _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, s));
-  _mm_storeu_ps(totals, _mm_add_ps(_mm_loadu_ps(totals), four));
+  constexpr __mmask8 used = (1 << kCount) - 1;
+  _mm_mask_storeu_ps(totals, used, _mm_add_ps(_mm_maskz_loadu_ps(used, totals), four));
 #else
   for (int j = 0; j < kCount; ++j) totals[j] += sum(sums[j]);
 #endif

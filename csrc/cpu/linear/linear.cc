@@ -2,17 +2,19 @@
 // Shapes   x (num_tokens, k), weights (n[i], k) as they lie, out (num_tokens, sum(n))
 // Traffic  sum(n) * k * itemsize bytes of weights once for every kMaxTokens tokens
 // Limit    memory read to about 16 tokens, then FMA (float32) or VDPBF16PS (bfloat16)
-// Tiling   activations are packed once in panels of tokens, rounded to what the dot reads. Up to
-//          kStreamTokens tokens: one panel; a few rows at a time, straight from memory. More:
-//          panels of kTokens; a task takes blocks of kBlockRows rows; the first panel of tokens
-//          reads a block from memory and leaves it packed in L2, the others read it there and
-//          prefetch the next block meanwhile
+// Tiling   activations are packed once in panels of tokens, rounded to what the dot reads. A few
+//          tokens (kFewBytes): panels of up to kStreamTokens over weights as they lie, in blocks of
+//          kFewRows; a run of each panel stays in L1 while a segment of the block passes over it.
+//          Many: panels of kTokens over blocks of kBlockRows, which the first panel reads from
+//          memory and leaves packed in L2. Either way the next segment of weights is fetched into
+//          L2, evenly, while this one is multiplied
 // Numerics fp32 accumulate. k is cut in equal segments of at most kSegmentBytes; a segment has one
 //          vector of sums for each (t, n), taken in ascending k and summed by the tree of sum();
 //          segments are added in ascending order. No other choice (tile, task, edge, thread)
 //          touches an element's sum: its bits follow from x[t] and weight[n] alone.
 //          bfloat16 weights with VDPBF16PS: x is rounded to bfloat16 (nearest even), and the
-//          instruction takes subnormals as zero. Else both operands are float32.
+//          instruction takes subnormals as zero. Else both operands are float32; with AVX-512
+//          bfloat16 weights go even before odd in each 32 of k.
 #include "common/quantized.h"
 #include "cpu/linear/dot.h"
 #include "cpu/linear/quantized.h"
@@ -21,16 +23,28 @@ namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
-// 256 KB of packed weights in L2: each panel of tokens is read from L3 once for 16 tiles. 32 rows
-// were 4 % slower, 96 and 128 no faster.
-constexpr int64_t kBlockRows = 64;
 constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, not the result
 constexpr int64_t kTaskRows = 12;    // a multiple of this: whole tiles, of four rows or of three
 constexpr int64_t kTasks = 32;       // with many tokens: tails of at most 1/32 of a core
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kPrefetchSteps = 4;  // of a tile between two spells of prefetching
 
-// ---- activations: panels (step, token, kStep), zero after k --------------------------------
+// What as-stored weights are multiplied by lies in L2 beside two blocks of them. At 32 tokens of
+// k = 11008 (704 KB) packed weights were 8 % faster, at 64 of k = 576 (72 KB) 21 % slower. Weights
+// that are converted at each use pay for packing sooner.
+constexpr int64_t kFewBytes = 384 << 10;
+constexpr int64_t kFewConvertedBytes = 96 << 10;
+// A segment of so many rows is 192 KB, and the next one is fetched beside it; 12 rows were 20 %
+// slower at 8 tokens, 72 no faster.
+constexpr int64_t kFewRows = 48;
+// Of a panel of tokens, half of a 32 KB L1; whole segments of 8 tokens fell out of it (163 -> 111
+// GFLOP/s a core).
+constexpr int64_t kRunBytes = 16 << 10;
+// 256 KB of packed weights in L2: each panel of tokens is read from L3 once for 16 tiles. 32 rows
+// were 4 % slower, 96 and 128 no faster.
+constexpr int64_t kBlockRows = 64;
+
+// ---- activations: panels (step, part, token, kPart), zero after k ---------------------------
 
 template <typename Dot, typename X>
 void pack_tokens(const LinearParams& p, const Cut<Dot>& cut, int64_t t, int64_t height,
@@ -40,10 +54,20 @@ void pack_tokens(const LinearParams& p, const Cut<Dot>& cut, int64_t t, int64_t 
     typename Dot::Element* panel = panels + cut.panel(segment, t, p.num_tokens);
     for (int64_t i = 0; i < height; ++i) {
       const X* x = static_cast<const X*>(p.x) + (t + i) * p.x_stride;
-      for (int64_t k = begin; k < end; k += kLanes) {
-        const int64_t step = (k - begin) / Dot::kStep, lane = (k - begin) % Dot::kStep;
-        const Vec v = k + kLanes <= p.k ? load(x + k) : load_first(x + k, int(larger(p.k - k, 0)));
-        store(panel + (step * height + i) * Dot::kStep + lane, v);
+      const auto at = [&](int64_t k) {
+        return k + kLanes <= p.k ? load(x + k) : load_first(x + k, int(larger(p.k - k, 0)));
+      };
+      for (int64_t k = begin; k < end; k += Dot::kStep) {
+        typename Dot::Element* step = panel + (k - begin) * height + i * Dot::kPart;
+        if constexpr (Dot::kParts == 2) {
+          Vec even = at(k), odd = at(k + kLanes);
+          Dot::separate(even, odd);
+          store(step, even);
+          store(step + height * Dot::kPart, odd);
+        } else {
+          for (int64_t lane = 0; lane < Dot::kStep; lane += kLanes)
+            store(step + lane, at(k + lane));
+        }
       }
     }
   }
@@ -62,28 +86,90 @@ void pack_panel(const LinearParams& p, const Cut<Dot>& cut, int64_t t, int64_t h
   }
 }
 
-// ---- weights of the next block -----------------------------------------------------------------
+// ---- what is needed soon ---------------------------------------------------------------------
 
-// Walks the cache lines of what is needed soon, some at a time.
-template <typename Weight>
-struct Prefetch {
-  const LinearParams& p;
-  int64_t n, end_n, k, row_bytes, lines_a_time;  // rows [n, end_n) of weights, row_bytes from k
+// Fetches one segment of some rows into L2, some lines at a time.
+struct Ahead {
+  const char* row;
+  int64_t num_rows, row_bytes, piece_bytes, lines_a_time;
   int64_t at = 0;
-  const char* x = nullptr;  // the next panel of tokens
+  const char* x = nullptr;  // the next panel of tokens, into L1
   int64_t x_lines_a_time = 0;
 
   inline void operator()() {
-    for (int64_t i = 0; i < lines_a_time && n < end_n; ++i) {
-      __builtin_prefetch(reinterpret_cast<const char*>(weight_row<Weight>(p, n) + k) + at);
+    for (int64_t i = 0; i < lines_a_time && num_rows > 0; ++i) {
+      prefetch_to_l2(row + at);
       at += kCacheLine;
-      if (at >= row_bytes) at = 0, ++n;
+      if (at >= piece_bytes) at = 0, row += row_bytes, --num_rows;
     }
     for (int64_t i = 0; i < x_lines_a_time; ++i, x += kCacheLine) __builtin_prefetch(x);
   }
 };
 
+// What comes after `segment` of `block`: its next segment, or the first one of `next`; in `times`
+// spells.
+struct Block {
+  int64_t n, count;  // rows of one weight
+};
+template <typename Weight>
+Ahead fetch_after(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
+                  int64_t segment, const Block& block, const Block& next, int64_t times) {
+  const bool stays = segment + 1 < cut.num_segments;
+  const Block& rows = stays ? block : next;
+  if (rows.count == 0) return {};
+  const int64_t row_bytes = p.k * int64_t(sizeof(Weight));
+  const int64_t begin = stays ? cut.begin(segment + 1) * int64_t(sizeof(Weight)) : 0;
+  const int64_t length = cut.length(stays ? segment + 1 : 0);
+  const int64_t piece_bytes =
+      smaller(row_bytes - begin, length * DotOf<Weight>::type::kStep * int64_t(sizeof(Weight)));
+  return {reinterpret_cast<const char*>(weight_row<Weight>(p, rows.n)) + begin, rows.count,
+          row_bytes, piece_bytes,
+          ceil_div(rows.count * ceil_div(piece_bytes, kCacheLine), larger(times, 1))};
+}
+
+// At most `most` of the rows from n to `end`: those that lie together.
+inline Block block_from(const LinearParams& p, int64_t n, int64_t end, int64_t most) {
+  return {n, n < end ? rows_together(p, n, smaller(end, n + most)) : 0};
+}
+
 // ---- tiles ---------------------------------------------------------------------------------
+
+// Steps of one segment. The sums are taken up where the run before left them.
+struct Run {
+  int64_t first, whole;  // steps
+  int tail;              // elements of one more, or 0
+  bool begins, ends;     // the segment
+};
+
+template <typename Weight, int kHeight, int kCount>
+__attribute__((noinline)) void tile_of_run(const typename DotOf<Weight>::type::Element* x,
+                                           const WeightRows<Weight>& rows, const Run& run,
+                                           float* carried, float* totals, int64_t stride,
+                                           Ahead& ahead) {
+  using Dot = typename DotOf<Weight>::type;
+  Vec sums[kHeight][kCount];
+  if (run.begins) {
+    clear(sums);
+  } else {
+    load_sums(carried, sums);
+  }
+  const auto load = [&](int j, int64_t s, int part) {
+    if (j == 0 && part == 0 && s % kPrefetchSteps == 0) ahead();
+    return rows.load(j, run.first + s, part);
+  };
+  multiply_steps<Dot>(x, run.whole, load, sums);
+  if (run.tail) {
+    const int64_t last = run.first + run.whole;
+    multiply_steps<Dot>(
+        x + run.whole * kHeight * Dot::kStep, 1,
+        [&](int j, int64_t, int part) { return rows.load_first(j, last, part, run.tail); }, sums);
+  }
+  if (run.ends) {
+    add_all_sums(sums, totals, stride);
+  } else {
+    store_sums(sums, carried);
+  }
+}
 
 // One segment of a tile of weights as they lie, which it leaves in `panel`.
 template <typename Weight, int kHeight>
@@ -94,16 +180,20 @@ __attribute__((noinline)) void tile_of_rows(const typename DotOf<Weight>::type::
   using Dot = typename DotOf<Weight>::type;
   Vec sums[kHeight][kRows];
   clear(sums);
-  const auto keep = [&](int j, int64_t s, typename Dot::Operand w) {
-    Dot::store(panel + (s * kRows + j) * Dot::kStep, w);
+  const auto keep = [&](int j, int64_t s, int part, typename Dot::Operand w) {
+    Dot::store(panel + ((s * Dot::kParts + part) * kRows + j) * Dot::kPart, w);
     return w;
   };
   multiply_steps<Dot>(
-      x, whole, [&](int j, int64_t s) { return keep(j, s, rows.load(j, s)); }, sums);
+      x, whole, [&](int j, int64_t s, int part) { return keep(j, s, part, rows.load(j, s, part)); },
+      sums);
   if (tail) {
     multiply_steps<Dot>(
         x + whole * kHeight * Dot::kStep, 1,
-        [&](int j, int64_t) { return keep(j, whole, rows.load_first(j, whole, tail)); }, sums);
+        [&](int j, int64_t, int part) {
+          return keep(j, whole, part, rows.load_first(j, whole, part, tail));
+        },
+        sums);
   }
   add_all_sums(sums, totals, stride);
 }
@@ -112,14 +202,14 @@ __attribute__((noinline)) void tile_of_rows(const typename DotOf<Weight>::type::
 template <typename Weight, int kHeight>
 __attribute__((noinline)) void tile_of_panel(const typename DotOf<Weight>::type::Element* x,
                                              const typename DotOf<Weight>::type::Element* panel,
-                                             int64_t steps, Prefetch<Weight>& prefetch,
-                                             float* totals, int64_t stride) {
+                                             int64_t steps, Ahead& ahead, float* totals,
+                                             int64_t stride) {
   using Dot = typename DotOf<Weight>::type;
   Vec sums[kHeight][kRows];
   clear(sums);
-  const auto load = [&](int j, int64_t s) {
-    if (j == 0 && s % kPrefetchSteps == 0) prefetch();
-    return Dot::load(panel + (s * kRows + j) * Dot::kStep);
+  const auto load = [&](int j, int64_t s, int part) {
+    if (j == 0 && part == 0 && s % kPrefetchSteps == 0) ahead();
+    return Dot::load_packed(panel + ((s * Dot::kParts + part) * kRows + j) * Dot::kPart);
   };
   multiply_steps<Dot>(x, steps, load, sums);
   add_all_sums(sums, totals, stride);
@@ -164,73 +254,102 @@ inline void with_height(int64_t height, const F& f) {
   }
 }
 
-// Rows [n, end) for one panel of tokens.
+// One segment of a block for one panel of tokens.
 template <typename Weight, int kHeight>
-void stream_rows(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
-                 const typename DotOf<Weight>::type::Element* x, int64_t n, int64_t end) {
+void multiply_panel(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
+                    const typename DotOf<Weight>::type::Element* x, int64_t segment,
+                    const Block& block, float* carried, float* totals, Ahead& ahead) {
   using Dot = typename DotOf<Weight>::type;
-  constexpr int kCount = kHeight > kTokens ? 3 : kRows;
-  for (; n < end; n += kCount) {
-    const WeightRows<Weight> rows(p, n, end - 1, 0);
-    float totals[kHeight][kRows] = {};
-    for (int64_t segment = 0; segment < cut.num_segments; ++segment) {
-      const int64_t first = segment * cut.segment_steps;
-      const int64_t whole = cut.length(segment) - cut.has_tail(segment), last = first + whole;
-      Vec sums[kHeight][kCount];
-      clear(sums);
-      multiply_steps<Dot>(
-          x + first * kHeight * Dot::kStep, whole,
-          [&](int j, int64_t s) { return rows.load(j, first + s); }, sums);
-      if (cut.has_tail(segment)) {
-        multiply_steps<Dot>(
-            x + last * kHeight * Dot::kStep, 1,
-            [&](int j, int64_t) { return rows.load_first(j, last, cut.tail); }, sums);
-      }
-      add_all_sums(sums, totals[0], kRows);
+  constexpr int kCount = tile_rows(kHeight);
+  const int64_t length = cut.length(segment);
+  const int64_t most = kRunBytes / (kHeight * Dot::kStep * int64_t(sizeof(*x)));
+  const int64_t run_steps = ceil_div(length, ceil_div(length, most));
+  for (int64_t first = 0; first < length; first += run_steps) {
+    const int64_t steps = smaller(run_steps, length - first);
+    const bool ends = first + steps == length, has_tail = ends && cut.has_tail(segment);
+    const Run run{first, steps - has_tail, has_tail ? cut.tail : 0, first == 0, ends};
+    for (int64_t i = 0; i < block.count; i += kCount) {
+      const WeightRows<Weight> rows(p, block.n + i, block.n + block.count - 1, cut.begin(segment));
+      tile_of_run<Weight, kHeight, kCount>(x + first * kHeight * Dot::kStep, rows, run,
+                                           carried + i * kHeight * kLanes, totals + i, kFewRows,
+                                           ahead);
     }
-    put(totals[0], kRows, p, n, smaller(kCount, end - n));
   }
 }
 
-// One segment of the rows [n, n + count), a block, for all tokens.
+// Rows [n, end) for a few tokens: weights as they lie. While one segment of a block is multiplied,
+// the next is fetched. The first block is a tile, for nothing has fetched it, and each other at
+// most twice as high as the one before.
+template <typename Weight>
+void multiply_few(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
+                  const typename DotOf<Weight>::type::Element* x, int64_t panel_tokens, int64_t n,
+                  int64_t end) {
+  const int64_t height = tile_rows(panel_tokens);
+  const int64_t num_panels = ceil_div(p.num_tokens, panel_tokens);
+  const int64_t totals_size = p.num_tokens * kFewRows;
+  const int64_t carried_size = (kFewRows + kRows) * panel_tokens * kLanes;
+  float* totals = static_cast<float*>(
+      scratch(Scratch::kTask, (totals_size + carried_size) * int64_t(sizeof(float))));
+  float* carried = totals + totals_size;
+  Block next = block_from(p, n, end, height);
+  while (next.count > 0) {
+    const Block block = next;
+    next = block_from(p, block.n + block.count, end, smaller(2 * block.count, kFewRows));
+    std::memset(totals, 0, totals_size * sizeof(float));
+    for (int64_t segment = 0; segment < cut.num_segments; ++segment) {
+      const int64_t times = ceil_div(block.count, height) * num_panels *
+                            ceil_div(cut.length(segment), kPrefetchSteps);
+      Ahead ahead = fetch_after<Weight>(p, cut, segment, block, next, times);
+      for (int64_t t = 0; t < p.num_tokens; t += panel_tokens) {
+        with_height<kStreamTokens>(smaller(panel_tokens, p.num_tokens - t), [&](auto h) {
+          multiply_panel<Weight, h.value>(p, cut, x + cut.panel(segment, t, p.num_tokens), segment,
+                                          block, carried, totals + t * kFewRows, ahead);
+        });
+      }
+    }
+    put(totals, kFewRows, p, block.n, block.count);
+  }
+}
+
+// One segment of a block for many tokens.
 template <typename Weight>
 void multiply_block(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
-                    const typename DotOf<Weight>::type::Element* x, int64_t segment, int64_t n,
-                    int64_t count, typename DotOf<Weight>::type::Element* panels, float* totals,
-                    Prefetch<Weight> prefetch) {
+                    const typename DotOf<Weight>::type::Element* x, int64_t segment,
+                    const Block& block, const Block& next,
+                    typename DotOf<Weight>::type::Element* panels, float* totals) {
   using Dot = typename DotOf<Weight>::type;
   const int64_t length = cut.length(segment), panel_size = kRows * length * Dot::kStep;
   // Spells of prefetching while one panel of tokens is multiplied.
-  const int64_t times = ceil_div(count, kRows) * ceil_div(length, kPrefetchSteps);
-  prefetch.lines_a_time =
-      ceil_div((prefetch.end_n - prefetch.n) * ceil_div(prefetch.row_bytes, kCacheLine),
-               times * larger(1, ceil_div(p.num_tokens, kTokens) - 1));
+  const int64_t times = ceil_div(block.count, kRows) * ceil_div(length, kPrefetchSteps);
+  Ahead ahead = fetch_after<Weight>(p, cut, segment, block, next,
+                                    times * (ceil_div(p.num_tokens, kTokens) - 1));
   for (int64_t t = 0; t < p.num_tokens; t += kTokens) {
     const int64_t height = smaller(kTokens, p.num_tokens - t);
     const auto* tokens = x + cut.panel(segment, t, p.num_tokens);
     const int64_t tokens_size = height * length * Dot::kStep;
-    prefetch.x = reinterpret_cast<const char*>(tokens + tokens_size);
-    prefetch.x_lines_a_time = ceil_div(tokens_size * sizeof(*x), kCacheLine * times);
+    ahead.x = reinterpret_cast<const char*>(tokens + tokens_size);
+    ahead.x_lines_a_time = ceil_div(tokens_size * int64_t(sizeof(*x)), kCacheLine * times);
     with_height<kTokens>(height, [&](auto h) {
-      for (int64_t i = 0; i < count; i += kRows) {
+      for (int64_t i = 0; i < block.count; i += kRows) {
         auto* panel = panels + i / kRows * panel_size;
         float* to = totals + t * kBlockRows + i;
         if (t == 0) {
-          const WeightRows<Weight> rows(p, n + i, n + count - 1, cut.begin(segment));
+          const WeightRows<Weight> rows(p, block.n + i, block.n + block.count - 1,
+                                        cut.begin(segment));
           const bool has_tail = cut.has_tail(segment);
           tile_of_rows<Weight, h.value>(tokens, rows, length - has_tail, has_tail ? cut.tail : 0,
                                         panel, to, kBlockRows);
         } else {
-          tile_of_panel<Weight, h.value>(tokens, panel, length, prefetch, to, kBlockRows);
+          tile_of_panel<Weight, h.value>(tokens, panel, length, ahead, to, kBlockRows);
         }
       }
     });
   }
 }
 
-// Rows [n, end), block by block, for any number of tokens.
+// Rows [n, end) for many tokens: packed weights, block by block.
 template <typename Weight>
-void multiply_rows(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
+void multiply_many(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
                    const typename DotOf<Weight>::type::Element* x, int64_t n, int64_t end) {
   using Dot = typename DotOf<Weight>::type;
   using Element = typename Dot::Element;
@@ -239,21 +358,29 @@ void multiply_rows(const LinearParams& p, const Cut<typename DotOf<Weight>::type
   char* memory = static_cast<char*>(scratch(Scratch::kTask, panel_bytes + totals_bytes));
   Element* panels = reinterpret_cast<Element*>(memory);
   float* totals = reinterpret_cast<float*>(memory + panel_bytes);
-  for (; n < end; n += kBlockRows) {
-    const int64_t count = smaller(kBlockRows, end - n);
+  Block next = block_from(p, n, end, kBlockRows);
+  while (next.count > 0) {
+    const Block block = next;
+    next = block_from(p, block.n + block.count, end, kBlockRows);
     std::memset(totals, 0, totals_bytes);
     for (int64_t segment = 0; segment < cut.num_segments; ++segment) {
-      const bool stays = segment + 1 < cut.num_segments;
-      const int64_t next = stays ? segment + 1 : 0;
-      const int64_t next_n = stays ? n : smaller(end, n + kBlockRows);
-      const int64_t next_bytes =
-          smaller(p.k - cut.begin(next), cut.length(next) * Dot::kStep) * sizeof(Weight);
-      multiply_block<Weight>(
-          p, cut, x, segment, n, count, panels, totals,
-          {p, next_n, smaller(end, next_n + kBlockRows), cut.begin(next), next_bytes, 0});
+      multiply_block<Weight>(p, cut, x, segment, block, next, panels, totals);
     }
-    put(totals, kBlockRows, p, n, count);
+    put(totals, kBlockRows, p, block.n, block.count);
   }
+}
+
+// Packs the activations in panels of so many tokens.
+template <typename Dot>
+void pack(const LinearParams& p, const Cut<Dot>& cut, int64_t panel_tokens,
+          typename Dot::Element* x) {
+  const auto pack_one = [&](int64_t i) {
+    const int64_t t = i * panel_tokens;
+    pack_panel<Dot>(p, cut, t, smaller(panel_tokens, p.num_tokens - t), x);
+  };
+  const int64_t num_panels = ceil_div(p.num_tokens, panel_tokens);
+  if (p.num_tokens > kStreamTokens) return for_each_task(num_panels, pack_one);
+  for (int64_t i = 0; i < num_panels; ++i) pack_one(i);
 }
 
 template <typename Weight>
@@ -266,25 +393,23 @@ void multiply(const LinearParams& p) {
   if (num_rows == 0) return;
   const int64_t x_bytes = p.num_tokens * cut.steps * Dot::kStep * sizeof(Element);
   Element* x = static_cast<Element*>(scratch(Scratch::kCaller, x_bytes));
-  if (p.num_tokens <= kStreamTokens) {
-    pack_panel<Dot>(p, cut, 0, p.num_tokens, x);
-    const int64_t tasks = num_stream_tasks(num_rows * p.k * sizeof(Weight));
+  constexpr int64_t most_bytes = sizeof(Weight) == sizeof(Element) ? kFewBytes : kFewConvertedBytes;
+  if (p.num_tokens <= kStreamTokens || x_bytes <= most_bytes) {
+    const int64_t num_panels = ceil_div(p.num_tokens, kStreamTokens);
+    const int64_t panel_tokens = ceil_div(p.num_tokens, num_panels);
+    pack(p, cut, panel_tokens, x);
+    const int64_t tasks = smaller(kTasks, num_stream_tasks(num_rows * p.k * sizeof(Weight)));
     const int64_t task_rows = ceil_div(num_rows, kTaskRows * tasks) * kTaskRows;
-    with_height<kStreamTokens>(p.num_tokens, [&](auto h) {
-      for_each_task(ceil_div(num_rows, task_rows), [&](int64_t task) {
-        const int64_t n = task * task_rows;
-        stream_rows<Weight, h.value>(p, cut, x, n, smaller(num_rows, n + task_rows));
-      });
+    for_each_task(ceil_div(num_rows, task_rows), [&](int64_t task) {
+      const int64_t n = task * task_rows;
+      multiply_few<Weight>(p, cut, x, panel_tokens, n, smaller(num_rows, n + task_rows));
     });
   } else {
-    for_each_task(ceil_div(p.num_tokens, kTokens), [&](int64_t i) {
-      const int64_t t = i * kTokens;
-      pack_panel<Dot>(p, cut, t, smaller(kTokens, p.num_tokens - t), x);
-    });
+    pack(p, cut, kTokens, x);
     const int64_t task_rows = kBlockRows * larger(1, num_rows / (kBlockRows * kTasks));
     for_each_task(ceil_div(num_rows, task_rows), [&](int64_t task) {
       const int64_t n = task * task_rows;
-      multiply_rows<Weight>(p, cut, x, n, smaller(num_rows, n + task_rows));
+      multiply_many<Weight>(p, cut, x, n, smaller(num_rows, n + task_rows));
     });
   }
 }

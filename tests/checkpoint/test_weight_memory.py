@@ -1,0 +1,58 @@
+"""Weights made at opening: in huge pages, with the values, dtypes and flags that they had."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.builders import normal
+
+from codellama_rt import ops
+from codellama_rt.checkpoint.weight_memory import WeightMemory
+from codellama_rt.ops.dtypes import FLOAT_DTYPES
+
+
+def advised_huge_pages(address):
+    """Whether Linux was asked for huge pages at an address: "hg" among the flags of its mapping."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("no mapping has this address")
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_small_weights_lie_in_huge_pages(dtype):
+    memory, rng = WeightMemory(), np.random.default_rng(7)
+    weights = [normal(rng, shape, dtype) for shape in [(3, 5), (700, 64), (9,)]]
+    weights[1].flags.writeable = False
+    for weight in weights:
+        kept = memory.keep(weight)
+        assert kept.dtype == weight.dtype
+        assert kept.shape == weight.shape
+        assert kept.tobytes() == weight.tobytes()
+        assert kept.flags.writeable == weight.flags.writeable
+        assert kept.ctypes.data % 64 == 0
+        assert advised_huge_pages(kept.ctypes.data)
+
+
+def test_a_quantised_weight_keeps_its_dtype_and_shape():
+    weight = ops.quantize(normal(np.random.default_rng(7), (40, 64)), "int8")
+    kept = WeightMemory().keep(weight)
+    assert (kept.dtype, kept.shape) == (weight.dtype, weight.shape)
+    assert kept.payload.tobytes() == weight.payload.tobytes()
+    assert advised_huge_pages(kept.payload.ctypes.data)
+
+
+def test_large_and_empty_weights_stay_where_they_are():
+    for weight in (np.zeros(2**22, np.uint8), np.zeros((0, 4), np.float32)):
+        assert WeightMemory().keep(weight) is weight
+
+
+def test_more_weights_than_a_chunk_holds():
+    memory, weight = WeightMemory(), np.arange(3 * 2**20, dtype=np.uint8)
+    kept = [memory.keep(weight) for _ in range(25)]
+    assert all(np.array_equal(array, weight) for array in kept)
+    assert len({array.ctypes.data for array in kept}) == len(kept)
