@@ -138,8 +138,7 @@ def _follow(what: str, rows: Iterator, json: Path | None) -> None:
     """Show progress, then the table; what was measured before an interrupt is not lost."""
     from codellama_rt.cli.progress import ProgressBar
     from codellama_rt.tools.bench.measure import save
-    from codellama_rt.tools.bench.tables import brief, show
-    from codellama_rt.tools.limits import MOST_OF_ROOF
+    from codellama_rt.tools.bench.tables import brief, left_out, show
 
     found = []
     try:
@@ -149,10 +148,10 @@ def _follow(what: str, rows: Iterator, json: Path | None) -> None:
                 bar.update(done, total, brief(row))
     finally:
         show(found)
-        if any(row.get("share", 0.0) > MOST_OF_ROOF for row in found):
+        if left_out(found):
             tell(
-                ">100%: more than the measured limit. The machine's speed changed during the run, "
-                "or a cache gave the bytes; repeat the run before using these rows."
+                "Rows were left out: the machine's speed changed during the run, or a cache gave "
+                "the bytes. Repeat them before using them; the file has them all."
             )
         if json is not None:
             save(json, what, found)
