@@ -1,4 +1,4 @@
-"""`codellama-rt bench ops | generate`: a progress bar, a table, and JSON for reports.
+"""`codellama-rt bench ops | generate | compare`: a progress bar, tables, and JSON for reports.
 
 The limits of the machine, measured in the same run, go to stderr and beside each row.
 """
@@ -120,6 +120,38 @@ def bench_generate(
             python_share=python_share,
         )
         _follow("generate", rows, json)
+
+
+@bench_app.command("compare")
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="A file of rows, from --json.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+    debug: DebugOption = False,
+) -> None:
+    """Compare the rows that two files have in common: over 1, the second file is faster.
+
+    A ratio with a question mark is no result: one of its rows is in doubt, or the machine gave the
+    two files unlike limits. The command fails if the files have no row in common.
+    """
+    with reported_errors(debug):
+        from codellama_rt.tools.bench.compare import (
+            compare_records,
+            comparison_table,
+            differences,
+        )
+        from codellama_rt.tools.bench.records import read_record
+        from codellama_rt.tools.bench.tables import show_table
+
+        records = read_record(before), read_record(after)
+        rows = compare_records(*records)
+        if not rows:
+            raise ValueError(f"{before} and {after} have no row in common")
+        for line in differences(*records):
+            tell(f"Not the same: {line}")
+        show_table(f"{before.name} -> {after.name}, {records[1].cpu}", *comparison_table(rows))
+        for row in rows:
+            if row["doubt"]:
+                print(f"? {row['name']}: {row['doubt']}")
 
 
 def _prepare(threads: int | None) -> Limits:

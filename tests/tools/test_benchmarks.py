@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import codellama_rt
 from codellama_rt import ops
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.cli import bench as cli_bench
@@ -22,15 +23,18 @@ from codellama_rt.llm.variants import SHAPES
 from codellama_rt.ops.native import _core
 from codellama_rt.ops.schema import OPS
 from codellama_rt.tools.bench import op_check, tables
+from codellama_rt.tools.bench.compare import compare_records
 from codellama_rt.tools.bench.generate_rows import Model, generate_rows
 from codellama_rt.tools.bench.measure import Timing, doubt, drift, save, steadiest, stopwatch
 from codellama_rt.tools.bench.op_arrays import Turns, make_arrays
 from codellama_rt.tools.bench.op_cases import DTYPES, Selection
 from codellama_rt.tools.bench.op_rows import op_row, op_rows
+from codellama_rt.tools.bench.records import read_record
 from codellama_rt.tools.bench.runner import Runner
 from codellama_rt.tools.bench.synthetic import write_directory, write_gguf
 from codellama_rt.tools.limits import (
     Limits,
+    cpu_name,
     huge_share,
     instruction_rate,
     instructions,
@@ -38,6 +42,12 @@ from codellama_rt.tools.limits import (
     peak,
     probe_memory,
 )
+
+ROW = {
+    "what": "decode", "model": "tiny", "weights": "int4", "kv": "int8", "depth": 5,
+    "isa": "avx2", "threads": 2, "median_us": 1.0, "p10_us": 1.0, "p90_us": 1.0,
+    "tokens_per_s": 1e6, "gb_per_s": 1.0, "share": 0.5, "roof_drift": 0.0,
+}  # fmt: skip
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -214,6 +224,8 @@ def test_a_file_says_what_was_typed(tmp_path, monkeypatch):
     save(tmp_path / "a.json", "peers", [{"what": "decode"}], "python bench_peers.py")
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["command"] == "python bench_peers.py --peer-python PYTHON --steps 3"
+    assert (record["cpu"], record["isa"]) == (cpu_name(), ops.isa())
+    assert (record["threads"], record["version"]) == (ops.num_threads(), codellama_rt.__version__)
     assert record["rows"] == [{"what": "decode"}]
 
 
@@ -293,6 +305,65 @@ def test_wrong_lists_are_told(bench):
     assert "expected whole numbers separated by commas, got '1,x'" in err
 
 
+def saved(path, rows, **about):
+    about = {"cpu": "Zen 4", "isa": "avx512_bf16", "threads": 2} | about
+    path.write_text(json.dumps({"command": "bench", **about, "rows": rows}))
+    return path
+
+
+def test_compare_gives_a_ratio_per_row_and_marks_roofs_that_moved(bench, tmp_path):
+    decode = ROW | {"best_us": 0.5, "read_gb_per_s": 60.0}
+    op = {"what": "op", "op": "linear", "shape": "o 512x4096x4096", "model": "7b", "share": 0.5,
+          "dtype": "int8", "tokens": 512, "median_us": 30.0, "best_us": 20.0, "bound": "compute",
+          "read_gb_per_s": 60.0, "peak_gflop_per_s": 900.0,
+          "isa": "avx2", "threads": 2}  # fmt: skip
+    before = saved(tmp_path / "a.json", [decode, decode | {"depth": 6}, op])
+    after = saved(tmp_path / "b.json", [
+        op | {"median_us": 10.0, "best_us": 10.0, "read_gb_per_s": 20.0},
+        decode | {"median_us": 0.5, "read_gb_per_s": 40.0},
+        decode | {"depth": 7},
+    ], cpu="Emerald Rapids")  # fmt: skip
+    code, out, err = bench("compare", before, after)
+    assert code == 0
+    assert "Not the same: cpu: Zen 4 before, Emerald Rapids after" in err
+    assert "isa" not in err
+    assert "a.json -> b.json, Emerald Rapids" in out
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "linear o 512x4096x4096 7b int8 30 10 3.00 2.00 1.00" in lines
+    assert "decode tiny int4 int8 depth 5 1 0.5 2.00? 1.00 0.67" in lines
+    assert "? decode tiny int4 int8 depth 5: the limit was 0.67 times that of before" in out
+    assert "depth 6" not in out
+    assert "depth 7" not in out
+
+
+def test_compare_names_sets_and_threads_only_where_a_file_has_several(tmp_path):
+    slow, fast = ROW | {"isa": "avx2", "median_us": 4.0}, ROW | {"isa": "avx512", "median_us": 2.0}
+    one, other = (read_record(saved(tmp_path / "x.json", [row])) for row in (slow, fast))
+    (row,) = compare_records(one, other)
+    assert (row["name"], row["ratio"], row["doubt"]) == ("decode tiny int4 int8 depth 5", 2.0, None)
+    both = read_record(saved(tmp_path / "x.json", [slow, fast]))
+    (row,) = compare_records(both, other)
+    assert (row["name"], row["ratio"]) == ("decode tiny int4 int8 depth 5 avx512", 1.0)
+    doubtful = read_record(saved(tmp_path / "x.json", [fast | {"share": 2.0}]))
+    (row,) = compare_records(doubtful, other)
+    assert row["doubt"] == "before: 200% of the limit"
+
+
+def test_compare_refuses_files_that_have_nothing_in_common(bench, tmp_path):
+    before = saved(tmp_path / "a.json", [ROW])
+    code, _, err = bench("compare", before, saved(tmp_path / "b.json", [ROW | {"depth": 9}]))
+    assert code == 2
+    assert "have no row in common" in err
+    (tmp_path / "c.json").write_text("{")
+    code, _, err = bench("compare", before, tmp_path / "c.json")
+    assert code == 2
+    assert "c.json is not JSON" in err
+    (tmp_path / "c.json").write_text("{}")
+    code, _, err = bench("compare", before, tmp_path / "c.json")
+    assert code == 2
+    assert "neither pytest-benchmark nor `codellama-rt bench` wrote it" in err
+
+
 RECORDED = Path(__file__).parents[1] / "data" / "bench_rows.json"
 
 
@@ -322,19 +393,13 @@ def test_pytest_benchmark_carries_the_rows(tmp_path):
     # The child is a session of its own: what xdist tells its workers is not for it.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment)
+    assert read_record(file).cpu == cpu_name()
     infos = [one["extra_info"] for one in json.loads(file.read_text())["benchmarks"]]
     assert [info["op"] for info in infos] == ["rms_norm", "copy_blocks"]
     for info in infos:
         assert {"bytes", "flops", "limit_us", "share", "dtype", "shape", "isa", "threads"} <= set(
             info
         )
-
-
-ROW = {
-    "what": "decode", "model": "tiny", "weights": "int4", "kv": "int8", "depth": 5,
-    "isa": "avx2", "threads": 2, "median_us": 1.0, "p10_us": 1.0, "p90_us": 1.0,
-    "tokens_per_s": 1e6, "gb_per_s": 1.0, "share": 0.5, "roof_drift": 0.0,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def show_table(title: str, names: Sequence[str], cells: Sequence[Sequence[str]])
     from rich.table import Table
 
     width = None if sys.stdout.isatty() else WIDTH
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE, collapse_padding=True)
     for i, name in enumerate(names):
         table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for line in cells:
@@ -101,8 +101,13 @@ def _decimals(name: str, digits: int) -> Callable[[Row], str]:
     return lambda row: f"{row[name]:.{digits}f}" if name in row else ""
 
 
-def _significant(name: str, digits: int, scale: float = 1.0) -> Callable[[Row], str]:
-    return lambda row: f"{row[name] * scale:.{digits}g}" if name in row else ""
+def number(value: float) -> str:
+    """Return a value with four significant digits, a large one as a whole number."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _number(name: str, scale: float = 1.0) -> Callable[[Row], str]:
+    return lambda row: number(row[name] * scale) if name in row else ""
 
 
 def _text(name: str) -> Callable[[Row], str]:
@@ -125,7 +130,7 @@ def _peer_work(row: Row) -> str:
 _OPS: list[Column] = [
     ("op", _text("op")),
     ("shape", _text("shape")),
-    ("us", _significant("median_us", 4)),
+    ("us", _number("median_us")),
     ("+-", _spread),
     ("reached", _rate),
     ("limit", _limit),
@@ -135,9 +140,9 @@ _MODEL: list[Column] = [("weights", _text("weights")), ("cache", _text("kv"))]
 _DECODE: list[Column] = [
     *_MODEL,
     ("depth", _text("depth")),
-    ("ms", _significant("median_us", 4, 1e-3)),
+    ("ms", _number("median_us", 1e-3)),
     ("+-", _spread),
-    ("tokens/s", _significant("tokens_per_s", 4)),
+    ("tokens/s", _number("tokens_per_s")),
     ("GB/s", _decimals("gb_per_s", 1)),
     ("read", _decimals("read_gb_per_s", 1)),
     ("of it", _share),
@@ -147,9 +152,9 @@ _DECODE: list[Column] = [
 _PREFILL: list[Column] = [
     *_MODEL,
     ("tokens", _text("tokens")),
-    ("ms", _significant("median_us", 4, 1e-3)),
+    ("ms", _number("median_us", 1e-3)),
     ("+-", _spread),
-    ("tokens/s", _significant("tokens_per_s", 4)),
+    ("tokens/s", _number("tokens_per_s")),
     ("GFLOP/s", _decimals("gflop_per_s", 0)),
     ("limit", lambda r: f"{r['instruction']} {r['peak_gflop_per_s']:.0f}"),
     ("of it", _share),
@@ -157,11 +162,11 @@ _PREFILL: list[Column] = [
 _PROMPTS: list[Column] = [
     *_MODEL,
     ("tokens", _text("tokens")),
-    ("seconds", _significant("seconds", 4)),
+    ("seconds", _number("seconds")),
     ("hours", _decimals("hours", 2)),
-    ("tokens/s", _significant("tokens_per_s", 4)),
+    ("tokens/s", _number("tokens_per_s")),
     ("attention", lambda r: f"{r['attention_share']:.0%}"),
-    ("limit s", _significant("limit_seconds", 4)),
+    ("limit s", _number("limit_seconds")),
     ("of it", _share),
 ]
 _PEERS: list[Column] = [
@@ -169,8 +174,8 @@ _PEERS: list[Column] = [
     ("cache", _text("kv")),
     ("work", _peer_work),
     ("peer", _text("setting")),
-    ("ms", _significant("median_us", 4, 1e-3)),
-    ("peer's", _significant("peer_median_us", 4, 1e-3)),
+    ("ms", _number("median_us", 1e-3)),
+    ("peer's", _number("peer_median_us", 1e-3)),
     ("ratio", _decimals("ratio", 2)),
     ("whole", _decimals("whole_ratio", 2)),
     ("of read", _share),
