@@ -373,9 +373,23 @@ def test_report_makes_its_files(tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"measurements.md", "roofline.svg", "context.svg"}
     text = (tmp_path / "measurements.md").read_text()
-    for title in ("## Operators", "## Decoding", "## Prompts"):
-        assert title in text
+    for title in ("Operators: tiny", "Decoding: tiny", "Prompts: tiny", "Whole prompts", "Pairs"):
+        assert f"## {title}" in text
+    assert "Measured on AMD EPYC (family 25, model 17) by" in text
+    assert "llama.cpp q8_0, float16 cache prefill 7b int8 bfloat16 512: the limit moved" in text
+    assert max(map(len, text.splitlines())) <= tables.WIDTH
     assert "read" in (tmp_path / "roofline.svg").read_text()
+
+
+def test_the_picture_over_the_context_is_of_whole_models():
+    plots = pytest.importorskip("plots")
+    slices = ROW | {"layers": 4, "is_whole": False}
+    whole = slices | {"is_whole": True, "bytes": 6e3, "read_gb_per_s": 2.0}
+    by_layers = slices | {"whole_us": 8.0, "peer_whole_us": 16.0, "whole_bytes": 4e3, "peer": "x",
+                          "read_gb_per_s": 1.0}  # fmt: skip
+    ours, pair = plots.whole_steps([slices, whole, ROW | {"what": "prefill"}, by_layers])
+    assert (ours["us"], ours["limit_us"], "peer_us" in ours) == (1.0, 3.0, False)
+    assert (pair["us"], pair["limit_us"], pair["peer_us"]) == (8.0, 4.0, 16.0)
 
 
 def test_report_refuses_other_files(tmp_path):

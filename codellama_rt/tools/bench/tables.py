@@ -188,7 +188,7 @@ _KINDS = (
         lambda r: r["what"] == "op",
     ),
     _Kind(
-        lambda r: f"Pairs per layer (over 1: ours is faster): {r['model']}, {r['peer']}",
+        lambda r: f"Pairs per layer (over 1: ours is faster): {r['model']}, {r['peer'].split()[0]}",
         _PEERS,
         lambda r: "peer" in r,
     ),
