@@ -41,7 +41,7 @@ def parse(words):
     add("--peer", type=names, default=["llama.cpp"], metavar="LIST", help=", ".join(PEERS))
     add("--peer-python", default=sys.executable, metavar="PYTHON", help="interpreter with the peer")
     add("--shape", choices=SHAPES, default="7b")
-    add("--layers", type=int, default=4, metavar="N", help="of the model")
+    add("--layers", type=int, default=4, metavar="N", help="of the model less one layer")
     add("--weights", type=names, default=["bfloat16"], metavar="LIST", help="dtypes")
     add("--kv-dtype", type=names, default=["bfloat16"], metavar="LIST", help="of the caches")
     add("--depth", type=numbers, default=[512, 4096, 16384], metavar="LIST", help="of decode steps")

@@ -9,6 +9,7 @@ The options are those of `codellama-rt bench`; lists are separated by commas. Ea
 import pytest
 
 from codellama_rt import ops
+from codellama_rt.tools.bench.measure import about
 from codellama_rt.tools.limits import measure_limits
 
 LISTS = {
@@ -40,6 +41,11 @@ def pytest_configure(config):
     threads = config.getoption("--threads")
     if threads is not None:
         ops.set_num_threads(threads)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["codellama_rt"] = about()
 
 
 def names(config, option):

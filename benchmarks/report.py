@@ -7,40 +7,30 @@ context.svg (tokens per second over the length of the context). Needs the extra 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from codellama_rt.tools.bench.tables import tables
+from codellama_rt.tools.bench.measure import doubt
+from codellama_rt.tools.bench.records import read_record
+from codellama_rt.tools.bench.tables import left_out, tables
 
 
-def read_rows(paths):
-    """Return the rows of files of either kind, and the commands that measured them."""
-    rows, commands = [], []
-    for path in paths:
-        record = json.loads(path.read_text())
-        if "benchmarks" in record:  # pytest-benchmark's
-            infos = [one["extra_info"] for one in record["benchmarks"]]
-            rows += [row for info in infos for row in info.get("rows", [info])]
-            commands.append(f"pytest --benchmark-json={path.name}")
-        elif "rows" in record:
-            rows += record["rows"]
-            commands.append(record["command"])
-        else:
-            raise ValueError(f"{path}: neither pytest-benchmark nor `codellama-rt bench` wrote it")
-    if not rows:
-        raise ValueError("there are no rows in these files")
-    return rows, commands
-
-
-def markdown(rows, commands):
-    """Return all tables, and the commands behind them."""
-    lines = ["# Measurements", "", "Measured by", ""]
-    lines += [f"    {command}" for command in commands]
-    lines += ["", "Read bandwidth and peak were measured beside each row, in the same run.", ""]
+def markdown(records):
+    """Return all tables, the commands behind them and the CPU."""
+    rows = [row for record in records for row in record.rows]
+    cpus = list(dict.fromkeys(record.cpu for record in records))
+    lines = ["# Measurements", "", f"Measured on {', '.join(cpus)} by", ""]
+    lines += [f"    {record.command}" for record in records]
+    lines += ["", "The limits were measured beside each row, in the same run. `+-` is half of the"]
+    lines += [
+        "10th to 90th percentile. A row whose limit moved by over 15 %, or that exceeds 105 %"
+    ]
+    lines += ["of it, is left out and listed at the end.", ""]
     for title, names, cells in tables(rows):
         lines += [f"## {title}", "", table_line(names), table_line(["---"] * len(names))]
         lines += [table_line(line) for line in cells] + [""]
+    if missing := left_out(rows):
+        lines += ["## Left out", "", *(f"* {line}" for line in missing), ""]
     return "\n".join(lines)
 
 
@@ -60,11 +50,14 @@ def main():
     except ImportError as error:
         sys.exit(f"report.py: {error}; install it with pip install 'codellama_rt[bench]'")
     try:
-        rows, commands = read_rows(args.json)
+        records = [read_record(path) for path in args.json]
     except (OSError, ValueError) as error:
         sys.exit(f"report.py: {error}")
+    rows = [row for record in records for row in record.rows if doubt(row) is None]
+    if not rows:
+        sys.exit("report.py: there are no rows in these files")
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "measurements.md").write_text(markdown(rows, commands))
+    (args.out / "measurements.md").write_text(markdown(records))
     plots.plot_all(rows, args.out)
 
 

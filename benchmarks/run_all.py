@@ -2,7 +2,7 @@
 
     python benchmarks/run_all.py --peer-python PYTHON [--out docs] [--quick]
 
-About twenty minutes. Without --peer-python the pairs are left out.
+About forty minutes. Without --peer-python the pairs are left out.
 """
 
 import argparse
@@ -24,10 +24,12 @@ GENERATE = (
     "--steps 4 --repeats 2",
     "generate --weights int4 --kv-dtype int4 --depth 100000 --steps 4",
 )
+PREFILL = ("--weights bfloat16 --kv-dtype bfloat16", "--weights int8,int4 --kv-dtype int8,int4")
 PEERS = (
-    "--weights bfloat16 --kv-dtype float16 --depth 512,16384 --rounds 5 --steps 5",
-    "--weights int8,int4 --kv-dtype float16 --depth 512 --prefill '' --rounds 6 --steps 6",
-    "--kv-dtype float16 --attention 100000 --depth '' --prefill '' --rounds 3 --steps 2",
+    "--weights bfloat16 --kv-dtype bfloat16 --depth 512,4096,16384,32768 --rounds 5 --steps 5",
+    "--weights int8 --kv-dtype int8 --depth 512,4096,16384,32768 --rounds 5 --steps 6",
+    "--weights int4 --kv-dtype int4 --depth 512,4096,16384,32768 --rounds 5 --steps 6",
+    "--kv-dtype float16,int8,int4 --attention 100000 --depth '' --prefill '' --rounds 3 --steps 2",
     "--shape 34b --kv-dtype float16 --attention 100000 --depth '' --prefill '' --rounds 3 "
     "--steps 2",
     "--peer ctranslate2 --weights int8 --depth '' --prefill 512,4096 --rounds 3",
@@ -44,18 +46,21 @@ def main():
     args = parser.parse_args()
     bench = [sys.executable, "-m", "codellama_rt.cli.main", "bench"]
     commands = [[*bench, *shlex.split(command)] for command in (*OPS, *GENERATE)]
+    commands += [[*script("bench_prefill.py"), *shlex.split(command)] for command in PREFILL]
     if args.peer_python:
-        script = [sys.executable, str(Path(__file__).with_name("bench_peers.py"))]
-        script += ["--peer-python", args.peer_python]
-        commands += [[*script, *shlex.split(command)] for command in PEERS]
+        peers = [*script("bench_peers.py"), "--peer-python", args.peer_python]
+        commands += [[*peers, *shlex.split(command)] for command in PEERS]
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder) / f"{i}.json") for i in range(len(commands))]
         for command, file in zip(commands, files, strict=True):
             words = [*command, *["--quick"] * args.quick]
             print(shlex.join(words), flush=True)
             run([*words, "--json", file])
-        report = Path(__file__).with_name("report.py")
-        run([sys.executable, str(report), *files, "--out", str(args.out)])
+        run([*script("report.py"), *files, "--out", str(args.out)])
+
+
+def script(name):
+    return [sys.executable, str(Path(__file__).with_name(name))]
 
 
 def run(words):

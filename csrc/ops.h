@@ -167,16 +167,21 @@ struct CopyBlocksParams {
   BlockPieces key_pieces, value_pieces;
 };
 
+// Instructions that multiply and add at rates of their own, for `multiply_add`.
+enum class Arithmetic : int32_t { kFma, kDotBf16, kMaddInt16, kDotInt16, kDotInt8 };
+constexpr const char* kArithmeticNames[] = {"fp32 FMA", "vdpbf16ps", "vpmaddwd", "vpdpwssd",
+                                            "vpdpbusd"};
+
 // One table an instruction set (or device): the ops' entry points.
 struct KernelTable {
   const char* isa;
 #define CLRT_OP(name, Params, signature) void (*name)(const Params&);
 #define CLRT_DIRECT_OP(name, Params, signature) void (*name)(const Params&);
 #include "ops.def"
-  // Probes of the machine, no operators: read `bytes` once; do `num_rounds` of a dtype's arithmetic
-  // a thread and return the FLOPs of all.
+  // Probes of the machine, no operators: read `bytes` once; repeat an instruction for `num_rounds`
+  // per thread and return the operations of all, 0 if the instruction set lacks it.
   void (*read_memory)(const void* memory, int64_t bytes);
-  int64_t (*multiply_add)(DType dtype, int64_t num_rounds);
+  int64_t (*multiply_add)(Arithmetic arithmetic, int64_t num_rounds);
 };
 
 }  // namespace codellama_rt

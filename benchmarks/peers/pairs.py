@@ -6,28 +6,51 @@ import contextlib
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from codellama_rt.tools.bench.measure import Row, Timing
+from codellama_rt.tools.bench.measure import MOST_DRIFT, Row, drift
 from codellama_rt.tools.limits import read_bandwidth
 
-MAX_DRIFT = 0.15  # of the read bandwidth within a round
 METHOD = (
-    "Method: both sides run the same weights with the same number of threads and take turns, the "
+    "Method: all sides run the same weights with the same number of threads and take turns, the "
     "first to go changing every round; the read bandwidth is measured around each round, and a "
-    f"round in which it moved by over {MAX_DRIFT:.0%} does not count as long as others remain. "
-    "`best` divides the shortest runs, `ratio` is the median over rounds of (the peer's median / "
-    "ours). Caches are filled with random keys and values, not by a prompt. Attention alone is a "
-    "step at that depth minus a step at 512, in a model of one layer, on both sides."
+    f"round in which it moved by over {MOST_DRIFT:.0%} does not count as long as others remain. "
+    "Times are per whole layer: a model of several layers less one of one layer; what remains of "
+    "that is the head. llama.cpp runs with and without flash attention, and the faster one counts. "
+    "`ratio` is the median over rounds of (the peer's / ours) per layer, `whole` of all layers and "
+    "the head. Caches are filled with random keys and values, not by a prompt. Attention alone is "
+    "a step at that depth minus a step at 512, in a model of one layer."
 )
 _PACKAGES = {
     "peer_llamacpp": "llama-cpp-python",
     "peer_transformers": "transformers and torch",
     "peer_ctranslate2": "ctranslate2, transformers and torch",
 }
-Burst = Callable[[], list[float]]
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Median seconds of one turn: of a model of `layers` layers, and of one of one layer."""
+
+    layers: int
+    several: float
+    single: float
+
+    @property
+    def layer(self) -> float:
+        """Seconds of one layer."""
+        return (self.several - self.single) / (self.layers - 1)
+
+    def whole(self, layers: int) -> float:
+        """Return the seconds of so many layers and the head."""
+        return self.single + (layers - 1) * self.layer
+
+
+Turn = float | Slices
 
 
 class Peer:
@@ -85,50 +108,78 @@ class Peer:
         self._said.close()
 
 
-def take_turns(ours: Burst, peer: Burst, rounds: int) -> list[dict]:
-    """Run bursts of both sides alternately, with the read bandwidth before and after."""
-    ours(), peer()  # warm-up
-    taken = []
+@dataclass(frozen=True)
+class Round:
+    """What each side took in one round, and the read bandwidth around it."""
+
+    turns: dict[str, Turn]
+    drift: float
+    read_bandwidth: float
+
+
+def take_turns(sides: Mapping[str, Callable[[], Turn]], rounds: int) -> list[Round]:
+    """Run all sides in turn, with the read bandwidth before and after each round."""
+    for run in sides.values():  # warm-up
+        run()
+    taken, order = [], list(sides)
     before = read_bandwidth(0.1)
-    for i in range(rounds):
-        sides = [("ours", ours), ("peer", peer)]
-        one = {name: burst() for name, burst in (sides if i % 2 == 0 else reversed(sides))}
+    for _ in range(rounds):
+        turns = {name: sides[name]() for name in order}
         after = read_bandwidth(0.1)
-        one["drift"] = abs(after - before) / max(after, before)
-        one["read_bandwidth"] = max(after, before)
-        taken.append(one)
-        before = after
+        taken.append(Round(turns, drift(before, after), max(after, before)))
+        before, order = after, [*order[1:], order[0]]
     return taken
 
 
-def compare(rounds: Sequence[dict], num_bytes: int | None) -> Row:
-    """Return the row of one pair: median and best of each side, and their ratios.
+def compare(
+    rounds: Sequence[Round], whole_layers: int, num_bytes: int | None, whole_bytes: int | None
+) -> Row:
+    """Return the row of ours beside the fastest of the peer's settings.
 
     Args:
-        rounds: of `take_turns`.
-        num_bytes: bytes that our side has to read per run; None if arithmetic is the limit.
+        rounds: of `take_turns`; the sides are `OURS` and the peer's settings.
+        whole_layers: of the whole model.
+        num_bytes: bytes that our side has to read per turn, or per layer of `Slices`; None if
+            arithmetic is the limit.
+        whole_bytes: the same for the whole model.
     """
-    steady = [one for one in rounds if one["drift"] <= MAX_DRIFT] or list(rounds)
-    ours, peer = (Timing([t for one in steady for t in one[side]]) for side in ("ours", "peer"))
-    roof = max(one["read_bandwidth"] for one in steady)
-    share = (
-        {}
-        if num_bytes is None
-        else {
-            "bytes": num_bytes,
-            "gb_per_s": num_bytes / ours.median / 1e9,
-            "share": num_bytes / ours.median / roof,
-        }
-    )
-    return {
-        "ratio": median([median(one["peer"]) / median(one["ours"]) for one in steady]),
-        "best_ratio": peer.best / ours.best,
-        "median_us": 1e6 * ours.median,
-        "best_us": 1e6 * ours.best,
-        "peer_median_us": 1e6 * peer.median,
-        "peer_best_us": 1e6 * peer.best,
-        **share,
+    steady = [one for one in rounds if one.drift <= MOST_DRIFT] or list(rounds)
+    roof = max(one.read_bandwidth for one in steady)
+
+    def middle(name: str, value: Callable[[Turn], float]) -> float:
+        return median(value(one.turns[name]) for one in steady)
+
+    def over(name: str, value: Callable[[Turn], float]) -> float:
+        return median(value(one.turns[name]) / value(one.turns[OURS]) for one in steady)
+
+    def whole(turn: Slices) -> float:
+        return turn.whole(whole_layers)
+
+    is_sliced = isinstance(steady[0].turns[OURS], Slices)
+    first = whole if is_sliced else float
+    settings = {name: middle(name, first) for name in steady[0].turns if name != OURS}
+    best = min(settings, key=settings.get)
+    part = (lambda turn: turn.layer) if is_sliced else float
+    ours = middle(OURS, part)
+    row = {
+        "setting": best,
+        "settings_us": {name: 1e6 * seconds for name, seconds in settings.items()},
+        "ratio": over(best, part),
+        "median_us": 1e6 * ours,
+        "peer_median_us": 1e6 * middle(best, part),
         "read_gb_per_s": roof / 1e9,
-        "steady": len(steady),
+        "roof_drift": min(one.drift for one in rounds),
+        "steady": sum(one.drift <= MOST_DRIFT for one in rounds),
         "rounds": len(rounds),
     }
+    if is_sliced:
+        row["whole_ratio"] = over(best, whole)
+        row["whole_us"] = 1e6 * middle(OURS, whole)
+        row["peer_whole_us"] = 1e6 * middle(best, whole)
+    if num_bytes is not None:
+        row["bytes"] = num_bytes
+        row["gb_per_s"] = num_bytes / ours / 1e9
+        row["share"] = num_bytes / ours / roof
+    if whole_bytes is not None:
+        row["whole_bytes"] = whole_bytes
+    return row

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.tools.bench.measure import Row
 from codellama_rt.tools.bench.runner import Runner
 from codellama_rt.tools.bench.synthetic import write_directory, write_gguf
-from peers.pairs import Peer, compare, take_turns
+from peers.pairs import OURS, Peer, Round, Slices, compare, take_turns
 
 PEERS = ("llama.cpp", "transformers", "ctranslate2")
 SHALLOW = 512  # attention alone is a deep step minus one at this depth
@@ -32,42 +33,53 @@ _LIKENESS = {"int8": 0.99, "int4": 0.9}
 
 @dataclass(frozen=True)
 class Setting:
-    """The settings of both sides.
+    """What both sides run.
 
     Attributes:
         peer: a name of `PEERS`.
         weights: of ours; llama.cpp uses q8_0 for int8 and q4_0 for int4, CTranslate2 its int8.
         kv: of our cache; llama.cpp uses float16, q8_0 and q4_0.
-        flash: whether llama.cpp uses its own attention kernel (default; not always faster).
     """
 
     peer: str
     weights: str
     kv: str = "bfloat16"
-    flash: bool = True
 
     @property
     def peer_name(self) -> str:
-        """The peer with its settings, as text."""
+        """The peer with its weights and its cache, as text."""
         if self.peer != "llama.cpp":
             return f"{self.peer} {self.weights}"
-        weights = _LLAMACPP_WEIGHTS.get(self.weights, self.weights)
-        attention = "flash" if self.flash else "no flash"
-        return f"llama.cpp {weights}, {_LLAMACPP_KV.get(self.kv, self.kv)} cache, {attention}"
+        return f"llama.cpp {self.peer_weights}, {self.peer_kv} cache"
+
+    @property
+    def peer_weights(self) -> str:
+        """llama.cpp's name of the weights."""
+        return _LLAMACPP_WEIGHTS.get(self.weights, self.weights)
+
+    @property
+    def peer_kv(self) -> str:
+        """llama.cpp's name of the cache."""
+        return _LLAMACPP_KV.get(self.kv, self.kv)
+
+    @property
+    def variants(self) -> dict[str, bool]:
+        """The peer's own settings, of which the fastest counts: llama.cpp's attention kernels.
+
+        Its own one ("flash") is the default and not always faster; quantised values need it.
+        """
+        if self.peer != "llama.cpp":
+            return {"": True}
+        return {"flash": True} | ({"no flash": False} if self.kv in FLOAT_DTYPES else {})
 
 
 def settings(peers: Sequence[str], weights: Sequence[str], kvs: Sequence[str]) -> list[Setting]:
-    """Return all possible pairs; llama.cpp rejects quantised values without flash."""
+    """Return all possible pairs."""
     found = []
     for peer in peers:
         for dtype in weights:
             if peer == "llama.cpp":
-                found += [
-                    Setting(peer, dtype, kv, flash)
-                    for kv in kvs
-                    for flash in (True, False)
-                    if flash or kv in FLOAT_DTYPES
-                ]
+                found += [Setting(peer, dtype, kv) for kv in kvs]
             elif (dtype in FLOAT_DTYPES) == (peer == "transformers"):
                 found.append(Setting(peer, dtype, dtype if dtype in FLOAT_DTYPES else kvs[0]))
     if not found:
@@ -131,82 +143,117 @@ class Files:
         return replace(SHAPES[self._shape], n_layers=layers)
 
 
-class Pair:
-    """Both sides of a setting, opened on the same model."""
+class Sides:
+    """Ours and the peer's variants of a setting, opened on models of some numbers of layers."""
 
-    def __init__(self, setting: Setting, files: Files, layers: int, python: str, longest: int):
-        """Open both.
+    def __init__(
+        self, setting: Setting, files: Files, layers: Sequence[int], python: str, longest: int
+    ) -> None:
+        """Open all.
 
         Raises:
-            RuntimeError: the peer is not available, or the two compute different results.
+            RuntimeError: the peer is not available, or a side computes different results.
         """
-        self.setting, threads = setting, ops.num_threads()
-        self.peer = Peer(python, f"peer_{setting.peer.replace('.', '')}")
+        self.setting, self.layers = setting, tuple(layers)
+        self.runners = {
+            n: Runner(open_checkpoint(files.directory(n, setting.weights)), longest, setting.kv)
+            for n in self.layers
+        }
+        self.peers: dict[tuple[str, int], Peer] = {}
+        for variant, flash in setting.variants.items():
+            for n in self.layers:
+                self.peers[variant, n] = self._open(files, n, python, flash)
+                self._require_same_model(self.peers[variant, n], self.runners[n])
+
+    def decode(self, depth: int, work: Work, whole: int) -> Row:
+        """Time steps after a context, per layer."""
+        count = work.steps + 2  # the first two of a turn warm up
+        rounds = self._rounds(
+            lambda runner: median(runner.decode(depth, count)[2:]),
+            lambda peer: median(peer.ask("decode", depth=depth, steps=count)["seconds"][2:]),
+            work.rounds,
+        )
+        several, single = (self.runners[n].decode_bytes(depth) for n in self.layers)
+        layer = (several - single) // (self.layers[0] - 1)
+        row = compare(rounds, whole, layer, single + (whole - 1) * layer)
+        return {"what": "decode", "depth": depth} | row
+
+    def prefill(self, num_tokens: int, work: Work, whole: int) -> Row:
+        """Time prompts, per layer."""
+        rounds = self._rounds(
+            lambda runner: runner.prefill(num_tokens),
+            lambda peer: peer.ask("prefill", num_tokens=num_tokens)["seconds"],
+            work.rounds,
+        )
+        return {"what": "prefill", "tokens": num_tokens} | compare(rounds, whole, None, None)
+
+    def attention(self, depth: int, work: Work, whole: int) -> Row:
+        """Time a deep step minus a shallow one, in a model of one layer."""
+        count = work.steps + 2
+        runner, variants = self.runners[1], self.setting.variants
+
+        def ours() -> float:
+            return median(runner.decode(depth, count)[2:]) - median(
+                runner.decode(SHALLOW, count)[2:]
+            )
+
+        def theirs(peer: Peer) -> float:
+            deep, shallow = (
+                median(peer.ask("decode", depth=at, steps=count)["seconds"][2:])
+                for at in (depth, SHALLOW)
+            )
+            return deep - shallow
+
+        sides = {OURS: ours} | {
+            name: lambda peer=self.peers[name, 1]: theirs(peer) for name in variants
+        }
+        per_token = bytes_per_token(runner.config, runner.kv_dtype)
+        row = compare(take_turns(sides, work.rounds), whole, (depth - SHALLOW) * per_token, None)
+        return {"what": "attention", "depth": depth} | row
+
+    def forget(self) -> None:
+        """Free the peer's caches."""
+        for peer in self.peers.values():
+            peer.ask("forget")
+
+    def close(self) -> None:
+        """Terminate the peers and free the caches."""
+        for peer in self.peers.values():
+            peer.close()
+        self.runners.clear()
+        gc.collect()
+
+    def _rounds(
+        self, ours: Callable[[Runner], float], theirs: Callable[[Peer], float], rounds: int
+    ) -> list[Round]:
+        """Run both models of all sides in turn."""
+        sides = {OURS: lambda: self._slices(ours, self.runners)}
+        for variant in self.setting.variants:
+            peers = {n: self.peers[variant, n] for n in self.layers}
+            sides[variant] = lambda peers=peers: self._slices(theirs, peers)
+        return take_turns(sides, rounds)
+
+    def _slices(self, time: Callable[[Any], float], sides: Mapping[int, Any]) -> Slices:
+        several, single = (time(sides[n]) for n in self.layers)
+        return Slices(self.layers[0], several, single)
+
+    def _open(self, files: Files, layers: int, python: str, flash: bool) -> Peer:
+        setting, threads = self.setting, ops.num_threads()
+        peer = Peer(python, f"peer_{setting.peer.replace('.', '')}")
         if setting.peer == "llama.cpp":
-            kind = _LLAMACPP_WEIGHTS.get(setting.weights, setting.weights)
-            model = files.gguf(layers, kind, self.peer)
-            self.about = self.peer.ask("open", model=str(model), threads=threads)
-            kv = _LLAMACPP_KV.get(setting.kv, setting.kv)
-            self.peer.ask("use", flash=setting.flash, kv_dtype=kv)
+            model = files.gguf(layers, setting.peer_weights, peer)
+            self.about = peer.ask("open", model=str(model), threads=threads)
+            peer.ask("use", flash=flash, kv_dtype=setting.peer_kv)
         else:
             floats = setting.weights if setting.weights in FLOAT_DTYPES else "bfloat16"
             model = files.directory(layers, floats)
-            self.about = self.peer.ask(
-                "open", model=str(model), threads=threads, dtype=setting.weights
-            )
-        checkpoint = open_checkpoint(files.directory(layers, setting.weights))
-        self.runner = Runner(checkpoint, longest, setting.kv)
-        self._require_same_model()
+            self.about = peer.ask("open", model=str(model), threads=threads, dtype=setting.weights)
+        return peer
 
-    def decode(self, depth: int, work: Work) -> Row:
-        """Time steps after a context."""
-        count = work.steps + 2  # the first two of a turn warm up
-        rounds = take_turns(
-            lambda: self.runner.decode(depth, count)[2:],
-            lambda: self.peer.ask("decode", depth=depth, steps=count)["seconds"][2:],
-            work.rounds,
-        )
-        return {"what": "decode", "depth": depth} | compare(rounds, self.runner.decode_bytes(depth))
-
-    def attention(self, depth: int, work: Work) -> Row:
-        """Time a deep step minus a shallow one, per layer."""
-        count = work.steps + 2
-
-        def ours(at: int) -> float:
-            return median(self.runner.decode(at, count)[2:])
-
-        def peers(at: int) -> float:
-            return median(self.peer.ask("decode", depth=at, steps=count)["seconds"][2:])
-
-        layers = self.runner.config.n_layers
-        rounds = take_turns(
-            lambda: [(ours(depth) - ours(SHALLOW)) / layers],
-            lambda: [(peers(depth) - peers(SHALLOW)) / layers],
-            work.rounds,
-        )
-        per_token = bytes_per_token(self.runner.config, self.runner.kv_dtype) // layers
-        row = compare(rounds, (depth - SHALLOW) * per_token)
-        return {"what": "attention", "depth": depth} | row
-
-    def prefill(self, num_tokens: int, work: Work) -> Row:
-        """Time prompts."""
-        rounds = take_turns(
-            lambda: [self.runner.prefill(num_tokens)],
-            lambda: [self.peer.ask("prefill", num_tokens=num_tokens)["seconds"]],
-            work.rounds,
-        )
-        return {"what": "prefill", "tokens": num_tokens} | compare(rounds, None)
-
-    def close(self) -> None:
-        """Terminate the peer and free the caches."""
-        self.peer.close()
-        del self.runner
-        gc.collect()
-
-    def _require_same_model(self) -> None:
-        token_ids = np.random.default_rng(2).integers(3, self.runner.config.vocab_size, 16)
-        ours = self.runner.logits(token_ids.tolist())
-        theirs = np.array(self.peer.ask("logits", token_ids=token_ids.tolist())["logits"])
+    def _require_same_model(self, peer: Peer, runner: Runner) -> None:
+        token_ids = np.random.default_rng(2).integers(3, runner.config.vocab_size, 16)
+        ours = runner.logits(token_ids.tolist())
+        theirs = np.array(peer.ask("logits", token_ids=token_ids.tolist())["logits"])
         theirs = theirs[: len(ours)]
         likeness = float(ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs))
         needed = _LIKENESS.get(self.setting.weights, 0.999)
@@ -227,42 +274,44 @@ def peer_rows(
         work: what to compare in each setting.
         python: the interpreter that has the peers.
         shape: a name of `SHAPES`.
-        layers: of the model; attention alone is measured in a model of one layer.
+        layers: of the larger of the two models whose difference is measured; at least 2.
+
+    Raises:
+        ValueError: fewer layers.
     """
-    plan = list(_plan(chosen, work, layers))
+    if layers < 2:
+        raise ValueError(f"layers must be at least 2, got {layers}: one layer is subtracted")
+    plan, whole = list(_plan(chosen, work, layers)), SHAPES[shape].n_layers
     with tempfile.TemporaryDirectory(prefix="codellama-rt-bench-") as folder:
-        files, done, total = Files(Path(folder), shape), 0, sum(len(runs) for _, _, runs in plan)
-        for setting, n_layers, runs in plan:
-            pair = Pair(setting, files, n_layers, python, max(size for _, size in runs))
+        files, done, total = Files(Path(folder), shape), 0, sum(len(runs) for *_, runs in plan)
+        for setting, models, runs in plan:
+            sides = Sides(setting, files, models, python, max(size for _, size in runs))
             for measure, size in runs:
                 done += 1
-                yield (
-                    done,
-                    total,
-                    {
-                        "model": f"{shape}, {n_layers} layers",
-                        "layers": n_layers,
-                        "weights": setting.weights,
-                        "kv": setting.kv,
-                        "peer": setting.peer_name,
-                        "version": pair.about["version"],
-                        "threads": ops.num_threads(),
-                        **getattr(pair, measure)(size, work),
-                    },
-                )
-                pair.peer.ask("forget")
-            pair.close()
+                about = {
+                    "model": shape,
+                    "layers": models[0],
+                    "weights": setting.weights,
+                    "kv": setting.kv,
+                    "peer": setting.peer_name,
+                    "version": sides.about["version"],
+                    "isa": ops.isa(),
+                    "threads": ops.num_threads(),
+                }
+                yield done, total, about | getattr(sides, measure)(size, work, whole)
+                sides.forget()
+            sides.close()
 
 
 def _plan(
     chosen: Sequence[Setting], work: Work, layers: int
-) -> Iterator[tuple[Setting, int, list[tuple[str, int]]]]:
-    """Yield settings, layers, and the (kind, size) of what to measure with them."""
+) -> Iterator[tuple[Setting, tuple[int, ...], list[tuple[str, int]]]]:
+    """Yield settings, layers of models, and the (kind, size) of what to measure with them."""
     for setting in chosen:
         runs = [("prefill", count) for count in work.prefills]
         if setting.peer != "ctranslate2":  # its cache cannot be set
             runs = [("decode", depth) for depth in work.depths] + runs
         if runs:
-            yield setting, layers, runs
+            yield setting, (layers, 1), runs
         if work.attention and setting.peer != "ctranslate2":
-            yield setting, 1, [("attention", depth) for depth in work.attention]
+            yield setting, (1,), [("attention", depth) for depth in work.attention]

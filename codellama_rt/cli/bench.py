@@ -1,4 +1,4 @@
-"""`codellama-rt bench ops | generate`: a progress bar, a table, and JSON for reports.
+"""`codellama-rt bench ops | generate | compare`: a progress bar, tables, and JSON for reports.
 
 The limits of the machine, measured in the same run, go to stderr and beside each row.
 """
@@ -122,6 +122,38 @@ def bench_generate(
         _follow("generate", rows, json)
 
 
+@bench_app.command("compare")
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="A file of rows, from --json.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+    debug: DebugOption = False,
+) -> None:
+    """Compare the rows that two files have in common: over 1, the second file is faster.
+
+    A ratio with a question mark is no result: one of its rows is in doubt, or the machine gave the
+    two files unlike limits. The command fails if the files have no row in common.
+    """
+    with reported_errors(debug):
+        from codellama_rt.tools.bench.compare import (
+            compare_records,
+            comparison_table,
+            differences,
+        )
+        from codellama_rt.tools.bench.records import read_record
+        from codellama_rt.tools.bench.tables import show_table
+
+        records = read_record(before), read_record(after)
+        rows = compare_records(*records)
+        if not rows:
+            raise ValueError(f"{before} and {after} have no row in common")
+        for line in differences(*records):
+            tell(f"Not the same: {line}")
+        show_table(f"{before.name} -> {after.name}, {records[1].cpu}", *comparison_table(rows))
+        for row in rows:
+            if row["doubt"]:
+                print(f"? {row['name']}: {row['doubt']}")
+
+
 def _prepare(threads: int | None) -> Limits:
     """Set the threads, then measure and tell the limits of the machine."""
     from codellama_rt import ops
@@ -138,8 +170,7 @@ def _follow(what: str, rows: Iterator, json: Path | None) -> None:
     """Show progress, then the table; what was measured before an interrupt is not lost."""
     from codellama_rt.cli.progress import ProgressBar
     from codellama_rt.tools.bench.measure import save
-    from codellama_rt.tools.bench.tables import brief, show
-    from codellama_rt.tools.limits import MOST_OF_ROOF
+    from codellama_rt.tools.bench.tables import brief, left_out, show
 
     found = []
     try:
@@ -149,10 +180,10 @@ def _follow(what: str, rows: Iterator, json: Path | None) -> None:
                 bar.update(done, total, brief(row))
     finally:
         show(found)
-        if any(row.get("share", 0.0) > MOST_OF_ROOF for row in found):
+        if left_out(found):
             tell(
-                ">100%: more than the measured limit. The machine's speed changed during the run, "
-                "or a cache gave the bytes; repeat the run before using these rows."
+                "Rows were left out: the machine's speed changed during the run, or a cache gave "
+                "the bytes. Repeat them before using them; the file has them all."
             )
         if json is not None:
             save(json, what, found)

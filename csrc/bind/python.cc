@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <climits>
 #include <cstring>
+#include <iterator>
 #include <string>
 #include <tuple>
 #include <unordered_map>
@@ -358,6 +359,22 @@ void choose_isa(const std::string& name) {
                               "' is not available; available:" + names);
 }
 
+// Operations done by all threads; 0 if the instruction set lacks the instruction.
+int64_t repeat_instruction(const std::string& isa, const std::string& name, int64_t num_rounds) {
+  size_t n = 0, which = 0;
+  const KernelTable* const* tables = available_isas(&n);
+  const KernelTable* const* table =
+      std::find_if(tables, tables + n, [&](const KernelTable* t) { return t->isa == isa; });
+  while (which < std::size(kArithmeticNames) && kArithmeticNames[which] != name) ++which;
+  if (table == tables + n || which == std::size(kArithmeticNames)) {
+    throw std::invalid_argument("no instruction '" + name + "' of the instruction set '" + isa +
+                                "' is known here");
+  }
+  int64_t operations = 0;
+  run([&] { operations = (*table)->multiply_add(Arithmetic(which), num_rounds); });
+  return operations;
+}
+
 void choose_num_threads(int64_t n) {
   if (n < 1 || n > INT32_MAX) {
     throw std::invalid_argument(std::string("num_threads must be at ") +
@@ -394,12 +411,9 @@ PYBIND11_MODULE(CLRT_MODULE, m) {
     const int64_t bytes = memory.nbytes();
     run([&] { kernels().read_memory(data, bytes); });
   });
-  m.def("multiply_add", [](std::string dtype, int64_t num_rounds) {
-    int64_t flops = 0;
-    const DType operands = dtype == "int8" ? DType::kInt8 : named(dtype).dtype;
-    run([&] { flops = kernels().multiply_add(operands, num_rounds); });
-    return flops;
-  });
+  m.def("multiply_add", repeat_instruction);
+  m.attr("INSTRUCTIONS") =
+      std::vector<std::string>(std::begin(kArithmeticNames), std::end(kArithmeticNames));
   m.def("shape_and_dtype", shape_and_dtype);
   m.def("dlpack_capsule", dlpack::export_array);
   m.def("available_isas", isa_names);

@@ -2,14 +2,16 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from peers import pairs, peer_rows
-from peers.pairs import Peer, compare, take_turns
+from peers.pairs import Peer, Round, Slices, compare, take_turns
 from peers.peer_rows import Setting, settings
 
 from codellama_rt.checkpoint import open_checkpoint
+from codellama_rt.tools.bench.measure import doubt
 from codellama_rt.tools.bench.runner import Runner
 
 PEERS = Path(pairs.__file__).parent
@@ -60,34 +62,55 @@ def test_a_peer_answers_and_its_faults_are_told(echo):
         echo.ask("die")
 
 
-def test_pairs_take_turns_and_unsteady_rounds_do_not_count():
+def test_sides_take_turns_and_unsteady_rounds_do_not_count():
     order = []
-    rounds = take_turns(
-        lambda: order.append("ours") or [1.0, 2.0], lambda: order.append("peer") or [4.0], 2
-    )
-    assert order == ["ours", "peer", "ours", "peer", "peer", "ours"]
-    rounds[0] |= {"drift": 0.0, "read_bandwidth": 10.0}
-    rounds[1] |= {"drift": 0.5, "read_bandwidth": 20.0, "ours": [100.0]}
-    row = compare(rounds, 3)
-    assert (row["ratio"], row["best_ratio"]) == (pytest.approx(4 / 1.5), 4.0)
-    assert row["share"] == pytest.approx(3 / 1.5 / 10)
-    assert (row["steady"], row["rounds"]) == (1, 2)
+
+    def side(name, *seconds):
+        left = iter([0.0, *seconds])  # the first is the warm-up's
+        return lambda: order.append(name) or next(left)
+
+    sides = {"ours": side("ours", 1.0, 1.0), "a": side("a", 4.0, 5.0), "b": side("b", 3.0, 9.0)}
+    rounds = take_turns(sides, 2)
+    assert order == ["ours", "a", "b", "ours", "a", "b", "a", "b", "ours"]
+    rounds = [
+        replace(rounds[0], drift=0.0, read_bandwidth=10.0),
+        replace(rounds[1], drift=0.5, read_bandwidth=20.0),
+    ]
+    row = compare(rounds, 32, 3, None)
+    assert (row["setting"], row["ratio"]) == ("b", 3.0)
+    assert row["settings_us"] == {"a": 4e6, "b": 3e6}
+    assert row["share"] == pytest.approx(3 / 1.0 / 10)
+    assert (row["steady"], row["rounds"], row["roof_drift"]) == (1, 2, 0.0)
+    assert doubt(row) is None
+    assert doubt(compare(rounds[1:], 32, 3, None)) == "the limit moved by 50%"
+
+
+def test_layers_are_counted_whole_and_the_head_apart():
+    turns = {"ours": Slices(4, 5.0, 2.0), "flash": Slices(4, 8.0, 2.0), "": Slices(4, 5.5, 4.0)}
+    assert turns["ours"].layer == 1.0
+    assert turns["ours"].whole(32) == 33.0  # a head of 1
+    row = compare([Round(turns, 0.0, 10.0)], 32, 4, 100)
+    assert row["setting"] == ""  # 19.5 for all layers; flash: 64
+    assert (row["ratio"], row["median_us"], row["peer_median_us"]) == (0.5, 1e6, 0.5e6)
+    assert row["whole_ratio"] == pytest.approx(19.5 / 33)
+    assert (row["whole_us"], row["peer_whole_us"], row["whole_bytes"]) == (33e6, 19.5e6, 100)
+    assert row["share"] == pytest.approx(0.4)
 
 
 def test_settings_leave_out_what_does_not_exist():
     kvs = ["bfloat16", "int4"]
     assert settings(["llama.cpp"], ["int4"], kvs) == [
-        Setting("llama.cpp", "int4", "bfloat16", True),
-        Setting("llama.cpp", "int4", "bfloat16", False),
-        Setting("llama.cpp", "int4", "int4", True),
+        Setting("llama.cpp", "int4", "bfloat16"),
+        Setting("llama.cpp", "int4", "int4"),
     ]
+    assert Setting("llama.cpp", "int4", "bfloat16").variants == {"flash": True, "no flash": False}
+    assert Setting("llama.cpp", "int4", "int4").variants == {"flash": True}
     both = settings(["transformers", "ctranslate2"], ["float32", "int8"], kvs)
     assert [(s.peer, s.weights, s.kv) for s in both] == [
         ("transformers", "float32", "float32"), ("ctranslate2", "int8", "bfloat16"),
     ]  # fmt: skip
-    assert settings(["llama.cpp"], ["int8"], ["int8"])[0].peer_name == (
-        "llama.cpp q8_0, q8_0 cache, flash"
-    )
+    assert [list(s.variants) for s in both] == [[""], [""]]
+    assert settings(["llama.cpp"], ["int8"], ["int8"])[0].peer_name == "llama.cpp q8_0, q8_0 cache"
     with pytest.raises(ValueError, match="no pair"):
         settings(["ctranslate2"], ["bfloat16"], kvs)
 
@@ -126,6 +149,9 @@ def test_peer_rows(monkeypatch):
     assert [row["what"] for *_, row in rows] == ["decode", "prefill", "attention"]
     assert [row["layers"] for *_, row in rows] == [2, 2, 1]
     assert {row["version"] for *_, row in rows} == {"twin"}
+    assert all(row["whole_bytes"] > row["bytes"] > 0 for *_, row in rows if row["what"] == "decode")
+    with pytest.raises(ValueError, match="layers must be at least 2, got 1"):
+        next(peer_rows.peer_rows([], work, python="python", shape="tiny", layers=1))
 
 
 def test_two_models_that_differ_are_not_compared(monkeypatch):
@@ -140,7 +166,7 @@ def test_two_models_that_differ_are_not_compared(monkeypatch):
         list(
             peer_rows.peer_rows(
                 settings(["transformers"], ["bfloat16"], ["auto"]), work, python="python",
-                shape="tiny", layers=1,
+                shape="tiny", layers=2,
             )
         )  # fmt: skip
 

@@ -7,27 +7,47 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import codellama_rt
 from codellama_rt import ops
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.cli import bench as cli_bench
 from codellama_rt.cli import main as cli
 from codellama_rt.llm.variants import SHAPES
+from codellama_rt.ops.native import _core
 from codellama_rt.ops.schema import OPS
 from codellama_rt.tools.bench import op_check, tables
+from codellama_rt.tools.bench.compare import compare_records
 from codellama_rt.tools.bench.generate_rows import Model, generate_rows
-from codellama_rt.tools.bench.measure import Timing, save, stopwatch
+from codellama_rt.tools.bench.measure import Timing, doubt, drift, save, steadiest, stopwatch
 from codellama_rt.tools.bench.op_arrays import Turns, make_arrays
 from codellama_rt.tools.bench.op_cases import DTYPES, Selection
 from codellama_rt.tools.bench.op_rows import op_row, op_rows
+from codellama_rt.tools.bench.records import read_record
 from codellama_rt.tools.bench.runner import Runner
 from codellama_rt.tools.bench.synthetic import write_directory, write_gguf
-from codellama_rt.tools.limits import measure_limits, peak_flops
+from codellama_rt.tools.limits import (
+    Limits,
+    cpu_name,
+    huge_share,
+    instruction_rate,
+    instructions,
+    measure_limits,
+    peak,
+    probe_memory,
+)
+
+ROW = {
+    "what": "decode", "model": "tiny", "weights": "int4", "kv": "int8", "depth": 5,
+    "isa": "avx2", "threads": 2, "median_us": 1.0, "p10_us": 1.0, "p90_us": 1.0,
+    "tokens_per_s": 1e6, "gb_per_s": 1.0, "share": 0.5, "roof_drift": 0.0,
+}  # fmt: skip
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -134,8 +154,57 @@ def test_the_limits_are_measured_for_every_kind_of_product(limits):
     assert min(limits.flops.values()) > 0
     assert limits.one_thread_bandwidth > 0
     assert "GB/s" in limits.describe()
-    with pytest.raises(ValueError, match="must be one of float32, bfloat16, int8, got 'int4'"):
-        peak_flops("int4")
+    with pytest.raises(ValueError, match="must be one of float32, float16, bfloat16, int8, got"):
+        peak("int4")
+    with pytest.raises(ValueError, match=r"must be one of fp32 FMA.*, got 'vmul'"):
+        instruction_rate("vmul")
+
+
+def test_a_limit_is_that_of_the_fastest_instruction_that_can_do_the_work():
+    rates = {"fp32 FMA": 3.0, "vdpbf16ps": 2.0, "vpmaddwd": 4.0, "vpdpbusd": 9.0}
+    limits = Limits("avx512_vnni", 2, 1e9, 5e8, rates)
+    assert limits.flops == {"float32": 3.0, "float16": 3.0, "bfloat16": 3.0, "int8": 9.0}
+    assert (limits.fastest("bfloat16"), limits.fastest("int8")) == ("fp32 FMA", "vpdpbusd")
+    assert "in huge pages" not in limits.describe()
+    assert "10% of it in huge pages" in replace(limits, huge_pages=0.1).describe()
+
+
+def test_instructions_are_those_of_every_set_that_the_cpu_runs():
+    found, before = instructions(), ops.isa()
+    ops.set_isa("baseline")  # what is measured does not depend on the set in use
+    try:
+        assert instructions() == found
+        name, rate = peak("int8", 0.0)
+    finally:
+        ops.set_isa(before)
+    assert "fp32 FMA" in found
+    assert set(found.values()) <= set(ops.available_isas())
+    assert name in found
+    assert rate > 0
+    with pytest.raises(ValueError, match="no instruction 'vmul'"):
+        _core.multiply_add("baseline", "vmul", 1)
+
+
+@pytest.mark.parametrize("isa", ops.available_isas())
+def test_a_probe_counts_its_operations(isa):
+    for name in _core.INSTRUCTIONS:
+        once = _core.multiply_add(isa, name, 1)
+        assert once % ops.num_threads() == 0
+        assert _core.multiply_add(isa, name, 3) == 3 * once
+
+
+def test_the_memory_that_is_read_lies_in_huge_pages_where_there_are_any():
+    policy = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not policy.exists() or "[never]" in policy.read_text():
+        pytest.skip("this kernel gives no huge pages")
+    assert huge_share(probe_memory(2**25)) > 0.5
+    assert huge_share(probe_memory(2**25, huge_pages=False)) == 0.0
+
+
+def test_products_of_quantised_weights_and_caches_are_integers():
+    for op in ("linear", "paged_attention", "decoder_layer"):
+        found = {c.product_dtype for c in cases(dtypes=("int8", "int4"), ops=(op,))}
+        assert found == {"int8"}
 
 
 def test_timing_keeps_the_middle_of_the_runs():
@@ -155,6 +224,8 @@ def test_a_file_says_what_was_typed(tmp_path, monkeypatch):
     save(tmp_path / "a.json", "peers", [{"what": "decode"}], "python bench_peers.py")
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["command"] == "python bench_peers.py --peer-python PYTHON --steps 3"
+    assert (record["cpu"], record["isa"]) == (cpu_name(), ops.isa())
+    assert (record["threads"], record["version"]) == (ops.num_threads(), codellama_rt.__version__)
     assert record["rows"] == [{"what": "decode"}]
 
 
@@ -234,6 +305,65 @@ def test_wrong_lists_are_told(bench):
     assert "expected whole numbers separated by commas, got '1,x'" in err
 
 
+def saved(path, rows, **about):
+    about = {"cpu": "Zen 4", "isa": "avx512_bf16", "threads": 2} | about
+    path.write_text(json.dumps({"command": "bench", **about, "rows": rows}))
+    return path
+
+
+def test_compare_gives_a_ratio_per_row_and_marks_roofs_that_moved(bench, tmp_path):
+    decode = ROW | {"best_us": 0.5, "read_gb_per_s": 60.0}
+    op = {"what": "op", "op": "linear", "shape": "o 512x4096x4096", "model": "7b", "share": 0.5,
+          "dtype": "int8", "tokens": 512, "median_us": 30.0, "best_us": 20.0, "bound": "compute",
+          "read_gb_per_s": 60.0, "peak_gflop_per_s": 900.0,
+          "isa": "avx2", "threads": 2}  # fmt: skip
+    before = saved(tmp_path / "a.json", [decode, decode | {"depth": 6}, op])
+    after = saved(tmp_path / "b.json", [
+        op | {"median_us": 10.0, "best_us": 10.0, "read_gb_per_s": 20.0},
+        decode | {"median_us": 0.5, "read_gb_per_s": 40.0},
+        decode | {"depth": 7},
+    ], cpu="Emerald Rapids")  # fmt: skip
+    code, out, err = bench("compare", before, after)
+    assert code == 0
+    assert "Not the same: cpu: Zen 4 before, Emerald Rapids after" in err
+    assert "isa" not in err
+    assert "a.json -> b.json, Emerald Rapids" in out
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "linear o 512x4096x4096 7b int8 30 10 3.00 2.00 1.00" in lines
+    assert "decode tiny int4 int8 depth 5 1 0.5 2.00? 1.00 0.67" in lines
+    assert "? decode tiny int4 int8 depth 5: the limit was 0.67 times that of before" in out
+    assert "depth 6" not in out
+    assert "depth 7" not in out
+
+
+def test_compare_names_sets_and_threads_only_where_a_file_has_several(tmp_path):
+    slow, fast = ROW | {"isa": "avx2", "median_us": 4.0}, ROW | {"isa": "avx512", "median_us": 2.0}
+    one, other = (read_record(saved(tmp_path / "x.json", [row])) for row in (slow, fast))
+    (row,) = compare_records(one, other)
+    assert (row["name"], row["ratio"], row["doubt"]) == ("decode tiny int4 int8 depth 5", 2.0, None)
+    both = read_record(saved(tmp_path / "x.json", [slow, fast]))
+    (row,) = compare_records(both, other)
+    assert (row["name"], row["ratio"]) == ("decode tiny int4 int8 depth 5 avx512", 1.0)
+    doubtful = read_record(saved(tmp_path / "x.json", [fast | {"share": 2.0}]))
+    (row,) = compare_records(doubtful, other)
+    assert row["doubt"] == "before: 200% of the limit"
+
+
+def test_compare_refuses_files_that_have_nothing_in_common(bench, tmp_path):
+    before = saved(tmp_path / "a.json", [ROW])
+    code, _, err = bench("compare", before, saved(tmp_path / "b.json", [ROW | {"depth": 9}]))
+    assert code == 2
+    assert "have no row in common" in err
+    (tmp_path / "c.json").write_text("{")
+    code, _, err = bench("compare", before, tmp_path / "c.json")
+    assert code == 2
+    assert "c.json is not JSON" in err
+    (tmp_path / "c.json").write_text("{}")
+    code, _, err = bench("compare", before, tmp_path / "c.json")
+    assert code == 2
+    assert "neither pytest-benchmark nor `codellama-rt bench` wrote it" in err
+
+
 RECORDED = Path(__file__).parents[1] / "data" / "bench_rows.json"
 
 
@@ -243,9 +373,23 @@ def test_report_makes_its_files(tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"measurements.md", "roofline.svg", "context.svg"}
     text = (tmp_path / "measurements.md").read_text()
-    for title in ("## Operators", "## Decoding", "## Prompts", "## Pairs"):
-        assert title in text
+    for title in ("Operators: tiny", "Decoding: tiny", "Prompts: tiny", "Whole prompts", "Pairs"):
+        assert f"## {title}" in text
+    assert "Measured on AMD EPYC (family 25, model 17) by" in text
+    assert "llama.cpp q8_0, float16 cache prefill 7b int8 bfloat16 512: the limit moved" in text
+    assert max(map(len, text.splitlines())) <= tables.WIDTH
     assert "read" in (tmp_path / "roofline.svg").read_text()
+
+
+def test_the_picture_over_the_context_is_of_whole_models():
+    plots = pytest.importorskip("plots")
+    slices = ROW | {"layers": 4, "is_whole": False}
+    whole = slices | {"is_whole": True, "bytes": 6e3, "read_gb_per_s": 2.0}
+    by_layers = slices | {"whole_us": 8.0, "peer_whole_us": 16.0, "whole_bytes": 4e3, "peer": "x",
+                          "read_gb_per_s": 1.0}  # fmt: skip
+    ours, pair = plots.whole_steps([slices, whole, ROW | {"what": "prefill"}, by_layers])
+    assert (ours["us"], ours["limit_us"], "peer_us" in ours) == (1.0, 3.0, False)
+    assert (pair["us"], pair["limit_us"], pair["peer_us"]) == (8.0, 4.0, 16.0)
 
 
 def test_report_refuses_other_files(tmp_path):
@@ -263,6 +407,7 @@ def test_pytest_benchmark_carries_the_rows(tmp_path):
     # The child is a session of its own: what xdist tells its workers is not for it.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment)
+    assert read_record(file).cpu == cpu_name()
     infos = [one["extra_info"] for one in json.loads(file.read_text())["benchmarks"]]
     assert [info["op"] for info in infos] == ["rms_norm", "copy_blocks"]
     for info in infos:
@@ -271,21 +416,58 @@ def test_pytest_benchmark_carries_the_rows(tmp_path):
         )
 
 
-@pytest.mark.parametrize("share", [0.5, 2.63])
-def test_a_limit_that_moved_is_marked(share, monkeypatch, capsys):
-    row = {"what": "decode", "model": "tiny", "weights": "int4", "kv": "int8", "depth": 5}
-    row |= {"median_us": 1.0, "p10_us": 1.0, "p90_us": 1.0, "share": share}
-    cli_bench._follow("generate", iter([(1, 1, row)]), None)
+@pytest.mark.parametrize(
+    ("found", "shown", "reason"),
+    [
+        ({}, "50%", None),
+        ({"share": 1.03}, ">100%", None),
+        ({"share": 1.06}, None, "106% of the limit"),
+        ({"roof_drift": 0.15}, "50%", None),
+        ({"roof_drift": 0.16}, None, "the limit moved by 16%"),
+    ],
+)
+def test_a_row_in_doubt_is_left_out(found, shown, reason, capsys, tmp_path):
+    row, file = ROW | found, tmp_path / "rows.json"
+    assert doubt(row) == reason
+    cli_bench._follow("generate", iter([(1, 1, row)]), file)
     out, err = capsys.readouterr()
-    assert (">100%" in out) == (share > 1)
-    assert ("263%" in out) is False
-    assert ("repeat the run" in err) == (share > 1)
+    assert ("Left out: decode tiny int4 int8 5" in out) == (reason is not None)
+    assert ("Rows were left out" in err) == (reason is not None)
+    assert (shown or reason) in out
+    assert ("Decoding" in out) == (shown is not None)
+    assert json.loads(file.read_text())["rows"] == [row]
 
 
-def test_tables_hold_every_row():
+def test_a_row_in_doubt_is_measured_again():
+    measured = iter([{"share": 2.0}, {"roof_drift": 0.4}, {"share": 0.5}, {"share": 0.6}])
+    assert steadiest(lambda: next(measured)) == {"share": 0.5}
+    assert steadiest(lambda: next(measured)) == {"share": 0.6}
+    bad = iter([{"share": 2.0, "run": i} for i in range(3)])
+    assert steadiest(lambda: next(bad))["run"] == 2
+    assert drift(80.0, 100.0) == drift(100.0, 80.0) == pytest.approx(0.2)
+
+
+def test_tables_hold_every_row_and_are_narrow(capsys):
     rows = json.loads(RECORDED.read_text())["rows"]
-    assert sum(len(cells) for _, _, cells in tables.tables(rows)) == len(rows)
+    doubtful = len(tables.left_out(rows))
+    assert sum(len(cells) for _, _, cells in tables.tables(rows)) == len(rows) - doubtful
     assert all(tables.brief(row) for row in rows)
+    tables.show(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= tables.WIDTH
+    assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
+
+
+def test_the_longest_names_fit_into_a_table(capsys):
+    row = {"what": "op", "op": "apply_rotary_pos_emb", "shape": "gate_up 512x8192x57344",
+           "model": "70b", "dtype": "bfloat16", "isa": "avx512_vnni", "threads": 2,
+           "median_us": 12345.678, "p10_us": 1e4, "p90_us": 2e4, "bound": "compute",
+           "gflop_per_s": 1234.5, "instruction": "vdpbf16ps", "peak_gflop_per_s": 12345.6,
+           "share": 1.04}  # fmt: skip
+    tables.show([row])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= tables.WIDTH
+    assert any("apply_rotary_pos_emb" in line and "vdpbf16ps 12346" in line for line in lines)
 
 
 def test_the_suite_is_no_part_of_the_tests():

@@ -8,16 +8,17 @@ import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from codellama_rt import ops
 from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.llm.variants import SHAPES
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
-from codellama_rt.tools.bench.measure import Row, Stopwatch, Timing, stopwatch
+from codellama_rt.tools.bench.measure import Row, Stopwatch, Timing, drift, steadiest, stopwatch
 from codellama_rt.tools.bench.runner import Runner
 from codellama_rt.tools.bench.synthetic import write_directory
-from codellama_rt.tools.limits import Limits, read_bandwidth
+from codellama_rt.tools.limits import Limits, peak, read_bandwidth
 
 _PYTHON_STEPS = 20
 
@@ -48,6 +49,11 @@ class Model:
         layers = self.layers or SHAPES[self.shape].n_layers
         return f"{self.shape}, {layers} layer{'s' if layers > 1 else ''}"
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all layers of its shape."""
+        return self.path is not None or self.layers in (None, SHAPES[self.shape].n_layers)
+
     @contextlib.contextmanager
     def runner(self, max_depth: int) -> Iterator[Runner]:
         """Yield the model behind an engine; a model written for it is deleted at the end."""
@@ -75,7 +81,8 @@ def decode_row(
     before = read_bandwidth()
     with runner.at_depth(depth, steps + 1):  # pytest-benchmark may run one more
         timing = Timing(watch(runner.step, _nothing, steps))
-    roof = max(before, read_bandwidth())
+    after = read_bandwidth()
+    roof = max(before, after)
     num_bytes = runner.decode_bytes(depth)
     share = {"python_share": runner.python_share(depth, _PYTHON_STEPS)} if python_share else {}
     return {
@@ -89,6 +96,7 @@ def decode_row(
         "share": num_bytes / timing.median / roof,
         "best_share": num_bytes / timing.best / roof,
         "read_gb_per_s": roof / 1e9,
+        "roof_drift": drift(before, after),
         **share,
     }
 
@@ -102,12 +110,14 @@ def prefill_row(
     limits: Limits,
     watch: Stopwatch = stopwatch,
 ) -> Row:
-    """Time prompts of one length; measure the arithmetic peak of the weights' dtype."""
+    """Time prompts of one length; measure the arithmetic of the weights before and after them."""
     runner.prefill(num_tokens)
-    timing = Timing(watch(runner.run_prompt, lambda: runner.add_prompt(num_tokens), repeats))
-    rate = runner.prefill_flops(num_tokens) / timing.median
     weights = runner.weights_dtype
-    peak = limits.flops[weights if weights in FLOAT_DTYPES else "int8"]
+    products = weights if weights in FLOAT_DTYPES else "int8"
+    _, before = peak(products)
+    timing = Timing(watch(runner.run_prompt, lambda: runner.add_prompt(num_tokens), repeats))
+    instruction, after = peak(products)
+    rate, roof = runner.prefill_flops(num_tokens) / timing.median, max(before, after)
     return {
         "what": "prefill",
         **_about(model, runner, limits),
@@ -115,8 +125,10 @@ def prefill_row(
         **timing.record(),
         "tokens_per_s": num_tokens / timing.median,
         "gflop_per_s": rate / 1e9,
-        "peak_gflop_per_s": peak / 1e9,
-        "share": rate / peak,
+        "instruction": instruction,
+        "peak_gflop_per_s": roof / 1e9,
+        "share": rate / roof,
+        "roof_drift": drift(before, after),
     }
 
 
@@ -130,22 +142,18 @@ def generate_rows(
     limits: Limits,
     python_share: bool = False,
 ) -> Iterator[tuple[int, int, Row]]:
-    """Yield all rows as (done, total, row)."""
+    """Yield all rows as (done, total, row); one whose limit moved is measured again."""
+    time_decode = partial(decode_row, steps=steps, limits=limits, python_share=python_share)
+    time_prefill = partial(prefill_row, repeats=repeats, limits=limits)
     done, total = 0, len(models) * (len(depths) + len(prefills))
     for model in models:
         with model.runner(max([*depths, *prefills])) as runner:
             for depth in depths:
                 done += 1
-                yield (
-                    done,
-                    total,
-                    decode_row(
-                        model, runner, depth, steps, limits=limits, python_share=python_share
-                    ),
-                )
+                yield done, total, steadiest(partial(time_decode, model, runner, depth))
             for count in prefills:
                 done += 1
-                yield done, total, prefill_row(model, runner, count, repeats, limits=limits)
+                yield done, total, steadiest(partial(time_prefill, model, runner, count))
         del runner  # frees its cache before the next one is allocated
         gc.collect()
 
@@ -156,6 +164,7 @@ def _about(model: Model, runner: Runner, limits: Limits) -> Row:
     return {
         "model": model.name,
         "layers": runner.config.n_layers,
+        "is_whole": model.is_whole,
         "weights": runner.weights_dtype,
         "kv": runner.kv_dtype,
         "isa": limits.isa,

@@ -15,7 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from codellama_rt import __version__
+from codellama_rt import __version__, ops
+from codellama_rt.tools.limits import cpu_name
+
+MOST_DRIFT = 0.15  # of a limit between before and after a row
+MOST_SHARE = 1.05  # of a limit
+_ATTEMPTS = 3
 
 Row = dict[str, Any]
 # Seconds of each of `rounds` runs of `work`; `setup` runs before each and is not timed.
@@ -71,8 +76,43 @@ def stopwatch(work: Callable[[], object], setup: Callable[[], object], rounds: i
     return seconds
 
 
+def drift(before: float, after: float) -> float:
+    """Return how far a limit moved, as a share of its higher value."""
+    return abs(before - after) / max(before, after)
+
+
+def doubt(row: Row) -> str | None:
+    """Return why a row is no result but a limit that moved, or None."""
+    if row.get("roof_drift", 0.0) > MOST_DRIFT:
+        return f"the limit moved by {row['roof_drift']:.0%}"
+    if row.get("share", 0.0) > MOST_SHARE:
+        return f"{row['share']:.0%} of the limit"
+    return None
+
+
+def steadiest(measure: Callable[[], Row]) -> Row:
+    """Measure a row again while there is doubt, a few times; the last one counts."""
+    for _ in range(_ATTEMPTS - 1):
+        if doubt(row := measure()) is None:
+            return row
+    return measure()
+
+
+def about() -> dict[str, Any]:
+    """Return what a file of rows names: the CPU, how it was used, the versions."""
+    return {
+        "cpu": cpu_name(),
+        "isa": ops.isa(),
+        "threads": ops.num_threads(),
+        "version": __version__,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+
+
 def save(path: Path, what: str, rows: Sequence[Row], program: str = "codellama-rt") -> None:
-    """Write rows as JSON, with the machine, versions and command they were measured with.
+    """Write rows as JSON, with the CPU, versions and command they were measured with.
 
     Args:
         path: the file.
@@ -83,10 +123,7 @@ def save(path: Path, what: str, rows: Sequence[Row], program: str = "codellama-r
     record = {
         "bench": what,
         "command": _command(program, sys.argv[1:]),
-        "version": __version__,
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
+        **about(),
         "rows": list(rows),
     }
     path.write_text(json.dumps(record, indent=1) + "\n")

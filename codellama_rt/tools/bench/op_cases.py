@@ -93,12 +93,14 @@ class Case:
 
     @property
     def product_dtype(self) -> str:
-        """The dtype whose arithmetic bounds the op: a key of `Limits.flops`."""
+        """The dtype of the products, a key of `limits.USABLE`.
+
+        Those of a quantised weight or cache are int8. Queries of quantised caches have more bits,
+        which takes several instructions: attention can then reach a part of that limit only.
+        """
         if self.op.name not in _PRODUCTS:
             return "float32"
-        if self.dtype in FLOAT_DTYPES:
-            return self.dtype
-        return "int8" if self.op.name in ("linear", "decoder_layer") else "bfloat16"
+        return self.dtype if self.dtype in FLOAT_DTYPES else "int8"
 
     def _item_size(self, name: str) -> float:
         """Return the bytes per element, scales included."""

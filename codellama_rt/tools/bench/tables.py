@@ -1,41 +1,70 @@
-"""Rows as tables, with the same columns on the terminal and in a report."""
+"""Rows as tables of at most 100 columns, alike on the terminal and in a report.
+
+What all rows of a table share is in its title. Rows in doubt are left out and listed below.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from codellama_rt.tools.bench.measure import Row
+from codellama_rt.tools.bench.measure import Row, doubt
 from codellama_rt.tools.limits import of_roof
 
+WIDTH = 100
 Column = tuple[str, Callable[[Row], str]]
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of row: what its tables are called, and which columns they have."""
+
+    title: Callable[[Row], str]
+    columns: list[Column]
+    matches: Callable[[Row], bool]
+
+
 def tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Yield a title, a list of headings and the cells, for each kind of row present."""
-    kinds: dict[str, list[Row]] = {}
+    """Yield a title, a list of headings and the cells of each table; without rows in doubt."""
+    groups: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
-        kinds.setdefault(_kind(row), []).append(row)
-    for title, (columns, _) in _TABLES.items():
-        if title in kinds:
-            cells = [[text(row) for _, text in columns] for row in kinds[title]]
+        at = next(i for i, kind in enumerate(_KINDS) if kind.matches(row))
+        groups.setdefault((at, _KINDS[at].title(row)), []).append(row)
+    for (at, title), members in sorted(groups.items(), key=lambda item: item[0][0]):
+        columns = _KINDS[at].columns
+        cells = [[text(row) for _, text in columns] for row in members if doubt(row) is None]
+        if cells:
             yield title, [name for name, _ in columns], cells
+
+
+def left_out(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each row that the tables leave out, with the reason."""
+    return [f"{brief(row)}: {reason}" for row in rows if (reason := doubt(row)) is not None]
 
 
 def show(rows: Sequence[Row]) -> None:
     """Print the tables on stdout."""
+    for title, names, cells in tables(rows):
+        show_table(title, names, cells)
+    for line in left_out(rows):
+        print(f"Left out: {line}")
+
+
+def show_table(title: str, names: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """Print one table on stdout."""
     import sys
 
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
-    for title, names, cells in tables(rows):
-        table = Table(title=title, title_justify="left", pad_edge=False)
-        for i, name in enumerate(names):
-            table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
-        for line in cells:
-            table.add_row(*line)
-        console.print(table)
+    width = None if sys.stdout.isatty() else WIDTH
+    table = Table(title=title, title_justify="left", box=SIMPLE, collapse_padding=True)
+    for i, name in enumerate(names):
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    for line in cells:
+        table.add_row(*line)
+    Console(width=width, highlight=False, markup=False).print(table)
 
 
 def brief(row: Row) -> str:
@@ -44,91 +73,136 @@ def brief(row: Row) -> str:
     return " ".join(str(row[name]) for name in names if name in row)
 
 
-def _kind(row: Row) -> str:
-    return next(title for title, (_, matches) in _TABLES.items() if matches(row))
-
-
-def _time(row: Row) -> str:
-    """Return the median and the 10th to 90th percentile of the runs, in microseconds."""
-    return f"{row['median_us']:.4g} ({row['p10_us']:.4g}-{row['p90_us']:.4g})"
+def _spread(row: Row) -> str:
+    """Return half the width of the 10th to 90th percentile, as a share of the median."""
+    return f"{(row['p90_us'] - row['p10_us']) / 2 / row['median_us']:.0%}"
 
 
 def _share(row: Row) -> str:
     return of_roof(row["share"]) if "share" in row else ""
 
 
+def _rate(row: Row) -> str:
+    """Return what the row reached, in the unit of its limit."""
+    if row["bound"] == "compute":
+        return f"{row['gflop_per_s']:.0f} GFLOP/s"
+    return f"{row['gb_per_s']:.1f} GB/s"
+
+
+def _limit(row: Row) -> str:
+    if row["bound"] == "call":
+        return "a call"
+    if row["bound"] == "memory":
+        return f"read {row['read_gb_per_s']:.1f}"
+    return f"{row['instruction']} {row['peak_gflop_per_s']:.0f}"
+
+
 def _decimals(name: str, digits: int) -> Callable[[Row], str]:
     return lambda row: f"{row[name]:.{digits}f}" if name in row else ""
+
+
+def number(value: float) -> str:
+    """Return a value with four significant digits, a large one as a whole number."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _number(name: str, scale: float = 1.0) -> Callable[[Row], str]:
+    return lambda row: number(row[name] * scale) if name in row else ""
 
 
 def _text(name: str) -> Callable[[Row], str]:
     return lambda row: f"{row[name]}"
 
 
+def _machine(row: Row) -> str:
+    return f"{row['isa']}, {row['threads']} threads"
+
+
 def _peer_work(row: Row) -> str:
     size = row.get("depth", row.get("tokens"))
     return {
         "decode": f"decode at {size}",
-        "attention": f"attention alone at {size}",
-        "prefill": f"prefill of {size}",
+        "attention": f"attention at {size}",
+        "prefill": f"prompt of {size}",
     }[row["what"]]
 
 
-_READ = ("read GB/s", _decimals("read_gb_per_s", 1))
 _OPS: list[Column] = [
     ("op", _text("op")),
-    ("dtype", _text("dtype")),
-    ("model", _text("model")),
     ("shape", _text("shape")),
-    ("isa/threads", lambda r: f"{r['isa']}/{r['threads']}"),
-    ("median us (p10-p90)", _time),
-    ("GB/s", _decimals("gb_per_s", 1)),
-    ("GFLOP/s", _decimals("gflop_per_s", 1)),
-    ("bound", _text("bound")),
-    ("of limit", _share),
-    _READ,
-    ("peak GFLOP/s", _decimals("peak_gflop_per_s", 0)),
+    ("us", _number("median_us")),
+    ("+-", _spread),
+    ("reached", _rate),
+    ("limit", _limit),
+    ("of it", _share),
 ]
-_MODEL: list[Column] = [
-    ("model", _text("model")),
-    ("weights", _text("weights")),
-    ("cache", _text("kv")),
-]
+_MODEL: list[Column] = [("weights", _text("weights")), ("cache", _text("kv"))]
 _DECODE: list[Column] = [
     *_MODEL,
     ("depth", _text("depth")),
-    ("median us (p10-p90)", _time),
-    ("tokens/s", _decimals("tokens_per_s", 2)),
+    ("ms", _number("median_us", 1e-3)),
+    ("+-", _spread),
+    ("tokens/s", _number("tokens_per_s")),
     ("GB/s", _decimals("gb_per_s", 1)),
-    ("of read", _share),
-    _READ,
+    ("read", _decimals("read_gb_per_s", 1)),
+    ("of it", _share),
     ("RSS GB", _decimals("rss_gb", 1)),
     ("Python", lambda r: f"{r['python_share']:.1%}" if "python_share" in r else ""),
 ]
 _PREFILL: list[Column] = [
     *_MODEL,
     ("tokens", _text("tokens")),
-    ("median us (p10-p90)", _time),
-    ("tokens/s", _decimals("tokens_per_s", 1)),
+    ("ms", _number("median_us", 1e-3)),
+    ("+-", _spread),
+    ("tokens/s", _number("tokens_per_s")),
     ("GFLOP/s", _decimals("gflop_per_s", 0)),
-    ("of peak", _share),
-    ("peak GFLOP/s", _decimals("peak_gflop_per_s", 0)),
+    ("limit", lambda r: f"{r['instruction']} {r['peak_gflop_per_s']:.0f}"),
+    ("of it", _share),
+]
+_PROMPTS: list[Column] = [
+    *_MODEL,
+    ("tokens", _text("tokens")),
+    ("seconds", _number("seconds")),
+    ("hours", _decimals("hours", 2)),
+    ("tokens/s", _number("tokens_per_s")),
+    ("attention", lambda r: f"{r['attention_share']:.0%}"),
+    ("limit s", _number("limit_seconds")),
+    ("of it", _share),
 ]
 _PEERS: list[Column] = [
-    *_MODEL,
-    ("peer", _text("peer")),
+    ("weights", _text("weights")),
+    ("cache", _text("kv")),
     ("work", _peer_work),
-    ("ours ms", lambda r: f"{r['median_us'] / 1e3:.4g}"),
-    ("peer ms", lambda r: f"{r['peer_median_us'] / 1e3:.4g}"),
+    ("peer", _text("setting")),
+    ("ms", _number("median_us", 1e-3)),
+    ("peer's", _number("peer_median_us", 1e-3)),
     ("ratio", _decimals("ratio", 2)),
-    ("best", _decimals("best_ratio", 2)),
+    ("whole", _decimals("whole_ratio", 2)),
     ("of read", _share),
-    _READ,
     ("steady", lambda r: f"{r['steady']}/{r['rounds']}"),
 ]
-_TABLES: dict[str, tuple[list[Column], Callable[[Row], bool]]] = {
-    "Operators": (_OPS, lambda r: r["what"] == "op"),
-    "Pairs (over 1: ours is faster)": (_PEERS, lambda r: "peer" in r),
-    "Decoding": (_DECODE, lambda r: r["what"] == "decode"),
-    "Prompts": (_PREFILL, lambda r: r["what"] == "prefill"),
-}
+_KINDS = (
+    _Kind(
+        lambda r: f"Operators: {r['model']}, {r['dtype']}, {_machine(r)}",
+        _OPS,
+        lambda r: r["what"] == "op",
+    ),
+    _Kind(
+        lambda r: f"Pairs per layer (over 1: ours is faster): {r['model']}, {r['peer'].split()[0]}",
+        _PEERS,
+        lambda r: "peer" in r,
+    ),
+    _Kind(
+        lambda r: f"Decoding: {r['model']}, {_machine(r)}", _DECODE, lambda r: r["what"] == "decode"
+    ),
+    _Kind(
+        lambda r: f"Prompts: {r['model']}, {_machine(r)}",
+        _PREFILL,
+        lambda r: r["what"] == "prefill",
+    ),
+    _Kind(
+        lambda r: f"Whole prompts, summed from chunks: {r['model']}, {_machine(r)}",
+        _PROMPTS,
+        lambda r: r["what"] == "prompt",
+    ),
+)

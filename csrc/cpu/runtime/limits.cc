@@ -1,6 +1,6 @@
 // limits: what the machine gives to any kernel, measured by kernels that do nothing else.
 // read_memory    reads every byte once and keeps nothing
-// multiply_add   the arithmetic of a dtype on registers alone; returns the FLOPs it did
+// multiply_add   one instruction on registers alone; returns the FLOPs (or integer operations)
 // Tiling   reading: pieces of 1 MiB dealt to the threads; arithmetic: one task a thread
 // Numerics none: results go to scratch memory so that no compiler may leave the work out
 #include "cpu/runtime/task.h"
@@ -19,25 +19,57 @@ constexpr int kStreams = 4;
 // Enough independent chains to hide 4 cycles of latency at 2 a cycle, and no more than registers.
 constexpr int kChains = kLanes == 16 ? 24 : 12;
 
+// One step of each instruction: a Vec's chain of sums goes in and comes out. By inline assembly for
+// integers: GCC 12 copies and spills intrinsics' chains between integer and float registers, at 0.4
+// of this speed. A set that lacks the instruction has no step: it is a null type.
+struct Missing {};
+
+struct Fma {
+  static constexpr int kFlops = 2;  // a lane
+  static Vec step(Vec chain, Vec a, Vec b) { return fma(chain, a, b); }
+};
+
 #if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
+struct DotBf16 {
+  static constexpr int kFlops = 4;
+  static Vec step(Vec chain, Vec a, Vec b) { return dot_bf16_pairs(a, b, chain); }
+};
 #else
-constexpr bool kHasPairs = false;
-inline Vec dot_bf16_pairs(Vec, Vec, Vec c) { return c; }
+using DotBf16 = Missing;
 #endif
 
 #if defined(__AVX512VNNI__)
-constexpr bool kHasQuads = true;
-// chain + the products of 4 unsigned and 4 signed bytes a lane, as 16 int32 in a Vec's bits. Not
-// the intrinsic: GCC 12 copies and spills the chains between integer and float registers, at 0.4 of
-// this speed.
-inline Vec dot_int8_quads(Vec a, Vec b, Vec chain) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(chain.v) : "v"(a.v), "v"(b.v));
-  return chain;
-}
+struct DotInt16 {
+  static constexpr int kFlops = 4;
+  static Vec step(Vec chain, Vec a, Vec b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(chain.v) : "v"(a.v), "v"(b.v));
+    return chain;
+  }
+};
+struct DotInt8 {
+  static constexpr int kFlops = 8;
+  static Vec step(Vec chain, Vec a, Vec b) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(chain.v) : "v"(a.v), "v"(b.v));
+    return chain;
+  }
+};
 #else
-constexpr bool kHasQuads = false;
-inline Vec dot_int8_quads(Vec, Vec, Vec chain) { return chain; }
+using DotInt16 = Missing;
+using DotInt8 = Missing;
+#endif
+
+#if defined(__AVX2__)
+struct MaddInt16 {  // two instructions: what CPUs without VNNI multiply integers with
+  static constexpr int kFlops = 4;
+  static Vec step(Vec chain, Vec a, Vec) {
+    Vec products;
+    asm("vpmaddwd %2, %1, %0" : "=v"(products.v) : "v"(chain.v), "v"(a.v));
+    asm("vpaddd %1, %0, %0" : "+v"(chain.v) : "v"(products.v));
+    return chain;
+  }
+};
+#else
+using MaddInt16 = Missing;
 #endif
 
 void keep(const Vec* values, int n) {
@@ -58,16 +90,24 @@ void read_piece(const char* begin, const char* end) {
   keep(sums, kStreams);
 }
 
-template <typename Step>
-void run_chains(int64_t num_rounds, const Step& step) {
-  Vec chains[kChains];
-  for (int i = 0; i < kChains; ++i) chains[i] = splat(float(i));  // unlike, or they become one
-  for (int64_t round = 0; round < num_rounds; ++round) {
+template <typename Instruction>
+int64_t repeat(Instruction, int64_t num_rounds) {
+  const Vec a = splat(num_rounds > 1 ? 0.5f : 0.25f);  // not constants to the compiler
+  const Vec b = splat(num_rounds > 1 ? 1.0f : 2.0f);
+  const int64_t num_tasks = num_threads();
+  for_each_task(num_tasks, [&](int64_t) {
+    Vec chains[kChains];
+    for (int i = 0; i < kChains; ++i) chains[i] = splat(float(i));  // unlike, or they become one
+    for (int64_t round = 0; round < num_rounds; ++round) {
 #pragma GCC unroll 24
-    for (int i = 0; i < kChains; ++i) chains[i] = step(chains[i]);
-  }
-  keep(chains, kChains);
+      for (int i = 0; i < kChains; ++i) chains[i] = Instruction::step(chains[i], a, b);
+    }
+    keep(chains, kChains);
+  });
+  return num_tasks * num_rounds * kChains * kLanes * Instruction::kFlops;
 }
+
+inline int64_t repeat(Missing, int64_t) { return 0; }
 
 }  // namespace
 
@@ -79,22 +119,20 @@ void read_memory(const void* memory, int64_t bytes) {
   });
 }
 
-int64_t multiply_add(DType dtype, int64_t num_rounds) {
-  const bool pairs = kHasPairs && dtype == DType::kBFloat16;
-  const bool quads = kHasQuads && dtype == DType::kInt8;
-  const Vec b = splat(num_rounds > 1 ? 0.5f : 0.25f);  // not a constant to the compiler
-  const Vec c = splat(num_rounds > 1 ? 1.0f : 2.0f);
-  const int64_t num_tasks = num_threads();
-  for_each_task(num_tasks, [&](int64_t) {
-    if (quads) {
-      run_chains(num_rounds, [&](Vec chain) { return dot_int8_quads(b, c, chain); });
-    } else if (pairs) {
-      run_chains(num_rounds, [&](Vec chain) { return dot_bf16_pairs(b, c, chain); });
-    } else {  // a product that depends on the round: it cannot be taken out of the loop
-      run_chains(num_rounds, [&](Vec chain) { return fma(chain, b, c); });
-    }
-  });
-  return num_tasks * num_rounds * kChains * kLanes * (quads ? 8 : pairs ? 4 : 2);
+int64_t multiply_add(Arithmetic arithmetic, int64_t num_rounds) {
+  switch (arithmetic) {
+    case Arithmetic::kFma:
+      return repeat(Fma{}, num_rounds);
+    case Arithmetic::kDotBf16:
+      return repeat(DotBf16{}, num_rounds);
+    case Arithmetic::kMaddInt16:
+      return repeat(MaddInt16{}, num_rounds);
+    case Arithmetic::kDotInt16:
+      return repeat(DotInt16{}, num_rounds);
+    case Arithmetic::kDotInt8:
+      return repeat(DotInt8{}, num_rounds);
+  }
+  return 0;
 }
 
 }  // namespace CLRT_ISA

@@ -11,7 +11,7 @@ namespace CLRT_ISA {
 #define CLRT_DIRECT_OP(name, Params, signature) void name(const Params&);
 #include "ops.def"
 void read_memory(const void* memory, int64_t bytes);
-int64_t multiply_add(DType dtype, int64_t num_rounds);
+int64_t multiply_add(Arithmetic arithmetic, int64_t num_rounds);
 
 extern const KernelTable table;
 const KernelTable table = {
