@@ -43,11 +43,11 @@ def examine(seconds: float = 0.2) -> dict[str, Any]:
         from codellama_rt.ops.dtypes import FLOAT_DTYPES
         from codellama_rt.ops.native import _core
         from codellama_rt.ops.quantized import GGUF_BLOCKS, OWN_WEIGHT_DTYPES
-        from codellama_rt.tools.limits import measure_limits
+        from codellama_rt.tools.limits import measure_limits, rates_by_isa
     except ImportError as error:
         return found | {"kernels": str(error)}
     limits = measure_limits(seconds)
-    rates = _rates_by_isa(seconds / 4)
+    rates = rates_by_isa(seconds / 4)
     return found | {
         "kernels": "loaded",
         "isas": ops.available_isas(),
@@ -132,27 +132,6 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("runtime graph", found["runtimes"]["graph"]),
         *devices,
     ]
-
-
-def _rates_by_isa(seconds: float) -> dict[str, dict[str, float]]:
-    """Measure what each instruction set multiplies per second; the chosen one is back afterwards.
-
-    Args:
-        seconds: for each instruction set and dtype.
-    """
-    from codellama_rt import ops
-    from codellama_rt.tools.limits import peak_flops
-
-    chosen, rates = ops.isa(), {}
-    try:
-        for isa in ops.available_isas():
-            ops.set_isa(isa)
-            rates[isa] = {
-                dtype: peak_flops(dtype, seconds) for dtype in ("float32", "bfloat16", "int8")
-            }
-    finally:
-        ops.set_isa(chosen)
-    return rates
 
 
 def _version(package: str) -> str | None:

@@ -22,8 +22,8 @@ from codellama_rt.ops.native import _core
 
 PROBE_BYTES = 2**28  # several times any cache, so that every byte comes from memory
 MOST_OF_ROOF = 1.005  # a share that rounds to more than 100 % is not a share
-# Instructions that can multiply operands of a dtype exactly enough. An int8 product may be computed
-# in int16 or float32 as well.
+# Instructions that can multiply operands of a dtype exactly enough; the kernels of an instruction
+# set use the last one that it has. An int8 product may be computed in int16 or float32 as well.
 USABLE = {
     "float32": ("fp32 FMA",),
     "float16": ("fp32 FMA",),
@@ -186,8 +186,32 @@ def instruction_rate(name: str, seconds: float = 0.2) -> float:
     known = instructions()
     if name not in known:
         raise ValueError(f"instruction must be one of {', '.join(known)}, got {name!r}")
-    operations = _core.multiply_add(known[name], name, _ROUNDS)
-    return operations / _shortest(lambda: _core.multiply_add(known[name], name, _ROUNDS), seconds)
+    return _rate(known[name], name, seconds)
+
+
+def rates_by_isa(seconds: float = 0.1) -> dict[str, dict[str, float]]:
+    """Return what each instruction set's products can reach, by set and dtype of the operands.
+
+    Args:
+        seconds: time for each set and dtype.
+
+    Returns:
+        Operations per second; sets best first, dtypes as in `USABLE`.
+    """
+    return {
+        isa: {
+            dtype: _rate(
+                isa, [name for name in names if _core.multiply_add(isa, name, 1)][-1], seconds
+            )
+            for dtype, names in USABLE.items()
+        }
+        for isa in ops.available_isas()
+    }
+
+
+def _rate(isa: str, name: str, seconds: float) -> float:
+    operations = _core.multiply_add(isa, name, _ROUNDS)
+    return operations / _shortest(lambda: _core.multiply_add(isa, name, _ROUNDS), seconds)
 
 
 def peak(dtype: str, seconds: float = 0.2) -> tuple[str, float]:
