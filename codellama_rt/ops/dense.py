@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from codellama_rt.ops.native import _core, thread_limit
+from codellama_rt.ops.native import _core
 from codellama_rt.ops.quantized import OWN_WEIGHT_DTYPES, Quantized, weight_num_bytes
 from codellama_rt.ops.results import Array, axis_size, empty, empty_like
 
@@ -39,7 +39,7 @@ def embedding(
     """
     if out is None:
         out = empty(token_ids, (axis_size(token_ids, 0), axis_size(table, 1)), np.float32)
-    _core.embedding(token_ids, table, out, thread_limit(num_threads))
+    _core.embedding(token_ids, table, out, num_threads)
     return out
 
 
@@ -66,7 +66,7 @@ def rms_norm(
     """
     if out is None:
         out = empty_like(x)
-    _core.rms_norm(x, weight, eps, out, thread_limit(num_threads))
+    _core.rms_norm(x, weight, eps, out, num_threads)
     return out
 
 
@@ -99,7 +99,7 @@ def add_rms_norm(
     """
     if out is None:
         out = (empty_like(x), empty_like(x))
-    _core.add_rms_norm(x, residual, weight, eps, out[0], out[1], thread_limit(num_threads))
+    _core.add_rms_norm(x, residual, weight, eps, out[0], out[1], num_threads)
     return out
 
 
@@ -136,7 +136,7 @@ def linear(
     if out is None:
         weights = weight if isinstance(weight, tuple) else (weight,)
         out = empty(x, (axis_size(x, 0), sum(axis_size(w, 0) for w in weights)))
-    _core.linear(x, weight, out, thread_limit(num_threads))
+    _core.linear(x, weight, out, num_threads)
     return out
 
 
@@ -171,7 +171,7 @@ def quantize(weight: Array, dtype: str, *, num_threads: int | None = None) -> Qu
     shape = (axis_size(weight, 0), axis_size(weight, 1))
     payload = empty(weight, (weight_num_bytes(dtype, shape),), np.uint8)
     quantized = Quantized(payload, dtype, shape)
-    _core.quantize(weight, quantized, thread_limit(num_threads))
+    _core.quantize(weight, quantized, num_threads)
     return quantized
 
 
@@ -192,7 +192,7 @@ def silu_and_mul(gate_up: Array, *, out: Array = None, num_threads: int | None =
     """
     if out is None:
         out = empty(gate_up, (axis_size(gate_up, 0), axis_size(gate_up, 1) // 2))
-    _core.silu_and_mul(gate_up, out, thread_limit(num_threads))
+    _core.silu_and_mul(gate_up, out, num_threads)
     return out
 
 
@@ -288,5 +288,5 @@ def decoder_layer(
         seq_lens,
         cu_seqlens_q,
     )
-    _core.decoder_layer(inputs, eps, interleaved, out, thread_limit(num_threads))
+    _core.decoder_layer(inputs, eps, interleaved, out, num_threads)
     return out
