@@ -250,9 +250,8 @@ void run(const Launch& launch) {
 }
 
 #ifndef CLRT_CUDA
-// An op's argument num_threads: None, or at least 1.
+// An op's argument num_threads, if there is one.
 int limit_of(py::handle num_threads) {
-  if (num_threads.is_none()) return INT_MAX;
   const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(num_threads.ptr()));
   if (!index) throw py::error_already_set();
   int overflow = 0;
@@ -267,6 +266,7 @@ int limit_of(py::handle num_threads) {
 // On at most so many threads.
 template <typename Launch>
 void run(py::handle num_threads, const Launch& launch) {
+  if (num_threads.is_none()) return run(launch);
   const ThreadLimit limit(limit_of(num_threads));
   run(launch);
 }
