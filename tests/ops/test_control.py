@@ -8,7 +8,6 @@ import platform
 import subprocess
 import sys
 import threading
-import time
 import types
 
 import numpy as np
@@ -210,7 +209,7 @@ def test_regions_end_without_the_threads_that_come_late(rng, threads):
             limit = int(choose.integers(1, 20))
             wrong.append(ops.linear(x, weight, num_threads=limit).tobytes() != expected.tobytes())
             if limit == 1:
-                time.sleep(0.0003)  # so that the others go to sleep
+                sum(range(10_000))  # long enough for the others to go to sleep
 
     threads(16)
     callers = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
