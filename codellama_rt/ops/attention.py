@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from codellama_rt.ops.native import _core, thread_limit
+from codellama_rt.ops.native import _core
 from codellama_rt.ops.results import Array, axis_size, empty, empty_like, shape_of
 
 
@@ -54,7 +54,7 @@ def flash_attention(
         causal,
         factor,
         *out,
-        thread_limit(num_threads),
+        num_threads,
     )
     return out
 
@@ -113,7 +113,7 @@ def paged_attention(
         cu_seqlens_q,
         factor,
         *out,
-        thread_limit(num_threads),
+        num_threads,
     )
     return out
 
@@ -147,7 +147,7 @@ def merge_attention(
     """
     if out is None:
         out = (empty_like(out_a), empty(out_a, shape_of(out_a)[:2], np.float32))
-    _core.merge_attention(out_a, lse_a, out_b, lse_b, *out, thread_limit(num_threads))
+    _core.merge_attention(out_a, lse_a, out_b, lse_b, *out, num_threads)
     return out
 
 
@@ -182,9 +182,7 @@ def apply_rotary_pos_emb(
         >>> apply_rotary_pos_emb(q, q.copy(), zero, one, np.zeros(1, np.int32))[0]
         array([[[0., 1.]]], dtype=float32)
     """
-    _core.apply_rotary_pos_emb(
-        query, key, cos, sin, positions, interleaved, thread_limit(num_threads)
-    )
+    _core.apply_rotary_pos_emb(query, key, cos, sin, positions, interleaved, num_threads)
     return query, key
 
 
@@ -215,9 +213,7 @@ def reshape_and_cache(
         >>> cache[0, 0, 3]
         array([1., 1.], dtype=float32)
     """
-    _core.reshape_and_cache(
-        key, value, key_cache, value_cache, slot_mapping, thread_limit(num_threads)
-    )
+    _core.reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, num_threads)
 
 
 def rope_and_cache(
@@ -273,7 +269,7 @@ def rope_and_cache(
         slot_mapping,
         interleaved,
         out,
-        thread_limit(num_threads),
+        num_threads,
     )
     return out
 
@@ -296,4 +292,4 @@ def copy_blocks(
         >>> cache[0, 0, 0]
         array([1., 1.], dtype=float32)
     """
-    _core.copy_blocks(key_cache, value_cache, block_pairs, thread_limit(num_threads))
+    _core.copy_blocks(key_cache, value_cache, block_pairs, num_threads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from codellama_rt.ops.native import _core, thread_limit
+from codellama_rt.ops.native import _core
 from codellama_rt.ops.quantized import (
     GGUF_BLOCKS,
     OWN_WEIGHT_DTYPES,
@@ -46,7 +46,7 @@ def embedding(
     """
     if out is None:
         out = empty(token_ids, (axis_size(token_ids, 0), axis_size(table, 1)), np.float32)
-    _core.embedding(token_ids, table, out, thread_limit(num_threads))
+    _core.embedding(token_ids, table, out, num_threads)
     return out
 
 
@@ -73,7 +73,7 @@ def rms_norm(
     """
     if out is None:
         out = empty_like(x)
-    _core.rms_norm(x, weight, eps, out, thread_limit(num_threads))
+    _core.rms_norm(x, weight, eps, out, num_threads)
     return out
 
 
@@ -106,7 +106,7 @@ def add_rms_norm(
     """
     if out is None:
         out = (empty_like(x), empty_like(x))
-    _core.add_rms_norm(x, residual, weight, eps, out[0], out[1], thread_limit(num_threads))
+    _core.add_rms_norm(x, residual, weight, eps, out[0], out[1], num_threads)
     return out
 
 
@@ -143,7 +143,7 @@ def linear(
     if out is None:
         weights = weight if isinstance(weight, tuple) else (weight,)
         out = empty(x, (axis_size(x, 0), sum(axis_size(w, 0) for w in weights)))
-    _core.linear(x, weight, out, thread_limit(num_threads))
+    _core.linear(x, weight, out, num_threads)
     return out
 
 
@@ -178,7 +178,7 @@ def quantize(weight: Array, dtype: str, *, num_threads: int | None = None) -> Qu
     shape = (axis_size(weight, 0), axis_size(weight, 1))
     payload = empty(weight, (weight_num_bytes(dtype, shape),), np.uint8)
     quantized = Quantized(payload, dtype, shape)
-    _core.quantize(weight, quantized, thread_limit(num_threads))
+    _core.quantize(weight, quantized, num_threads)
     return quantized
 
 
@@ -213,7 +213,7 @@ def repack(weight: Quantized, *, num_threads: int | None = None) -> Quantized:
     dtype = weight.dtype + TILED
     payload = empty(weight.payload, (weight_num_bytes(dtype, shape),), np.uint8)
     tiles = Quantized(payload, dtype, shape)
-    _core.repack(weight, tiles, thread_limit(num_threads))
+    _core.repack(weight, tiles, num_threads)
     return tiles
 
 
@@ -234,7 +234,7 @@ def silu_and_mul(gate_up: Array, *, out: Array = None, num_threads: int | None =
     """
     if out is None:
         out = empty(gate_up, (axis_size(gate_up, 0), axis_size(gate_up, 1) // 2))
-    _core.silu_and_mul(gate_up, out, thread_limit(num_threads))
+    _core.silu_and_mul(gate_up, out, num_threads)
     return out
 
 
@@ -330,5 +330,5 @@ def decoder_layer(
         seq_lens,
         cu_seqlens_q,
     )
-    _core.decoder_layer(inputs, eps, interleaved, out, thread_limit(num_threads))
+    _core.decoder_layer(inputs, eps, interleaved, out, num_threads)
     return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import operator
 import os
 import re
 from pathlib import Path
@@ -82,21 +81,6 @@ def set_num_threads(n: int) -> None:
             calls with fewer work after that.
     """
     _core.set_num_threads(n)
-
-
-def thread_limit(num_threads: int | None) -> int:
-    """Return the argument `num_threads` of an op as the kernels take it: 0 for no limit.
-
-    Raises:
-        TypeError: not an integer.
-        ValueError: less than 1.
-    """
-    if num_threads is None:
-        return 0
-    limit = operator.index(num_threads)
-    if limit < 1:
-        raise ValueError(f"num_threads must be at least 1, got {limit}")
-    return min(limit, 2**31 - 1)
 
 
 def available(device: str = "cpu") -> tuple[bool, str]:

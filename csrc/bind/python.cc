@@ -252,10 +252,24 @@ void run(const Launch& launch) {
 }
 
 #ifndef CLRT_CUDA
-// On at most so many threads; 0: on all.
+// An op's argument num_threads, if there is one.
+int limit_of(py::handle num_threads) {
+  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(num_threads.ptr()));
+  if (!index) throw py::error_already_set();
+  int overflow = 0;
+  const long long limit = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  if (overflow < 0 || (overflow == 0 && limit < 1)) {
+    throw std::invalid_argument("num_threads must be at least 1, got " +
+                                std::string(py::str(index)));
+  }
+  return overflow > 0 || limit > INT_MAX ? INT_MAX : int(limit);
+}
+
+// On at most so many threads.
 template <typename Launch>
-void run(int64_t num_threads, const Launch& launch) {
-  const ThreadLimit limit(num_threads > 0 && num_threads < INT_MAX ? int(num_threads) : INT_MAX);
+void run(py::handle num_threads, const Launch& launch) {
+  if (num_threads.is_none()) return run(launch);
+  const ThreadLimit limit(limit_of(num_threads));
   run(launch);
 }
 #endif
@@ -298,7 +312,7 @@ void def(py::module_& m, const char* name, void (*launch)(T...)) {
     run([&] { std::apply(launch, views); });
   });
 #else
-  m.def(name, [launch](typename Argument<T>::Type... arguments, int64_t num_threads) {
+  m.def(name, [launch](typename Argument<T>::Type... arguments, py::handle num_threads) {
     Kept kept;
     const std::tuple<T...> views{Argument<T>::read(arguments, kept)...};
     run(num_threads, [&] { std::apply(launch, views); });
@@ -310,7 +324,7 @@ void def(py::module_& m, const char* name, void (*launch)(T...)) {
 // Its 19 tensors come as one tuple.
 void def(py::module_& m, const char* name, void (*launch)(const DecoderLayer&)) {
   m.def(name, [launch](const py::tuple& inputs, float eps, bool interleaved, py::handle out,
-                       int64_t num_threads) {
+                       py::handle num_threads) {
     Kept kept;
     if (inputs.size() != 19) throw std::invalid_argument("decoder_layer takes 19 tensors");
     TensorView t[19];

@@ -43,10 +43,21 @@ bool is_aligned(const TensorView& t) {
   return !has_elements(t) || reinterpret_cast<uintptr_t>(t.data) % item_size(t.dtype) == 0;
 }
 
+bool is_contiguous(const TensorView& t, bool rows_apart) {
+  if (!has_elements(t)) return true;  // nothing is apart from nothing
+  int64_t expected = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (rows_apart && i == 0) return t.shape[0] <= 1 || t.strides[0] >= expected;
+    if (t.shape[i] != 1 && t.strides[i] != expected) return false;
+    expected *= t.shape[i];
+  }
+  return true;
+}
+
 // Whether rows of the last axis are contiguous, and no two of them overlap: seen from the smallest
 // stride to the largest, each axis steps over all that lies inside.
 bool rows_are_apart(const TensorView& t) {
-  if (!has_elements(t)) return true;
+  if (is_contiguous(t, false)) return true;  // and so is what has no elements
   int64_t size[kMaxDims], stride[kMaxDims];
   int n = 0;
   for (int i = 0; i < t.ndim; ++i) {
@@ -63,17 +74,6 @@ bool rows_are_apart(const TensorView& t) {
   int64_t inside = 1;
   for (int i = 0; i < n; ++i) {
     if (stride[i] < inside || __builtin_mul_overflow(stride[i], size[i], &inside)) return false;
-  }
-  return true;
-}
-
-bool is_contiguous(const TensorView& t, bool rows_apart) {
-  if (!has_elements(t)) return true;  // nothing is apart from nothing
-  int64_t expected = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    if (rows_apart && i == 0) return t.shape[0] <= 1 || t.strides[0] >= expected;
-    if (t.shape[i] != 1 && t.strides[i] != expected) return false;
-    expected *= t.shape[i];
   }
   return true;
 }

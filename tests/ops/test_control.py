@@ -226,6 +226,28 @@ def test_changing_the_threads_between_calls(rng, threads):
         assert_equal_bits(ops.linear(x, weight), expected)
 
 
+def test_regions_end_without_the_threads_that_come_late(rng, threads):
+    """More threads than CPUs, woken from sleep, under limits of all kinds: every task is done."""
+    x, weight = normal(rng, (3, 64)), normal(rng, (9000, 64))
+    expected, wrong = ops.linear(x, weight), []
+
+    def work(seed):
+        choose = np.random.default_rng(seed)
+        for _ in range(300):
+            limit = int(choose.integers(1, 20))
+            wrong.append(ops.linear(x, weight, num_threads=limit).tobytes() != expected.tobytes())
+            if limit == 1:
+                sum(range(10_000))  # long enough for the others to go to sleep
+
+    threads(16)
+    callers = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert wrong == [False] * 900
+
+
 def test_sets_agree_where_nothing_is_rounded(rng):
     x, identity = normal(rng, (4, 64)), np.eye(64, dtype=np.float32)
     for name in ops.available_isas():
