@@ -8,7 +8,13 @@ from helpers.tolerances import assert_equal_bits
 
 from codellama_rt import ops
 from codellama_rt.ops import Quantized
-from codellama_rt.ops.quantized import CACHE_DTYPES, WEIGHT_DTYPES, empty_caches
+from codellama_rt.ops.quantized import (
+    CACHE_DTYPES,
+    GGUF_BLOCKS,
+    OWN_WEIGHT_DTYPES,
+    WEIGHT_DTYPES,
+    empty_caches,
+)
 from codellama_rt.ops.schema import OPS
 
 mindspore = pytest.importorskip("mindspore", reason="MindSpore is not installed")
@@ -97,7 +103,7 @@ def with_caches(op, arrays, dtype, sizes):
 
 
 @MODES
-@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+@pytest.mark.parametrize("dtype", [*OWN_WEIGHT_DTYPES, *GGUF_BLOCKS, "q4_1_tiled", "q6_k_tiled"])
 @pytest.mark.parametrize("rows", [(40,), (16, 9), (7, 32, 5)])
 def test_linear(rng, dtype, rows, mode):
     weights = tuple(quantized_weight(rng, (n, 256), dtype) for n in rows)
@@ -186,5 +192,5 @@ def test_weights_of_two_formats(rng, mode):
 
 def test_a_format_that_is_none():
     x, payload = (mindspore.Tensor(np.ones((1, 64), t)) for t in (np.float32, np.uint8))
-    with pytest.raises(TypeError, match=r"linear: weight must be int8 or int4 or .*, got q3_k"):
-        graph.linear(x, Quantized(payload, "q3_k", (1, 64)))
+    with pytest.raises(TypeError, match=r"linear: weight must be int8 or int4 or .*, got iq4_xs"):
+        graph.linear(x, Quantized(payload, "iq4_xs", (1, 64)))

@@ -193,6 +193,11 @@ struct KTile : Packed<kBits, BlockOf::Layout::kGroup> {
   static constexpr Fields kFields = Scales::kFields;
   static inline Vec scales(const uint8_t* head, const uint8_t* group, int half, int part) {
     const Place place = place_of(head, group);
+    // The next blocks' fields: they lie apart from the values, which the loop over groups fetches.
+    if (half == 0) {
+      constexpr int64_t kStep = (kFields.size() + Block::kGroups - 1) / Block::kGroups;
+      __builtin_prefetch(place.fields - 4 * kFields.size() + place.group * kStep);
+    }
     return Scales::scales(place.fields, place.group * kHalves + half, part);
   }
   static inline Vec minima(const uint8_t* head, const uint8_t* group, int part) {
