@@ -33,6 +33,16 @@ constexpr int tile_rows(int64_t height) { return height > kTokens ? 3 : kRows; }
 
 // ---- dots: what panels hold, and one vector's step of the product --------------------------
 
+// GCC loads an operand anew for each FMA that uses it, unless it is held in a register: with 32 of
+// them 1.2 times as fast at 8 tokens, with AVX2's 16 half as fast.
+inline Vec load_once(const float* p) {
+#if defined(__AVX512F__)
+  return hold(load(p));
+#else
+  return load(p);
+#endif
+}
+
 // A step is kStep elements of k, in kParts vectors. In panels a part has kPart elements in a row.
 struct FloatDot {
   using Element = float;
@@ -46,7 +56,7 @@ struct FloatDot {
   static Operand load_first(const T* weight, int n, int) {
     return CLRT_ISA::load_first(weight, n);
   }
-  static Operand load_packed(const float* p) { return hold(CLRT_ISA::load(p)); }
+  static Operand load_packed(const float* p) { return load_once(p); }
   static void store(float* p, Operand x) { CLRT_ISA::store(p, x); }
   static Vec multiply_add(Operand x, Operand w, Vec sum) { return fma(x, w, sum); }
 };
@@ -93,7 +103,7 @@ struct EvenOddDot {
   static Operand load_first(const bf16* weight, int n, int part) {
     return widen(_mm512_maskz_loadu_epi16((1u << n) - 1, weight), part);
   }
-  static Operand load_packed(const float* p) { return hold(CLRT_ISA::load(p)); }
+  static Operand load_packed(const float* p) { return load_once(p); }
   static void store(float* p, Operand x) { CLRT_ISA::store(p, x); }
   // Those of even and those of odd number among the 32 of both.
   static void separate(Vec& even, Vec& odd) {

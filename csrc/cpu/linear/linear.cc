@@ -27,13 +27,20 @@ constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, no
 constexpr int64_t kTaskRows = 12;    // a multiple of this: whole tiles, of four rows or of three
 constexpr int64_t kTasks = 32;       // with many tokens: tails of at most 1/32 of a core
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kPrefetchSteps = 4;  // of a tile between two spells of prefetching
+constexpr int64_t kPrefetchSteps = 4;  // of a tile of packed weights between two spells of it
+// The same for weights as they lie, by the bytes of a row between two. Against 256 for all, 1 to
+// 4 tokens were 1 to 12 % faster, 5 to 8 as fast in the mean.
+template <typename Weight>
+constexpr int64_t prefetch_steps(int64_t height) {
+  return (height <= 4 ? 128 : 512) / (DotOf<Weight>::type::kStep * int64_t(sizeof(Weight)));
+}
 
 // What as-stored weights are multiplied by lies in L2 beside two blocks of them. At 32 tokens of
 // k = 11008 (704 KB) packed weights were 8 % faster, at 64 of k = 576 (72 KB) 21 % slower. Weights
-// that are converted at each use pay for packing sooner.
+// that are converted at each use pay for packing sooner; the baseline's, by many instructions, at
+// once (2 panels: 1.8 times as slow).
 constexpr int64_t kFewBytes = 384 << 10;
-constexpr int64_t kFewConvertedBytes = 96 << 10;
+constexpr int64_t kFewConvertedBytes = kLanes > 4 ? 96 << 10 : 0;
 // A segment of so many rows is 192 KB, and the next one is fetched beside it; 12 rows were 20 %
 // slower at 8 tokens, 72 no faster.
 constexpr int64_t kFewRows = 48;
@@ -147,14 +154,14 @@ __attribute__((noinline)) void tile_of_run(const typename DotOf<Weight>::type::E
                                            float* carried, float* totals, int64_t stride,
                                            Ahead& ahead) {
   using Dot = typename DotOf<Weight>::type;
+  constexpr bool kCarries = kHeight * kSegmentBytes > kRunBytes;  // else a run is a whole segment
   Vec sums[kHeight][kCount];
-  if (run.begins) {
-    clear(sums);
-  } else {
-    load_sums(carried, sums);
+  clear(sums);
+  if constexpr (kCarries) {
+    if (!run.begins) load_sums(carried, sums);
   }
   const auto load = [&](int j, int64_t s, int part) {
-    if (j == 0 && part == 0 && s % kPrefetchSteps == 0) ahead();
+    if (j == 0 && part == 0 && s % prefetch_steps<Weight>(kHeight) == 0) ahead();
     return rows.load(j, run.first + s, part);
   };
   multiply_steps<Dot>(x, run.whole, load, sums);
@@ -164,11 +171,10 @@ __attribute__((noinline)) void tile_of_run(const typename DotOf<Weight>::type::E
         x + run.whole * kHeight * Dot::kStep, 1,
         [&](int j, int64_t, int part) { return rows.load_first(j, last, part, run.tail); }, sums);
   }
-  if (run.ends) {
-    add_all_sums(sums, totals, stride);
-  } else {
-    store_sums(sums, carried);
+  if constexpr (kCarries) {
+    if (!run.ends) return store_sums(sums, carried);
   }
+  add_all_sums(sums, totals, stride);
 }
 
 // One segment of a tile of weights as they lie, which it leaves in `panel`.
@@ -298,7 +304,7 @@ void multiply_few(const LinearParams& p, const Cut<typename DotOf<Weight>::type>
     std::memset(totals, 0, totals_size * sizeof(float));
     for (int64_t segment = 0; segment < cut.num_segments; ++segment) {
       const int64_t times = ceil_div(block.count, height) * num_panels *
-                            ceil_div(cut.length(segment), kPrefetchSteps);
+                            ceil_div(cut.length(segment), prefetch_steps<Weight>(panel_tokens));
       Ahead ahead = fetch_after<Weight>(p, cut, segment, block, next, times);
       for (int64_t t = 0; t < p.num_tokens; t += panel_tokens) {
         with_height<kStreamTokens>(smaller(panel_tokens, p.num_tokens - t), [&](auto h) {
