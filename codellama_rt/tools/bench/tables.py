@@ -121,9 +121,9 @@ def _machine(row: Row) -> str:
 def _peer_work(row: Row) -> str:
     size = row.get("depth", row.get("tokens"))
     return {
-        "decode": f"decode at {size}",
-        "attention": f"attention at {size}",
-        "prefill": f"prompt of {size}",
+        "decode": f"decode {size}",
+        "attention": f"attention {size}",
+        "prefill": f"prompt {size}",
     }[row["what"]]
 
 
