@@ -187,7 +187,12 @@ def run_evaluation(words):
 
 
 def run_benchmark(words):
-    """Measure at tiny sizes."""
+    """Measure at tiny sizes; compare two files of such rows."""
+    if words[1] == "compare":
+        for name in words[2:]:
+            run(["bench", "ops", "--quick", "--op", "linear", "--tokens", "1", "--json", name])
+        run(words)
+        return
     fewer = ["--op", "silu_and_mul"] if words[1] == "ops" else []  # of every instruction set
     run([*words, "--quick", *fewer])
 

@@ -28,6 +28,8 @@ _PACKAGES = {
     "peer_llamacpp": "llama-cpp-python",
     "peer_transformers": "transformers and torch",
     "peer_ctranslate2": "ctranslate2, transformers and torch",
+    "peer_openvino": "openvino-genai",
+    "peer_torch": "torch",
 }
 OURS = "ours"
 

@@ -69,6 +69,22 @@ class LlamaCpp:
         llama.llama_memory_seq_rm(llama.llama_get_memory(context), 0, depth, -1)
         return {"seconds": seconds}
 
+    def batch(self, num_seqs: int, depth: int, steps: int) -> dict:
+        """Return the median seconds of a step of all sequences, each after `depth` tokens."""
+        name = f"{num_seqs} sequences of {depth}"
+        if name not in self.contexts:
+            context = self._context((depth + steps + 1) * num_seqs, num_seqs)
+            memory = llama.llama_get_memory(context)
+            self._prompt(context, depth)
+            for seq in range(1, num_seqs):  # each has a cache of its own
+                llama.llama_memory_seq_cp(memory, 0, seq, -1, -1)
+            self.contexts[name] = context
+        context = self.contexts[name]
+        seconds = [self._run_all(context, num_seqs, depth + i) for i in range(steps)]
+        for seq in range(num_seqs):
+            llama.llama_memory_seq_rm(llama.llama_get_memory(context), seq, depth, -1)
+        return {"seconds": float(np.median(seconds))}
+
     def prefill(self, num_tokens: int) -> dict:
         """Return the seconds of one prompt."""
         return {"seconds": self._prompt(self._spare(num_tokens), num_tokens)}
@@ -98,9 +114,10 @@ class LlamaCpp:
         llama.llama_memory_clear(llama.llama_get_memory(self.contexts[name]), True)
         return self.contexts[name]
 
-    def _context(self, num_tokens: int) -> object:
+    def _context(self, num_tokens: int, num_seqs: int = 1) -> object:
         params = llama.llama_context_default_params()
-        params.n_ctx = -(-num_tokens // 256) * 256
+        params.n_ctx = -(-num_tokens // 256 // num_seqs) * 256 * num_seqs
+        params.n_seq_max = num_seqs
         params.n_batch = params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = self.threads
         for name, value in self.settings.items():
@@ -133,12 +150,23 @@ class LlamaCpp:
         )
 
     def _run(self, context: object, tokens: list[int], position: int) -> float:
-        """Compute tokens at their positions, logits for the last."""
-        batch = llama.llama_batch_init(len(tokens), 0, 1)
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position + i, 1
-            batch.seq_id[i][0], batch.logits[i] = 0, i == len(tokens) - 1
+        """Compute tokens of sequence 0 at their positions, logits for the last."""
+        last = len(tokens) - 1
+        cells = [(t, position + i, 0, i == last) for i, t in enumerate(tokens)]
+        return self._decode(context, cells)
+
+    def _run_all(self, context: object, num_seqs: int, position: int) -> float:
+        """Compute one token of each sequence, with its logits."""
+        tokens = self._tokens(num_seqs)
+        return self._decode(context, [(t, position, seq, True) for seq, t in enumerate(tokens)])
+
+    def _decode(self, context: object, cells: list[tuple[int, int, int, bool]]) -> float:
+        """Return the seconds of a batch of (token, position, sequence, wants logits)."""
+        batch = llama.llama_batch_init(len(cells), 0, 1)
+        batch.n_tokens = len(cells)
+        for i, (token, position, seq, wants_logits) in enumerate(cells):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = seq, wants_logits
         started = perf_counter()
         failed = llama.llama_decode(context, batch)
         llama.llama_get_logits_ith(context, -1)  # waits for the result

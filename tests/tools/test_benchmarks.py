@@ -424,6 +424,7 @@ def test_pytest_benchmark_carries_the_rows(tmp_path):
         ({"share": 1.06}, None, "106% of the limit"),
         ({"roof_drift": 0.15}, "50%", None),
         ({"roof_drift": 0.16}, None, "the limit moved by 16%"),
+        ({"peer_median_us": -1.0}, None, "noise was more than the difference of two models"),
     ],
 )
 def test_a_row_in_doubt_is_left_out(found, shown, reason, capsys, tmp_path):

@@ -8,7 +8,10 @@ from codellama_rt.tools.bench.measure import MOST_DRIFT, Row, doubt, drift
 from codellama_rt.tools.bench.records import Record
 from codellama_rt.tools.bench.tables import number
 
-_WHAT = ("what", "op", "shape", "model", "weights", "kv", "dtype", "depth", "tokens", "peer")
+_WHAT = (
+    *("what", "op", "shape", "model", "weights", "kv", "dtype", "depth", "tokens", "sequences"),
+    "peer",
+)
 _SET = ("isa", "threads")  # part of a row's name only where one file has several
 _ABOUT = ("cpu", "isa", "threads", "version", "numpy", "python")
 # Of one of these limits each row is a share.
@@ -94,7 +97,7 @@ def _key(row: Row, names: Sequence[str]) -> tuple:
 
 def _name(key: Sequence, names: Sequence[str]) -> str:
     """Return the words of a row's name; numbers that say little alone with theirs."""
-    numbered = ("depth", "tokens", "threads")
+    numbered = ("depth", "tokens", "sequences", "threads")
     words = dict(zip(names, key, strict=True))
     if words["what"] == "op":  # its shape says the tokens
         words |= {"what": None, "tokens": None}

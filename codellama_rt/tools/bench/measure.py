@@ -82,7 +82,9 @@ def drift(before: float, after: float) -> float:
 
 
 def doubt(row: Row) -> str | None:
-    """Return why a row is no result but a limit that moved, or None."""
+    """Return why a row is no result, mostly a limit that moved; None: it is one."""
+    if min(row.get("median_us", 1.0), row.get("peer_median_us", 1.0)) <= 0.0:
+        return "noise was more than the difference of two models"
     if row.get("roof_drift", 0.0) > MOST_DRIFT:
         return f"the limit moved by {row['roof_drift']:.0%}"
     if row.get("share", 0.0) > MOST_SHARE:

@@ -70,6 +70,7 @@ def show_table(title: str, names: Sequence[str], cells: Sequence[Sequence[str]])
 def brief(row: Row) -> str:
     """Return a short description of a row."""
     names = ("op", "peer", "what", "shape", "model", "weights", "dtype", "kv", "depth", "tokens")
+    names += ("sequences", "threads") if row["what"] == "batch" else ()
     return " ".join(str(row[name]) for name in names if name in row)
 
 
@@ -121,10 +122,16 @@ def _machine(row: Row) -> str:
 def _peer_work(row: Row) -> str:
     size = row.get("depth", row.get("tokens"))
     return {
-        "decode": f"decode at {size}",
-        "attention": f"attention at {size}",
-        "prefill": f"prompt of {size}",
+        "decode": f"decode {size}",
+        "attention": f"attention {size}",
+        "prefill": f"prompt {size}",
     }[row["what"]]
+
+
+def _small_work(row: Row) -> str:
+    if row["what"] == "prefill":
+        return f"prompt {row['tokens']}"
+    return f"{row['sequences']} at {row['depth']}"
 
 
 _OPS: list[Column] = [
@@ -181,11 +188,26 @@ _PEERS: list[Column] = [
     ("of read", _share),
     ("steady", lambda r: f"{r['steady']}/{r['rounds']}"),
 ]
+_SMALL: list[Column] = [
+    ("weights", _text("weights")),
+    ("threads", _text("threads")),
+    ("work", _small_work),
+    ("ms", _number("median_us", 1e-3)),
+    ("best peer", _text("setting")),
+    ("its ms", _number("peer_median_us", 1e-3)),
+    ("ratio", _decimals("ratio", 2)),
+    ("steady", lambda r: f"{r['steady']}/{r['rounds']}"),
+]
 _KINDS = (
     _Kind(
         lambda r: f"Operators: {r['model']}, {r['dtype']}, {_machine(r)}",
         _OPS,
         lambda r: r["what"] == "op",
+    ),
+    _Kind(
+        lambda r: f"Sequences at once, in turn with peers: {r['model']}",
+        _SMALL,
+        lambda r: r["what"] == "batch" or ("peer" in r and "layers" not in r),
     ),
     _Kind(
         lambda r: f"Pairs per layer (over 1: ours is faster): {r['model']}, {r['peer'].split()[0]}",
