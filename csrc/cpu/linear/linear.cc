@@ -44,6 +44,11 @@ constexpr int64_t kFewConvertedBytes = kLanes > 4 ? 96 << 10 : 0;
 // A segment of so many rows is 192 KB, and the next one is fetched beside it; 12 rows were 20 %
 // slower at 8 tokens, 72 no faster.
 constexpr int64_t kFewRows = 48;
+// Short rows, few tokens: blocks are tiles, and the next one is fetched into L1, which holds both.
+// One token's product with (49152, 576) in bfloat16 took 1445 us out of L2 and takes 1080; 4 tokens
+// were 1.5 times as slow that way, long rows 1.7.
+constexpr int kL1Tokens = 2;
+constexpr int64_t kL1Bytes = 8 << 10;
 // Of a panel of tokens, half of a 32 KB L1; whole segments of 8 tokens fell out of it (163 -> 111
 // GFLOP/s a core).
 constexpr int64_t kRunBytes = 16 << 10;
@@ -95,17 +100,23 @@ void pack_panel(const LinearParams& p, const Cut<Dot>& cut, int64_t t, int64_t h
 
 // ---- what is needed soon ---------------------------------------------------------------------
 
-// Fetches one segment of some rows into L2, some lines at a time.
+// Fetches one segment of some rows into L2, or L1, some lines at a time.
 struct Ahead {
   const char* row;
   int64_t num_rows, row_bytes, piece_bytes, lines_a_time;
   int64_t at = 0;
   const char* x = nullptr;  // the next panel of tokens, into L1
   int64_t x_lines_a_time = 0;
+  bool into_l1 = false;
 
-  inline void operator()() {
+  template <bool kMayBeL1>
+  inline void fetch() {
     for (int64_t i = 0; i < lines_a_time && num_rows > 0; ++i) {
-      prefetch_to_l2(row + at);
+      if (kMayBeL1 && into_l1) {
+        __builtin_prefetch(row + at);
+      } else {
+        prefetch_to_l2(row + at);
+      }
       at += kCacheLine;
       if (at >= piece_bytes) at = 0, row += row_bytes, --num_rows;
     }
@@ -161,7 +172,9 @@ __attribute__((noinline)) void tile_of_run(const typename DotOf<Weight>::type::E
     if (!run.begins) load_sums(carried, sums);
   }
   const auto load = [&](int j, int64_t s, int part) {
-    if (j == 0 && part == 0 && s % prefetch_steps<Weight>(kHeight) == 0) ahead();
+    if (j == 0 && part == 0 && s % prefetch_steps<Weight>(kHeight) == 0) {
+      ahead.fetch<kHeight <= kL1Tokens>();
+    }
     return rows.load(j, run.first + s, part);
   };
   multiply_steps<Dot>(x, run.whole, load, sums);
@@ -214,7 +227,7 @@ __attribute__((noinline)) void tile_of_panel(const typename DotOf<Weight>::type:
   Vec sums[kHeight][kRows];
   clear(sums);
   const auto load = [&](int j, int64_t s, int part) {
-    if (j == 0 && part == 0 && s % kPrefetchSteps == 0) ahead();
+    if (j == 0 && part == 0 && s % kPrefetchSteps == 0) ahead.fetch<false>();
     return Dot::load_packed(panel + ((s * Dot::kParts + part) * kRows + j) * Dot::kPart);
   };
   multiply_steps<Dot>(x, steps, load, sums);
@@ -297,15 +310,18 @@ void multiply_few(const LinearParams& p, const Cut<typename DotOf<Weight>::type>
   float* totals = static_cast<float*>(
       scratch(Scratch::kTask, (totals_size + carried_size) * int64_t(sizeof(float))));
   float* carried = totals + totals_size;
+  const bool in_l1 = p.num_tokens <= kL1Tokens && kRows * p.k * int64_t(sizeof(Weight)) <= kL1Bytes;
+  const int64_t most_rows = in_l1 ? kRows : kFewRows;
   Block next = block_from(p, n, end, height);
   while (next.count > 0) {
     const Block block = next;
-    next = block_from(p, block.n + block.count, end, smaller(2 * block.count, kFewRows));
+    next = block_from(p, block.n + block.count, end, smaller(2 * block.count, most_rows));
     std::memset(totals, 0, totals_size * sizeof(float));
     for (int64_t segment = 0; segment < cut.num_segments; ++segment) {
       const int64_t times = ceil_div(block.count, height) * num_panels *
                             ceil_div(cut.length(segment), prefetch_steps<Weight>(panel_tokens));
       Ahead ahead = fetch_after<Weight>(p, cut, segment, block, next, times);
+      ahead.into_l1 = in_l1;
       for (int64_t t = 0; t < p.num_tokens; t += panel_tokens) {
         with_height<kStreamTokens>(smaller(panel_tokens, p.num_tokens - t), [&](auto h) {
           multiply_panel<Weight, h.value>(p, cut, x + cut.panel(segment, t, p.num_tokens), segment,
