@@ -39,7 +39,7 @@ inline Ints dot(Bytes w, Quad x, Ints sum) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(w), "v"(x));
   return sum;
 }
-inline Ints dot(Bytes w, const Stored* x, Ints sum) {
+inline Ints dot_at(Bytes w, const Stored* x, Ints sum) {  // of four that are used once
   asm("vpdpbusd %2%{1to16%}, %1, %0"
       : "+v"(sum.v)
       : "v"(w), "m"(*reinterpret_cast<const int32_t*>(x)));
@@ -145,6 +145,10 @@ inline Vec to_vec(Ints x) {
   return lanewise([&](int i) { return float(x.v[i]); });
 }
 
+#endif
+
+#if !defined(__AVX512VNNI__)
+inline Ints dot_at(Bytes w, const Stored* x, Ints sum) { return dot(w, load_quad(x), sum); }
 #endif
 
 inline Vec load_codes(const uint8_t* p) {  // bytes as floats

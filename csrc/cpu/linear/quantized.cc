@@ -1,14 +1,19 @@
 // linear over quantised weights: out[t, n] = sum over k of x[t, k] * weight[n, k]
 // Shapes   x (num_tokens, k), weights (n[i], k) in one format, out (num_tokens, sum(n))
 // Traffic  the weights' bytes once for every kMaxTokens tokens
-// Limit    memory read to about 4 tokens (int8, int4: as fast as the probe of memory reads), then
-//          VPDPBUSD: 1,190 GOP/s at 512 tokens over int8, 1,060 over int4, 750 over bfloat16 in the
-//          same run, two cores. Of a GGUF block's time at 1 token two thirds go into transposing it
-// Tiling   activations are quantised once, in panels of kHeight tokens. A task takes blocks of
-//          tiles of 16 rows, and of a block chunks of groups along k: few enough to stay in cache
-//          until all tokens have read them. GGUF's blocks are unpacked into such a chunk, own
-//          formats lie in their order already. kHeight tokens by kWidth vectors of rows are
-//          multiplied at a time; a lane is a row, so nothing is ever summed across lanes
+// Limit    memory read to about 5 tokens, then the two pipes that VPDPBUSD shares with multiplying.
+//          A group takes, of each token and vector of 16 rows, 16 VPDPBUSD, a product of scales and
+//          an FMA over int8 (8, 1 and 2 over int4): on AMD EPYC (Zen 4), where each takes one of
+//          two pipes, at most 16/18 = 89 % of the rate of VPDPBUSD alone (int4: 8/11 = 73 %). A
+//          loop over operands in L1 reaches 88 % (72 %). Two cores there, 942 GOP/s and 60 GB/s: 84
+//          to 89 % of memory's rate at 1 token, 80 % (66 %) of VPDPBUSD at 16, 79 % (64 %) at 512.
+//          Of a GGUF block's time at 1 token two thirds go into transposing it
+// Tiling   activations are quantised once, in panels of tokens. A task takes blocks of tiles of 16
+//          rows, and of a block chunks of groups along k: few enough to stay in L1 until all panels
+//          have passed, of which each fetches a part of the next chunk. GGUF's blocks are unpacked
+//          into such a chunk, and so is int4 for many tokens; else own formats are read in place. A
+//          panel is multiplied by one or two vectors of rows at a time, all sums in registers; a
+//          lane is a row, so nothing is ever summed across lanes
 // Numerics x is quantised per token and group of the weight along k, over int8 rotated first:
 //          scale = max|x| / 127 in float32,
 //          value = x * (127 / max) rounded to nearest even. A group's dot product is an exact
@@ -50,7 +55,7 @@ struct Few {
 #endif
 constexpr int64_t kFewTokens = 4 * Few::kTokens;
 constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, not the result
-constexpr int64_t kTasks = 32;
+constexpr int64_t kTasks = 64;       // with many tokens
 constexpr int64_t kCacheLine = 64;
 // Up to so many tokens memory is the limit: a row is one chunk, what lies kAhead bytes ahead is
 // fetched into L1. With more, the next chunk is fetched into L2 meanwhile: into L1, 8 and 16 tokens
@@ -149,7 +154,7 @@ __attribute__((noinline)) void multiply_groups(const TokensOf<Layout>* x, RowVec
         for (int t = 0; t < kTokens; ++t) {
           Ints(&sum)[kVectors] = dots[q % kChains][t];
           if constexpr (kVectors == 1) {
-            sum[0] = dot(w[0], x[t].values + 4 * q, sum[0]);
+            sum[0] = dot_at(w[0], x[t].values + 4 * q, sum[0]);
           } else {
             const Quad quad = load_quad(x[t].values + 4 * q);
 #pragma GCC unroll 2
