@@ -60,7 +60,7 @@ constexpr int64_t kCacheLine = 64;
 // Up to so many tokens memory is the limit: a row is one chunk, what lies kAhead bytes ahead is
 // fetched into L1. With more, the next chunk is fetched into L2 meanwhile: into L1, 8 and 16 tokens
 // took 1.8 and 2.2 ms over int8, not 1.4 and 1.9, for loads waited for room in its queue of misses.
-constexpr int64_t kStreamTokens = smaller(4, Few::kTokens);
+constexpr int64_t kStreamTokens = smaller(5, Few::kTokens);
 constexpr int64_t kAhead = 4096;
 
 // ---- activations: (chunk of groups, panel of tokens, group, token) --------------------------
