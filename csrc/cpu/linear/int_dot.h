@@ -27,17 +27,24 @@ using Stored = int8_t;  // of an activation
 using Quad = __m512i;   // four of them in each lane
 inline Ints splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Quad load_quad(const Stored* x) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  Quad quad = _mm512_set1_epi32(four);
-  asm("" : "+v"(quad));  // else GCC broadcasts from memory again for each use
+  Quad quad;  // the intrinsic is repeated by GCC for each use
+  asm("vpbroadcastd %1, %0" : "=v"(quad) : "m"(*reinterpret_cast<const int32_t*>(x)));
   return quad;
 }
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline Ints dot(Bytes w, Quad x, Ints sum) { return {_mm512_dpbusd_epi32(sum.v, w, x)}; }
+inline Ints dot(Bytes w, Quad x, Ints sum) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(w), "v"(x));
+  return sum;
+}
+inline Ints dot_at(Bytes w, const Stored* x, Ints sum) {  // of four that are used once
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(sum.v)
+      : "v"(w), "m"(*reinterpret_cast<const int32_t*>(x)));
+  return sum;
+}
 inline Vec to_vec(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
 
 #elif defined(__AVX2__)
@@ -138,6 +145,10 @@ inline Vec to_vec(Ints x) {
   return lanewise([&](int i) { return float(x.v[i]); });
 }
 
+#endif
+
+#if !defined(__AVX512VNNI__)
+inline Ints dot_at(Bytes w, const Stored* x, Ints sum) { return dot(w, load_quad(x), sum); }
 #endif
 
 inline Vec load_codes(const uint8_t* p) {  // bytes as floats

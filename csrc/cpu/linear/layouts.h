@@ -95,6 +95,7 @@ struct Unpacked {
   static constexpr int kHalves = kHalvesOf;
   static constexpr bool kHasMinimum = kHasMinimumOf;
   static constexpr int kBias = kBiasOf;
+  static constexpr int64_t kHeadBytes = 0;
   static constexpr int64_t kBytes = kValuesBytes + (kHalves + kHasMinimum) * 4 * kWeightTile;
   static inline Bytes values(const uint8_t* group, int quad, int part) {
     return load_bytes(group + quad * kStepBytes + part * kPartBytes);

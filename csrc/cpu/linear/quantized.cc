@@ -1,14 +1,19 @@
 // linear over quantised weights: out[t, n] = sum over k of x[t, k] * weight[n, k]
 // Shapes   x (num_tokens, k), weights (n[i], k) in one format, out (num_tokens, sum(n))
 // Traffic  the weights' bytes once for every kMaxTokens tokens
-// Limit    memory read to about 4 tokens (int8, int4: as fast as the probe of memory reads), then
-//          VPDPBUSD: 1,190 GOP/s at 512 tokens over int8, 1,060 over int4, 750 over bfloat16 in the
-//          same run, two cores. Of a GGUF block's time at 1 token two thirds go into transposing it
-// Tiling   activations are quantised once, in panels of kHeight tokens. A task takes blocks of
-//          tiles of 16 rows, and of a block chunks of groups along k: few enough to stay in cache
-//          until all tokens have read them. GGUF's blocks are unpacked into such a chunk, own
-//          formats lie in their order already. kHeight tokens by kWidth vectors of rows are
-//          multiplied at a time; a lane is a row, so nothing is ever summed across lanes
+// Limit    memory read to about 5 tokens, then the two pipes that VPDPBUSD shares with multiplying.
+//          A group takes, of each token and vector of 16 rows, 16 VPDPBUSD, a product of scales and
+//          an FMA over int8 (8, 1 and 2 over int4): on AMD EPYC (Zen 4), where each takes one of
+//          two pipes, at most 16/18 = 89 % of the rate of VPDPBUSD alone (int4: 8/11 = 73 %). A
+//          loop over operands in L1 reaches 88 % (72 %). Two cores there, 942 GOP/s and 60 GB/s: 84
+//          to 89 % of memory's rate at 1 token, 80 % (66 %) of VPDPBUSD at 16, 79 % (64 %) at 512.
+//          Of a GGUF block's time at 1 token two thirds go into transposing it
+// Tiling   activations are quantised once, in panels of tokens. A task takes blocks of tiles of 16
+//          rows, and of a block chunks of groups along k: few enough to stay in L1 until all panels
+//          have passed, of which each fetches a part of the next chunk. GGUF's blocks are unpacked
+//          into such a chunk, and so is int4 for many tokens; else own formats are read in place. A
+//          panel is multiplied by one or two vectors of rows at a time, all sums in registers; a
+//          lane is a row, so nothing is ever summed across lanes
 // Numerics x is quantised per token and group of the weight along k, over int8 rotated first:
 //          scale = max|x| / 127 in float32,
 //          value = x * (127 / max) rounded to nearest even. A group's dot product is an exact
@@ -19,92 +24,113 @@
 //          fma it rounds twice). A NaN or an infinity in x makes its token's results NaN
 #include "cpu/linear/quantized.h"
 
+#include <algorithm>
+
 #include "cpu/linear/formats.h"
 
 namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
+// How much is multiplied at a time: a panel of tokens by vectors of rows with all sums in
+// registers, by a chunk of k of a few tiles, which stays in L1 until all panels have passed.
 #if defined(__AVX512F__)
-constexpr int kHeight = 6;  // 12 integer and 12 float sums, 2 weights and 1 activation in 32
-constexpr int kWidth = 2;
+struct Many {  // 12 integer and 12 float sums, 2 weights and 1 activation in 32 registers
+  static constexpr int kTokens = 6, kVectors = 2;
+  static constexpr int64_t kTiles = 4, kChunk = 512;  // 17 KB of 32 rows
+};
+struct Few {  // a tile at a time: one stream from memory. 10 and 12 tokens were 20 % slower
+  static constexpr int kTokens = 8, kVectors = 1;
+  static constexpr int64_t kTiles = 1, kChunk = 512;
+};
 #else
-constexpr int kHeight = 2;
-constexpr int kWidth = 2;
+struct Many {
+  static constexpr int kTokens = 2, kVectors = 2;
+  static constexpr int64_t kTiles = 4, kChunk = 512;
+};
+struct Few {
+  static constexpr int kTokens = 2, kVectors = 2;
+  static constexpr int64_t kTiles = 1, kChunk = 512;
+};
 #endif
+constexpr int64_t kFewTokens = 4 * Few::kTokens;
 constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, not the result
-constexpr int64_t kFewTokens = 3 * kHeight;
-constexpr int64_t kBlockTiles = 4;  // with many tokens: 64 rows
-constexpr int64_t kFewTiles = 2;
-constexpr int64_t kChunk = 1536;  // of k; 32 rows of it: 52 KB; 1024 and 2048 were 2 to 5 % slower
-constexpr int64_t kFewChunk = 512;  // 32 rows of it: 17 KB of L1
-constexpr int64_t kTasks = 32;
-constexpr int64_t kPrefetchBytes = 4096;  // every line of it: one a group gave int4 86 %, not 100
+constexpr int64_t kTasks = 64;       // with many tokens
 constexpr int64_t kCacheLine = 64;
+// Up to so many tokens memory is the limit: a row is one chunk, what lies kAhead bytes ahead is
+// fetched into L1. With more, the next chunk is fetched into L2 meanwhile: into L1, 8 and 16 tokens
+// took 1.8 and 2.2 ms over int8, not 1.4 and 1.9, for loads waited for room in its queue of misses.
+constexpr int64_t kStreamTokens = smaller(5, Few::kTokens);
+constexpr int64_t kAhead = 4096;
 
-// ---- activations: panels (group, token) ----------------------------------------------------
+// ---- activations: (chunk of groups, panel of tokens, group, token) --------------------------
 
 template <typename Layout>
 using TokensOf = TokenGroup<Layout::kGroup>;
 
+// Tokens dealt evenly to as few panels as there can be: 9 are 5 and 4, not 8 and 1.
+struct Panels {
+  int64_t num_tokens, most;
+  int64_t count() const { return ceil_div(num_tokens, most); }
+  int64_t first(int64_t panel) const { return panel * num_tokens / count(); }
+};
+
+// Tokens [t, end), a panel.
 template <typename Layout, typename X>
-void pack_tokens(const LinearParams& p, int64_t t, int64_t height, TokensOf<Layout>* panel) {
-  const int64_t groups = num_groups<Layout>(p.k);
+void pack_panel(const LinearParams& p, int64_t chunk, int64_t t, int64_t end, TokensOf<Layout>* x) {
+  const int64_t groups = num_groups<Layout>(p.k), height = end - t;
   for (int64_t i = 0; i < height; ++i) {
-    const X* x = static_cast<const X*>(p.x) + (t + i) * p.x_stride;
+    const X* row = static_cast<const X*>(p.x) + (t + i) * p.x_stride;
     for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = g / chunk * chunk, length = smaller(chunk, groups - first);
       const int64_t k = g * Layout::kGroup;
-      quantize_group<Layout::kRotated>(x + k, smaller(Layout::kGroup, p.k - k), Layout::kBias,
-                                       Layout::kHalves == 2, panel[g * height + i]);
+      quantize_group<Layout::kRotated>(
+          row + k, smaller(Layout::kGroup, p.k - k), Layout::kBias, Layout::kHalves == 2,
+          x[first * p.num_tokens + t * length + (g - first) * height + i]);
     }
   }
 }
 
-template <typename Layout>
-void pack_panel(const LinearParams& p, int64_t t, int64_t height, TokensOf<Layout>* panel) {
-  with_type(p.x_dtype, [&](auto x) { pack_tokens<Layout, decltype(x)>(p, t, height, panel); });
-}
-
 // Few tokens are packed by the caller: handing out would take longer.
 template <typename Layout>
-void pack_all(const LinearParams& p, TokensOf<Layout>* x) {
-  const int64_t groups = num_groups<Layout>(p.k), panels = ceil_div(p.num_tokens, kHeight);
+void pack_all(const LinearParams& p, int64_t chunk, Panels panels, TokensOf<Layout>* x) {
   const auto pack = [&](int64_t i) {
-    const int64_t t = i * kHeight;
-    pack_panel<Layout>(p, t, smaller(kHeight, p.num_tokens - t), x + t * groups);
+    with_type(p.x_dtype, [&](auto type) {
+      pack_panel<Layout, decltype(type)>(p, chunk, panels.first(i), panels.first(i + 1), x);
+    });
   };
-  if (p.num_tokens > kFewTokens) return for_each_task(panels, pack);
-  for (int64_t i = 0; i < panels; ++i) pack(i);
+  if (p.num_tokens > kFewTokens) return for_each_task(panels.count(), pack);
+  for (int64_t i = 0; i < panels.count(); ++i) pack(i);
 }
 
 // ---- the inner loop ------------------------------------------------------------------------
 
-// One vector of rows: a part of a tile's groups.
+// One vector of rows: a part of a tile's groups, and what to prefetch meanwhile.
 struct RowVector {
-  const uint8_t *head, *groups;
+  const uint8_t *head, *groups, *next;
   int part;
 };
 
-// What a pass over weights prefetches: so many lines for each group, so far ahead of it.
-struct Ahead {
-  int64_t bytes, lines;
-};
-
 // totals[t][j] += the products of `groups` groups; tokens kTokens apart in x, rows of totals
-// `stride` apart.
+// `stride` apart. Moves each vector's `next` on by `ahead` bytes for each group, and prefetches
+// them.
 template <typename Layout, int kTokens, int kVectors>
-__attribute__((noinline)) void multiply_groups(const TokensOf<Layout>* x, const RowVector* rows,
-                                               int64_t groups, Ahead ahead, float* totals,
+__attribute__((noinline)) void multiply_groups(const TokensOf<Layout>* x, RowVector* rows,
+                                               int64_t groups, int64_t ahead, float* totals,
                                                int64_t stride) {
   constexpr int kHalfQuads = Layout::kGroup / 4 / Layout::kHalves;
   // One sum would wait for its own last product: 4 to 5 cycles.
   constexpr int kChains = kTokens * kVectors < 4 ? 2 : 1;
-  const uint8_t* group[kVectors];
+  constexpr int kLevel = kTokens <= kStreamTokens ? 3 : 2;  // into L1, into L2
+  const uint8_t *group[kVectors], *next[kVectors];
   int part[kVectors];
   Vec sums[kTokens][kVectors];
+#pragma GCC unroll 2
   for (int j = 0; j < kVectors; ++j) {
     group[j] = rows[j].groups;
+    next[j] = rows[j].next;
     part[j] = kParts == 1 ? 0 : rows[j].part;
+#pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) sums[t][j] = load(totals + t * stride + j * kLanes);
   }
   for (; groups > 0; --groups, x += kTokens) {
@@ -126,11 +152,13 @@ __attribute__((noinline)) void multiply_groups(const TokensOf<Layout>* x, const 
         for (int j = 0; j < kVectors; ++j) w[j] = Layout::values(group[j], q, part[j]);
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {
-          const Quad quad = load_quad(x[t].values + 4 * q);
+          Ints(&sum)[kVectors] = dots[q % kChains][t];
+          if constexpr (kVectors == 1) {
+            sum[0] = dot_at(w[0], x[t].values + 4 * q, sum[0]);
+          } else {
+            const Quad quad = load_quad(x[t].values + 4 * q);
 #pragma GCC unroll 2
-          for (int j = 0; j < kVectors; ++j) {
-            Ints& sum = dots[q % kChains][t][j];
-            sum = dot(w[j], quad, sum);
+            for (int j = 0; j < kVectors; ++j) sum[j] = dot(w[j], quad, sum[j]);
           }
         }
       }
@@ -154,14 +182,16 @@ __attribute__((noinline)) void multiply_groups(const TokensOf<Layout>* x, const 
           sums[t][j] = fma(minima, splat(x[t].scaled_sum), sums[t][j]);
         }
       }
-      for (int64_t i = 0; i < ahead.lines; ++i) {
-        __builtin_prefetch(group[j] + ahead.bytes + i * kCacheLine);
-      }
+      for (int64_t i = 0; i < ahead; i += kCacheLine) __builtin_prefetch(next[j] + i, 0, kLevel);
+      next[j] += ahead;
       group[j] += Layout::kBytes;
     }
   }
+#pragma GCC unroll 2
   for (int j = 0; j < kVectors; ++j) {
+#pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) store(totals + t * stride + j * kLanes, sums[t][j]);
+    rows[j].next = next[j];
   }
 }
 
@@ -194,6 +224,60 @@ inline PlacedTile find_tile(const LinearParams& p, int64_t tile) {
           column + row};
 }
 
+// A packed format, nibbles for example, whose groups are taken apart once for many tokens.
+template <typename FormatOf>
+struct Widened {
+  using Packed = FormatOf;
+  using From = typename Packed::Layout;
+  using Layout = Unpacked<From::kBias, From::kHalves, From::kHasMinimum>;
+  static constexpr bool kInPlace = false;
+};
+template <typename Format>
+constexpr bool kIsPacked =
+    Format::kInPlace && Format::Layout::kBytes < Format::Layout::kGroup * kWeightTile;
+
+template <typename Format>
+inline void widen(const uint8_t* head, const uint8_t* group, uint8_t* to) {
+  using From = typename Format::From;
+  using Layout = typename Format::Layout;
+  static_assert(sizeof(Bytes) == kPartBytes);
+  for (int part = 0; part < kParts; ++part) {
+    for (int q = 0; q < Layout::kGroup / 4; ++q) {
+      const Bytes values = From::values(group, q, part);
+      std::memcpy(to + q * kStepBytes + part * kPartBytes, &values, kPartBytes);
+    }
+    for (int half = 0; half < Layout::kHalves; ++half) {
+      store(Layout::floats(to, half) + part * kLanes, From::scales(head, group, half, part));
+    }
+    if (Layout::kHasMinimum) {
+      store(Layout::floats(to, Layout::kHalves) + part * kLanes, From::minima(head, group, part));
+    }
+  }
+}
+
+// Groups in memory and as they are multiplied.
+template <typename Format>
+struct Groups {
+  static constexpr int64_t kBytes = Format::kInPlace ? Format::Layout::kBytes : 0;  // to fetch
+  static const uint8_t* source(const Tile& tile, int64_t k, int64_t g) {
+    return Format::kInPlace ? groups_of<Format>(tile, k, g, 0, nullptr) : nullptr;
+  }
+  static const uint8_t* load(const Tile& tile, int64_t k, int64_t g, int64_t count, uint8_t* to) {
+    return groups_of<Format>(tile, k, g, count, to);
+  }
+};
+template <typename Format>
+struct Groups<Widened<Format>> : Groups<Format> {
+  using Wide = Widened<Format>;
+  static const uint8_t* load(const Tile& tile, int64_t k, int64_t g, int64_t count, uint8_t* to) {
+    const uint8_t *head = head_of<Format>(tile, k), *group = Groups<Format>::source(tile, k, g);
+    for (int64_t i = 0; i < count; ++i) {
+      widen<Wide>(head, group + i * Wide::From::kBytes, to + i * Wide::Layout::kBytes);
+    }
+    return to;
+  }
+};
+
 // A token's tiles together: rows of `out` lie pages apart.
 inline void put_tiles(const LinearParams& p, const PlacedTile* tiles, int64_t count,
                       const float* totals, int64_t stride) {
@@ -210,95 +294,89 @@ inline void put_tiles(const LinearParams& p, const PlacedTile* tiles, int64_t co
 
 // ---- blocks of tiles -----------------------------------------------------------------------
 
-struct Cut {
-  int64_t tiles, groups;  // of a block, of a chunk
-};
-
-// All tokens by one chunk of a block's tiles: a few vectors of rows stay in L1, the tokens pass.
-template <typename Layout>
-void multiply_chunk(const LinearParams& p, const TokensOf<Layout>* x, int64_t g, int64_t count,
-                    Ahead ahead, const RowVector* rows, int64_t num_vectors, float* totals,
-                    int64_t stride) {
-  const int64_t groups = num_groups<Layout>(p.k);
-  for (int64_t j = 0; j < num_vectors; j += kWidth) {
-    with_count<kWidth>(smaller(kWidth, num_vectors - j), [&](auto vectors) {
-      for (int64_t t = 0; t < p.num_tokens; t += kHeight) {
-        const int64_t height = smaller(kHeight, p.num_tokens - t);
-        const TokensOf<Layout>* panel = x + t * groups + g * height;
-        with_count<kHeight>(height, [&](auto tokens) {
+// All tokens by one chunk of a block's tiles: a few vectors of rows stay in L1, the panels pass.
+// Each fetches its share of what comes next, of which a group's part is group_bytes.
+template <typename Layout, typename Shape>
+void multiply_chunk(const TokensOf<Layout>* x, Panels panels, int64_t groups, int64_t group_bytes,
+                    RowVector* rows, int64_t num_vectors, float* totals, int64_t stride) {
+  const int64_t ahead = ceil_div(group_bytes, panels.count());
+  for (int64_t j = 0; j < num_vectors; j += Shape::kVectors) {
+    for (int64_t i = 0; i < panels.count(); ++i) {
+      const int64_t t = panels.first(i), height = panels.first(i + 1) - t;
+      with_count<Shape::kVectors>(smaller(Shape::kVectors, num_vectors - j), [&](auto vectors) {
+        with_count<Shape::kTokens>(height, [&](auto tokens) {
           multiply_groups<Layout, tokens.value, vectors.value>(
-              panel, rows + j, count, t == 0 ? ahead : Ahead{0, 0},
-              totals + t * stride + j * kLanes, stride);
+              x + t * groups, rows + j, groups, ahead, totals + t * stride + j * kLanes, stride);
         });
-      }
-    });
+      });
+    }
   }
+}
+
+template <typename Format, typename Shape>
+int64_t chunk_groups(const LinearParams& p) {
+  using Layout = typename Format::Layout;
+  if (Format::kInPlace && p.num_tokens <= kStreamTokens) return num_groups<Layout>(p.k);
+  return Shape::kChunk / Layout::kGroup;
 }
 
 // Tiles [first, end).
-template <typename Format>
-void multiply_tiles(const LinearParams& p, const Cut& cut,
+template <typename Format, typename Shape>
+void multiply_tiles(const LinearParams& p, Panels panels,
                     const TokensOf<typename Format::Layout>* x, int64_t first, int64_t end) {
   using Layout = typename Format::Layout;
-  const int64_t groups = num_groups<Layout>(p.k), stride = cut.tiles * kWeightTile;
-  const int64_t totals_bytes = p.num_tokens * stride * sizeof(float);
-  const int64_t chunk_bytes = Format::kInPlace ? 0 : cut.groups * Layout::kBytes;
-  char* memory =
-      static_cast<char*>(scratch(Scratch::kTask, totals_bytes + cut.tiles * chunk_bytes));
-  float* totals = reinterpret_cast<float*>(memory + cut.tiles * chunk_bytes);
-  // The first pass over a chunk fetches the next one; a single pass, what it needs soon itself.
-  const Ahead ahead = {cut.groups < groups ? cut.groups * Layout::kBytes : kPrefetchBytes,
-                       Format::kInPlace ? ceil_div(Layout::kBytes, kCacheLine) : 0};
-  for (; first < end; first += cut.tiles) {
-    const int64_t count = smaller(cut.tiles, end - first);
-    PlacedTile tiles[kBlockTiles];
-    RowVector rows[kBlockTiles * kParts];
-    for (int64_t i = 0; i < count; ++i) tiles[i] = find_tile(p, first + i);
-    std::memset(totals, 0, totals_bytes);
-    for (int64_t g = 0; g < groups; g += cut.groups) {
-      const int64_t length = smaller(cut.groups, groups - g);
-      for (int64_t i = 0; i < count; ++i) {
-        uint8_t* to = reinterpret_cast<uint8_t*>(memory) + i * chunk_bytes;
-        const uint8_t* at = groups_of<Format>(tiles[i], p.k, g, length, to);
-        const uint8_t* head = head_of<Format>(tiles[i], p.k);
-        for (int part = 0; part < kParts; ++part) rows[i * kParts + part] = {head, at, part};
-      }
-      multiply_chunk<Layout>(p, x, g, length, ahead, rows, count * kParts, totals, stride);
+  constexpr int64_t kStride = Shape::kTiles * kWeightTile;
+  const int64_t groups = num_groups<Layout>(p.k), chunk = chunk_groups<Format, Shape>(p);
+  const int64_t chunk_bytes = Format::kInPlace ? 0 : chunk * Layout::kBytes;
+  const int64_t totals_bytes = p.num_tokens * kStride * sizeof(float);
+  auto* memory =
+      static_cast<uint8_t*>(scratch(Scratch::kTask, totals_bytes + Shape::kTiles * chunk_bytes));
+  auto* totals = reinterpret_cast<float*>(memory + Shape::kTiles * chunk_bytes);
+  for (; first < end; first += Shape::kTiles) {
+    const int64_t count = smaller(Shape::kTiles, end - first);
+    PlacedTile tiles[Shape::kTiles], next_tiles[Shape::kTiles];
+    for (int64_t i = 0; i < count; ++i) {
+      tiles[i] = find_tile(p, first + i);
+      next_tiles[i] = find_tile(p, smaller(first + Shape::kTiles + i, end - 1));
     }
-    put_tiles(p, tiles, count, totals, stride);
+    std::memset(totals, 0, totals_bytes);
+    for (int64_t g = 0; g < groups; g += chunk) {
+      const int64_t length = smaller(chunk, groups - g);
+      RowVector rows[Shape::kTiles * kParts];
+      for (int64_t i = 0; i < count; ++i) {
+        const uint8_t* head = head_of<Format>(tiles[i], p.k);
+        const uint8_t* at =
+            Groups<Format>::load(tiles[i], p.k, g, length, memory + i * chunk_bytes);
+        const uint8_t* next = Format::kInPlace && chunk == groups ? at + kAhead
+                              : g + length < groups
+                                  ? Groups<Format>::source(tiles[i], p.k, g + length)
+                                  : Groups<Format>::source(next_tiles[i], p.k, 0);
+        for (int part = 0; part < kParts; ++part) rows[i * kParts + part] = {head, at, next, part};
+      }
+      multiply_chunk<Layout, Shape>(x + g * p.num_tokens, panels, length, Groups<Format>::kBytes,
+                                    rows, count * kParts, totals, kStride);
+    }
+    put_tiles(p, tiles, count, totals, kStride);
   }
 }
 
-// One tile when one panel of tokens reads it once; else blocks that stay in cache. A chunk is whole
-// blocks of any format.
-template <typename Format>
-Cut cut_for(const LinearParams& p) {
-  using Layout = typename Format::Layout;
-  constexpr int64_t kFewGroups = kFewChunk / Layout::kGroup;
-  if (p.num_tokens > kFewTokens) return {kBlockTiles, kChunk / Layout::kGroup};
-  if (p.num_tokens <= kHeight) return {1, Format::kInPlace ? num_groups<Layout>(p.k) : kFewGroups};
-  return {kFewTiles, kFewGroups};
-}
-
-template <typename Format>
+template <typename Format, typename Shape>
 void multiply(const LinearParams& p) {
   using Layout = typename Format::Layout;
   const int64_t groups = num_groups<Layout>(p.k);
   int64_t tiles = 0;
   for (int64_t i = 0; i < p.num_weights; ++i) tiles += ceil_div(p.n[i], kWeightTile);
   if (tiles == 0) return;
+  const Panels panels = {p.num_tokens, Shape::kTokens};
   const int64_t x_bytes = p.num_tokens * groups * sizeof(TokensOf<Layout>);
   auto* x = static_cast<TokensOf<Layout>*>(scratch(Scratch::kCaller, x_bytes));
-  pack_all<Layout>(p, x);
-  const Cut cut = cut_for<Format>(p);
-  int64_t task_tiles = kBlockTiles * larger(1, tiles / (kBlockTiles * kTasks));
-  if (p.num_tokens <= kFewTokens) {
-    const int64_t tasks = num_stream_tasks(tiles * groups * Layout::kBytes);
-    task_tiles = ceil_div(tiles, cut.tiles * tasks) * cut.tiles;
-  }
+  pack_all<Layout>(p, chunk_groups<Format, Shape>(p), panels, x);
+  const int64_t tasks =
+      p.num_tokens > kFewTokens ? kTasks : num_stream_tasks(tiles * groups * Layout::kBytes);
+  const int64_t task_tiles = ceil_div(tiles, Shape::kTiles * tasks) * Shape::kTiles;
   for_each_task(ceil_div(tiles, task_tiles), [&](int64_t task) {
     const int64_t first = task * task_tiles;
-    multiply_tiles<Format>(p, cut, x, first, smaller(tiles, first + task_tiles));
+    multiply_tiles<Format, Shape>(p, panels, x, first, smaller(tiles, first + task_tiles));
   });
 }
 
@@ -307,13 +385,17 @@ void multiply(const LinearParams& p) {
 void linear_quantized(const LinearParams& params) {
   const int64_t parts = ceil_div(params.num_tokens, kMaxTokens);
   if (parts == 0) return;
-  const int64_t tokens = ceil_div(ceil_div(params.num_tokens, parts), kHeight) * kHeight;
+  const int64_t tokens = ceil_div(params.num_tokens, parts);
   for (int64_t t = 0; t < params.num_tokens; t += tokens) {
     LinearParams p = params;
     p.num_tokens = smaller(tokens, params.num_tokens - t);
     p.x = static_cast<const char*>(p.x) + t * p.x_stride * item_size(p.x_dtype);
     p.out = static_cast<char*>(p.out) + t * p.out_stride * item_size(p.out_dtype);
-    with_format(p.weight_dtype, [&](auto format) { multiply<decltype(format)>(p); });
+    with_format(p.weight_dtype, [&](auto format) {
+      using Format = decltype(format);
+      using Wide = std::conditional_t<kIsPacked<Format>, Widened<Format>, Format>;
+      p.num_tokens > kFewTokens ? multiply<Wide, Many>(p) : multiply<Format, Few>(p);
+    });
   }
 }
 
