@@ -27,7 +27,7 @@ BATCHES = {
 def assert_oracle(case, **attributes):
     out, lse = ops.paged_attention(*case.arguments, **attributes)
     expected, expected_lse = reference.paged_attention(*case.arguments, **attributes)
-    assert_attention(out, expected)
+    assert_attention(out, expected, case.key_cache.dtype)
     assert_lse(lse, expected_lse)
 
 

@@ -23,6 +23,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cpu/attention/byte_tile.h"
 #include "cpu/attention/page.h"
 #include "cpu/attention/plan.h"
 #include "cpu/attention/scores.h"
@@ -40,6 +41,13 @@ QueryLayout query_layout(const Attention& a, int64_t num_rows) {
   const bool direct = num_rows <= kDirectRows && a.head_dim == a.padded_dim();
   const int spread = direct ? kLanes : num_rows <= kQueryGroups * kLanes / 4 ? 4 : 1;
   return {Qk<T>::num_chunks(a.head_dim), spread};
+}
+
+// What the packed queries of num_rows rows take: as words, or two bytes an element (bytes.h).
+template <typename T>
+int64_t query_floats(const Attention& a, const QueryLayout& layout, int64_t num_rows) {
+  if (kByteDots && kQuantized<T>) return num_rows * a.padded_dim() / 2;
+  return layout.floats(num_rows);
 }
 
 // What a task works in, on its thread. Query and states are of all its heads, the rest of one.
@@ -223,6 +231,53 @@ void attend_tile(const Block& block, int64_t key, const Tile<T>& tile, const Til
   add_values<false>(block, visible, groups, dim, fetch, work.scores, states);
 }
 
+#if defined(__AVX512VNNI__)
+template <typename T>
+void attend_tile_bytes(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
+                       const int8_t* query, const QueryScale* query_scales, const Workspace& work,
+                       float* states) {
+  const Attention& a = block.a;
+  const int64_t head_dim = a.head_dim, dim = a.padded_dim(), rows = block.num_rows;
+  const float scale = a.scale * 1.44269504f;  // log2(e)
+  const VisibleKeys visible(block, key);
+  const Tile<T>& ahead = next.num_keys > 0 ? next : tile;
+  if (rows == 1) {
+    return attend_row_bytes(tile, ahead, visible(0), query, *query_scales, scale, head_dim,
+                            block.state(states, 0));
+  }
+  const Scales<T> scales(tile);
+  uint8_t* keys = reinterpret_cast<uint8_t*>(work.keys);
+  uint8_t* values = reinterpret_cast<uint8_t*>(work.values);
+  const auto turn = [&](auto whole) {
+    constexpr bool kWhole = decltype(whole)::value;
+    turn_keys<T, kWhole>(tile, ahead, head_dim, dim / kChunk, keys);
+    turn_values<T, kWhole>(tile, ahead, head_dim, dim / kChunk, values);
+  };
+  head_dim == dim ? turn(std::true_type()) : turn(std::false_type());
+  const TurnedTile turned{keys, values, dim};
+  const int most = visible(rows - 1);
+  const ValueScales all(scales, most);
+  int64_t first = 0;
+  while (visible(first) == 0) ++first;
+  const auto attend = [&](int64_t row, auto num_rows) {
+    constexpr int n = decltype(num_rows)::value;
+    alignas(64) float scores[n][kTile];
+    ByteWeights weights[n];
+    float* outs[n];
+    score_rows_bytes<n>(turned, query + row * 2 * dim, scores);
+    for (int r = 0; r < n; ++r) {
+      const RowState state = block.state(states, row + r);
+      const int seen = visible(row + r);
+      outs[r] = state.out;
+      weigh(scales, seen == most ? all : ValueScales(scales, seen), scores[r], seen,
+            query_scales[row + r], scale, state, weights[r]);
+    }
+    add_rows_values<T, n>(turned, weights, outs);
+  };
+  rows - first == 8 ? for_rows<4>(first, rows, attend) : for_rows<kByteRows>(first, rows, attend);
+}
+#endif
+
 // The states of the task's heads over one split, of head h at states + (h - first_head) * stride.
 template <typename T>
 void attend_split(const Attention& a, const Task& task, int64_t split, const Workspace& work,
@@ -230,7 +285,7 @@ void attend_split(const Attention& a, const Task& task, int64_t split, const Wor
   const Block first{a, task, task.first_head};
   const int64_t stride = first.num_rows * a.state_floats();
   const QueryLayout layout = query_layout<T>(a, first.num_rows);
-  const int64_t query_stride = layout.floats(first.num_rows);
+  const int64_t query_stride = query_floats<T>(a, layout, first.num_rows);
   const int64_t num_heads = task.end_head - task.first_head;
   for (int64_t row = 0; row < num_heads * first.num_rows; ++row) clear(first.state(states, row));
   const int64_t end = smaller((split + 1) * kSplit, first.most_keys());
@@ -243,7 +298,12 @@ void attend_split(const Attention& a, const Task& task, int64_t split, const Wor
       const Tile<T> next = tile_at<T>(next_block, last ? key + kTile : key);
       const float* query = work.query + h * query_stride;
       const QueryScale* scales = work.scales + h * first.num_rows;
-      attend_tile(block, key, tile, next, layout, query, scales, work, states + h * stride);
+      if constexpr (kByteDots && kQuantized<T>) {
+        attend_tile_bytes(block, key, tile, next, reinterpret_cast<const int8_t*>(query), scales,
+                          work, states + h * stride);
+      } else {
+        attend_tile(block, key, tile, next, layout, query, scales, work, states + h * stride);
+      }
       tile = next;
     }
   }
@@ -287,6 +347,9 @@ void write_rows(const Block& block, float* totals) {
     const bool empty = block.visible_keys(row) == 0;
     const float weights = empty ? 1.0f : total.weights()[0];
     Q* out = static_cast<Q*>(block.a.out) + to * dim;
+    if (kByteDots && !is_float(block.a.cache_dtype)) {
+      order_columns(total.out, block.a.padded_dim(), block.a.cache_dtype == DType::kInt4 ? 2 : 1);
+    }
     const float zero_point =
         block.a.cache_dtype == DType::kInt4 ? sum_group(total.zero_points()) : 0.0f;
     for (int64_t d = 0; d < dim; d += kLanes) {
@@ -311,8 +374,8 @@ void run_task(const Attention& a, const Task& task) {
     for (int64_t h = 0; h < num_heads; ++h) body(h, Block{a, task, task.first_head + h});
   };
   const QueryLayout layout = query_layout<T>(a, rows);
-  const int64_t query_floats = layout.floats(rows);
-  std::memset(work.query, 0, num_heads * query_floats * sizeof(float));
+  const int64_t head_floats = query_floats<T>(a, layout, rows);
+  std::memset(work.query, 0, num_heads * head_floats * sizeof(float));
   for_heads([&](int64_t h, const Block& block) {
     for (int64_t row = 0; row < rows; ++row) {
       const Q* query = static_cast<const Q*>(a.query) + block.query_offset(row);
@@ -322,7 +385,13 @@ void run_task(const Attention& a, const Task& task) {
       } else {
         scale = pack_query<T>(query, a.head_dim, work.keys);
       }
-      layout.lay(row, work.keys, work.query + h * query_floats);
+      float* head_query = work.query + h * head_floats;
+      if constexpr (kByteDots && kQuantized<T>) {
+        const int64_t dim = a.padded_dim();
+        split_query(work.keys, dim, reinterpret_cast<int8_t*>(head_query) + row * 2 * dim);
+      } else {
+        layout.lay(row, work.keys, head_query);
+      }
       clear(block.state(work.total + h * states, row));
     }
   });

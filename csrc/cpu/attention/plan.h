@@ -30,7 +30,7 @@ struct Attention {
   CacheStrides key_strides, value_strides;  // of contiguous keys: block 0
 
   int64_t group_size() const { return n_heads / n_kv_heads; }
-  int64_t padded_dim() const { return ceil_div(head_dim, kGroup) * kGroup; }
+  int64_t padded_dim() const { return CLRT_ISA::padded_dim(cache_dtype, head_dim); }
   // Of a row's state: an int4 cache has zero points besides.
   int64_t state_width() const { return padded_dim() + (cache_dtype == DType::kInt4 ? kGroup : 0); }
   int64_t state_floats() const { return row_state_floats(state_width()); }

@@ -16,6 +16,13 @@ namespace {
 
 constexpr int kGroup = 16;  // keys that lie one row stride apart: block_size is a multiple of it
 
+// Whether quantised keys and values are multiplied as bytes (bytes.h).
+#if defined(__AVX512VNNI__)
+constexpr bool kByteDots = true;
+#else
+constexpr bool kByteDots = false;
+#endif
+
 // What the scores of a packed query are multiplied by, and the sum of its elements as packed.
 struct QueryScale {
   float scale = 1.0f, sum = 0.0f;
@@ -135,7 +142,8 @@ struct Qk<Nibbles> {
   static Vec multiply_add(Vec a, Vec b, Vec c) { return dot_int16_pairs(a, b, c); }
   static Vec add(Vec a, Vec b) { return add_int32(a, b); }
   static int64_t place(int64_t d) {
-    return d / (4 * kLanes) * (4 * kLanes) + d % 2 * (2 * kLanes) + d % (4 * kLanes) / 2;
+    constexpr int kStep = kByteDots ? 128 : 4 * kLanes;
+    return d / kStep * kStep + d % 2 * (kStep / 2) + d % kStep / 2;
   }
 };
 
@@ -169,7 +177,15 @@ struct SpreadFrom<bf16, kCount> {
 template <typename T>
 constexpr bool kQuantized = std::is_same_v<T, int8_t> || std::is_same_v<T, Nibbles>;
 
-// `words` has room for head_dim rounded up to kGroup floats. Words past head_dim are zero.
+// The elements that a row's state, and the words of its query, have room for.
+inline int64_t padded_dim(DType cache_dtype, int64_t head_dim) {
+  const int64_t step = !kByteDots || is_float(cache_dtype) ? kGroup
+                       : cache_dtype == DType::kInt4       ? 128
+                                                           : 64;
+  return ceil_div(head_dim, step) * step;
+}
+
+// `words` has room for padded_dim floats. Words past head_dim are zero.
 template <typename T, typename Q>
 QueryScale pack_query(const Q* query, int64_t head_dim, float* words) {
   for (int64_t d = 0; d < head_dim; d += kLanes) store(words + d, splat(0.0f));
@@ -182,7 +198,7 @@ QueryScale pack_query(const Q* query, int64_t head_dim, float* words) {
 }
 
 // The greatest element becomes `limit`: as great as int32 sums with int8 keys allow, and 256 times
-// what fits int8 (score_row_bytes).
+// what fits int8 (bytes.h).
 template <typename T, typename Q>
 QueryScale pack_quantized_query(const Q* query, int64_t head_dim, float* words, float* floats) {
   const int64_t padded = ceil_div(head_dim, kGroup) * kGroup;
@@ -192,7 +208,8 @@ QueryScale pack_quantized_query(const Q* query, int64_t head_dim, float* words, 
   const float limit = float(smaller(127 * 256, (int64_t(1) << 24) / head_dim));
   const float greatest = range.greatest(), inverse = greatest > kLeast ? limit / greatest : 0.0f;
   int16_t* out = reinterpret_cast<int16_t*>(words);
-  std::memset(words, 0, padded * sizeof(float));
+  std::memset(words, 0,
+              kByteDots ? ceil_div(head_dim, 128) * 128 * sizeof(int16_t) : padded * sizeof(float));
   int64_t sum = 0;
   if (range.finite) {
     for (int64_t d = 0; d < head_dim; ++d) {

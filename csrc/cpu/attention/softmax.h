@@ -38,10 +38,14 @@ template <>
 class Scales<int8_t> {
  public:
   explicit Scales(const Tile<int8_t>& tile) : tile_(tile) {}
-  Vec score(int key, Vec total, float) const {
+  Vec score(int key, Vec total, float query_sum) const {
+    if (kByteDots) {  // of keys plus 128; modulo 2^32, as all integer sums
+      total = add_int32(total, splat_int32(int32_t(uint32_t(int32_t(query_sum)) * -128u)));
+    }
     return int32_to_float(total) * scales(tile_.keys[key / kGroup], key);
   }
-  Vec weight(int key, Vec weight) const { return weight * scales(tile_.values[key / kGroup], key); }
+  Vec weight(int key, Vec weight) const { return weight * value_scale(key); }
+  Vec value_scale(int key) const { return scales(tile_.values[key / kGroup], key); }
 
  private:
   Vec scales(const int8_t* group, int key) const {
@@ -68,7 +72,8 @@ class Scales<Nibbles> {
     const Vec about = add_int32(total, splat_int32(int32_t(-kKeyZeroPoint * query_sum)));
     return fma(int32_to_float(about), load(key_[0] + key), load(key_[1] + key) * splat(query_sum));
   }
-  Vec weight(int key, Vec weight) const { return weight * load(value_[0] + key); }
+  Vec weight(int key, Vec weight) const { return weight * value_scale(key); }
+  Vec value_scale(int key) const { return load(value_[0] + key); }
   Vec zero_point(int key, Vec weight) const { return weight * load(value_[1] + key); }
 
  private:

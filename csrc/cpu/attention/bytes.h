@@ -1,0 +1,260 @@
+// Quantised keys and values as the operands of VPDPBUSD, unsigned bytes times signed ones.
+//
+// A chunk is 64 elements of a row. Keys are unsigned: int8 plus 128, or the 5 bits of an int4 key.
+// A query is two signed bytes an element, q = 256 * high + low, and a weight of the softmax two
+// unsigned ones. Sums are those of the 16-bit numbers, exact in any order.
+//
+// One row multiplies keys as they lie and adds its lanes up; for many rows a tile is turned once,
+// so that the lanes are 16 keys (of values: 16 columns) and nothing is added across lanes.
+#pragma once
+
+#include "cpu/attention/softmax.h"
+
+namespace codellama_rt {
+namespace CLRT_ISA {
+namespace {
+
+constexpr int kChunk = 64, kQuads = kTile / 4;
+
+// `words` (dim int16) as dim high bytes, then dim low ones.
+inline void split_query(const float* words, int64_t dim, int8_t* bytes) {
+  const int16_t* from = reinterpret_cast<const int16_t*>(words);
+  for (int64_t d = 0; d < dim; ++d) {
+    bytes[d] = int8_t((from[d] + 128) >> 8);
+    bytes[dim + d] = int8_t(from[d]);  // less 256 times the other: in [-128, 127]
+  }
+}
+
+// A row of a state, whose chunks interleave_rows has left in its order, in that of the elements.
+// Of two parts one has the elements of even number, one the others.
+inline void order_columns(float* row, int64_t dim, int parts) {
+  float ordered[2 * kChunk];
+  for (int64_t d = 0; d < dim; d += parts * kChunk) {
+    for (int i = 0; i < parts * kChunk; i += 4) {
+      const int quad = i / 4 % 16;
+      std::memcpy(ordered + i, row + d + i / kChunk * kChunk + quad % 4 * 16 + quad / 4 * 4, 16);
+    }
+    for (int i = 0; i < parts * kChunk; ++i) row[d + i] = ordered[i % parts * kChunk + i / parts];
+  }
+}
+
+#if defined(__AVX512VNNI__)
+
+// Chunks that one load of a row gives: elements of even number, then those of odd number.
+template <typename T>
+constexpr int kParts = std::is_same_v<T, Nibbles> ? 2 : 1;
+
+// body(0) ... body(n - 1), each as a constant: GCC 12 leaves arrays that a loop walks in memory.
+template <int kCount, int kFirst = 0, typename Body>
+inline __attribute__((always_inline)) void each(const Body& body) {
+  if constexpr (kFirst < kCount) {
+    body(std::integral_constant<int, kFirst>());
+    each<kCount, kFirst + 1>(body);
+  }
+}
+
+// sum += the products of four bytes in each lane; in place, as GCC 12 copies the intrinsic's sum.
+inline __attribute__((always_inline)) void dot(__m512i& sum, __m512i unsigned_bytes,
+                                               __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+inline __attribute__((always_inline)) __m512i spread_quad(const void* p) {
+  __m512i quad;
+  asm("vpbroadcastd %1, %0" : "=v"(quad) : "m"(*static_cast<const int32_t*>(p)));
+  return quad;
+}
+
+// Up to 64 bytes, zero past `left` of them.
+template <bool kWhole>
+inline __m512i load_bytes(const void* p, int64_t left) {
+  if (kWhole || left >= 64) return _mm512_loadu_si512(p);
+  return _mm512_maskz_loadu_epi8(left <= 0 ? 0 : (uint64_t(1) << left) - 1, p);
+}
+
+// Asks memory for one of `parts` parts of a group in one piece. Into L2, a tile ahead: into L1, or
+// half a tile ahead, memory rests between bursts (int8: 45 and 32 ms where this takes 28).
+inline void ask(const void* group, int64_t group_bytes, int part, int parts) {
+  const int64_t lines = ceil_div(group_bytes, 64), share = ceil_div(lines, parts);
+  for (int64_t i = part * share; i < smaller((part + 1) * share, lines); ++i) {
+    __builtin_prefetch(static_cast<const char*>(group) + i * 64, 0, 2);
+  }
+}
+
+// ---- keys ------------------------------------------------------------------------------------
+
+template <bool kWhole>
+inline __m512i key_chunk(const int8_t* row, int64_t chunk, int64_t head_dim) {
+  return _mm512_xor_si512(load_bytes<kWhole>(row + chunk * kChunk, head_dim - chunk * kChunk),
+                          _mm512_set1_epi8(char(0x80)));
+}
+template <bool kWhole>
+inline __m512i key_chunk(const Qk<Nibbles>::Row& row, int64_t chunk, int64_t head_dim) {
+  const int64_t at = chunk / 2 * kChunk, left = head_dim / 2 - at;
+  __m512i low = load_bytes<kWhole>(row.low + at, left);
+  if (chunk % 2) low = _mm512_srli_epi16(low, 4);
+  low = _mm512_and_si512(low, _mm512_set1_epi8(15));
+  uint64_t high = 0;
+  std::memcpy(&high, (chunk % 2 ? row.odd : row.even) + at / 8,
+              kWhole || left >= kChunk ? 8 : left / 8);
+  return _mm512_mask_add_epi8(low, high, low, _mm512_set1_epi8(16));
+}
+
+// 16 rows of 16 quads of bytes as 16 quads of 16 rows.
+inline void turn_quads(Vec (&rows)[kLanes], uint8_t* to) {
+  transpose(rows);
+  for (int i = 0; i < kLanes; ++i) _mm512_storeu_si512(to + i * kChunk, to_bits(rows[i]));
+}
+
+// Of each group of 16 keys, quad by quad of elements. `next` is the tile to ask memory for.
+template <typename T, bool kWhole>
+inline void turn_keys(const Tile<T>& tile, const Tile<T>& next, int64_t head_dim, int64_t chunks,
+                      uint8_t* to) {
+  for (int group = 0; group < kGroups; ++group) {
+    for (int64_t c = 0; c < chunks; ++c, to += kGroup * kChunk) {
+      ask(next.keys[group], tile.key_bytes, c, chunks);
+      Vec rows[kLanes];
+      each<kLanes>([&](auto i) {
+        const auto row = Qk<T>::key_row(tile.keys[group], i, tile.row_stride);
+        rows[i] = from_bits(key_chunk<kWhole>(row, c, head_dim));
+      });
+      turn_quads(rows, to);
+    }
+  }
+}
+
+// ---- values ----------------------------------------------------------------------------------
+
+// Where row 4 i of a group lies whose quad of keys is number `quad`: the order of pack_weights.
+template <typename T>
+inline const T* value_rows(const Tile<T>& tile, int quad) {
+  return tile.values[quad % 4] + quad / 4 * 4 * tile.row_stride;
+}
+
+// 64 bytes of four rows, interleaved: lane l of columns[j] has those of byte 16 (l / 4) + 4 j +
+// l % 4.
+template <bool kWhole, typename T>
+inline __attribute__((always_inline)) void interleave_rows(const T* rows, int64_t row_stride,
+                                                           int64_t left, __m512i (&columns)[4]) {
+  __m512i r[4];
+  each<4>([&](auto i) { r[i] = load_bytes<kWhole>(rows + i * row_stride, left); });
+  const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);
+  const __m512i c = _mm512_unpacklo_epi8(r[2], r[3]), d = _mm512_unpackhi_epi8(r[2], r[3]);
+  columns[0] = _mm512_unpacklo_epi16(a, c);
+  columns[1] = _mm512_unpackhi_epi16(a, c);
+  columns[2] = _mm512_unpacklo_epi16(b, d);
+  columns[3] = _mm512_unpackhi_epi16(b, d);
+}
+
+// The values of part `part` among interleaved bytes: int8 as they are, int4 as 0 to 15.
+template <typename T>
+inline __m512i value_part(__m512i bytes, int part) {
+  if (std::is_same_v<T, int8_t>) return bytes;
+  return _mm512_and_si512(part ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+}
+
+// Quad by quad of keys, chunk by chunk.
+template <typename T, bool kWhole>
+inline void turn_values(const Tile<T>& tile, const Tile<T>& next, int64_t head_dim, int64_t chunks,
+                        uint8_t* to) {
+  for (int quad = 0; quad < kQuads; ++quad) {
+    ask(next.values[quad % 4], tile.value_bytes, quad / 4, 4);
+    for (int64_t c = 0; c < chunks; c += kParts<T>) {
+      const int64_t at = c / kParts<T> * kChunk;
+      __m512i columns[4];
+      interleave_rows<kWhole>(value_rows(tile, quad) + at, tile.row_stride,
+                              head_dim / kParts<T> - at, columns);
+      each<4 * kParts<T>>([&](auto i) {
+        _mm512_storeu_si512(to, value_part<T>(columns[i % 4], i / 4));
+        to += kChunk;
+      });
+    }
+  }
+}
+
+// ---- softmax -----------------------------------------------------------------------------------
+
+// A tile's value scales relative to the largest one of the first num_keys keys, which stands for
+// kMostWeight. NaN among them makes the largest NaN, and so the row.
+constexpr float kMostWeight = 65535.0f;
+struct ValueScales {
+  Vec relative[kTile / kLanes];
+  float largest;
+
+  template <typename T>
+  ValueScales(const Scales<T>& scales, int num_keys) {
+    __m512i most = _mm512_setzero_si512();  // not negative: ordered as integers, and NaN on top
+    for (int j = 0; j < kTile / kLanes; ++j) {
+      relative[j] =
+          select_first(num_keys - j * kLanes, scales.value_scale(j * kLanes), splat(0.0f));
+      most = _mm512_max_epi32(most, to_bits(relative[j]));
+    }
+    const float greatest = bits_to_float(uint32_t(_mm512_reduce_max_epi32(most)));
+    // Less belongs to rows of zeros (quantize_row.h), and has no inverse.
+    const float inverse = greatest > kLeast / 128 ? kMostWeight / greatest : 0.0f;
+    for (Vec& scale : relative) scale = scale * splat(inverse);
+    largest = greatest / kMostWeight;
+  }
+};
+
+// The weights of a row's keys in a tile, relative to its greatest there. A quad of keys is four
+// bytes, number 4 i + g that of keys 4 i to 4 i + 3 of group g.
+struct ByteWeights {
+  alignas(64) uint8_t high[kTile];
+  uint8_t low[kTile];
+  float keep, take;  // what the state so far, and the tile's sums, are multiplied by
+  int32_t sum;       // of the weights, over an int4 cache
+};
+
+// Scores, as int32 bits in the order of keys, into weights and into the state.
+template <typename T>
+__attribute__((noinline)) void weigh(const Scales<T>& scales, const ValueScales& values,
+                                     const float* scores, int num_keys, QueryScale query,
+                                     float scale, RowState state, ByteWeights& weights) {
+  constexpr int kVecs = kTile / kLanes;
+  const Vec factor = splat(scale * query.scale);
+  Vec x[kVecs], greatest = splat(-3.4e38f);  // finite, so that weights below it are 0
+  for (int j = 0; j < kVecs; ++j) {
+    x[j] = scales.score(j * kLanes, load(scores + j * kLanes), query.sum) * factor;
+    if (num_keys < kTile) x[j] = select_first(num_keys - j * kLanes, x[j], splat(-INFINITY));
+    greatest = max(x[j], greatest);
+  }
+  const float top = max_lane(greatest), before = state.top();
+  state.top() = top > before ? top : before;
+  float factors[kLanes];
+  store(factors, exp2_nonpositive(select_first(1, splat(before), splat(top)) - splat(state.top())));
+  weights.keep = factors[0];
+  weights.take = factors[1] * values.largest;
+  const auto add_up = [&](const Vec(&parts)[kVecs], float* to) {
+    const Vec total = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * splat(factors[1]);
+    store(to, fma(load(to), splat(factors[0]), total));
+  };
+  __m512i rounded[kVecs];
+  for (int j = 0; j < kVecs; ++j) {
+    x[j] = exp2_nonpositive(x[j] - splat(top));
+    rounded[j] = to_bits(float_to_int32(x[j] * values.relative[j]));
+  }
+  add_up(x, state.weights());
+  const __m512i a = _mm512_packus_epi32(rounded[0], rounded[1]);
+  const __m512i b = _mm512_packus_epi32(rounded[2], rounded[3]);
+  const __m512i byte = _mm512_set1_epi16(255);
+  _mm512_storeu_si512(weights.high,
+                      _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8)));
+  _mm512_storeu_si512(weights.low,
+                      _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte)));
+  if constexpr (std::is_same_v<T, Nibbles>) {
+    __m512i sum = _mm512_setzero_si512();
+    for (__m512i w : rounded) sum = _mm512_add_epi32(sum, w);
+    weights.sum = _mm512_reduce_add_epi32(sum);
+    for (int j = 0; j < kVecs; ++j) {
+      x[j] = scales.zero_point(j * kLanes, x[j]);
+      if (num_keys < kTile) x[j] = select_first(num_keys - j * kLanes, x[j], splat(0.0f));
+    }
+    add_up(x, state.zero_points());
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace CLRT_ISA
+}  // namespace codellama_rt
