@@ -198,11 +198,27 @@ _SMALL: list[Column] = [
     ("ratio", _decimals("ratio", 2)),
     ("steady", lambda r: f"{r['steady']}/{r['rounds']}"),
 ]
+_LINEAR: list[Column] = [
+    ("dtype", _text("dtype")),
+    ("shape", _text("shape")),
+    ("ms", _number("median_us", 1e-3)),
+    ("GFLOP/s", _decimals("gflop_per_s", 0)),
+    ("best peer", _text("setting")),
+    ("its ms", _number("peer_median_us", 1e-3)),
+    ("GFLOP/s", _decimals("peer_gflop_per_s", 0)),
+    ("ratio", _decimals("ratio", 2)),
+    ("steady", lambda r: f"{r['steady']}/{r['rounds']}"),
+]
 _KINDS = (
     _Kind(
         lambda r: f"Operators: {r['model']}, {r['dtype']}, {_machine(r)}",
         _OPS,
         lambda r: r["what"] == "op",
+    ),
+    _Kind(
+        lambda r: f"Products, in turn with {r['peer']}: {r['model']}, {_machine(r)}",
+        _LINEAR,
+        lambda r: r["what"] == "linear",
     ),
     _Kind(
         lambda r: f"Sequences at once, in turn with peers: {r['model']}",
