@@ -31,6 +31,20 @@ inline void prefetch_to_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
 
 constexpr int tile_rows(int64_t height) { return height > kTokens ? 3 : kRows; }
 
+// Calls f with a panel's height as a constant.
+template <int n>
+struct Height {
+  static constexpr int value = n;
+};
+template <int kMost, typename F>
+inline void with_height(int64_t height, const F& f) {
+  if (height == kMost) {
+    f(Height<kMost>{});
+  } else if constexpr (kMost > 1) {
+    with_height<kMost - 1>(height, f);
+  }
+}
+
 // ---- dots: what panels hold, and one vector's step of the product --------------------------
 
 // GCC loads an operand anew for each FMA that uses it, unless it is held in a register: with 32 of
