@@ -121,7 +121,7 @@ struct PagedAttentionParams {
   DType dtype, cache_dtype;
   int64_t num_tokens, num_seqs, max_blocks, n_heads, n_kv_heads, head_dim, block_size;
   float scale;
-  int64_t query_stride;                     // from token to token
+  int64_t query_stride;                                 // from token to token
   CacheStrides key_cache_strides, value_cache_strides;  // with one stride of tokens
 };
 

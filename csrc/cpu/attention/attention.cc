@@ -1,4 +1,4 @@
-// paged_attention over head-major pages (num_blocks, n_kv_heads, block_size, head_dim), and
+// paged_attention over the blocks of a cache, wherever their rows lie (CacheStrides), and
 // flash_attention over contiguous keys and values (num_keys, n_kv_heads, head_dim). The kernel
 // of both, with its traffic, tiling and numerics, is in attention.h.
 #include "cpu/attention/attention.h"

@@ -35,7 +35,8 @@ void rope_and_cache_token(const RopeAndCacheParams& p, int64_t t) {
   for (int64_t h = 0; h < p.n_kv_heads; ++h) {
     using Page = PageRow<Cache>;
     const Page keys(p.key_cache, p.key_cache_strides, true, slot, h, p.block_size, p.head_dim);
-    const Page values(p.value_cache, p.value_cache_strides, false, slot, h, p.block_size, p.head_dim);
+    const Page values(p.value_cache, p.value_cache_strides, false, slot, h, p.block_size,
+                      p.head_dim);
     if constexpr (Page::kQuantizes) {
       rotate_head(key + h * p.head_dim, cos, sin, floats, half, p.interleaved);
       keys.write(floats, floats);
