@@ -26,7 +26,7 @@
 
 #include <algorithm>
 
-#include "cpu/linear/formats.h"
+#include "cpu/linear/widened.h"
 
 namespace codellama_rt {
 namespace CLRT_ISA {
@@ -34,25 +34,15 @@ namespace {
 
 // How much is multiplied at a time: a panel of tokens by vectors of rows with all sums in
 // registers, by a chunk of k of a few tiles, which stays in L1 until all panels have passed.
-#if defined(__AVX512F__)
-struct Many {  // 12 integer and 12 float sums, 2 weights and 1 activation in 32 registers
-  static constexpr int kTokens = 6, kVectors = 2;
+constexpr bool kManyRegisters = kLanes == 16;  // 32, of AVX-512
+struct Many {  // 12 integer and 12 float sums, 2 weights and 1 activation in them
+  static constexpr int kTokens = kManyRegisters ? 6 : 2, kVectors = 2;
   static constexpr int64_t kTiles = 4, kChunk = 512;  // 17 KB of 32 rows
 };
-struct Few {  // a tile at a time: one stream from memory. 10 and 12 tokens were 20 % slower
-  static constexpr int kTokens = 8, kVectors = 1;
+struct Few {  // a tile at a time: one stream from memory. 10 and 12 tokens were 20 % slower than 8
+  static constexpr int kTokens = kManyRegisters ? 8 : 2, kVectors = kManyRegisters ? 1 : 2;
   static constexpr int64_t kTiles = 1, kChunk = 512;
 };
-#else
-struct Many {
-  static constexpr int kTokens = 2, kVectors = 2;
-  static constexpr int64_t kTiles = 4, kChunk = 512;
-};
-struct Few {
-  static constexpr int kTokens = 2, kVectors = 2;
-  static constexpr int64_t kTiles = 1, kChunk = 512;
-};
-#endif
 constexpr int64_t kFewTokens = 4 * Few::kTokens;
 constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, not the result
 constexpr int64_t kTasks = 64;       // with many tokens
@@ -223,60 +213,6 @@ inline PlacedTile find_tile(const LinearParams& p, int64_t tile) {
   return {{static_cast<const uint8_t*>(p.weights[i]), row, smaller(kWeightTile, p.n[i] - row)},
           column + row};
 }
-
-// A packed format, nibbles for example, whose groups are taken apart once for many tokens.
-template <typename FormatOf>
-struct Widened {
-  using Packed = FormatOf;
-  using From = typename Packed::Layout;
-  using Layout = Unpacked<From::kBias, From::kHalves, From::kHasMinimum>;
-  static constexpr bool kInPlace = false;
-};
-template <typename Format>
-constexpr bool kIsPacked =
-    Format::kInPlace && Format::Layout::kBytes < Format::Layout::kGroup * kWeightTile;
-
-template <typename Format>
-inline void widen(const uint8_t* head, const uint8_t* group, uint8_t* to) {
-  using From = typename Format::From;
-  using Layout = typename Format::Layout;
-  static_assert(sizeof(Bytes) == kPartBytes);
-  for (int part = 0; part < kParts; ++part) {
-    for (int q = 0; q < Layout::kGroup / 4; ++q) {
-      const Bytes values = From::values(group, q, part);
-      std::memcpy(to + q * kStepBytes + part * kPartBytes, &values, kPartBytes);
-    }
-    for (int half = 0; half < Layout::kHalves; ++half) {
-      store(Layout::floats(to, half) + part * kLanes, From::scales(head, group, half, part));
-    }
-    if (Layout::kHasMinimum) {
-      store(Layout::floats(to, Layout::kHalves) + part * kLanes, From::minima(head, group, part));
-    }
-  }
-}
-
-// Groups in memory and as they are multiplied.
-template <typename Format>
-struct Groups {
-  static constexpr int64_t kBytes = Format::kInPlace ? Format::Layout::kBytes : 0;  // to fetch
-  static const uint8_t* source(const Tile& tile, int64_t k, int64_t g) {
-    return Format::kInPlace ? groups_of<Format>(tile, k, g, 0, nullptr) : nullptr;
-  }
-  static const uint8_t* load(const Tile& tile, int64_t k, int64_t g, int64_t count, uint8_t* to) {
-    return groups_of<Format>(tile, k, g, count, to);
-  }
-};
-template <typename Format>
-struct Groups<Widened<Format>> : Groups<Format> {
-  using Wide = Widened<Format>;
-  static const uint8_t* load(const Tile& tile, int64_t k, int64_t g, int64_t count, uint8_t* to) {
-    const uint8_t *head = head_of<Format>(tile, k), *group = Groups<Format>::source(tile, k, g);
-    for (int64_t i = 0; i < count; ++i) {
-      widen<Wide>(head, group + i * Wide::From::kBytes, to + i * Wide::Layout::kBytes);
-    }
-    return to;
-  }
-};
 
 // A token's tiles together: rows of `out` lie pages apart.
 inline void put_tiles(const LinearParams& p, const PlacedTile* tiles, int64_t count,
