@@ -51,7 +51,7 @@ def test_batch(rng, dtype, cache_dtype, heads):
 
 @DTYPES
 @HEADS
-@pytest.mark.parametrize(("length", "head_dim"), [(300, 32), (300, 128), (1100, 32)])
+@pytest.mark.parametrize(("length", "head_dim"), [(300, 32), (300, 64), (300, 128), (1100, 32)])
 @pytest.mark.usefixtures("isa")
 def test_chunks(rng, dtype, cache_dtype, heads, length, head_dim):
     """The last 260 tokens at once, in chunks of every kind of size, and one by one.

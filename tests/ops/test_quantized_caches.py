@@ -127,6 +127,40 @@ def test_a_query_that_is_not_finite_shows_in_its_own_row_alone(rng, dtype, bad, 
     assert_equal_bits(out, clean)
 
 
+@DTYPES
+@pytest.mark.parametrize("num_queries", [3, 40])
+@pytest.mark.usefixtures("isa")
+def test_a_later_token_that_is_far_larger_moves_no_earlier_row(rng, dtype, num_queries):
+    """A tile's weights are relative to the scales that a row sees, not to those of later tokens."""
+    case = paged(rng, [200], [num_queries], cache_dtype=dtype)
+    clean, clean_lse = ops.paged_attention(*case.arguments)
+    at = 200 - 2  # seen by the last two queries only
+    larger = case.with_token(at, case.key[at] * 1000, case.value[at] * 1000)
+    out, lse = ops.paged_attention(*larger.arguments)
+    assert_equal_bits(out[:-2], clean[:-2])
+    assert_equal_bits(lse[:-2], clean_lse[:-2])
+    assert not np.array_equal(out[-2:], clean[-2:])
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [32, 128])
+@pytest.mark.parametrize("num_queries", [1, 2, 9])
+@pytest.mark.usefixtures("isa")
+def test_sums_of_the_greatest_integers_do_not_overflow(dtype, head_dim, num_queries):
+    """128 equal keys, weights and values, each at an end of its range."""
+    row = np.where(np.arange(head_dim) % 2, -1, 1).astype(np.float32)
+    tokens = np.tile(row, (128, 1, 1))
+    caches = empty_caches(dtype, (2, 1, 64, head_dim))
+    ops.reshape_and_cache(tokens, tokens, *caches, int32(np.arange(128)))
+    query = np.tile(row, (num_queries, 2, 1))
+    out, lse = ops.paged_attention(
+        query, *caches, int32([[0, 1]]), int32([128]), int32([0, num_queries])
+    )
+    np.testing.assert_allclose(out, query, rtol=1e-3)  # float16 scales of int4
+    visible = np.arange(128 - num_queries, 128) + 1
+    np.testing.assert_allclose(lse[:, 0], head_dim**0.5 + np.log(visible), rtol=1e-3)
+
+
 def refused(case, error, message):
     """Every op that takes the caches refuses them before it writes."""
     caches = case.key_cache, case.value_cache

@@ -5,12 +5,14 @@
 //          quantized.h says), once each, for up to kRows rows (queries x heads of the group) a
 //          sequence
 // Limit    memory read up to about 8 rows (bf16, Zen 5); then multiply-adds, of which the half
-//          of q . K runs in bfloat16 pairs where the CPU has them
+//          of q . K runs in bfloat16 pairs where the CPU has them; over quantised keys and values
+//          all of them run in bytes on CPUs with AVX512-VNNI (byte_tile.h)
 // Tiling   one task = (sequence, queries of up to kRows rows a kv head, some kv heads in turn, a
 //          run of splits of kSplit keys); a kv head's rows share each tile of kTile keys; tiles
 //          above the diagonal are skipped
 // Numerics fp32 scores, softmax and sums (one a tile, added up a split); over quantised keys the
-//          query is int16 with one scale, its products exact sums; a query without keys
+//          query is int16 with one scale, its products exact sums; with AVX512-VNNI a tile's
+//          weights are 16 bits, their products with values exact sums too; a query without keys
 //          gives zeros and lse = -inf; what a row does not see is dropped by selection, its values
 //          are never multiplied: NaN in unused slots or in later tokens stays there
 //
@@ -95,30 +97,6 @@ Tile<T> tile_at(const Block& block, int64_t key) {
   }
   return tile;
 }
-
-// Calls body(first row, rows as a constant) for kStep rows at a time, then for what is left.
-template <int kStep, typename Body>
-inline void for_rows(int64_t row, int64_t end, const Body& body) {
-  for (; row + kStep <= end; row += kStep) body(row, std::integral_constant<int, kStep>());
-  if constexpr (kStep > 1) for_rows<kStep - 1>(row, end, body);
-}
-
-// How many of a tile's keys each row sees; the tile's first key is number `key`.
-class VisibleKeys {
- public:
-  VisibleKeys(const Block& block, int64_t key)
-      : block_(block), key_(key), all_(block.visible_keys(0) - key >= kTile) {}
-  int operator()(int64_t row) const {
-    if (all_) return kTile;  // every tile but one or two on the diagonal
-    const int64_t visible = block_.visible_keys(row) - key_;
-    return visible < 0 ? 0 : int(smaller(kTile, visible));
-  }
-
- private:
-  const Block& block_;
-  int64_t key_;
-  bool all_;
-};
 
 template <typename T>
 void softmax_rows(const Block& block, const Tile<T>& tile, const VisibleKeys& visible, Fetch& fetch,
@@ -231,53 +209,6 @@ void attend_tile(const Block& block, int64_t key, const Tile<T>& tile, const Til
   add_values<false>(block, visible, groups, dim, fetch, work.scores, states);
 }
 
-#if defined(__AVX512VNNI__)
-template <typename T>
-void attend_tile_bytes(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
-                       const int8_t* query, const QueryScale* query_scales, const Workspace& work,
-                       float* states) {
-  const Attention& a = block.a;
-  const int64_t head_dim = a.head_dim, dim = a.padded_dim(), rows = block.num_rows;
-  const float scale = a.scale * 1.44269504f;  // log2(e)
-  const VisibleKeys visible(block, key);
-  const Tile<T>& ahead = next.num_keys > 0 ? next : tile;
-  if (rows == 1) {
-    return attend_row_bytes(tile, ahead, visible(0), query, *query_scales, scale, head_dim,
-                            block.state(states, 0));
-  }
-  const Scales<T> scales(tile);
-  uint8_t* keys = reinterpret_cast<uint8_t*>(work.keys);
-  uint8_t* values = reinterpret_cast<uint8_t*>(work.values);
-  const auto turn = [&](auto whole) {
-    constexpr bool kWhole = decltype(whole)::value;
-    turn_keys<T, kWhole>(tile, ahead, head_dim, dim / kChunk, keys);
-    turn_values<T, kWhole>(tile, ahead, head_dim, dim / kChunk, values);
-  };
-  head_dim == dim ? turn(std::true_type()) : turn(std::false_type());
-  const TurnedTile turned{keys, values, dim};
-  const int most = visible(rows - 1);
-  const ValueScales all(scales, most);
-  int64_t first = 0;
-  while (visible(first) == 0) ++first;
-  const auto attend = [&](int64_t row, auto num_rows) {
-    constexpr int n = decltype(num_rows)::value;
-    alignas(64) float scores[n][kTile];
-    ByteWeights weights[n];
-    float* outs[n];
-    score_rows_bytes<n>(turned, query + row * 2 * dim, scores);
-    for (int r = 0; r < n; ++r) {
-      const RowState state = block.state(states, row + r);
-      const int seen = visible(row + r);
-      outs[r] = state.out;
-      weigh(scales, seen == most ? all : ValueScales(scales, seen), scores[r], seen,
-            query_scales[row + r], scale, state, weights[r]);
-    }
-    add_rows_values<T, n>(turned, weights, outs);
-  };
-  rows - first == 8 ? for_rows<4>(first, rows, attend) : for_rows<kByteRows>(first, rows, attend);
-}
-#endif
-
 // The states of the task's heads over one split, of head h at states + (h - first_head) * stride.
 template <typename T>
 void attend_split(const Attention& a, const Task& task, int64_t split, const Workspace& work,
@@ -300,7 +231,8 @@ void attend_split(const Attention& a, const Task& task, int64_t split, const Wor
       const QueryScale* scales = work.scales + h * first.num_rows;
       if constexpr (kByteDots && kQuantized<T>) {
         attend_tile_bytes(block, key, tile, next, reinterpret_cast<const int8_t*>(query), scales,
-                          work, states + h * stride);
+                          reinterpret_cast<uint8_t*>(work.keys),
+                          reinterpret_cast<uint8_t*>(work.values), states + h * stride);
       } else {
         attend_tile(block, key, tile, next, layout, query, scales, work, states + h * stride);
       }

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cpu/attention/bytes.h"
-#include "cpu/attention/scores.h"
+#include "cpu/attention/plan.h"
 
 #if defined(__AVX512VNNI__)
 
@@ -200,6 +200,51 @@ __attribute__((flatten)) inline void add_rows_values(const TurnedTile& tile,
       add_sums<T>(sums[i / 4][i % 4], weights[i / 4], outs[i / 4] + column + i % 4 * kLanes);
     });
   }
+}
+
+// One tile for a block's rows, whose states begin at `states`. Many rows turn it into `keys` and
+// `values`, kTile * padded_dim bytes each.
+template <typename T>
+void attend_tile_bytes(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
+                       const int8_t* query, const QueryScale* query_scales, uint8_t* keys,
+                       uint8_t* values, float* states) {
+  const Attention& a = block.a;
+  const int64_t head_dim = a.head_dim, dim = a.padded_dim(), rows = block.num_rows;
+  const float scale = a.scale * 1.44269504f;  // log2(e)
+  const VisibleKeys visible(block, key);
+  const Tile<T>& ahead = next.num_keys > 0 ? next : tile;
+  if (rows == 1) {
+    return attend_row_bytes(tile, ahead, visible(0), query, *query_scales, scale, head_dim,
+                            block.state(states, 0));
+  }
+  const Scales<T> scales(tile);
+  const auto turn = [&](auto whole) {
+    constexpr bool kWhole = decltype(whole)::value;
+    turn_keys<T, kWhole>(tile, ahead, head_dim, dim / kChunk, keys);
+    turn_values<T, kWhole>(tile, ahead, head_dim, dim / kChunk, values);
+  };
+  head_dim == dim ? turn(std::true_type()) : turn(std::false_type());
+  const TurnedTile turned{keys, values, dim};
+  const int most = visible(rows - 1);
+  const ValueScales all(scales, most);
+  int64_t first = 0;
+  while (visible(first) == 0) ++first;
+  const auto attend = [&](int64_t row, auto num_rows) {
+    constexpr int n = decltype(num_rows)::value;
+    alignas(64) float scores[n][kTile];
+    ByteWeights weights[n];
+    float* outs[n];
+    score_rows_bytes<n>(turned, query + row * 2 * dim, scores);
+    for (int r = 0; r < n; ++r) {
+      const RowState state = block.state(states, row + r);
+      const int seen = visible(row + r);
+      outs[r] = state.out;
+      weigh(scales, seen == most ? all : ValueScales(scales, seen), scores[r], seen,
+            query_scales[row + r], scale, state, weights[r]);
+    }
+    add_rows_values<T, n>(turned, weights, outs);
+  };
+  rows - first == 8 ? for_rows<4>(first, rows, attend) : for_rows<kByteRows>(first, rows, attend);
 }
 
 }  // namespace

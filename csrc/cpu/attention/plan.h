@@ -2,6 +2,8 @@
 // reaches the numbers: tasks are made of whole splits, and splits are folded in order.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/attention/softmax.h"
 #include "ops.h"
 
@@ -85,6 +87,30 @@ struct Block {
   float* partial(int64_t split) const {
     return task.partials + (split * a.n_kv_heads + kv_head) * num_rows * a.state_floats();
   }
+};
+
+// Calls body(first row, rows as a constant) for kStep rows at a time, then for what is left.
+template <int kStep, typename Body>
+inline void for_rows(int64_t row, int64_t end, const Body& body) {
+  for (; row + kStep <= end; row += kStep) body(row, std::integral_constant<int, kStep>());
+  if constexpr (kStep > 1) for_rows<kStep - 1>(row, end, body);
+}
+
+// How many of a tile's keys each row sees; the tile's first key is number `key`.
+class VisibleKeys {
+ public:
+  VisibleKeys(const Block& block, int64_t key)
+      : block_(block), key_(key), all_(block.visible_keys(0) - key >= kTile) {}
+  int operator()(int64_t row) const {
+    if (all_) return kTile;  // every tile but one or two on the diagonal
+    const int64_t visible = block_.visible_keys(row) - key_;
+    return visible < 0 ? 0 : int(smaller(kTile, visible));
+  }
+
+ private:
+  const Block& block_;
+  int64_t key_;
+  bool all_;
 };
 
 // The work, cut into tasks of about `target` (head, split) pairs. Queries whose splits are dealt to

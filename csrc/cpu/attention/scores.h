@@ -50,51 +50,9 @@ void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_ke
   });
 }
 
-#if defined(__AVX512VNNI__)
-// An int4 key of 128 elements as 64 bytes, low halves and high halves, against the query in two
-// parts of 8 bits: the same sums in half the instructions.
-inline void score_row_bytes(const Tile<Nibbles>& tile, Fetch& fetch, const float* query,
-                            int num_keys, float* scores) {
-  __m512i high[2], low[2];  // of the elements of even, of odd number
-  for (int i = 0; i < 2; ++i) {
-    const __m512i words[2] = {to_bits(load(query + i * kLanes)),
-                              to_bits(load(query + (2 + i) * kLanes))};
-    __m256i parts[2][2];
-    for (int j = 0; j < 2; ++j) {
-      const __m512i rounded = _mm512_add_epi16(words[j], _mm512_set1_epi16(128));
-      parts[0][j] = _mm512_cvtepi16_epi8(_mm512_srai_epi16(rounded, 8));
-      parts[1][j] = _mm512_cvtepi16_epi8(words[j]);  // less 256 times the other: in [-128, 127]
-    }
-    high[i] = _mm512_inserti64x4(_mm512_castsi256_si512(parts[0][0]), parts[0][1], 1);
-    low[i] = _mm512_inserti64x4(_mm512_castsi256_si512(parts[1][0]), parts[1][1], 1);
-  }
-  const __m512i fours = _mm512_set1_epi8(15), bit = _mm512_set1_epi8(16);
-  score_keys<Nibbles>(fetch, num_keys, scores, [&](int key) {
-    const uint8_t* group = &tile.keys[key / kGroup]->bits;
-    const __m512i row = _mm512_loadu_si512(group + key % kGroup * 64);
-    uint64_t even_bits, odd_bits;
-    std::memcpy(&even_bits, group + kGroup * 64 + key % kGroup * 16, 8);
-    std::memcpy(&odd_bits, group + kGroup * 64 + key % kGroup * 16 + 8, 8);
-    __m512i even = _mm512_and_si512(row, fours);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi16(row, 4), fours);
-    even = _mm512_mask_add_epi8(even, even_bits, even, bit);
-    odd = _mm512_mask_add_epi8(odd, odd_bits, odd, bit);
-    __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, high[0]);
-    sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, odd, high[1]), 8);
-    sum = _mm512_dpbusd_epi32(sum, even, low[0]);
-    return from_bits(_mm512_dpbusd_epi32(sum, odd, low[1]));
-  });
-}
-#endif
-
 template <typename T>
 void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
                int64_t head_dim, float* scores) {
-#if defined(__AVX512VNNI__)
-  if constexpr (std::is_same_v<T, Nibbles>) {
-    if (head_dim == 128) return score_row_bytes(tile, fetch, query, num_keys, scores);
-  }
-#endif
   const int64_t chunks = Qk<T>::has_whole_chunks(head_dim) ? Qk<T>::num_chunks(head_dim) : 0;
   const auto score = [&](auto known) {
     constexpr int n = decltype(known)::value;

@@ -64,7 +64,7 @@ class Fetch {
     if (lines > 0) start_row();
   }
 
-  __attribute__((always_inline)) void step(int64_t steps) {  // a call would spill the sums
+  void step(int64_t steps) {
     due_ += steps * share_;
     if (due_ < kLine || at_ == end_) return;
     const char* due = at_ + due_ / kLine * kLine;
@@ -75,11 +75,11 @@ class Fetch {
 
  private:
   static constexpr int64_t kLine = 64;
-  __attribute__((always_inline)) void start_row() {
+  void start_row() {
     at_ = *groups_ + row_ * stride_;
     end_ = at_ + row_bytes_;
   }
-  __attribute__((always_inline)) void next_row() {
+  void next_row() {
     if (++row_ == rows_) {
       row_ = 0;
       ++groups_;
