@@ -17,11 +17,10 @@ import numpy as np
 from codellama_rt import _core
 from codellama_rt.llm.variants import SHAPES
 from codellama_rt.tools.bench.measure import Timing
-from codellama_rt.tools.bench.noise import noise
 from codellama_rt.tools.bench.op_arrays import bind, make_arrays
 from codellama_rt.tools.bench.op_cases import Case, Selection
 from codellama_rt.tools.bench.op_check import check
-from codellama_rt.tools.limits import PROBE_BYTES
+from codellama_rt.tools.limits import PROBE_BYTES, probe_memory
 
 
 def select(model: str, dtypes: list[str], queries: list[int], keys: int) -> list[Case]:
@@ -33,7 +32,7 @@ class Probe:
     """Read memory beyond any cache for a given time, and report what the threads read together."""
 
     def __init__(self):
-        self.memory = noise((PROBE_BYTES // 4,), "float32", np.random.default_rng(0))
+        self.memory = probe_memory(PROBE_BYTES)
 
     def __call__(self, seconds: float) -> float:
         started, passes = perf_counter(), 0

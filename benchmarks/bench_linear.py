@@ -10,20 +10,18 @@ Weights take turns on both sides and exceed every cache.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 from peers.pairs import OURS, Peer, compare, take_turns
+from scripts import follow, names, new_parser, numbers
 
 from codellama_rt import ops
-from codellama_rt.cli.progress import ProgressBar
 from codellama_rt.llm.variants import SHAPES
-from codellama_rt.tools.bench.measure import Row, save, stopwatch
+from codellama_rt.tools.bench.measure import Row, stopwatch
 from codellama_rt.tools.bench.op_arrays import Turns, make_arrays
 from codellama_rt.tools.bench.op_cases import Case, Selection
 from codellama_rt.tools.bench.op_check import check
-from codellama_rt.tools.bench.tables import brief, show
 from codellama_rt.tools.limits import measure_limits
 
 TORCH_DTYPES = ("float32", "float16", "bfloat16")
@@ -32,11 +30,11 @@ WARM = 1  # runs of a turn that do not count
 QUICK = {"model": "tiny", "tokens": [4], "rounds": 1, "runs": 2}
 
 
-def linear_rows(
-    cases: Sequence[Case], python: str, rounds: int, runs: int
-) -> Iterator[tuple[int, int, Row]]:
-    """Yield a row for each case as (done, total, row)."""
-    peers = {dtype: Peer(python, "peer_torch") for dtype in TORCH_DTYPES}
+def linear_rows(args: argparse.Namespace) -> Iterator[tuple[int, int, Row]]:
+    """Yield a row for each product of a layer as (done, total, row)."""
+    chosen = Selection(["linear"], [args.model], args.dtype, args.tokens, [])
+    cases = [case for case in chosen.cases() if not case.label.startswith("lm_head")]
+    peers = {dtype: Peer(args.peer_python, "peer_torch") for dtype in TORCH_DTYPES}
     try:
         for done, case in enumerate(cases, 1):
             about = {
@@ -48,7 +46,7 @@ def linear_rows(
                 "threads": ops.num_threads(),
                 "peer": "torch",
             }
-            yield done, len(cases), about | _row(case, peers, rounds, runs)
+            yield done, len(cases), about | _row(case, peers, args.rounds, args.runs)
     finally:
         for peer in peers.values():
             peer.close()
@@ -81,18 +79,8 @@ def _row(case: Case, peers: dict[str, Peer], rounds: int, runs: int) -> Row:
     return {"what": "linear", "tokens": num_tokens, "version": version} | row
 
 
-def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def numbers(text: str) -> list[int]:
-    return [int(name) for name in names(text)]
-
-
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--peer-python", default=sys.executable, metavar="PYTHON", help="interpreter with torch")
     add("--model", choices=SHAPES, default="7b")
@@ -101,8 +89,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--rounds", type=int, default=5, metavar="N", help="turns of each side")
     add("--runs", type=int, default=3, metavar="N", help="products per turn")
     add("--threads", type=int, metavar="N", help="of each side")
-    add("--json", type=Path, metavar="FILE", help="write the rows to this file")
-    add("--quick", action="store_true", help="small sizes and few runs: check that it works")
     args = parser.parse_args(words)
     if args.quick:
         vars(args).update(QUICK)
@@ -110,24 +96,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    args, found = parse(sys.argv[1:]), []
+    args = parse(sys.argv[1:])
     if args.threads is not None:
         ops.set_num_threads(args.threads)
     print(measure_limits().describe(), file=sys.stderr, flush=True)
-    try:
-        chosen = Selection(["linear"], [args.model], args.dtype, args.tokens, [])
-        cases = [case for case in chosen.cases() if not case.label.startswith("lm_head")]
-        with ProgressBar("linear") as bar:
-            rows = linear_rows(cases, args.peer_python, args.rounds, args.runs)
-            for done, total, row in rows:
-                found.append(row)
-                bar.update(done, total, brief(row))
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"bench_linear.py: {error}")
-    finally:
-        show(found)
-        if args.json is not None:
-            save(args.json, "linear", found, "python benchmarks/bench_linear.py")
+    follow("linear", linear_rows(args), args.json)
 
 
 if __name__ == "__main__":

@@ -8,35 +8,21 @@ pair build llama.cpp for this CPU:
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 from peers.pairs import METHOD
 from peers.peer_rows import PEERS, Work, peer_rows, settings
+from scripts import follow, names, new_parser, numbers
 
 from codellama_rt import ops
-from codellama_rt.cli.progress import ProgressBar
 from codellama_rt.llm.variants import SHAPES
-from codellama_rt.tools.bench.measure import save
-from codellama_rt.tools.bench.tables import brief, show
 from codellama_rt.tools.limits import measure_limits
 
 QUICK = {"shape": "tiny", "layers": 2, "depth": [600], "prefill": [64], "rounds": 2, "steps": 2}
 
 
-def names(text):
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def numbers(text):
-    return [int(name) for name in names(text)]
-
-
 def parse(words):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--peer", type=names, default=["llama.cpp"], metavar="LIST", help=", ".join(PEERS))
     add("--peer-python", default=sys.executable, metavar="PYTHON", help="interpreter with the peer")
@@ -50,8 +36,6 @@ def parse(words):
     add("--rounds", type=int, default=10, metavar="N", help="turns of each side")
     add("--steps", type=int, default=10, metavar="N", help="decode steps per turn")
     add("--threads", type=int, metavar="N", help="of each operator")
-    add("--json", type=Path, metavar="FILE", help="write the rows to this file")
-    add("--quick", action="store_true", help="small sizes and few runs: check that it works")
     args = parser.parse_args(words)
     if args.quick:
         vars(args).update(QUICK, attention=[1024] if args.attention else [])
@@ -63,21 +47,15 @@ def main():
     if args.threads is not None:
         ops.set_num_threads(args.threads)
     print(measure_limits().describe(), METHOD, sep="\n", file=sys.stderr, flush=True)
-    found = []
-    try:
-        chosen = settings(args.peer, args.weights, args.kv_dtype)
-        work = Work(args.depth, args.attention, args.prefill, args.rounds, args.steps)
-        place = {"python": args.peer_python, "shape": args.shape, "layers": args.layers}
-        with ProgressBar("peers") as bar:
-            for done, total, row in peer_rows(chosen, work, **place):
-                found.append(row)
-                bar.update(done, total, brief(row))
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"bench_peers.py: {error}")
-    finally:
-        show(found)
-        if args.json is not None:
-            save(args.json, "peers", found, "python benchmarks/bench_peers.py")
+    follow("peers", rows(args), args.json)
+
+
+def rows(args):
+    """Yield the rows that the options ask for."""
+    chosen = settings(args.peer, args.weights, args.kv_dtype)
+    work = Work(args.depth, args.attention, args.prefill, args.rounds, args.steps)
+    place = {"python": args.peer_python, "shape": args.shape, "layers": args.layers}
+    yield from peer_rows(chosen, work, **place)
 
 
 if __name__ == "__main__":

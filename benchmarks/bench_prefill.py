@@ -15,20 +15,18 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+from scripts import follow, names, new_parser, numbers
 
 from codellama_rt import ops
-from codellama_rt.cli.progress import ProgressBar
 from codellama_rt.llm.variants import SHAPES
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
-from codellama_rt.tools.bench.measure import Row, drift, save
+from codellama_rt.tools.bench.measure import Row, drift
 from codellama_rt.tools.bench.op_arrays import bind, make_arrays
 from codellama_rt.tools.bench.op_cases import Case, Selection
 from codellama_rt.tools.bench.op_check import check
-from codellama_rt.tools.bench.tables import brief, show
 from codellama_rt.tools.limits import measure_limits, peak
 
 CHUNK = 512  # tokens
@@ -180,18 +178,8 @@ def _once(call: Callable[[], object]) -> float:
     return perf_counter() - started
 
 
-def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def numbers(text: str) -> list[int]:
-    return [int(name) for name in names(text)]
-
-
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--model", choices=SHAPES, default="7b")
     add("--isa", type=names, default=[ops.isa()], metavar="LIST", help="instruction sets")
@@ -205,8 +193,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--repeats", type=int, default=3, metavar="N", help="runs of each operator; the best counts"
     )
     add("--threads", type=int, metavar="N", help="of each operator")
-    add("--json", type=Path, metavar="FILE", help="write the rows to this file")
-    add("--quick", action="store_true", help="small sizes and few runs: check that it works")
     args = parser.parse_args(words)
     if args.quick:
         vars(args).update(QUICK)
@@ -220,18 +206,7 @@ def main() -> None:
     if args.threads is not None:
         ops.set_num_threads(args.threads)
     print(measure_limits().describe(), file=sys.stderr, flush=True)
-    found = []
-    try:
-        with ProgressBar("prefill") as bar:
-            for done, total, row in prompt_rows(args):
-                found.append(row)
-                bar.update(done, total, brief(row))
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"bench_prefill.py: {error}")
-    finally:
-        show(found)
-        if args.json is not None:
-            save(args.json, "prefill", found, "python benchmarks/bench_prefill.py")
+    follow("prefill", prompt_rows(args), args.json)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ from time import perf_counter
 import gguf
 import numpy as np
 from peers.pairs import OURS, Peer, compare, take_turns
+from scripts import follow, names, new_parser, numbers
 
 from codellama_rt import LLM, SamplingParams, ops
 from codellama_rt.checkpoint.model_names import resolve_model
-from codellama_rt.cli.progress import ProgressBar
-from codellama_rt.tools.bench.measure import Row, save
-from codellama_rt.tools.bench.tables import brief, show
+from codellama_rt.tools.bench.measure import Row
 from codellama_rt.tools.limits import measure_limits
 
 PEERS = ("llama.cpp", "openvino")
@@ -181,18 +180,8 @@ def in_dtype(source: Path, target: Path, dtype: str) -> None:
     writer.close()
 
 
-def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def numbers(text: str) -> list[int]:
-    return [int(name) for name in names(text)]
-
-
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--peer", type=names, default=list(PEERS), metavar="LIST", help=", ".join(PEERS))
     add("--peer-python", default=sys.executable, metavar="PYTHON", help="interpreter with them")
@@ -204,8 +193,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=numbers, default=[ops.num_threads()], metavar="LIST")
     add("--rounds", type=int, default=5, metavar="N", help="turns of each side")
     add("--steps", type=int, default=12, metavar="N", help="steps per turn")
-    add("--json", type=Path, metavar="FILE", help="write the rows to this file")
-    add("--quick", action="store_true", help="few runs: check that it works")
     args = parser.parse_args(words)
     if args.quick:
         vars(args).update(QUICK)
@@ -213,28 +200,16 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    args, found = parse(sys.argv[1:]), []
+    args = parse(sys.argv[1:])
     print(measure_limits().describe(), file=sys.stderr, flush=True)
     work = Work(args.sequences, args.depth, args.prefill, args.rounds, args.steps)
-    try:
-        with tempfile.TemporaryDirectory(prefix="codellama-rt-bench-") as folder:
-            model = Path(resolve_model(args.model))
-            if args.weights != "as stored":
-                stored, model = model, Path(folder) / f"{model.stem}-{args.weights}.gguf"
-                in_dtype(stored, model, args.weights)
-            with ProgressBar("small") as bar:
-                rows = small_rows(
-                    model, args.weights, args.peer, work, args.peer_python, args.threads
-                )
-                for done, total, row in rows:
-                    found.append(row)
-                    bar.update(done, total, brief(row))
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"bench_small.py: {error}")
-    finally:
-        show(found)
-        if args.json is not None:
-            save(args.json, "small", found, "python benchmarks/bench_small.py")
+    with tempfile.TemporaryDirectory(prefix="codellama-rt-bench-") as folder:
+        model = Path(resolve_model(args.model))
+        if args.weights != "as stored":
+            stored, model = model, Path(folder) / f"{model.stem}-{args.weights}.gguf"
+            in_dtype(stored, model, args.weights)
+        rows = small_rows(model, args.weights, args.peer, work, args.peer_python, args.threads)
+        follow("small", rows, args.json)
 
 
 if __name__ == "__main__":

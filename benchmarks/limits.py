@@ -9,7 +9,7 @@ from pathlib import Path
 
 from codellama_rt import ops
 from codellama_rt.tools.bench.measure import save
-from codellama_rt.tools.limits import measure_limits
+from codellama_rt.tools.limits import measure_limits, read_bandwidth
 
 
 def main() -> None:
@@ -27,8 +27,9 @@ def main() -> None:
     for isa in args.isa:
         ops.set_isa(isa)
         limits = measure_limits(args.seconds)
-        print(limits.describe())
-        rows.append({"what": "limits", **asdict(limits)})
+        small = read_bandwidth(args.seconds, huge_pages=False)
+        print(f"{limits.describe()}; read in 4 KB pages {small / 1e9:.1f} GB/s")
+        rows.append({"what": "limits", **asdict(limits), "small_page_bandwidth": small})
     if args.json:
         save(args.json, "limits", rows)
 

@@ -43,11 +43,11 @@ def examine(seconds: float = 0.2) -> dict[str, Any]:
         from codellama_rt.ops.dtypes import FLOAT_DTYPES
         from codellama_rt.ops.native import _core
         from codellama_rt.ops.quantized import GGUF_BLOCKS, OWN_WEIGHT_DTYPES
-        from codellama_rt.tools.limits import measure_limits, rates_by_isa
+        from codellama_rt.tools.limits import measure_limits, set_rates
     except ImportError as error:
         return found | {"kernels": str(error)}
     limits = measure_limits(seconds)
-    rates = rates_by_isa(seconds / 4)
+    rates = {isa: set_rates(isa, seconds / 4) for isa in ops.available_isas()}
     return found | {
         "kernels": "loaded",
         "isas": ops.available_isas(),

@@ -22,8 +22,8 @@ from codellama_rt.ops.native import _core
 
 PROBE_BYTES = 2**28  # several times any cache, so that every byte comes from memory
 MOST_OF_ROOF = 1.005  # a share that rounds to more than 100 % is not a share
-# Instructions that can multiply operands of a dtype exactly enough; the kernels of an instruction
-# set use the last one that it has. An int8 product may be computed in int16 or float32 as well.
+# Instructions that can multiply operands of a dtype exactly enough, the most special one last: that
+# is what the kernels of a set use. An int8 product may be computed in int16 or float32 as well.
 USABLE = {
     "float32": ("fp32 FMA",),
     "float16": ("fp32 FMA",),
@@ -189,29 +189,19 @@ def instruction_rate(name: str, seconds: float = 0.2) -> float:
     return _rate(known[name], name, seconds)
 
 
-def rates_by_isa(seconds: float = 0.1) -> dict[str, dict[str, float]]:
-    """Return what each instruction set's products can reach, by set and dtype of the operands.
+def set_rates(isa: str, seconds: float = 0.2) -> dict[str, float]:
+    """Return operations per second of the kernels' instructions in one set, by dtype of operands.
+
+    Unlike `peak` these are not the fastest: a set that has vdpbf16ps uses it.
 
     Args:
-        seconds: time for each set and dtype.
-
-    Returns:
-        Operations per second; sets best first, dtypes as in `USABLE`.
+        isa: one of `ops.available_isas()`; the set in use stays.
+        seconds: for each instruction.
     """
-    return {
-        isa: {
-            dtype: _rate(
-                isa, [name for name in names if _core.multiply_add(isa, name, 1)][-1], seconds
-            )
-            for dtype, names in USABLE.items()
-        }
-        for isa in ops.available_isas()
-    }
-
-
-def _rate(isa: str, name: str, seconds: float) -> float:
-    operations = _core.multiply_add(isa, name, _ROUNDS)
-    return operations / _shortest(lambda: _core.multiply_add(isa, name, _ROUNDS), seconds)
+    names = [name for name in _core.INSTRUCTIONS if _core.multiply_add(isa, name, 1)]
+    used = {dtype: [n for n in usable if n in names][-1] for dtype, usable in USABLE.items()}
+    rates = {name: _rate(isa, name, seconds) for name in set(used.values())}
+    return {dtype: rates[name] for dtype, name in used.items()}
 
 
 def peak(dtype: str, seconds: float = 0.2) -> tuple[str, float]:
@@ -230,6 +220,11 @@ def peak(dtype: str, seconds: float = 0.2) -> tuple[str, float]:
     rates = {name: instruction_rate(name, seconds) for name in usable}
     fastest = max(rates, key=rates.get)
     return fastest, rates[fastest]
+
+
+def _rate(isa: str, name: str, seconds: float) -> float:
+    operations = _core.multiply_add(isa, name, _ROUNDS)
+    return operations / _shortest(lambda: _core.multiply_add(isa, name, _ROUNDS), seconds)
 
 
 def _read_rate(memory: np.ndarray, seconds: float) -> float:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from codellama_rt.cli import main as cli
 from codellama_rt.llm.variants import SHAPES
 from codellama_rt.ops.native import _core
 from codellama_rt.ops.schema import OPS
+from codellama_rt.tools import limits as limits_module
 from codellama_rt.tools.bench import op_check, tables
 from codellama_rt.tools.bench.compare import compare_records
 from codellama_rt.tools.bench.generate_rows import Model, generate_rows
@@ -41,6 +43,7 @@ from codellama_rt.tools.limits import (
     measure_limits,
     peak,
     probe_memory,
+    set_rates,
 )
 
 ROW = {
@@ -191,6 +194,24 @@ def test_a_probe_counts_its_operations(isa):
         once = _core.multiply_add(isa, name, 1)
         assert once % ops.num_threads() == 0
         assert _core.multiply_add(isa, name, 3) == 3 * once
+
+
+def test_rates_of_a_set_are_those_of_what_its_kernels_use(monkeypatch):
+    has = {"avx512_bf16": ["fp32 FMA", "vdpbf16ps", "vpmaddwd", "vpdpbusd"], "avx2": ["fp32 FMA"]}
+    speed = {"fp32 FMA": 4.0, "vdpbf16ps": 2.0, "vpmaddwd": 9.0, "vpdpbusd": 8.0}
+    core = SimpleNamespace(
+        INSTRUCTIONS=list(speed), multiply_add=lambda isa, name, rounds: name in has[isa]
+    )
+    monkeypatch.setattr(limits_module, "_core", core)
+    monkeypatch.setattr(limits_module, "_rate", lambda isa, name, seconds: speed[name])
+    assert set_rates("avx512_bf16") == {
+        "float32": 4.0, "float16": 4.0, "bfloat16": 2.0, "int8": 8.0
+    }  # fmt: skip
+    assert set(set_rates("avx2").values()) == {4.0}
+    monkeypatch.undo()
+    before = ops.isa()
+    assert min(set_rates("baseline", 0.0).values()) > 0
+    assert ops.isa() == before
 
 
 def test_the_memory_that_is_read_lies_in_huge_pages_where_there_are_any():
