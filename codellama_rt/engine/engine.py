@@ -94,6 +94,8 @@ class Engine:
         max_model_len: int,
         prefix_caching: bool = True,
         generation_config: Mapping | None = None,
+        max_step_seconds: float | None = 1.0,
+        max_queued_tokens: int | None = None,
         check_files: Callable[[], None] | None = None,
     ) -> None:
         """Start with nothing queued and an empty prefix cache.
@@ -107,6 +109,11 @@ class Engine:
             max_model_len: tokens of prompt and output together.
             prefix_caching: whether equal prefixes are computed once.
             generation_config: its "eos_token_id" ends an output, too.
+            max_step_seconds: how long a step with prompts may take while others wait for it, by a
+                model of cost that learns from the steps; beside running outputs at most three times
+                what they take alone. It changes when tokens are computed and no bit of them. None:
+                steps are bounded by `max_num_batched_tokens` alone.
+            max_queued_tokens: prompt tokens that may wait to be computed; None: any number.
             check_files: called before each request; raises if a file with weights has changed.
         """
         if max_model_len < 2:
@@ -116,7 +123,14 @@ class Engine:
         self.check_files = check_files or (lambda: None)
         self.eos_token_ids = end_token_ids(model.config, generation_config or {}, tokenizer)
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
-        self.scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens)
+        self.scheduler = Scheduler(
+            blocks,
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_step_seconds=checked_seconds("max_step_seconds", max_step_seconds),
+            cost=None if max_step_seconds is None else StepCost(model.config),
+        )
+        self.max_queued_tokens = max_queued_tokens
         scaling = model.config.rope_scaling
         self._has_dynamic_rope = scaling is not None and scaling.depends_on_length
         self._requests: dict[str, Request] = {}  # unfinished
