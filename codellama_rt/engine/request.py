@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from numbers import Integral
+from time import perf_counter
 
 import numpy as np
 
 from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
+from codellama_rt.engine.metrics import RequestClock, RequestMetrics
 from codellama_rt.engine.sampler import TokenSampler
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
@@ -38,6 +40,7 @@ class Output:
         finish_reason: "stop" | "length" | "abort" | "error" when finished.
         stop_reason: the token id or the string that stopped it.
         error: the exception when `finish_reason` is "error".
+        metrics: times and counts of the request and the sample so far.
     """
 
     request_id: str
@@ -50,6 +53,7 @@ class Output:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
+    metrics: RequestMetrics | None = None
 
 
 class Request:
@@ -96,6 +100,7 @@ class Request:
         self.bad_runs = bad_word_runs(params.bad_words, tokenizer, vocab_size)
         self.prompt_logprobs = None if params.prompt_logprobs is None else PromptLogprobs()
         self.inbox = inbox
+        self.clock = RequestClock(perf_counter())
         self.samples = [Sample(self, sequence)]
         self._has_ended = False
 
@@ -125,12 +130,36 @@ class Request:
             self._take_prompt_logits(logits[:num_prompt_logits], first)
         if not chunk.samples:
             return []
+        if self.params.max_tokens == 0:
+            return self._end_prompt(sample)
         forks = [
             Sample(self, sample.sequence.fork(i, first_logit=chunk.stop))
             for i in range(len(self.samples), self.params.n)
         ]
         self.samples += forks
         return [one.accept(logits[-1]) for one in (sample, *forks)]
+
+    def _end_prompt(self, sample: Sample) -> list[Output]:
+        """Return the outputs of a request that wanted nothing but its prompt computed."""
+        outputs = [_last_output(self.request_id, i, "length") for i in range(self.params.n)]
+        outputs[0].prompt_logprobs = self.prompt_logprobs
+        sample.is_finished = self._has_ended = True
+        return outputs
+
+    def measure(self, outputs: Iterable[Output], now: float) -> None:
+        """Give outputs, which are made at `now`, their metrics."""
+        prompt_tokens = self.samples[0].sequence.prompt_len
+        for output in outputs:
+            sample = self.samples[min(output.index, len(self.samples) - 1)]
+            output.metrics = self.clock.metrics(
+                now,
+                sample.last_token if output.token_ids else None,
+                prompt_tokens=prompt_tokens,
+                output_tokens=sample.sequence.num_generated,
+                steps=sample.num_steps,
+            )
+            if output.token_ids:
+                sample.last_token = now
 
     def undo(self, sample: Sample, num_tokens: int, num_samples: int) -> None:
         """Go back to before `take`: to so many tokens of this sample, and so many samples."""
@@ -181,6 +210,8 @@ class Sample:
         self.request = request
         self.sequence = sequence
         self.index = sequence.order[-1]
+        self.num_steps = 0
+        self.last_token: float | None = None  # when it was chosen
         self.restart()
 
     def restart(self) -> None:

@@ -31,7 +31,7 @@ class _Range(NamedTuple):
 
 _INTEGERS = {
     "n": _Range(1, MAX_SAMPLES),
-    "max_tokens": _Range(1),
+    "max_tokens": _Range(0),
     "min_tokens": _Range(0),
     "top_k": _Range(-1),
     "seed": _Range(0, 2**64 - 1),
@@ -57,7 +57,8 @@ class SamplingParams:
 
     Args:
         n: samples of one prompt, 1 to 64.
-        max_tokens: maximum number of new tokens; None: as many as the model's length allows.
+        max_tokens: maximum number of new tokens; None: as many as the model's length allows; 0: the
+            prompt is computed, for its `prompt_logprobs` or for the prefix cache.
         min_tokens: new tokens before end-of-sequence, a stop token or a stop string may end it.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the likeliest tokens whose predecessors sum to at most this probability.

@@ -111,6 +111,17 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
 
+    def backlog_seconds(self) -> float | None:
+        """Return how long the pending tokens take in full steps, or None if that is unknown."""
+        if self.cost is None:
+            return None
+        seconds = 0.0
+        for one in (*self.running, *self.waiting):
+            if one.num_uncomputed > 1:
+                chunk = _chunk(one, one.num_uncomputed)
+                seconds += self.cost.seconds([chunk]) - self.cost.fixed
+        return seconds + self.cost.fixed * self.num_pending_tokens / self.max_num_batched_tokens
+
     @property
     def max_computed_tokens(self) -> int:
         """Number of tokens of one sequence that fit the KV cache if it has all blocks."""

@@ -323,9 +323,7 @@ class FakeCost:
         (50.0, 200, 22, 200),  # the tokens are the bound; at most three times the decode
     ],
 )
-def test_prompts_take_what_the_time_of_a_step_leaves(
-    max_step_seconds, alone, beside, with_another
-):
+def test_prompts_take_what_the_time_of_a_step_leaves(max_step_seconds, alone, beside, with_another):
     def fresh():
         blocks = BlockManager(512, 4, prefix_caching=False)
         return Scheduler(blocks, 8, 200, max_step_seconds=max_step_seconds, cost=FakeCost())
