@@ -372,7 +372,7 @@ class Engine:
         """Return current gauges (running, waiting, KV use), and totals since the start.
 
         Under "histograms" are those of times and lengths, each as {"buckets": [(bound, values up to
-        it)], "count": ..., "sum": ...}; under "finish_reasons" is how often outputs ended for which.
+        it)], "count": ..., "sum": ...}; under "finish_reasons" is how many outputs ended why.
         It does not wait for a step under way in another thread.
         """
         if self.owner.is_free():
