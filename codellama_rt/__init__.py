@@ -16,6 +16,7 @@ _HOME = {
     "Completion": "engine.completion",
     "SamplingParams": "engine.sampling_params",
     "Engine": "engine.engine",
+    "AsyncEngine": "engine.async_engine",
     "Output": "engine.request",
     "CodeLlamaTokenizer": "hf.code_llama_tokenizer",
     "LlamaForCausalLM": "hf.causal_lm",
@@ -24,6 +25,7 @@ _HOME = {
     "TextIteratorStreamer": "hf.text_streamer",
     "VARIANTS": "llm.variants",
     "CheckpointError": "errors",
+    "QueueFullError": "errors",
     "ops": "ops",
 }
 

@@ -83,6 +83,10 @@ class _Totals:
 class Engine:
     """Run any number of requests on one model and one KV cache.
 
+    Attributes:
+        on_step: called after each step, by the thread that made it; it must not use the engine.
+            What it raises is logged.
+
     Example:
         >>> engine = Engine(model, kv_cache, tokenizer, max_model_len=4096)  # doctest: +SKIP
         >>> engine.add_request("a", [1, 15043], SamplingParams())  # doctest: +SKIP
@@ -105,7 +109,6 @@ class Engine:
         max_step_seconds: float | None = 1.0,
         max_queued_tokens: int | None = None,
         check_files: Callable[[], None] | None = None,
-        on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
         """Start with nothing queued and an empty prefix cache.
 
@@ -124,8 +127,6 @@ class Engine:
                 steps are bounded by `max_num_batched_tokens` alone.
             max_queued_tokens: prompt tokens that may wait to be computed; None: any number.
             check_files: called before each request; raises if a file with weights has changed.
-            on_step: called after each step, by the thread that made it; it must not use the engine.
-                What it raises is logged.
         """
         if max_model_len < 2:
             raise ValueError(f"max_model_len must be >= 2 (one in, one out), got {max_model_len}")
@@ -142,7 +143,7 @@ class Engine:
             cost=None if max_step_seconds is None else StepCost(model.config),
         )
         self.max_queued_tokens = checked_tokens("max_queued_tokens", max_queued_tokens)
-        self._on_step = on_step
+        self.on_step: Callable[[StepRecord], None] | None = None
         scaling = model.config.rope_scaling
         self._has_dynamic_rope = scaling is not None and scaling.depends_on_length
         self._requests: dict[str, Request] = {}  # unfinished
@@ -478,13 +479,13 @@ class Engine:
         self._totals.schedule_seconds += perf_counter() - started
         results = self._results(chunks)
         computed = perf_counter()
-        part = tuple(self._name(chunk) for chunk in chunks) if self._on_step else ()
+        part = tuple(self._name(chunk) for chunk in chunks) if self.on_step else ()
         for chunk, result in zip(chunks, results, strict=True):
             self._take(chunk, result, started, computed)
         ended = perf_counter()
         self._totals.sample_seconds += ended - computed
         self._metrics.step_seconds.observe(ended - started)
-        if self._on_step is not None:
+        if self.on_step is not None:
             self._report(started, before, part)
 
     def _name(self, chunk: Chunk) -> tuple[str, int, int, int]:
@@ -506,7 +507,7 @@ class Engine:
             len(self.scheduler.waiting),
         )
         try:
-            self._on_step(record)
+            self.on_step(record)
         except Exception:
             logger.exception("on_step raised; the engine goes on")
 

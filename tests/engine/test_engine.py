@@ -365,7 +365,8 @@ def test_limits_are_positive_numbers(name, limit, error):
 
 def test_every_step_is_reported(caplog):
     records = []
-    engine = engine_of(max_num_batched_tokens=4, on_step=records.append)
+    engine = engine_of(max_num_batched_tokens=4)
+    engine.on_step = records.append
     engine.add_request("a", PROMPT, SamplingParams(max_tokens=2, n=2, ignore_eos=True))
     drain(engine)
     assert [record.chunks for record in records] == [
@@ -379,7 +380,8 @@ def test_every_step_is_reported(caplog):
     def fail(record):
         raise ValueError("of the callback")
 
-    engine = engine_of(on_step=fail)
+    engine = engine_of()
+    engine.on_step = fail
     engine.add_request("a", PROMPT, SamplingParams(max_tokens=2, ignore_eos=True))
     assert len(drain(engine)["a", 0].token_ids) == 2
     assert "on_step raised" in caplog.text
