@@ -15,6 +15,7 @@ _HOME = {
     "LLM": "llm.llm",
     "Completion": "engine.completion",
     "SamplingParams": "engine.sampling_params",
+    "StructuredOutputs": "engine.structured_outputs",
     "Engine": "engine.engine",
     "Output": "engine.request",
     "CodeLlamaTokenizer": "hf.code_llama_tokenizer",

@@ -24,9 +24,14 @@ import numpy as np
 
 from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.block_manager import BlockManager
+from codellama_rt.engine.grammar import Grammars
 from codellama_rt.engine.owner import Owner
 from codellama_rt.engine.request import Output, Request, Sample, check_params, checked_prompt
-from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import (
+    LogitsProcessor,
+    SamplingParams,
+    checked_processors,
+)
 from codellama_rt.engine.scheduler import Scheduler
 from codellama_rt.engine.sequence import Chunk, Sequence
 from codellama_rt.engine.stop_strings import Tokenizer, end_token_ids
@@ -95,6 +100,7 @@ class Engine:
         prefix_caching: bool = True,
         generation_config: Mapping | None = None,
         check_files: Callable[[], None] | None = None,
+        logits_processors: Collection[LogitsProcessor] = (),
     ) -> None:
         """Start with nothing queued and an empty prefix cache.
 
@@ -108,6 +114,7 @@ class Engine:
             prefix_caching: whether equal prefixes are computed once.
             generation_config: its "eos_token_id" ends an output, too.
             check_files: called before each request; raises if a file with weights has changed.
+            logits_processors: as those of `SamplingParams`, for every request, before its own.
         """
         if max_model_len < 2:
             raise ValueError(f"max_model_len must be >= 2 (one in, one out), got {max_model_len}")
@@ -115,6 +122,8 @@ class Engine:
         self.max_model_len = max_model_len
         self.check_files = check_files or (lambda: None)
         self.eos_token_ids = end_token_ids(model.config, generation_config or {}, tokenizer)
+        self._logits_processors = checked_processors(logits_processors)
+        self._grammars = Grammars(tokenizer, model.config.vocab_size)
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
         self.scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens)
         scaling = model.config.rope_scaling
@@ -152,9 +161,11 @@ class Engine:
             inbox: receives the outputs in place of `step`'s result.
 
         Raises:
-            ValueError: an id in use, a token outside the vocabulary, a prompt that can never fit.
+            ValueError: an id in use, a token outside the vocabulary, a prompt that can never fit,
+                or a grammar that cannot be compiled.
             TypeError: a wrong type. In both cases nothing has changed.
             RuntimeError: the engine is closed, or a file with weights has changed.
+            ImportError: `structured_outputs` without llguidance.
         """
         _check_names(request_id, priority)
         params = SamplingParams() if params is None else params
@@ -354,6 +365,7 @@ class Engine:
     ) -> Request:
         if params.prompt_logprobs is not None:
             sequence.first_logit = 0
+        wanted = params.structured_outputs
         return Request(
             request_id,
             params,
@@ -364,6 +376,8 @@ class Engine:
             vocab_size=self.model.config.vocab_size,
             tokenizer=self.tokenizer,
             inbox=inbox,
+            grammar=None if wanted is None else self._grammars.get(wanted),
+            processors=self._logits_processors,
         )
 
     def _add(self, request: Request) -> None:
@@ -397,6 +411,9 @@ class Engine:
         if not chunks:
             self._make_room()
         self.copy_blocks()
+        for chunk in chunks:
+            if chunk.samples:
+                self._samples[chunk.sequence].prepare()
         self._totals.schedule_seconds += perf_counter() - started
         results = self._results(chunks)
         computed = perf_counter()
