@@ -83,8 +83,9 @@ class _Spelling:
     def __call__(self, text: str) -> list[int]:
         """Return tokens whose bytes are exactly the text: the tokenizer's own if they are."""
         ids, spelled = self._tokenizer.encode_continuation(text), text.encode()
-        known = (self.tokens[token_id] for token_id in ids if token_id < self.eos_token_id)
-        return ids if b"".join(known) == spelled else self._longest_pieces(spelled)
+        pieces = [self.tokens[i] if i < self.eos_token_id else b"" for i in ids]
+        is_exact = all(pieces) and b"".join(pieces) == spelled
+        return ids if is_exact else self._longest_pieces(spelled)
 
     def _longest_pieces(self, text: bytes) -> list[int]:
         ids, begin = [], 0

@@ -232,10 +232,12 @@ def checked_processors(given: object) -> tuple[LogitsProcessor, ...]:
     """Return processors as a tuple; TypeError unless all are callable."""
     processors = () if given is None else given
     if not isinstance(processors, (tuple, list)):
-        raise _wrong_type("logits_processors", "a list of callables", given)
+        kind = type(given).__name__
+        raise TypeError(f"logits_processors must be a list of callables, got {kind}")
     for i, processor in enumerate(processors):
         if not callable(processor):
-            raise _wrong_type(f"logits_processors[{i}]", "callable", processor)
+            kind = type(processor).__name__
+            raise TypeError(f"logits_processors[{i}] must be callable, got {kind}")
     return tuple(processors)
 
 
