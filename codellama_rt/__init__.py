@@ -15,6 +15,7 @@ _HOME = {
     "LLM": "llm.llm",
     "Completion": "engine.completion",
     "SamplingParams": "engine.sampling_params",
+    "StructuredOutputs": "engine.structured_outputs",
     "Engine": "engine.engine",
     "AsyncEngine": "engine.async_engine",
     "Output": "engine.request",

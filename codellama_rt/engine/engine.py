@@ -27,10 +27,15 @@ import numpy as np
 
 from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.block_manager import BlockManager
+from codellama_rt.engine.grammar import Grammars
 from codellama_rt.engine.metrics import EngineMetrics, StepRecord
 from codellama_rt.engine.owner import Owner
 from codellama_rt.engine.request import Output, Request, Sample, check_params, checked_prompt
-from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import (
+    LogitsProcessor,
+    SamplingParams,
+    checked_processors,
+)
 from codellama_rt.engine.scheduler import Scheduler
 from codellama_rt.engine.sequence import Chunk, Sequence
 from codellama_rt.engine.step_cost import StepCost
@@ -109,6 +114,7 @@ class Engine:
         max_step_seconds: float | None = 1.0,
         max_queued_tokens: int | None = None,
         check_files: Callable[[], None] | None = None,
+        logits_processors: Collection[LogitsProcessor] = (),
     ) -> None:
         """Start with nothing queued and an empty prefix cache.
 
@@ -127,6 +133,7 @@ class Engine:
                 steps are bounded by `max_num_batched_tokens` alone.
             max_queued_tokens: prompt tokens that may wait to be computed; None: any number.
             check_files: called before each request; raises if a file with weights has changed.
+            logits_processors: as those of `SamplingParams`, for every request, before its own.
         """
         if max_model_len < 2:
             raise ValueError(f"max_model_len must be >= 2 (one in, one out), got {max_model_len}")
@@ -134,6 +141,8 @@ class Engine:
         self.max_model_len = max_model_len
         self.check_files = check_files or (lambda: None)
         self.eos_token_ids = end_token_ids(model.config, generation_config or {}, tokenizer)
+        self._logits_processors = checked_processors(logits_processors)
+        self._grammars = Grammars(tokenizer, model.config.vocab_size)
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
         self.scheduler = Scheduler(
             blocks,
@@ -180,11 +189,13 @@ class Engine:
             inbox: receives the outputs in place of `step`'s result.
 
         Raises:
-            ValueError: an id in use, a token outside the vocabulary, a prompt that can never fit.
+            ValueError: an id in use, a token outside the vocabulary, a prompt that can never fit,
+                or a grammar that cannot be compiled.
             TypeError: a wrong type.
             QueueFullError: more than `max_queued_tokens` would wait. In all cases nothing has
                 changed.
             RuntimeError: the engine is closed, or a file with weights has changed.
+            ImportError: `structured_outputs` without llguidance.
         """
         request = self.make_request(
             request_id, prompt_token_ids, params, priority=priority, adapter=adapter, inbox=inbox
@@ -215,6 +226,7 @@ class Engine:
         sequence = self.make_sequence(token_ids, (priority, 0, 0), adapter)
         if params.prompt_logprobs is not None:
             sequence.first_logit = 0
+        wanted = params.structured_outputs
         return Request(
             request_id,
             params,
@@ -225,6 +237,8 @@ class Engine:
             vocab_size=vocab_size,
             tokenizer=self.tokenizer,
             inbox=inbox,
+            grammar=None if wanted is None else self._grammars.get(wanted),
+            processors=self._logits_processors,
         )
 
     def submit(self, request: Request) -> None:
@@ -476,6 +490,9 @@ class Engine:
         if not chunks:
             self._make_room()
         self.copy_blocks()
+        for chunk in chunks:
+            if chunk.samples:
+                self._samples[chunk.sequence].prepare()
         self._totals.schedule_seconds += perf_counter() - started
         results = self._results(chunks)
         computed = perf_counter()

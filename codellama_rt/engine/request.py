@@ -11,10 +11,11 @@ from time import perf_counter
 
 import numpy as np
 
+from codellama_rt.engine.grammar import Grammar
 from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
 from codellama_rt.engine.metrics import RequestClock, RequestMetrics
 from codellama_rt.engine.sampler import TokenSampler
-from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
 from codellama_rt.engine.stop_strings import (
     TextStream,
@@ -71,6 +72,8 @@ class Request:
         vocab_size: int,
         tokenizer: Tokenizer | None,
         inbox: deque[Output] | None = None,
+        grammar: Grammar | None = None,
+        processors: Collection[LogitsProcessor] = (),
     ) -> None:
         """Start with the first sample; its first logits add the others.
 
@@ -84,6 +87,11 @@ class Request:
             vocab_size: of the model.
             tokenizer: for the text; None: tokens only.
             inbox: where its outputs go; None: to whoever calls `Engine.step`.
+            grammar: of `params.structured_outputs`.
+            processors: the engine's, called before the request's own.
+
+        Raises:
+            ValueError: a grammar, and no token that ends the output.
         """
         self.request_id = request_id
         self.params = params
@@ -101,6 +109,12 @@ class Request:
         self.prompt_logprobs = None if params.prompt_logprobs is None else PromptLogprobs()
         self.inbox = inbox
         self.clock = RequestClock(perf_counter())
+        self.grammar, self.processors = grammar, processors
+        if grammar is not None and not self.end_ids:
+            raise ValueError(
+                "structured_outputs need a token that ends the output; leave ignore_eos off or "
+                "give stop_token_ids"
+            )
         self.samples = [Sample(self, sequence)]
         self._has_ended = False
 
@@ -218,6 +232,10 @@ class Sample:
         """Bring what follows from the tokens to where they are."""
         request, sequence, params = self.request, self.sequence, self.request.params
         prompt_ids = sequence.token_ids[: sequence.prompt_len]
+        grammar = None
+        if request.grammar is not None:
+            drops_lead = params.skip_special_tokens and request.tokenizer.begins_text(prompt_ids)
+            grammar = request.grammar.start(request.end_ids, drops_lead=drops_lead)
         self._sampler = TokenSampler(
             params,
             request.seed,
@@ -227,6 +245,8 @@ class Sample:
             request.end_ids,
             request.request_id,
             request.bad_runs,
+            grammar,
+            request.processors,
         )
         self._stream = None
         if request.tokenizer is not None:
@@ -240,6 +260,10 @@ class Sample:
             if self._stream is not None:
                 self._stream.push(token_id, may_stop=i >= params.min_tokens)
         self.is_finished = False
+
+    def prepare(self) -> None:
+        """Begin to compute what `accept` needs besides logits, while the model computes those."""
+        self._sampler.prepare()
 
     def accept(self, logits: np.ndarray) -> Output:
         """Choose the next token from its logits and append it.
@@ -351,6 +375,8 @@ def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -
         raise ValueError("stop strings need a tokenizer; give the engine one or use stop_token_ids")
     if params.bad_words and not has_tokenizer:
         raise ValueError("bad_words need a tokenizer; give the engine one or use logit_bias")
+    if params.structured_outputs is not None and not has_tokenizer:
+        raise ValueError("structured_outputs need a tokenizer; give the engine one")
 
 
 def check_token_id(token_id: int, vocab_size: int, name: str) -> None:
