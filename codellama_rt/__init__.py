@@ -16,7 +16,9 @@ _HOME = {
     "LLM": "llm.llm",
     "Completion": "engine.completion",
     "SamplingParams": "engine.sampling_params",
+    "StructuredOutputs": "engine.structured_outputs",
     "Engine": "engine.engine",
+    "AsyncEngine": "engine.async_engine",
     "Output": "engine.request",
     "CodeLlamaTokenizer": "hf.code_llama_tokenizer",
     "LlamaForCausalLM": "hf.causal_lm",
@@ -25,6 +27,7 @@ _HOME = {
     "TextIteratorStreamer": "hf.text_streamer",
     "VARIANTS": "llm.variants",
     "CheckpointError": "errors",
+    "QueueFullError": "errors",
     "ops": "ops",
 }
 

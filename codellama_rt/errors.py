@@ -11,6 +11,24 @@ class CheckpointChangedError(CheckpointError, RuntimeError):
     """A file whose weights are in use has been written or cut; no request is at fault."""
 
 
+class QueueFullError(RuntimeError):
+    """More prompt tokens wait than `max_queued_tokens`; the request can be made again later.
+
+    Attributes:
+        pending_tokens: prompt tokens that wait to be computed.
+        retry_after_s: seconds that these will take, as far as known, or None.
+    """
+
+    def __init__(self, pending_tokens: int, limit: int, retry_after_s: float | None) -> None:
+        """Say how full the queue is."""
+        super().__init__(
+            f"{pending_tokens} prompt tokens wait already and max_queued_tokens={limit}; "
+            "try again later"
+        )
+        self.pending_tokens = pending_tokens
+        self.retry_after_s = retry_after_s
+
+
 class CheckpointWarning(UserWarning):
     """A checkpoint is used although something in it is wrong; the message has file and remedy."""
 

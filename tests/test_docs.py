@@ -87,6 +87,8 @@ def desk(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("hole.py").write_text("a = <FILL_ME>\n")
     Path("prompt.txt").write_text("def f(")
+    Path("schema.json").write_text('{"type": "array", "maxItems": 2}')
+    Path("names.gbnf").write_text('root ::= [a-z]+ "\\n"')
     write_mbpp(Path("mbpp.jsonl"))
     Path("long.py").write_text("def f(x):\n    return x\n" * 20)
     Path("lora-folder").symlink_to(Path(folder).parent / "lora")

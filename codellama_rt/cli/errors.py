@@ -23,6 +23,7 @@ _OPTIONS = {
     "stop_token_ids": "--stop-token-id",
     "allowed_token_ids": "--allowed-token-id",
     "bad_words": "--bad-word",
+    "json": "--json-schema",
     "prompt_token_ids": "--prompt",
 } | {
     name: f"--{name.replace('_', '-')}"
@@ -42,6 +43,7 @@ _OPTIONS = {
         *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
         *("presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "ignore_eos"),
         *("include_stop_str_in_output", "skip_special_tokens"),
+        *("regex", "choice", "grammar", "json_object"),
         *("n", "logprobs", "prompt_logprobs", "shards", "context", "batch", "chat_template"),
     )
 }
@@ -51,7 +53,7 @@ _UNLIKE_PROSE = "|".join(name for name in _OPTIONS if "_" in name and "rope" not
 _PARAMETER = re.compile(
     rf"(?<![\w/.\\-])(?:(?P<assigned>{_ASSIGNED})(?:=| (?='))(?P<value>'[^']*'|[\w.+-]*\w)"
     rf"|(?P<named>{_UNLIKE_PROSE})(?![\w/\\])"
-    rf"|^(?:SamplingParams: )?(?P<subject>{'|'.join(_OPTIONS)})(?= must))"
+    rf"|^(?:(?:SamplingParams|StructuredOutputs): )?(?P<subject>{'|'.join(_OPTIONS)})(?= must))"
 )
 
 

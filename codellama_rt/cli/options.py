@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.engine.structured_outputs import StructuredOutputs
 
 
 def checked_size(text: str | None) -> str | None:
@@ -51,6 +52,7 @@ def parsed_scaling(text: str) -> dict[str, Any]:
 
 # Parameters that say which token comes next.
 CHOOSING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_FORMS = ("json_schema", "json_object", "regex", "choice", "grammar")  # of StructuredOutputs
 
 # The choices are written out here because the modules that define them load NumPy; a test compares.
 DeviceName = Literal["cpu", "cuda", "ascend"]
@@ -183,6 +185,26 @@ class SamplingOptions:
         list[str] | None,
         typer.Option(metavar="TEXT", help="Never write the tokens of this text; may be repeated."),
     ] = None
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False, help="Write JSON that fits this schema."
+        ),
+    ] = None
+    json_object: Annotated[bool, typer.Option("--json-object", help="Write a JSON object.")] = False
+    regex: Annotated[
+        str | None, typer.Option(help="Write what this regular expression matches.")
+    ] = None
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Write one of these texts; may be repeated."),
+    ] = None
+    grammar: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False, help="Follow a grammar of Lark or GBNF."
+        ),
+    ] = None
     seed: Annotated[int | None, typer.Option(help="Make sampling repeatable.")] = None
     stop: Annotated[
         list[str] | None,
@@ -229,8 +251,9 @@ class SamplingOptions:
         given: dict[str, Any] = {
             field.name: getattr(self, field.name)
             for field in fields(self)
-            if getattr(self, field.name) not in (None, [])
+            if getattr(self, field.name) not in (None, []) and field.name not in _FORMS
         }
+        given["structured_outputs"] = self._structured_outputs()
         names = {
             "max_new_tokens": "max_tokens",
             "stop_token_id": "stop_token_ids",
@@ -240,6 +263,15 @@ class SamplingOptions:
         if "logit_bias" in given:
             given["logit_bias"] = dict(map(_token_and_bias, given["logit_bias"]))
         return replace(defaults, **{names.get(name, name): x for name, x in given.items()})
+
+    def _structured_outputs(self) -> StructuredOutputs | None:
+        given = {name: getattr(self, name) for name in _FORMS if getattr(self, name)}
+        for name in ("json_schema", "grammar"):
+            if name in given:
+                given[name] = given[name].read_text(encoding="utf-8")
+        if "json_schema" in given:
+            given["json"] = given.pop("json_schema")
+        return StructuredOutputs(**given) if given else None
 
 
 @dataclass

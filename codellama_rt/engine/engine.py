@@ -11,11 +11,14 @@ together, by plain assignments; everything else is computed anew from them (`_re
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 import secrets
 from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
@@ -24,15 +27,25 @@ import numpy as np
 
 from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.block_manager import BlockManager
+from codellama_rt.engine.grammar import Grammars
+from codellama_rt.engine.metrics import EngineMetrics, StepRecord
 from codellama_rt.engine.owner import Owner
 from codellama_rt.engine.request import Output, Request, Sample, check_params, checked_prompt
-from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import (
+    LogitsProcessor,
+    SamplingParams,
+    checked_processors,
+)
 from codellama_rt.engine.scheduler import Scheduler
 from codellama_rt.engine.sequence import Chunk, Sequence
+from codellama_rt.engine.step_cost import StepCost
 from codellama_rt.engine.stop_strings import Tokenizer, end_token_ids
+from codellama_rt.errors import QueueFullError
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.interface import Decoder, KVCache
 from codellama_rt.model.lora import LoraAdapter, check_adapter
+
+logger = logging.getLogger(__name__)
 
 
 class Search(Protocol):
@@ -75,6 +88,10 @@ class _Totals:
 class Engine:
     """Run any number of requests on one model and one KV cache.
 
+    Attributes:
+        on_step: called after each step, by the thread that made it; it must not use the engine.
+            What it raises is logged.
+
     Example:
         >>> engine = Engine(model, kv_cache, tokenizer, max_model_len=4096)  # doctest: +SKIP
         >>> engine.add_request("a", [1, 15043], SamplingParams())  # doctest: +SKIP
@@ -94,7 +111,10 @@ class Engine:
         max_model_len: int,
         prefix_caching: bool = True,
         generation_config: Mapping | None = None,
+        max_step_seconds: float | None = 1.0,
+        max_queued_tokens: int | None = None,
         check_files: Callable[[], None] | None = None,
+        logits_processors: Collection[LogitsProcessor] = (),
     ) -> None:
         """Start with nothing queued and an empty prefix cache.
 
@@ -107,7 +127,13 @@ class Engine:
             max_model_len: tokens of prompt and output together.
             prefix_caching: whether equal prefixes are computed once.
             generation_config: its "eos_token_id" ends an output, too.
+            max_step_seconds: how long a step with prompts may take while others wait for it, by a
+                model of cost that learns from the steps; beside running outputs at most three times
+                what they take alone. It changes when tokens are computed and no bit of them. None:
+                steps are bounded by `max_num_batched_tokens` alone.
+            max_queued_tokens: prompt tokens that may wait to be computed; None: any number.
             check_files: called before each request; raises if a file with weights has changed.
+            logits_processors: as those of `SamplingParams`, for every request, before its own.
         """
         if max_model_len < 2:
             raise ValueError(f"max_model_len must be >= 2 (one in, one out), got {max_model_len}")
@@ -115,8 +141,18 @@ class Engine:
         self.max_model_len = max_model_len
         self.check_files = check_files or (lambda: None)
         self.eos_token_ids = end_token_ids(model.config, generation_config or {}, tokenizer)
+        self._logits_processors = checked_processors(logits_processors)
+        self._grammars = Grammars(tokenizer, model.config.vocab_size)
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
-        self.scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens)
+        self.scheduler = Scheduler(
+            blocks,
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_step_seconds=checked_seconds("max_step_seconds", max_step_seconds),
+            cost=None if max_step_seconds is None else StepCost(model.config),
+        )
+        self.max_queued_tokens = checked_tokens("max_queued_tokens", max_queued_tokens)
+        self.on_step: Callable[[StepRecord], None] | None = None
         scaling = model.config.rope_scaling
         self._has_dynamic_rope = scaling is not None and scaling.depends_on_length
         self._requests: dict[str, Request] = {}  # unfinished
@@ -129,6 +165,7 @@ class Engine:
         self._adapter_numbers: dict[LoraAdapter, int] = {}  # never reused: blocks outlive requests
         self._num_arrived = 0
         self._totals = _Totals()
+        self._metrics = EngineMetrics()
         self._closed = False
 
     def add_request(
@@ -152,29 +189,86 @@ class Engine:
             inbox: receives the outputs in place of `step`'s result.
 
         Raises:
-            ValueError: an id in use, a token outside the vocabulary, a prompt that can never fit.
-            TypeError: a wrong type. In both cases nothing has changed.
+            ValueError: an id in use, a token outside the vocabulary, a prompt that can never fit,
+                or a grammar that cannot be compiled.
+            TypeError: a wrong type.
+            QueueFullError: more than `max_queued_tokens` would wait. In all cases nothing has
+                changed.
             RuntimeError: the engine is closed, or a file with weights has changed.
+            ImportError: `structured_outputs` without llguidance.
+        """
+        request = self.make_request(
+            request_id, prompt_token_ids, params, priority=priority, adapter=adapter, inbox=inbox
+        )
+        self.submit(request)
+
+    def make_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Collection[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        adapter: LoraAdapter | None = None,
+        inbox: deque[Output] | None = None,
+    ) -> Request:
+        """Check a request as `add_request` does, and return it for `submit`, without waiting.
+
+        It may be called in any thread, also while a step is under way.
         """
         _check_names(request_id, priority)
         params = SamplingParams() if params is None else params
         vocab_size = self.model.config.vocab_size
         check_params(params, vocab_size, self.tokenizer is not None)
         token_ids = checked_prompt(prompt_token_ids, vocab_size)
-        self.check_length(len(token_ids))
+        self.check_length(len(token_ids), generates=params.max_tokens != 0)
         self.scheduler.check_length(len(token_ids))
         sequence = self.make_sequence(token_ids, (priority, 0, 0), adapter)
-        request = self._make_request(request_id, sequence, params, inbox)
+        if params.prompt_logprobs is not None:
+            sequence.first_logit = 0
+        wanted = params.structured_outputs
+        return Request(
+            request_id,
+            params,
+            sequence,
+            max_len=self._max_len(sequence.prompt_len, params),
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            eos_token_ids=self.eos_token_ids,
+            vocab_size=vocab_size,
+            tokenizer=self.tokenizer,
+            inbox=inbox,
+            grammar=None if wanted is None else self._grammars.get(wanted),
+            processors=self._logits_processors,
+        )
+
+    def submit(self, request: Request) -> None:
+        """Queue a request of `make_request`; raises as `add_request` does."""
         with self.owner:
             self._drop_discarded()
-            is_closed, is_new = self._closed, request_id not in self._requests
-            if is_new and not is_closed:
-                sequence.order = priority, self._num_arrived, 0
+            error = self._reason_to_refuse(request)
+            if error is None:
+                sequence = request.samples[0].sequence
+                sequence.order = sequence.order[0], self._num_arrived, 0
                 self._add(request)
-        if is_closed:
-            self.check_open()
-        if not is_new:
-            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+        if error is not None:
+            raise error
+
+    def check_queue(self, num_tokens: int) -> None:
+        """Raise QueueFullError if so many more prompt tokens are more than may wait.
+
+        It may be called in any thread, also while a step is under way.
+        """
+        pending = self.scheduler.num_pending_tokens
+        if self.max_queued_tokens is not None and pending + num_tokens > self.max_queued_tokens:
+            raise QueueFullError(pending, self.max_queued_tokens, self.backlog_seconds())
+
+    def backlog_seconds(self) -> float | None:
+        """Return how long the prompts that wait will take, by what steps have cost so far.
+
+        Returns:
+            Seconds, or None if the engine does not measure the cost of its steps.
+        """
+        return self.scheduler.backlog_seconds()
 
     def step(self) -> list[Output]:
         """Compute one batch and return what each sample gained, possibly nothing.
@@ -238,7 +332,10 @@ class Engine:
         totals.steps += 1
         totals.computed_tokens += len(batch.token_ids)
         totals.schedule_seconds += scheduled - started
-        totals.model_seconds += perf_counter() - scheduled
+        seconds = perf_counter() - scheduled
+        totals.model_seconds += seconds
+        if self.scheduler.cost is not None:
+            self.scheduler.cost.learn(chunks, seconds)
         ends = itertools.accumulate(chunk.num_logits for chunk in chunks)
         return [
             logits[end - chunk.num_logits : end] for chunk, end in zip(chunks, ends, strict=True)
@@ -286,9 +383,11 @@ class Engine:
         sequence = self._requests[request_id].samples[0].sequence
         return min(sequence.num_computed, sequence.prompt_len), sequence.prompt_len
 
-    def stats(self) -> dict[str, int | float]:
-        """Return current gauges (running, waiting, KV use) and totals since the start.
+    def stats(self) -> dict[str, Any]:
+        """Return current gauges (running, waiting, KV use), and totals since the start.
 
+        Under "histograms" are those of times and lengths, each as {"buckets": [(bound, values up to
+        it)], "count": ..., "sum": ...}; under "finish_reasons" is how many outputs ended why.
         It does not wait for a step under way in another thread.
         """
         if self.owner.is_free():
@@ -298,6 +397,7 @@ class Engine:
         return {
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
+            "pending_prompt_tokens": self.scheduler.num_pending_tokens,
             "kv_blocks": blocks.num_blocks,
             "kv_blocks_free": blocks.num_free,
             "kv_usage": 1.0 - blocks.num_free / blocks.num_blocks,
@@ -305,6 +405,7 @@ class Engine:
             "prefix_queried_tokens": blocks.num_queried_tokens,
             "prefix_hit_tokens": blocks.num_hit_tokens,
             **{name: getattr(totals, name) for name in _Totals.__slots__},
+            **self._metrics.snapshot(),
         }
 
     def make_sequence(
@@ -324,12 +425,13 @@ class Engine:
             salt += number << 32
         return Sequence(token_ids, prompt_len, order, prompt_len - 1, salt, adapter)
 
-    def check_length(self, prompt_len: int) -> None:
-        """Raise ValueError if a prompt leaves no room for a token."""
-        if prompt_len > self.max_model_len - 1:
+    def check_length(self, prompt_len: int, *, generates: bool = True) -> None:
+        """Raise ValueError if a prompt is too long, or leaves no room for a token it is to have."""
+        if prompt_len > self.max_model_len - generates:
             raise ValueError(
-                f"prompt of {prompt_len} tokens does not fit max_model_len={self.max_model_len} "
-                f"with a token to generate: at most {self.max_model_len - 1}; "
+                f"prompt of {prompt_len} tokens does not fit max_model_len={self.max_model_len}"
+                f"{' with a token to generate' if generates else ''}: "
+                f"at most {self.max_model_len - generates}; "
                 "shorten the prompt or raise max_model_len"
             )
 
@@ -345,26 +447,17 @@ class Engine:
             for request_id in list(self._requests):
                 self._abort(request_id)
 
-    def _make_request(
-        self,
-        request_id: str,
-        sequence: Sequence,
-        params: SamplingParams,
-        inbox: deque[Output] | None,
-    ) -> Request:
-        if params.prompt_logprobs is not None:
-            sequence.first_logit = 0
-        return Request(
-            request_id,
-            params,
-            sequence,
-            max_len=self._max_len(sequence.prompt_len, params),
-            seed=secrets.randbits(64) if params.seed is None else params.seed,
-            eos_token_ids=self.eos_token_ids,
-            vocab_size=self.model.config.vocab_size,
-            tokenizer=self.tokenizer,
-            inbox=inbox,
-        )
+    def _reason_to_refuse(self, request: Request) -> Exception | None:
+        try:
+            self.check_open()
+            self.check_queue(request.samples[0].sequence.prompt_len)
+        except RuntimeError as error:
+            return error
+        if request.request_id in self._requests:
+            return ValueError(
+                f"request_id {request.request_id!r} is in use by an unfinished request"
+            )
+        return None
 
     def _add(self, request: Request) -> None:
         sample = request.samples[0]
@@ -391,18 +484,49 @@ class Engine:
         self._drop_discarded()
         if not self._requests:
             return
-        started = perf_counter()
+        before, started = replace(self._totals), perf_counter()
         self.copy_blocks()  # of a step that was interrupted
         chunks = self.scheduler.schedule()
         if not chunks:
             self._make_room()
         self.copy_blocks()
+        for chunk in chunks:
+            if chunk.samples:
+                self._samples[chunk.sequence].prepare()
         self._totals.schedule_seconds += perf_counter() - started
         results = self._results(chunks)
         computed = perf_counter()
+        part = tuple(self._name(chunk) for chunk in chunks) if self.on_step else ()
         for chunk, result in zip(chunks, results, strict=True):
-            self._take(chunk, result)
-        self._totals.sample_seconds += perf_counter() - computed
+            self._take(chunk, result, started, computed)
+        ended = perf_counter()
+        self._totals.sample_seconds += ended - computed
+        self._metrics.step_seconds.observe(ended - started)
+        if self.on_step is not None:
+            self._report(started, before, part)
+
+    def _name(self, chunk: Chunk) -> tuple[str, int, int, int]:
+        sample = self._samples[chunk.sequence]
+        return sample.request.request_id, sample.index, chunk.start, chunk.stop
+
+    def _report(
+        self, started: float, before: _Totals, chunks: tuple[tuple[str, int, int, int], ...]
+    ) -> None:
+        """Tell `on_step` of the step that began at `started`, when the totals were `before`."""
+        totals = self._totals
+        record = StepRecord(
+            started,
+            totals.schedule_seconds - before.schedule_seconds,
+            totals.model_seconds - before.model_seconds,
+            totals.sample_seconds - before.sample_seconds,
+            chunks,
+            len(self.scheduler.running),
+            len(self.scheduler.waiting),
+        )
+        try:
+            self.on_step(record)
+        except Exception:
+            logger.exception("on_step raised; the engine goes on")
 
     def _results(self, chunks: list[Chunk]) -> list[np.ndarray | Exception]:
         """Return the logits of each chunk, or what the model raised for it alone."""
@@ -410,7 +534,8 @@ class Engine:
             return []
         try:
             return self.compute(chunks)
-        except Exception:  # of one of them, or a passing one
+        except Exception as error:  # of one of them, or a passing one
+            logger.warning("a step failed and is repeated sequence by sequence: %r", error)
             return [self._result(chunk) for chunk in chunks]
 
     def _result(self, chunk: Chunk) -> np.ndarray | Exception:
@@ -426,8 +551,10 @@ class Engine:
         if not any(search.give_way() or search.is_computing for search in searches):
             raise RuntimeError("the scheduler found nothing to do for unfinished requests")
 
-    def _take(self, chunk: Chunk, result: np.ndarray | Exception) -> None:
-        """Give a sequence its logits, or end it with an error."""
+    def _take(
+        self, chunk: Chunk, result: np.ndarray | Exception, started: float, now: float
+    ) -> None:
+        """Give a sequence its logits of a step from `started` to `now`, or end it with an error."""
         sample = self._samples[chunk.sequence]
         request, sequence, num_samples = sample.request, chunk.sequence, len(sample.request.samples)
         first_logit = max(sequence.first_logit, chunk.stop)
@@ -439,6 +566,9 @@ class Engine:
             gained, num_computed = request.fail(sample, result), sequence.num_computed
         else:
             gained, num_computed = result, chunk.stop
+        sample.num_steps += 1
+        request.clock.note(chunk.start, started, now, has_token=bool(gained))
+        request.measure(gained, now)
         # No call stands between these lines, so that no exception can.
         if request.inbox is None:
             self._outputs += gained
@@ -449,6 +579,7 @@ class Engine:
         self._in_flight = None
 
         self._totals.generated_tokens += sum(len(output.token_ids) for output in gained)
+        self._metrics.count(gained)
         self.scheduler.blocks.index_full_blocks(sequence)
         forks = request.samples[num_samples:]
         for fork in forks:
@@ -506,6 +637,8 @@ class Engine:
         if request is None:
             return []
         outputs = request.end("abort")
+        request.measure(outputs, perf_counter())
+        self._metrics.count(outputs)
         if request.inbox is not None:
             request.inbox += outputs
         del self._requests[request_id]
@@ -524,3 +657,35 @@ def _check_names(request_id: object, priority: object) -> None:
         raise TypeError(f"request_id must be a non-empty str, got {request_id!r}")
     if not isinstance(priority, int) or isinstance(priority, bool):
         raise TypeError(f"priority must be an int, got {type(priority).__name__}")
+
+
+def checked_seconds(name: str, seconds: object) -> float:
+    """Return a limit of time; infinity for None.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not above 0.
+    """
+    if seconds is None:
+        return math.inf
+    if not isinstance(seconds, Real) or isinstance(seconds, bool):
+        raise TypeError(f"{name} must be a number of seconds or None, got {seconds!r}")
+    if not seconds > 0:
+        raise ValueError(f"{name} must be > 0, got {seconds}; None means no limit")
+    return float(seconds)
+
+
+def checked_tokens(name: str, count: object) -> int | None:
+    """Return a limit of tokens, or None.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: below 1.
+    """
+    if count is None:
+        return None
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{name} must be an int or None, got {count!r}")
+    if count < 1:
+        raise ValueError(f"{name} must be >= 1, got {count}; None means no limit")
+    return count

@@ -7,12 +7,15 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from numbers import Integral
+from time import perf_counter
 
 import numpy as np
 
+from codellama_rt.engine.grammar import Grammar
 from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
+from codellama_rt.engine.metrics import RequestClock, RequestMetrics
 from codellama_rt.engine.sampler import TokenSampler
-from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
 from codellama_rt.engine.stop_strings import (
     TextStream,
@@ -38,6 +41,7 @@ class Output:
         finish_reason: "stop" | "length" | "abort" | "error" when finished.
         stop_reason: the token id or the string that stopped it.
         error: the exception when `finish_reason` is "error".
+        metrics: times and counts of the request and the sample so far.
     """
 
     request_id: str
@@ -50,6 +54,7 @@ class Output:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
+    metrics: RequestMetrics | None = None
 
 
 class Request:
@@ -67,6 +72,8 @@ class Request:
         vocab_size: int,
         tokenizer: Tokenizer | None,
         inbox: deque[Output] | None = None,
+        grammar: Grammar | None = None,
+        processors: Collection[LogitsProcessor] = (),
     ) -> None:
         """Start with the first sample; its first logits add the others.
 
@@ -80,6 +87,11 @@ class Request:
             vocab_size: of the model.
             tokenizer: for the text; None: tokens only.
             inbox: where its outputs go; None: to whoever calls `Engine.step`.
+            grammar: of `params.structured_outputs`.
+            processors: the engine's, called before the request's own.
+
+        Raises:
+            ValueError: a grammar, and no token that ends the output.
         """
         self.request_id = request_id
         self.params = params
@@ -96,6 +108,13 @@ class Request:
         self.bad_runs = bad_word_runs(params.bad_words, tokenizer, vocab_size)
         self.prompt_logprobs = None if params.prompt_logprobs is None else PromptLogprobs()
         self.inbox = inbox
+        self.clock = RequestClock(perf_counter())
+        self.grammar, self.processors = grammar, processors
+        if grammar is not None and not self.end_ids:
+            raise ValueError(
+                "structured_outputs need a token that ends the output; leave ignore_eos off or "
+                "give stop_token_ids"
+            )
         self.samples = [Sample(self, sequence)]
         self._has_ended = False
 
@@ -125,12 +144,36 @@ class Request:
             self._take_prompt_logits(logits[:num_prompt_logits], first)
         if not chunk.samples:
             return []
+        if self.params.max_tokens == 0:
+            return self._end_prompt(sample)
         forks = [
             Sample(self, sample.sequence.fork(i, first_logit=chunk.stop))
             for i in range(len(self.samples), self.params.n)
         ]
         self.samples += forks
         return [one.accept(logits[-1]) for one in (sample, *forks)]
+
+    def _end_prompt(self, sample: Sample) -> list[Output]:
+        """Return the outputs of a request that wanted nothing but its prompt computed."""
+        outputs = [_last_output(self.request_id, i, "length") for i in range(self.params.n)]
+        outputs[0].prompt_logprobs = self.prompt_logprobs
+        sample.is_finished = self._has_ended = True
+        return outputs
+
+    def measure(self, outputs: Iterable[Output], now: float) -> None:
+        """Give outputs, which are made at `now`, their metrics."""
+        prompt_tokens = self.samples[0].sequence.prompt_len
+        for output in outputs:
+            sample = self.samples[min(output.index, len(self.samples) - 1)]
+            output.metrics = self.clock.metrics(
+                now,
+                sample.last_token if output.token_ids else None,
+                prompt_tokens=prompt_tokens,
+                output_tokens=sample.sequence.num_generated,
+                steps=sample.num_steps,
+            )
+            if output.token_ids:
+                sample.last_token = now
 
     def undo(self, sample: Sample, num_tokens: int, num_samples: int) -> None:
         """Go back to before `take`: to so many tokens of this sample, and so many samples."""
@@ -181,12 +224,18 @@ class Sample:
         self.request = request
         self.sequence = sequence
         self.index = sequence.order[-1]
+        self.num_steps = 0
+        self.last_token: float | None = None  # when it was chosen
         self.restart()
 
     def restart(self) -> None:
         """Bring what follows from the tokens to where they are."""
         request, sequence, params = self.request, self.sequence, self.request.params
         prompt_ids = sequence.token_ids[: sequence.prompt_len]
+        grammar = None
+        if request.grammar is not None:
+            drops_lead = params.skip_special_tokens and request.tokenizer.begins_text(prompt_ids)
+            grammar = request.grammar.start(request.end_ids, drops_lead=drops_lead)
         self._sampler = TokenSampler(
             params,
             request.seed,
@@ -196,6 +245,8 @@ class Sample:
             request.end_ids,
             request.request_id,
             request.bad_runs,
+            grammar,
+            request.processors,
         )
         self._stream = None
         if request.tokenizer is not None:
@@ -209,6 +260,10 @@ class Sample:
             if self._stream is not None:
                 self._stream.push(token_id, may_stop=i >= params.min_tokens)
         self.is_finished = False
+
+    def prepare(self) -> None:
+        """Begin to compute what `accept` needs besides logits, while the model computes those."""
+        self._sampler.prepare()
 
     def accept(self, logits: np.ndarray) -> Output:
         """Choose the next token from its logits and append it.
@@ -320,6 +375,8 @@ def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -
         raise ValueError("stop strings need a tokenizer; give the engine one or use stop_token_ids")
     if params.bad_words and not has_tokenizer:
         raise ValueError("bad_words need a tokenizer; give the engine one or use logit_bias")
+    if params.structured_outputs is not None and not has_tokenizer:
+        raise ValueError("structured_outputs need a tokenizer; give the engine one")
 
 
 def check_token_id(token_id: int, vocab_size: int, name: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from codellama_rt.engine.grammar import GrammarState
 from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
 
 
@@ -89,6 +90,8 @@ class TokenSampler:
         end_ids: Collection[int] = (),
         name: str = "",
         bad_runs: Collection[Sequence[int]] = (),
+        grammar: GrammarState | None = None,
+        processors: Collection[LogitsProcessor] = (),
     ) -> None:
         """Start after the prompt.
 
@@ -101,6 +104,8 @@ class TokenSampler:
             end_ids: tokens that would end the output; masked until `min_tokens`.
             name: of the request, for messages.
             bad_runs: the tokens of `bad_words`.
+            grammar: of `structured_outputs`, for an empty output.
+            processors: the engine's, called before the request's own.
         """
         self._params, self._seed, self._index, self._name = params, seed, index, name
         self._counts = TokenCounts(prompt_ids, vocab_size) if params.counts_tokens else None
@@ -109,10 +114,15 @@ class TokenSampler:
             self._forbidden = ForbiddenTokens(vocab_size, params.allowed_token_ids, bad_runs)
         self._output_ids: list[int] = []
         self._end_ids = list(end_ids)
-        changes = (self._counts, self._forbidden)
-        self._reads_raw_logits = (
-            params.is_greedy and changes == (None, None) and not params.logit_bias
-        )
+        self._grammar = grammar
+        self._processors = (*processors, *params.logits_processors)
+        changes = {self._counts, self._forbidden, grammar}
+        self._reads_raw_logits = params.is_greedy and changes == {None} and not params.logit_bias
+
+    def prepare(self) -> None:
+        """Begin to compute, in another thread, what the next token needs besides logits."""
+        if self._grammar is not None:
+            self._grammar.prepare()
 
     def sample(self, logits: np.ndarray, position: int, num_generated: int) -> int:
         """Choose the token that follows.
@@ -123,13 +133,14 @@ class TokenSampler:
             num_generated: output tokens before it.
 
         Raises:
-            RuntimeError: the logits are NaN or infinite, or every token is masked.
+            RuntimeError: the logits are NaN or infinite, every token is masked, or the grammar
+                exceeded its limits.
             Exception: of one of the caller's processors.
         """
         best = int(logits.argmax())  # the first NaN, if any: one pass finds both
         self._require_finite(logits, best, position)
-        if self._params.logits_processors:
-            logits = apply_processors(self._params.logits_processors, self._output_ids, logits)
+        if self._processors:
+            logits = apply_processors(self._processors, self._output_ids, logits)
             best = int(logits.argmax())
             self._require_finite(logits, best, position)
         masked = num_generated < self._params.min_tokens
@@ -139,6 +150,10 @@ class TokenSampler:
         processed = process_logits(logits, self._params, self._counts, end_ids)
         if self._forbidden is not None:
             processed[self._forbidden.mask()] = -np.inf
+        if self._grammar is not None:
+            allowed = self._grammar.mask().view(np.uint8)
+            allowed = np.unpackbits(allowed, count=len(logits), bitorder="little")
+            processed[allowed == 0] = -np.inf
         best = int(processed.argmax())
         self._require_finite(processed, best, position)
         if self._params.is_greedy:
@@ -153,6 +168,8 @@ class TokenSampler:
             self._counts.add(token_id)
         if self._forbidden is not None:
             self._forbidden.add(token_id)
+        if self._grammar is not None:
+            self._grammar.accept(token_id)
 
     def _require_finite(self, logits: np.ndarray, best: int, position: int) -> None:
         if not math.isfinite(logits[best]):
@@ -160,7 +177,7 @@ class TokenSampler:
                 f"request {self._name!r}: no token to choose at position {position}: the highest "
                 f"logit, of token {best}, is {logits[best]}; check the weights "
                 "(open_checkpoint(..., check='finite')), logit_bias, allowed_token_ids, "
-                "bad_words, logits_processors and stop_token_ids"
+                "bad_words, logits_processors, stop_token_ids, structured_outputs and min_tokens"
             )
 
 

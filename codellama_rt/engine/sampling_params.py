@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+from codellama_rt.engine.structured_outputs import StructuredOutputs
+
 # (tokens of the output, logits as a NumPy array) -> logits; the command line imports this module,
 # and not NumPy, before it knows its command.
 LogitsProcessor = Callable[[Sequence[int], Any], Any]
@@ -31,7 +33,7 @@ class _Range(NamedTuple):
 
 _INTEGERS = {
     "n": _Range(1, MAX_SAMPLES),
-    "max_tokens": _Range(1),
+    "max_tokens": _Range(0),
     "min_tokens": _Range(0),
     "top_k": _Range(-1),
     "seed": _Range(0, 2**64 - 1),
@@ -57,7 +59,8 @@ class SamplingParams:
 
     Args:
         n: samples of one prompt, 1 to 64.
-        max_tokens: maximum number of new tokens; None: as many as the model's length allows.
+        max_tokens: maximum number of new tokens; None: as many as the model's length allows; 0: the
+            prompt is computed, for its `prompt_logprobs` or for the prefix cache.
         min_tokens: new tokens before end-of-sequence, a stop token or a stop string may end it.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the likeliest tokens whose predecessors sum to at most this probability.
@@ -74,6 +77,8 @@ class SamplingParams:
             logits): the output so far, a list of int, and (vocab_size,) float32, which they may
             change; each returns the logits. They may be called again for the same tokens, so the
             result must depend on nothing else. An exception ends this request alone.
+        structured_outputs: a form that the output has, such as a JSON schema. The tokens that end
+            the output are allowed where it is complete, and nowhere else.
         seed: fixes the draws; None: a fresh seed per request.
         stop: strings that end the text (a str or up to 16); not included in the text. The name of a
             control token stands for the token.
@@ -108,6 +113,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
     logits_processors: tuple[LogitsProcessor, ...] = ()
+    structured_outputs: StructuredOutputs | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -130,7 +136,11 @@ class SamplingParams:
         self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         self._set("allowed_token_ids", _allowed_token_ids(self.allowed_token_ids))
         self._set("logit_bias", _logit_bias(self.logit_bias))
-        self._set("logits_processors", _logits_processors(self.logits_processors))
+        self._set("logits_processors", checked_processors(self.logits_processors))
+        if not isinstance(self.structured_outputs, StructuredOutputs | None):
+            raise _wrong_type(
+                "structured_outputs", "StructuredOutputs or None", self.structured_outputs
+            )
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong_type(name, "a bool", getattr(self, name))
@@ -219,13 +229,16 @@ def _allowed_token_ids(ids: object) -> tuple[int, ...] | None:
     return allowed
 
 
-def _logits_processors(given: object) -> tuple[LogitsProcessor, ...]:
+def checked_processors(given: object) -> tuple[LogitsProcessor, ...]:
+    """Return processors as a tuple; TypeError unless all are callable."""
     processors = () if given is None else given
     if not isinstance(processors, (tuple, list)):
-        raise _wrong_type("logits_processors", "a list of callables", given)
+        kind = type(given).__name__
+        raise TypeError(f"logits_processors must be a list of callables, got {kind}")
     for i, processor in enumerate(processors):
         if not callable(processor):
-            raise _wrong_type(f"logits_processors[{i}]", "callable", processor)
+            kind = type(processor).__name__
+            raise TypeError(f"logits_processors[{i}] must be callable, got {kind}")
     return tuple(processors)
 
 

@@ -4,20 +4,67 @@ Decodes first, then prompts in chunks, which share the rest of the token budget:
 the one with the fewest tokens left first, so that a short prompt does not wait for a long one. The
 prompt that came first has a part of the budget to itself, so that it does not wait for ever either.
 
+With a `StepCost` the budget is one of seconds as well. Nothing that is computed depends on it, only
+when: a token's bits are the same in any chunk.
+
 If a decode needs a block and none is free, the last sequence in the order of (priority, arrival)
 loses its blocks and waits to be recomputed, including the tokens it has generated. So the first
 sequence always makes progress, with all blocks to itself if need be, and no deadlock is possible.
+So do sequences of less priority than one that waits and would then fit.
 """
 
+import math
 from bisect import insort
 from collections.abc import Iterable
+from dataclasses import dataclass
 from operator import attrgetter
 
 from codellama_rt.engine.block_manager import BlockManager
 from codellama_rt.engine.sequence import Chunk, Sequence
+from codellama_rt.engine.step_cost import StepCost
 
 _by_order = attrgetter("order")
 _OLDEST_SHARE = 8  # the oldest prompt gets at least one token in so many of those for prompts
+# Prompts beside decodes make a step at most three times as long: two thirds of it are theirs, so
+# they run at about that part of their speed, since each step reads the weights for both.
+_MOST_SLOWDOWN = 3
+_FIXED_SHARE = 10  # a prompt that is alone gives at most a tenth of its time to reading weights
+
+
+@dataclass(slots=True)
+class Budget:
+    """What prompts may take of a step.
+
+    Args:
+        tokens: at most so many.
+        seconds: at most so long, by `cost`.
+        cost: None: `seconds` is infinite.
+    """
+
+    tokens: int
+    seconds: float = math.inf
+    cost: StepCost | None = None
+
+    def share(self, parts: int, most: int) -> "Budget":
+        """Return one of so many parts, at least one token of it and `most` tokens at most."""
+        return Budget(min(most, max(1, self.tokens // parts)), self.seconds / parts)
+
+    def chunk(self, sequence: Sequence, kept: "Budget | None") -> Chunk | None:
+        """Return the sequence's next tokens that fit beside what is kept for another one."""
+        tokens, seconds = self.tokens, self.seconds
+        if kept is not None:
+            tokens, seconds = tokens - kept.tokens, seconds - kept.seconds
+        if tokens <= 0 or seconds <= 0.0:
+            return None
+        if self.cost is not None:
+            tokens = min(tokens, self.cost.num_tokens(seconds, sequence.num_computed))
+        return _chunk(sequence, tokens)
+
+    def take(self, chunk: Chunk) -> None:
+        """Count a chunk."""
+        self.tokens -= chunk.stop - chunk.start
+        if self.cost is not None:
+            self.seconds -= self.cost.seconds([chunk]) - self.cost.fixed
 
 
 class Scheduler:
@@ -32,7 +79,13 @@ class Scheduler:
     """
 
     def __init__(
-        self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int = 512
+        self,
+        block_manager: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int = 512,
+        *,
+        max_step_seconds: float = math.inf,
+        cost: StepCost | None = None,
     ) -> None:
         """Start with nothing queued.
 
@@ -40,6 +93,8 @@ class Scheduler:
             block_manager: of the KV cache that the steps use.
             max_num_seqs: sequences per step.
             max_num_batched_tokens: tokens per step.
+            max_step_seconds: of steps with prompts, by `cost`; see `prompt_seconds`.
+            cost: learns from the steps; None: their time is not bounded.
         """
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
             raise ValueError(
@@ -48,11 +103,24 @@ class Scheduler:
             )
         self.blocks = block_manager
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_step_seconds = max_step_seconds
+        self.cost = cost
         # Every running sequence may decode in the same step, so all of them fit the token budget.
         self.max_num_running = min(max_num_seqs, max_num_batched_tokens)
         self.running: list[Sequence] = []  # have blocks; both lists are in order
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
+
+    def backlog_seconds(self) -> float | None:
+        """Return how long the pending tokens take in full steps, or None if that is unknown."""
+        if self.cost is None:
+            return None
+        seconds = 0.0
+        for one in (*self.running, *self.waiting):
+            if one.num_uncomputed > 1:
+                chunk = _chunk(one, one.num_uncomputed)
+                seconds += self.cost.seconds([chunk]) - self.cost.fixed
+        return seconds + self.cost.fixed * self.num_pending_tokens / self.max_num_batched_tokens
 
     @property
     def max_computed_tokens(self) -> int:
@@ -103,12 +171,39 @@ class Scheduler:
         Blocks in `blocks.copies` must be copied before the chunks are computed.
         """
         chunks: list[Chunk] = []
+        self._make_room_for_first()
         num_preemptions = self.num_preemptions
         self._schedule_decodes(chunks)
         # A sequence admitted after a preemption would take back what was just freed.
         may_admit = self.num_preemptions == num_preemptions
-        self._schedule_prompts(chunks, self.max_num_batched_tokens - len(chunks), may_admit)
+        budget = Budget(self.max_num_batched_tokens - len(chunks))
+        if self.cost is not None and len(chunks) < len(self.running) + len(self.waiting):
+            budget.seconds, budget.cost = self.prompt_seconds(chunks), self.cost
+        self._schedule_prompts(chunks, budget, may_admit)
         return chunks
+
+    def prompt_seconds(self, decodes: list[Chunk]) -> float:
+        """Return how long the prompts of a step may take beside these decodes.
+
+        Beside decodes, as long as keeps the step below `max_step_seconds` and below three times
+        what the decodes take alone; but no less than those, or prompts would starve in a model
+        whose single step takes that long. A prompt that is alone is computed in steps as long as
+        reading the weights is a tenth of them; with others waiting, no less than two thirds.
+        """
+        if decodes:
+            quiet = self.cost.seconds(decodes)
+            most = (_MOST_SLOWDOWN - 1) * quiet
+            return min(most, max(quiet, self.max_step_seconds - quiet))
+        fixed = self.cost.fixed
+        is_alone = len(self.running) + len(self.waiting) == 1
+        least = (_FIXED_SHARE if is_alone else _MOST_SLOWDOWN) - 1
+        return max(least * fixed, self.max_step_seconds - fixed)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Number of prompt tokens yet to be computed, those that were preempted included."""
+        counts = [sequence.num_uncomputed for sequence in (*self.running, *self.waiting)]
+        return sum(count for count in counts if count > 1)
 
     def commit(self, chunk: Chunk) -> None:
         """Record that a chunk's keys and values are in the cache and its logits delivered."""
@@ -138,7 +233,22 @@ class Scheduler:
                     return
             chunks.append(_chunk(sequence, 1))
 
-    def _schedule_prompts(self, chunks: list[Chunk], budget: int, may_admit: bool) -> None:
+    def _make_room_for_first(self) -> None:
+        """Preempt sequences of less priority than the first that waits, if it then can run."""
+        if not self.waiting:
+            return
+        first = self.waiting[0]
+        lower = [one for one in self.running if one.order[0] > first.order[0]]
+        while lower:
+            needed = self.blocks.num_needed(first)
+            has_place = len(self.running) < self.max_num_running
+            if has_place and needed <= self.blocks.num_free:
+                return
+            if needed > self.blocks.num_free + sum(len(one.block_ids) for one in lower):
+                return
+            self.preempt(lower.pop())
+
+    def _schedule_prompts(self, chunks: list[Chunk], budget: Budget, may_admit: bool) -> None:
         prompts = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         queue, kept = [], 0
         if may_admit and self.waiting and len(self.running) < self.max_num_running:
@@ -147,19 +257,19 @@ class Scheduler:
         if not prompts and not queue:
             return
         oldest = min([*prompts, *queue[:1]], key=_by_arrival)
-        reserved = min(oldest.num_uncomputed, max(1, budget // _OLDEST_SHARE))
+        reserved = budget.share(_OLDEST_SHARE, oldest.num_uncomputed)
         for sequence in sorted([*prompts, *queue], key=_by_urgency):
             if sequence is oldest:
-                reserved = 0
-            if budget <= reserved:
+                reserved = None
+            if budget.chunk(sequence, reserved) is None:
                 continue
             if not sequence.block_ids:
                 if not self._admit(sequence, 0 if sequence is queue[0] else kept):
                     continue
                 kept = 0 if queue[0].block_ids else self.blocks.num_needed(queue[0])
-            chunk = _chunk(sequence, budget - reserved)
+            chunk = budget.chunk(sequence, reserved)  # less of it may be left to compute
             chunks.append(chunk)
-            budget -= chunk.stop - chunk.start
+            budget.take(chunk)
 
     def _admit(self, sequence: Sequence, kept: int) -> bool:
         """Let a waiting sequence run if there is room.

@@ -39,6 +39,15 @@ class Tokenizer(Protocol):
     def encode_continuation(self, text: str) -> list[int]:
         """Return the tokens of a text that continues another."""
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """Return a token's UTF-8 bytes, possibly part of a character; None if it is special."""
+
+    def begins_text(self, prompt_ids: Sequence[int]) -> bool:
+        """Return whether the first token after a prompt loses the space of its `lead_length`."""
+
+    def lead_length(self, ids: Sequence[int]) -> int:
+        """Return how many leading characters of the text of `ids` were added by the encoder."""
+
 
 def bad_word_runs(
     words: Collection[str], tokenizer: Tokenizer | None, vocab_size: int

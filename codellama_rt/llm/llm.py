@@ -18,7 +18,11 @@ from codellama_rt.engine.completion import Completion, Job
 from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.follow import Jobs
 from codellama_rt.engine.request import check_params
-from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import (
+    LogitsProcessor,
+    SamplingParams,
+    checked_processors,
+)
 from codellama_rt.llm.arguments import (
     Prompt,
     as_prompts,
@@ -73,6 +77,7 @@ class LLM:
         runtime: str = "direct",
         check: str | None = None,
         progress: Callable[[int, int, str], None] | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
     ) -> None:
         """Open a checkpoint; weights are mapped, not copied, but for GGUF's and what is asked for.
 
@@ -113,6 +118,7 @@ class LLM:
             check: "finite" rejects weights with NaN or infinity (reads every byte).
             progress: called with (bytes done, bytes in all, what) while weights are converted,
                 quantised or repacked.
+            logits_processors: as those of `SamplingParams`, for every request, before its own.
 
         Raises:
             CheckpointError: the checkpoint cannot be used.
@@ -131,6 +137,7 @@ class LLM:
             num_threads=num_threads,
         )
         require_runtime(runtime, device)
+        checked_processors(logits_processors)
         if num_threads is not None:
             ops.set_num_threads(num_threads)
         opened = resolve(model)
@@ -195,6 +202,7 @@ class LLM:
             prefix_caching=prefix_caching,
             generation_config=self.generation_config,
             check_files=checkpoint.files.check,
+            logits_processors=logits_processors,
         )
         self.jobs = Jobs(self.engine)
 

@@ -1,6 +1,7 @@
 """`codellama-rt generate` and `convert`: text on stdout and nothing else."""
 
 import json
+import re
 from dataclasses import fields
 
 import pytest
@@ -172,3 +173,34 @@ def test_json_gives_a_line_a_sample(run, model):
 @pytest.mark.parametrize("option", ["--n", "--logprobs", "--prompt-logprobs"])
 def test_what_is_no_text_needs_json(run, model, option):
     assert_one_line_error(run("generate", model, "-p", "x", option, 2), option, "--json")
+
+
+def test_outputs_of_a_form(run, model, tmp_path):
+    schema, grammar = tmp_path / "schema.json", tmp_path / "grammar"
+    schema.write_text(
+        '{"type": "array", "items": {"enum": ["é", 1]}, "minItems": 1, "maxItems": 2}'
+    )
+    grammar.write_text('root ::= "ab" [c-e]{2}\n')
+
+    def told(*options):
+        return run("generate", model, "-p", PROMPT, "--temperature", 1, "--seed", 1, *options)
+
+    assert set(json.loads(told("--json-schema", schema)[1])) <= {"é", 1}
+    assert re.fullmatch("ab[c-e]{2}", told("--grammar", grammar)[1])
+    assert told("--choice", "left", "--choice", "right")[1] in ("left", "right")
+    assert re.fullmatch("x[0-9]{3}", told("--regex", "x[0-9]{3}")[1])
+    assert told("--json-object", "--max-new-tokens", 1)[1].startswith("{")
+
+
+def test_forms_that_cannot_be(run, model, tmp_path):
+    damaged = tmp_path / "schema.json"
+    damaged.write_text("{")
+    for options, words in [
+        (("--regex", "("), "structured_outputs: regex cannot be used"),
+        (("--regex", "a", "--choice", "b"), "got regex and choice"),
+        (("--json-schema", damaged), "--json-schema must be a JSON schema"),
+        (("--grammar", tmp_path / "missing"), "does not exist"),
+    ]:
+        code, _, err = run("generate", model, "-p", PROMPT, *options)
+        assert code == 2
+        assert words in err

@@ -21,7 +21,7 @@ from codellama_rt.llm.placement import RUNTIMES
 from codellama_rt.model.kv_cache import KV_DTYPES
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
 
-NOT_OPTIONS = {"self", "prefix_caching", "attention", "check", "progress"}
+NOT_OPTIONS = {"self", "prefix_caching", "attention", "check", "progress", "logits_processors"}
 COMMANDS = (
     *("generate", "infill", "chat", "eval humaneval", "eval infilling", "eval perplexity"),
     *("eval mbpp", "eval needle"),
@@ -100,6 +100,7 @@ def test_a_small_step_gives_the_same_text(run, model):
 def test_errors_know_every_option():
     names = {field.name for cls in (ModelOptions, SamplingOptions) for field in fields(cls)}
     python_names = {
+        "json_schema": "json",
         "max_new_tokens": "max_tokens",
         "stop_token_id": "stop_token_ids",
         "allowed_token_id": "allowed_token_ids",

@@ -1,9 +1,10 @@
 """Logits are a function of the weights and of a sequence's own tokens: 500 schedules, every bit.
 
-Each schedule runs a random selection of requests with another batch size, token budget, block size,
-placement of blocks, amount of KV memory, number of threads, order of arrival, and preemptions at
-random steps. Every row of logits that the engine uses must equal, bit for bit, the row the same
-request got when it ran alone in ample memory, and so must the tokens.
+Each schedule runs a random selection of requests with another batch size, token budget, bound on
+the time of a step, block size, placement of blocks, amount of KV memory, number of threads, order
+of arrival, priorities, and preemptions at random steps. Every row of logits that the engine uses
+must equal, bit for bit, the row the same request got when it ran alone in ample memory, and so must
+the tokens.
 """
 
 from collections import Counter

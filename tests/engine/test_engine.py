@@ -14,6 +14,7 @@ from helpers.paged_fakes import (
 
 from codellama_rt.engine.logprobs import token_logprobs
 from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.errors import QueueFullError
 
 # Samples of one prompt
 
@@ -272,3 +273,115 @@ def test_stats_and_progress():
 
 def test_a_step_without_requests_does_nothing():
     assert engine_of().step() == []
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("prompt_logprobs", [None, 2])
+def test_max_tokens_0_computes_the_prompt(n, prompt_logprobs):
+    engine = engine_of(max_num_batched_tokens=4, block_size=2)
+    params = SamplingParams(max_tokens=0, n=n, prompt_logprobs=prompt_logprobs)
+    engine.add_request("a", PROMPT, params)
+    outputs = []
+    while engine.has_unfinished():
+        outputs += engine.step()
+    assert [(o.index, o.token_ids, o.finish_reason) for o in outputs] == [
+        (i, [], "length") for i in range(n)
+    ]
+    logprobs = outputs[0].prompt_logprobs
+    assert (logprobs is None) == (prompt_logprobs is None)
+    if logprobs is not None:
+        assert len(logprobs) == len(PROMPT)
+    assert engine.stats()["kv_blocks_free"] == engine.stats()["kv_blocks"]
+    engine.add_request("b", PROMPT, SamplingParams(max_tokens=1))
+    assert engine.step()[0].metrics.cached_tokens == 4  # all whole blocks before the last token
+
+
+def test_a_prompt_of_the_whole_length_may_be_computed_only():
+    engine = engine_of(max_model_len=len(PROMPT))
+    engine.add_request("a", PROMPT, SamplingParams(max_tokens=0))
+    assert engine.step()[0].finish_reason == "length"
+    with pytest.raises(ValueError, match="with a token to generate: at most 5"):
+        engine.add_request("b", PROMPT, SamplingParams(max_tokens=1))
+    with pytest.raises(ValueError, match="max_model_len=6: at most 6"):
+        engine.add_request("c", [*PROMPT, 1], SamplingParams(max_tokens=0))
+
+
+def test_outputs_carry_times_and_counts():
+    engine = engine_of(max_num_batched_tokens=4, max_num_seqs=1)
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    engine.add_request("a", PROMPT, params)
+    engine.add_request("b", PROMPT, params)
+    outputs = []
+    while engine.has_unfinished():
+        outputs += engine.step()
+    first, second, third = (o.metrics for o in outputs if o.request_id == "a")
+    assert [m.steps for m in (first, second, third)] == [2, 3, 4]
+    assert [m.output_tokens for m in (first, second, third)] == [1, 2, 3]
+    assert (first.prompt_tokens, first.cached_tokens) == (6, 0)
+    assert first.token_seconds is None
+    assert first.first_token_seconds == first.queue_seconds + first.prefill_seconds
+    assert third.total_seconds >= second.token_seconds + third.token_seconds > 0
+    waited = outputs[-1].metrics
+    assert waited.queue_seconds >= third.total_seconds - third.queue_seconds > 0
+    assert waited.cached_tokens == 4
+    stats = engine.stats()
+    assert stats["finish_reasons"] == {"length": 2}
+    assert stats["histograms"]["inter_token_seconds"]["count"] == 4
+    assert stats["histograms"]["first_token_seconds"]["count"] == 2
+    assert stats["histograms"]["output_tokens"]["sum"] == 6
+    assert stats["histograms"]["step_seconds"]["count"] == stats["steps"]
+
+
+def test_requests_beyond_the_queue_are_refused_but_not_before_those_that_never_fit():
+    engine = engine_of(max_queued_tokens=8, max_model_len=20)
+    engine.add_request("a", PROMPT)
+    with pytest.raises(QueueFullError, match="6 prompt tokens wait") as refused:
+        engine.add_request("b", PROMPT)
+    assert refused.value.pending_tokens == 6
+    assert refused.value.retry_after_s is None
+    with pytest.raises(ValueError, match="does not fit max_model_len"):
+        engine.add_request("b", [1] * 30)
+    engine.step()
+    engine.add_request("b", PROMPT)
+    assert engine.stats()["pending_prompt_tokens"] == 6
+
+
+def test_the_backlog_is_priced_by_the_steps_so_far():
+    engine = engine_of(max_queued_tokens=8, max_step_seconds=1.0)
+    engine.add_request("a", PROMPT)
+    with pytest.raises(QueueFullError) as refused:
+        engine.add_request("b", PROMPT)
+    assert 0 < refused.value.retry_after_s < 10
+
+
+@pytest.mark.parametrize(
+    ("limit", "error"), [(0, ValueError), (-1, ValueError), ("1", TypeError), (True, TypeError)]
+)
+@pytest.mark.parametrize("name", ["max_step_seconds", "max_queued_tokens"])
+def test_limits_are_positive_numbers(name, limit, error):
+    with pytest.raises(error, match=name):
+        engine_of(**{name: limit})
+
+
+def test_every_step_is_reported(caplog):
+    records = []
+    engine = engine_of(max_num_batched_tokens=4)
+    engine.on_step = records.append
+    engine.add_request("a", PROMPT, SamplingParams(max_tokens=2, n=2, ignore_eos=True))
+    drain(engine)
+    assert [record.chunks for record in records] == [
+        (("a", 0, 0, 4),),
+        (("a", 0, 4, 6),),
+        (("a", 0, 6, 7), ("a", 1, 6, 7)),
+    ]
+    assert all(record.model_seconds > 0 for record in records)
+    assert [record.running for record in records] == [1, 2, 0]
+
+    def fail(record):
+        raise ValueError("of the callback")
+
+    engine = engine_of()
+    engine.on_step = fail
+    engine.add_request("a", PROMPT, SamplingParams(max_tokens=2, ignore_eos=True))
+    assert len(drain(engine)["a", 0].token_ids) == 2
+    assert "on_step raised" in caplog.text

@@ -97,10 +97,10 @@ def test_no_prompt_starves_behind_short_ones(max_num_seqs, num_blocks):
 
 
 def test_no_running_sequence_waits_for_prompts():
-    scheduler = scheduler_of(num_blocks=512)
+    scheduler = scheduler_of(num_blocks=512, max_num_seqs=32)
     add(scheduler, 4, 0)
     run(scheduler)
-    for arrival in range(1, 40):
+    for arrival in range(1, 28):
         add(scheduler, 10 + arrival, arrival, priority=-arrival)
         assert (0, 3 + arrival, 4 + arrival) in spans(run(scheduler))
 
@@ -190,14 +190,14 @@ def test_all_finish_when_each_may_take_the_whole_cache():
 def test_a_step_that_preempts_admits_nobody():
     """What was just freed is for those who still run; else they would take it back at once."""
     scheduler = scheduler_of(num_blocks=4, block_size=4)
-    for arrival in range(2):
+    for arrival in range(1, 3):
         add(scheduler, 7, arrival)
     run(scheduler)  # both have two blocks, tokens 0 to 6
-    urgent = add(scheduler, 1, 2, priority=-1)  # first in order; a block that is freed is enough
+    urgent = add(scheduler, 1, 0)  # first in order; a block that is freed is enough
     run(scheduler)  # token 7 fills the last slot
-    assert spans(run(scheduler)) == [(0, 8, 9)]
+    assert spans(run(scheduler)) == [(1, 8, 9)]
     assert scheduler.num_preemptions == 1
-    assert spans(run(scheduler)) == [(0, 9, 10), (2, 0, 1)]
+    assert spans(run(scheduler)) == [(1, 9, 10), (0, 0, 1)]
     assert urgent in scheduler.running
 
 
@@ -270,3 +270,99 @@ def test_repeating_a_step_that_was_not_committed_gives_the_same():
     run(scheduler)
     add(scheduler, 40, 1)
     assert spans(scheduler.schedule()) == spans(scheduler.schedule())
+
+
+def test_a_more_urgent_sequence_takes_the_place_of_the_last():
+    scheduler = scheduler_of(num_blocks=8, block_size=4, max_num_seqs=2)
+    for arrival in range(2):
+        add(scheduler, 10, arrival, priority=1)
+    run(scheduler)
+    assert len(scheduler.running) == 2
+    urgent = add(scheduler, 12, 2)
+    assert spans(run(scheduler)) == [(0, 10, 11), (2, 0, 12)]
+    assert scheduler.num_preemptions == 1
+    scheduler.remove(urgent)
+    assert (1, 0, 11) in spans(run(scheduler))  # recomputed, with the token it had
+
+
+def test_nothing_is_preempted_for_what_still_would_not_fit():
+    scheduler = scheduler_of(num_blocks=8, block_size=4)
+    add(scheduler, 18, 0)
+    add(scheduler, 6, 1, priority=1)
+    run(scheduler)
+    add(scheduler, 30, 2, priority=-1)  # five blocks are of priority 0, so eight would fit
+    run(scheduler)
+    assert [one.order[1] for one in scheduler.running] == [2]
+    scheduler = scheduler_of(num_blocks=8, block_size=4)
+    add(scheduler, 18, 0)
+    add(scheduler, 6, 1, priority=1)
+    run(scheduler)
+    add(scheduler, 30, 2)  # only two blocks could be taken from the one of less priority
+    run(scheduler)
+    assert [one.order[1] for one in scheduler.running] == [0, 1]
+    assert scheduler.num_preemptions == 0
+
+
+class FakeCost:
+    """A step's seconds are 1 and 1/10 per token."""
+
+    fixed = 1.0
+
+    def seconds(self, chunks):
+        return self.fixed + sum(chunk.stop - chunk.start for chunk in chunks) / 10
+
+    def num_tokens(self, seconds, start):
+        return max(1, int(seconds * 10 + 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("max_step_seconds", "alone", "beside", "with_another"),
+    [
+        (0.5, 90, 11, 20),  # nine times the fixed second; as long as the decode; twice the fixed
+        (2.5, 90, 14, 20),  # what is left of 2.5 seconds; twice the fixed
+        (50.0, 200, 22, 200),  # the tokens are the bound; at most three times the decode
+    ],
+)
+def test_prompts_take_what_the_time_of_a_step_leaves(max_step_seconds, alone, beside, with_another):
+    def fresh():
+        blocks = BlockManager(512, 4, prefix_caching=False)
+        return Scheduler(blocks, 8, 200, max_step_seconds=max_step_seconds, cost=FakeCost())
+
+    scheduler = fresh()
+    add(scheduler, 800, 0)
+    assert sum(c.stop - c.start for c in scheduler.schedule()) == alone
+
+    scheduler = fresh()
+    add(scheduler, 1, 0)
+    run(scheduler)
+    add(scheduler, 800, 1)
+    chunks = scheduler.schedule()
+    assert spans(chunks)[0] == (0, 1, 2)
+    assert sum(c.stop - c.start for c in chunks[1:]) == beside
+
+    scheduler = fresh()
+    for arrival in range(2):
+        add(scheduler, 800, arrival)
+    counts = {c.sequence.order[1]: c.stop - c.start for c in scheduler.schedule()}
+    assert abs(sum(counts.values()) - with_another) <= 2  # the last chunk is at least one token
+    assert counts[0] >= with_another // 8
+
+
+def test_every_prompt_step_has_a_token_however_long_a_step_takes():
+    blocks = BlockManager(512, 4, prefix_caching=False)
+    scheduler = Scheduler(blocks, 8, 64, max_step_seconds=1e-9, cost=FakeCost())
+    for arrival in range(4):
+        add(scheduler, 200, arrival)
+    for _ in range(100):
+        run(scheduler)
+    assert len(scheduler.running) == 4
+    assert all(sequence.num_generated for sequence in scheduler.running)
+
+
+def test_pending_tokens_are_those_of_prompts():
+    scheduler = scheduler_of(tokens=32)
+    add(scheduler, 4, 0)
+    add(scheduler, 70, 1)
+    assert scheduler.num_pending_tokens == 74
+    run(scheduler)
+    assert scheduler.num_pending_tokens == 70 - 28

@@ -39,6 +39,12 @@ class HashModel:
             eos_token_ids=eos_token_ids,
             rope_scaling=rope_scaling,
             max_position_embeddings=32,
+            n_layers=1,
+            dim=8,
+            hidden_dim=8,
+            n_heads=1,
+            n_kv_heads=1,
+            head_dim=8,
         )
         self.config.rope_class = partial(ModelConfig.rope_class, self.config)
         self.nan_token = nan_token
@@ -136,7 +142,8 @@ def piece(token_id):
 
 
 def engine_of(num_blocks=64, block_size=4, *, model=None, tokenizer=True, **options):
-    options = {"max_model_len": 256, **options}
+    """Return an engine whose steps, unless a test says otherwise, depend on no clock."""
+    options = {"max_model_len": 256, "max_step_seconds": None, **options}
     tokenizer = FakeTokenizer() if tokenizer else None
     return Engine(model or HashModel(), FakeKVCache(num_blocks, block_size), tokenizer, **options)
 

@@ -83,11 +83,11 @@ class Recorder:
         self.requests: list[int] = []  # by order of arrival
         self.engine = engine
 
-    def add(self, request: int) -> None:
+    def add(self, request: int, priority: int = 0) -> None:
         fixed = fixed_requests()[request]
         self.requests.append(request)
         self.rows[request] = {}
-        self.engine.add_request(str(request), fixed.prompt, fixed.params)
+        self.engine.add_request(str(request), fixed.prompt, fixed.params, priority=priority)
 
     def forward(self, batch, kv_cache) -> np.ndarray:
         logits = self.model.forward(batch, kv_cache)
@@ -151,6 +151,7 @@ def run_schedule(name: str, isa: str, seed: int) -> Recorder:
         recorder, num_blocks=fewest + int(rng.integers(0, 3 * fewest)), block_size=block_size,
         kv_dtype=MODELS[name][2], prefix_caching=bool(rng.integers(2)),
         max_num_seqs=int(rng.integers(1, 33)), max_num_batched_tokens=int(rng.integers(16, 513)),
+        max_step_seconds=[None, 1e-4, 1e-3, 1e-2][rng.integers(4)],
     )  # fmt: skip
     rng.shuffle(engine.scheduler.blocks._free)
     recorder.attach(engine)
@@ -158,7 +159,7 @@ def run_schedule(name: str, isa: str, seed: int) -> Recorder:
     with running_on(isa, int(rng.integers(1, 3))):
         while requests or engine.has_unfinished():
             while requests and rng.random() < 0.7:
-                recorder.add(requests.pop())
+                recorder.add(requests.pop(), int(rng.integers(3)))
             disturb(engine, rng)
             recorder.step()
     recorder.finish()

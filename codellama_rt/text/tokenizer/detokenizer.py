@@ -10,11 +10,9 @@ class Pieces(Protocol):
     """What decoding asks of a tokenizer.
 
     Attributes:
-        bos_id: the begin token, or None.
         decode_errors: how invalid UTF-8 decodes.
     """
 
-    bos_id: int | None
     decode_errors: str
 
     def token_bytes(self, token_id: int) -> bytes | None:
@@ -22,6 +20,9 @@ class Pieces(Protocol):
 
     def piece(self, token_id: int) -> str:
         """Return the name of a token."""
+
+    def begins_text(self, prompt_ids: Sequence[int]) -> bool:
+        """Return whether what follows a prompt is the beginning of a text."""
 
     def lead_length(self, ids: Sequence[int]) -> int:
         """Return how many leading characters of the text of `ids` were added by the encoder."""
@@ -48,8 +49,7 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skips_special = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.decode_errors)
-        is_first = bool(prompt_ids) and set(prompt_ids) <= {tokenizer.bos_id}
-        self._at_start = is_first and skip_special_tokens
+        self._at_start = skip_special_tokens and tokenizer.begins_text(prompt_ids)
         # A prompt may end inside a character; its at most three bytes are in the last three tokens.
         tail = takewhile(bool, map(tokenizer.token_bytes, reversed(prompt_ids[-3:])))
         self._decoder.decode(b"".join(reversed(list(tail))))

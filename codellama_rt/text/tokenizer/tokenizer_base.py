@@ -240,6 +240,10 @@ class Tokenizer:
         checked = self._checked(as_id_list(prompt_ids))
         return IncrementalDetokenizer(self, checked, skip_special_tokens=skip_special_tokens)
 
+    def begins_text(self, prompt_ids: Sequence[int]) -> bool:
+        """Return whether what follows is the beginning of a text: only the begin token is there."""
+        return bool(prompt_ids) and set(prompt_ids) <= {self.bos_id}
+
     def lead_length(self, ids: Sequence[int]) -> int:
         """Return how many leading characters of the text of `ids` were added by the encoder."""
         return 0

@@ -1,0 +1,186 @@
+"""What is measured of requests and steps: times, counts and histograms, for whoever serves them."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+            60.0, 120.0, 300.0, 600.0, 1800.0, 7200.0)  # fmt: skip
+_TOKENS = tuple(2.0**i for i in range(18))  # to 131,072
+
+
+class RequestMetrics(NamedTuple):
+    """The times of a request as of one output; seconds, of `time.perf_counter`.
+
+    Attributes:
+        arrival: when the request was added, on that clock.
+        queue_seconds: until its first tokens were computed.
+        prefill_seconds: from then on until the first output token of its first sample.
+        first_token_seconds: from arrival to that token; None before it.
+        token_seconds: from the sample's token before to this one; None for the first, or none.
+        total_seconds: from arrival to this output.
+        prompt_tokens: of the request.
+        cached_tokens: of these, how many the prefix cache had.
+        output_tokens: of this sample so far.
+        steps: in which tokens of this sample were computed.
+    """
+
+    arrival: float
+    queue_seconds: float
+    prefill_seconds: float
+    first_token_seconds: float | None
+    token_seconds: float | None
+    total_seconds: float
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    steps: int
+
+
+@dataclass(slots=True)
+class RequestClock:
+    """When things happened to one request; plain facts, set once each."""
+
+    arrival: float
+    first_step: float | None = None
+    first_token: float | None = None
+    cached_tokens: int = 0
+
+    def note(self, start: int, started: float, now: float, *, has_token: bool) -> None:
+        """Note a step from `started` to `now`, whose tokens of this request began at `start`."""
+        if self.first_step is None:
+            self.first_step, self.cached_tokens = started, start
+        if has_token and self.first_token is None:
+            self.first_token = now
+
+    def metrics(self, now: float, last_token: float | None, **counts: int) -> RequestMetrics:
+        """Return the times as of `now`.
+
+        Args:
+            now: when the output is made.
+            last_token: when the sample had its token before; None: there is none, or none now.
+            counts: prompt_tokens, output_tokens and steps.
+        """
+        started = now if self.first_step is None else self.first_step
+        prefilled = now if self.first_token is None else self.first_token
+        return RequestMetrics(
+            self.arrival,
+            started - self.arrival,
+            prefilled - started,
+            None if self.first_token is None else self.first_token - self.arrival,
+            None if last_token is None else now - last_token,
+            now - self.arrival,
+            cached_tokens=self.cached_tokens,
+            **counts,
+        )
+
+
+class Output(Protocol):
+    """What of `engine.Output` is counted."""
+
+    finished: bool
+    finish_reason: str | None
+    metrics: RequestMetrics
+
+
+class Histogram:
+    """Counts of values below fixed bounds, as Prometheus has them.
+
+    Example:
+        >>> histogram = Histogram((0.1, 1.0))
+        >>> for value in (0.05, 0.5, 7.0):
+        ...     histogram.observe(value)
+        >>> histogram.snapshot()
+        {'buckets': [(0.1, 1), (1.0, 2)], 'count': 3, 'sum': 7.55}
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        """Start with no value.
+
+        Args:
+            bounds: ascending; a bucket counts the values up to its bound, and those below it.
+        """
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def snapshot(self) -> dict[str, object]:
+        """Return pairs (bound, values up to it), the number of all values, and their sum."""
+        buckets, total = [], 0
+        for bound, count in zip(self._bounds, self._counts[:-1], strict=True):
+            total += count
+            buckets.append((bound, total))
+        return {"buckets": buckets, "count": total + self._counts[-1], "sum": self._sum}
+
+
+@dataclass(slots=True)
+class EngineMetrics:
+    """Histograms of an engine since its start, and how often outputs ended for which reason."""
+
+    step_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
+    queue_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
+    prefill_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
+    first_token_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
+    inter_token_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
+    total_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
+    prompt_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
+    output_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+
+    def count(self, outputs: Iterable[Output]) -> None:
+        """Count outputs that have their metrics."""
+        for output in outputs:
+            times = output.metrics
+            if times.token_seconds is not None:
+                self.inter_token_seconds.observe(times.token_seconds)
+            if output.finished:
+                self.finish_reasons[output.finish_reason] += 1
+                self._count_finished(times)
+
+    def _count_finished(self, times: RequestMetrics) -> None:
+        self.total_seconds.observe(times.total_seconds)
+        self.queue_seconds.observe(times.queue_seconds)
+        self.prefill_seconds.observe(times.prefill_seconds)
+        self.output_tokens.observe(times.output_tokens)
+        self.prompt_tokens.observe(times.prompt_tokens)
+        if times.first_token_seconds is not None:
+            self.first_token_seconds.observe(times.first_token_seconds)
+
+    def snapshot(self) -> dict[str, object]:
+        """Return {"finish_reasons": counts, "histograms": their snapshots}, both by name."""
+        names = [name for name in self.__slots__ if name != "finish_reasons"]
+        return {
+            "finish_reasons": dict(self.finish_reasons),
+            "histograms": {name: getattr(self, name).snapshot() for name in names},
+        }
+
+
+class StepRecord(NamedTuple):
+    """One step, for `Engine(on_step=...)`.
+
+    Attributes:
+        started: when it began, seconds of `time.perf_counter`.
+        schedule_seconds: choosing the tokens, and copying blocks.
+        model_seconds: the forward pass.
+        sample_seconds: choosing tokens, text and outputs.
+        chunks: (request id, sample index, first position, position after the last) of each part.
+        running: sequences that have blocks.
+        waiting: sequences that wait for them.
+    """
+
+    started: float
+    schedule_seconds: float
+    model_seconds: float
+    sample_seconds: float
+    chunks: tuple[tuple[str, int, int, int], ...]
+    running: int
+    waiting: int

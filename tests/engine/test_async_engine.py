@@ -1,0 +1,211 @@
+"""AsyncEngine: the outputs of `Engine.step`, read by tasks, which come and go as they like."""
+
+import asyncio
+import threading
+from dataclasses import replace
+
+import pytest
+from helpers.paged_fakes import drain, engine_of
+
+from codellama_rt.engine.async_engine import AsyncEngine
+from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.errors import QueueFullError
+
+LONG = SamplingParams(max_tokens=200, ignore_eos=True)
+
+
+def prompt(i):
+    return [1, 2 + i % 7, 3 + i % 11, 4 + i % 50]
+
+
+def params(i):
+    return SamplingParams(
+        n=1 + i % 3, temperature=i % 2, seed=i, max_tokens=5 + i % 9, ignore_eos=True
+    )
+
+
+async def read(engine, i, its_params=None):
+    tokens = {}
+    async for output in engine.generate(prompt(i), its_params or params(i)):
+        tokens.setdefault(output.index, []).extend(output.token_ids)
+        reason = output.finish_reason
+    return tokens, reason
+
+
+def blocks_in_use(engine):
+    blocks = engine.scheduler.blocks
+    return blocks.num_blocks - blocks.num_free
+
+
+def test_streams_are_those_of_the_engine():
+    expected = engine_of(num_blocks=512)
+    for i in range(24):
+        expected.add_request(str(i), prompt(i), params(i))
+    whole = drain(expected)
+    engine = engine_of(num_blocks=512)
+
+    async def main():
+        async with AsyncEngine(engine) as streams:
+            return await asyncio.gather(*(read(streams, i) for i in range(24)))
+
+    for i, (tokens, reason) in enumerate(asyncio.run(main())):
+        assert reason == "length"
+        assert tokens == {k: whole[str(i), k].token_ids for k in range(params(i).n)}
+    assert blocks_in_use(engine) == 0
+
+
+def test_thousands_of_cancellations_leave_nothing():
+    """Tasks are cancelled before their request is queued, while it waits, and while it runs."""
+    engine = engine_of(num_blocks=48, max_num_seqs=8)
+
+    async def main():
+        async with AsyncEngine(engine) as streams:
+            for round_ in range(40):
+                tasks = [asyncio.create_task(read(streams, i, LONG)) for i in range(50)]
+                for _ in range(round_ % 5):
+                    await asyncio.sleep(0.001)
+                for task in tasks:
+                    task.cancel()
+                ends = await asyncio.gather(*tasks, return_exceptions=True)
+                assert all(isinstance(end, asyncio.CancelledError) for end in ends)
+            tokens, _ = await read(streams, 0, SamplingParams(max_tokens=4, ignore_eos=True))
+            await streams.drain()
+            return tokens
+
+    assert len(asyncio.run(main())[0]) == 4
+    assert not engine.has_unfinished()
+    assert blocks_in_use(engine) == 0
+
+
+def test_a_reader_that_stands_still_holds_up_nobody():
+    engine = engine_of(num_blocks=256)
+
+    async def main():
+        async with AsyncEngine(engine) as streams:
+            slow = await streams.add_request(prompt(0), LONG)
+            first = await anext(slow)
+            await asyncio.gather(*(read(streams, i) for i in range(8)))
+            await streams.drain()  # the slow one's request has ended too, unread
+            rest = [output async for output in slow]
+        return [first, *rest]
+
+    outputs = asyncio.run(main())
+    assert sum(len(output.token_ids) for output in outputs) == 200
+    assert outputs[-1].finish_reason == "length"
+
+
+def test_abort_from_another_thread():
+    engine = engine_of(num_blocks=256)
+
+    async def main():
+        async with AsyncEngine(engine) as streams:
+            stream = await streams.add_request(prompt(1), LONG, request_id="mine")
+            await anext(stream)
+            thread = threading.Thread(target=streams.abort, args=("mine",))
+            thread.start()
+            thread.join()
+            outputs = [output async for output in stream]
+            streams.abort("mine")  # nothing is left of it
+            return outputs
+
+    outputs = asyncio.run(main())
+    assert outputs[-1].finish_reason == "abort"
+    assert sum(len(output.token_ids) for output in outputs) < 199
+    assert blocks_in_use(engine) == 0
+
+
+def test_an_error_ends_its_own_request():
+    engine = engine_of(num_blocks=256)
+
+    def fail(token_ids, logits):
+        raise ZeroDivisionError("of the caller's processor")
+
+    async def main():
+        async with AsyncEngine(engine) as streams:
+            other = asyncio.create_task(read(streams, 1))
+            with pytest.raises(ZeroDivisionError, match="the caller's"):
+                async for _ in streams.generate(
+                    prompt(0), replace(LONG, logits_processors=(fail,))
+                ):
+                    pass
+            return await other
+
+    assert asyncio.run(main())[1] == "length"
+    assert blocks_in_use(engine) == 0
+
+
+def test_wrong_requests_are_refused_at_once():
+    engine = engine_of(num_blocks=64, max_queued_tokens=20)
+
+    async def main():
+        async with AsyncEngine(engine) as streams:
+            with pytest.raises(ValueError, match="must be a token id"):
+                await anext(streams.generate([1000]))
+            with pytest.raises(QueueFullError, match="prompt tokens wait") as refused:
+                await anext(streams.generate(list(range(21))))
+            assert refused.value.pending_tokens == 0
+            one = await streams.add_request(prompt(0), LONG, request_id="one")
+            with pytest.raises(ValueError, match="in use"):
+                await streams.add_request(prompt(0), LONG, request_id="one")
+            await anext(one)
+            await streams.close()
+            assert [output.finish_reason async for output in one][-1] == "abort"
+            with pytest.raises(RuntimeError, match="closed"):
+                await streams.add_request(prompt(0), LONG)
+
+    asyncio.run(main())
+
+
+def test_a_step_that_raises_ends_what_is_unfinished(monkeypatch):
+    engine = engine_of(num_blocks=64)
+    step = engine.step
+
+    async def main():
+        async with AsyncEngine(engine) as streams:
+            stream = await streams.add_request(prompt(0), LONG)
+            await anext(stream)
+
+            def fail():
+                monkeypatch.setattr(engine, "step", step)
+                raise OSError("no memory for the copy")
+
+            monkeypatch.setattr(engine, "step", fail)
+            with pytest.raises(OSError, match="no memory"):
+                async for _ in stream:
+                    pass
+            return await read(streams, 1)
+
+    assert asyncio.run(main())[1] == "length"
+    assert blocks_in_use(engine) == 0
+
+
+def test_event_loops_of_several_threads():
+    engine = engine_of(num_blocks=512)
+    streams = AsyncEngine(engine)
+    results = {}
+
+    def run(i):
+        results[i] = asyncio.run(read(streams, i))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    asyncio.run(streams.close())
+    assert all(reason == "length" for _, reason in results.values())
+    assert blocks_in_use(engine) == 0
+
+
+def test_the_stream_of_a_loop_that_is_gone_ends():
+    engine = engine_of(num_blocks=256)
+    streams = AsyncEngine(engine)
+
+    async def leave():
+        await anext(await streams.add_request(prompt(0), LONG))
+
+    asyncio.run(leave())
+    assert asyncio.run(read(streams, 1))[1] == "length"
+    asyncio.run(streams.drain())
+    asyncio.run(streams.close())
+    assert blocks_in_use(engine) == 0
