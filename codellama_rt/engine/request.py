@@ -10,8 +10,8 @@ from numbers import Integral
 
 import numpy as np
 
-from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
-from codellama_rt.engine.sampler import TokenSampler
+from codellama_rt.engine.logprobs import Logprob, PromptLogprobs
+from codellama_rt.engine.sampler import TokenSampler, choose
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
 from codellama_rt.engine.stop_strings import (
@@ -164,8 +164,8 @@ class Request:
         """
         token_ids = self.samples[0].sequence.token_ids
         self.prompt_logprobs.truncate(first_position + 1)  # what an exception has cut short
-        for position, row in enumerate(logits, start=first_position):
-            self.prompt_logprobs.append(row, token_ids[position + 1], self.params.prompt_logprobs)
+        after = token_ids[first_position + 1 : first_position + 1 + len(logits)]
+        self.prompt_logprobs.extend(logits, after, self.params.prompt_logprobs)
 
 
 class Sample:
@@ -225,12 +225,15 @@ class Sample:
         """
         sequence, params = self.sequence, self.request.params
         num_generated = sequence.num_generated
-        token_id = self._sampler.sample(logits, len(sequence.token_ids), num_generated)
+        [choice] = choose([self._sampler], logits[None], [len(sequence.token_ids)])
+        if isinstance(choice, Exception):
+            raise choice
+        token_id = choice.token_id
         sequence.token_ids.append(token_id)
         self._sampler.record(token_id)
         output = Output(self.request.request_id, self.index, [token_id], "")
-        if params.logprobs is not None:
-            output.logprobs = [token_logprobs(logits, token_id, params.logprobs)]
+        if choice.logprobs is not None:
+            output.logprobs = [choice.logprobs]
         if num_generated == 0:
             output.prompt_logprobs = self.request.prompt_logprobs
         self._read(token_id, num_generated + 1 >= params.min_tokens, output)

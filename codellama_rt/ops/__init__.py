@@ -31,10 +31,20 @@ from codellama_rt.ops.native import (
     set_num_threads,
 )
 from codellama_rt.ops.quantized import Quantized
+from codellama_rt.ops.sampling import (
+    Sampled,
+    TokenLists,
+    TokenLogprobs,
+    sample,
+    token_logprobs,
+)
 
 __all__ = [
     *_dense,
     "Quantized",
+    "Sampled",
+    "TokenLists",
+    "TokenLogprobs",
     "apply_rotary_pos_emb",
     "available",
     "available_isas",
@@ -46,8 +56,10 @@ __all__ = [
     "paged_attention",
     "reshape_and_cache",
     "rope_and_cache",
+    "sample",
     "set_isa",
     "set_num_threads",
+    "token_logprobs",
 ]
 
 _FACES = {

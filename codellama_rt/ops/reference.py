@@ -17,6 +17,7 @@ from codellama_rt.ops.quantized import (
     read_cache,
     rotate_rows,
 )
+from codellama_rt.ops.reference_sampling import sample, token_logprobs
 from codellama_rt.ops.reference_weights import dequantize, quantize, rounded_to_int8
 
 __all__ = [
@@ -39,7 +40,9 @@ __all__ = [
     "rope_and_cache",
     "rotate",
     "rounded_to_int8",
+    "sample",
     "silu_and_mul",
+    "token_logprobs",
 ]
 Array = NDArray
 
