@@ -16,7 +16,6 @@ import numpy as np
 from codellama_rt import ops
 from codellama_rt.engine.logprobs import Logprob, rank_tokens
 from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
-from codellama_rt.ops import reference_sampling
 
 _MOST_TOP_K = 2**31 - 1
 
@@ -330,9 +329,7 @@ def _logprobs(
     failed: dict[int, Exception],
 ) -> dict[int, dict[int, Logprob]]:
     """Return what was asked for by sampler; of the raw logits."""
-    asked = [
-        i for i, s in enumerate(samplers) if s.params.logprobs is not None and i not in failed
-    ]
+    asked = [i for i, s in enumerate(samplers) if s.params.logprobs is not None and i not in failed]
     if not asked:
         return {}
     num_top = [samplers[i].params.logprobs for i in asked]
@@ -367,47 +364,3 @@ def apply_processors(
             raise ValueError(f"{name} logits of shape {logits.shape}, got {changed.shape}")
         logits = changed.astype(np.float32)
     return logits
-
-
-def probabilities(
-    logits: np.ndarray,
-    params: SamplingParams,
-    prompt_ids: Collection[int] = (),
-    output_ids: Collection[int] = (),
-) -> np.ndarray:
-    """Return the distribution the next token is drawn from.
-
-    Args:
-        logits: (vocab_size,) float32.
-        params: all processors; temperature 0 gives the greedy token probability 1.
-        prompt_ids: int32 (prompt_len,).
-        output_ids: int32 (num_generated,).
-
-    Returns:
-        (vocab_size,) float64.
-
-    Example:
-        >>> probabilities(np.float32([0, 1, 2]), SamplingParams(temperature=1, top_k=2)).round(3)
-        array([0.   , 0.269, 0.731])
-    """
-    counts = TokenCounts(prompt_ids)
-    for token_id in output_ids:
-        counts.add(token_id)
-    bias = params.logit_bias or {}
-    scores = reference_sampling.process(
-        logits,
-        (np.array(counts.token_ids, np.int32), np.array(counts.counts, np.int32)),
-        (np.array(list(bias), np.int32), np.array(list(bias.values()))),
-        None,
-        params.repetition_penalty,
-        params.presence_penalty,
-        params.frequency_penalty,
-    )
-    probs = np.zeros(len(logits))
-    if params.is_greedy:
-        probs[scores.argmax()] = 1.0
-    else:
-        settings = params.temperature, params.top_k, params.top_p, params.min_p
-        token_ids, kept = reference_sampling.distribution(scores, *settings)
-        probs[token_ids] = kept
-    return probs

@@ -126,28 +126,27 @@ def distribution(
     scores = scores[token_ids]
     with np.errstate(over="ignore", under="ignore"):
         # Subtracting the maximum first keeps a tiny temperature from overflowing to NaN.
-        probs = np.exp((scores - scores.max()) / temperature)
-    probs /= probs.sum()
-    kept = probs > 0
+        weights = np.exp((scores - scores.max()) / temperature)
+    kept = weights > 0
     if top_p < 1.0:
-        kept &= _nucleus(probs, top_p)
+        kept &= _nucleus(weights, top_p * weights.sum())
     if min_p > 0.0:
-        kept &= probs >= min_p * probs.max()
-    token_ids, probs = token_ids[kept], probs[kept]
-    return token_ids, probs / probs.sum()
+        kept &= weights >= min_p  # of the likeliest one's, which is 1
+    token_ids, weights = token_ids[kept], weights[kept]
+    return token_ids, weights / weights.sum()
 
 
-def _nucleus(probs: Array, top_p: float) -> Array:
-    """Return which tokens have at most `top_p` before them; ties: the lower id goes first."""
-    # Tokens below (1 - p) / size sum to less than 1 - p, so none of them can be kept. On a real
-    # model's logits this leaves a few hundred to sort instead of the whole vocabulary.
-    candidates = probs[probs >= (1.0 - top_p) / len(probs)]
+def _nucleus(weights: Array, mass: float) -> Array:
+    """Return which weights have at most `mass` before them; ties: the lower id goes first."""
+    # Weights below the bound sum to less than what is left out, so none of them can be kept. On a
+    # real model's logits this leaves a few hundred to sort instead of the whole vocabulary.
+    candidates = weights[weights >= (weights.sum() - mass) / len(weights)]
     ordered = np.sort(candidates)[::-1]  # values only: ten times faster than a stable argsort
     before = np.concatenate(([0.0], np.cumsum(ordered)[:-1]))
-    num_kept = int(np.searchsorted(before, top_p, side="right"))
+    num_kept = int(np.searchsorted(before, mass, side="right"))
     last = ordered[num_kept - 1]
-    kept = probs > last
-    kept[np.flatnonzero(probs == last)[: num_kept - int(kept.sum())]] = True
+    kept = weights > last
+    kept[np.flatnonzero(weights == last)[: num_kept - int(kept.sum())]] = True
     return kept
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from codellama_rt.ops.native import _core
 from codellama_rt.ops.results import Array, axis_size, empty
 
-__all__ = ["Sampled", "TokenLogprobs", "TokenLists", "sample", "token_logprobs"]
+__all__ = ["Sampled", "TokenLists", "TokenLogprobs", "sample", "token_logprobs"]
 
 
 class Sampled(NamedTuple):

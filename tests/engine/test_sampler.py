@@ -3,15 +3,16 @@
 import itertools
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
-from codellama_rt.engine.sampler import TokenSampler, choose, probabilities
+from codellama_rt.engine.sampler import TokenSampler, choose
 from codellama_rt.engine.sampling_params import SamplingParams
-from codellama_rt.ops.reference_sampling import draw, uniform
+from codellama_rt.ops.reference_sampling import distribution, draw, process, uniform
 
 GREEDY = SamplingParams()
 # Processors of Transformers that SamplingParams lacks; test_generation has them.
@@ -37,6 +38,31 @@ def token(chooser, logits, position=1):
     if isinstance(choice, Exception):
         raise choice
     return choice.token_id
+
+
+def probabilities(logits, params, prompt_ids=(), output_ids=()):
+    """The distribution that a token is drawn from, by its definition."""
+    counts = Counter(output_ids)
+    seen = np.array(sorted({*prompt_ids, *counts}), np.int32)
+    scores = process(
+        logits,
+        (seen, np.array([counts[token_id] for token_id in seen.tolist()])),
+        (np.empty(0, np.int32), np.empty(0)),
+        None,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+    )
+    for token_id, bias in (params.logit_bias or {}).items():
+        scores[token_id] += bias
+    probs = np.zeros(len(logits))
+    if params.is_greedy:
+        probs[scores.argmax()] = 1.0
+        return probs
+    settings = params.temperature, params.top_k, params.top_p, params.min_p
+    token_ids, kept = distribution(scores, *settings)
+    probs[token_ids] = kept
+    return probs
 
 
 def test_probabilities_equal_the_goldens(shared_dir):
