@@ -20,7 +20,6 @@ namespace CLRT_ISA {
 namespace {
 
 constexpr double kMost = std::numeric_limits<double>::max();
-constexpr double kTiniest = std::numeric_limits<double>::min();
 constexpr double kNone = -std::numeric_limits<double>::infinity();  // of a token that cannot come
 
 // The scores of a sample, later its weights: e^(score - highest), proportional to probabilities.
@@ -134,15 +133,13 @@ void for_each_from(const Row& row, const double* limits, double bound, const Bod
   }
 }
 
-int64_t gather_from(const Row& row, const double* limits, double bound, double* out) {
+// Gathers the values above `over`, ascending tokens, and returns their number. After them there is
+// room for whole blocks.
+int64_t gather_above(const Row& row, const double* limits, double over, double* out) {
   int64_t count = 0;
   for (int64_t b = 0; b < row.num_blocks(); ++b) {
-    if (limits[b] < bound) continue;
-    const double* values = row.values + b * kBlock;
-    const int64_t size = smaller(kBlock, row.size - b * kBlock);
-    for (int64_t i = 0; i < size; ++i) {
-      out[count] = values[i];
-      count += values[i] >= bound;
+    if (limits[b] > over) {
+      count += append_within(row.values + b * kBlock, over, kMost, out + count);
     }
   }
   return count;
@@ -156,8 +153,8 @@ void keep_top_k(int64_t k, int64_t vocab_size, Row& row) {
     std::memcpy(row.selected, row.block_max, row.num_blocks() * sizeof(double));
     bound = select(row.selected, row.num_blocks(), k - 1);
   }
-  const int64_t num_candidates = gather_from(row, row.block_max, bound, row.candidates);
-  const double kth = select(row.candidates, num_candidates, k - 1);
+  const int64_t num_above = gather_above(row, row.block_max, bound, row.candidates);
+  const double kth = k <= num_above ? select(row.candidates, num_above, k - 1) : bound;
   int32_t* ids = id_room(row, vocab_size);
   int64_t kept = 0;
   for_each_from(row, row.block_max, kth > kNone ? kth : -kMost, [&](int64_t i, double x) {
@@ -197,11 +194,13 @@ struct Cut {
   int64_t last_equal;
 };
 
-// Weights by magnitude, 64 buckets an octave: buckets[0] is that of weight 1, the highest.
-constexpr int kBucketShift = 46;
-constexpr int64_t kNumBuckets = 72 * 64;
-int64_t bucket_of(double weight) {
-  return smaller(int64_t((bits_of(1.0) - bits_of(weight)) >> kBucketShift), kNumBuckets - 1);
+// Weights by magnitude, 256 buckets an octave: bucket 0 is that of weight 1, the highest; the last
+// one holds all that are smaller than those of the others.
+constexpr int kBucketShift = 44;
+constexpr int32_t kNumBuckets = 24 * 256;
+int32_t bucket_of(double weight) {
+  const uint64_t distance = (bits_of(1.0) - bits_of(weight)) >> kBucketShift;
+  return distance < kNumBuckets ? int32_t(distance) : kNumBuckets - 1;
 }
 
 // A run of weights that holds the last one to keep, and the sum of the weights above the run.
@@ -211,10 +210,15 @@ struct Run {
   double before;
 };
 
-// The run of one bucket of `size` candidates.
-Run narrow(const double* candidates, int64_t size, double mass, double* out) {
+// The run of one bucket of `size` candidates, which have room for whole blocks.
+Run narrow(double* candidates, int64_t size, double mass, double* out) {
   double sums[kNumBuckets] = {};
-  for (int64_t i = 0; i < size; ++i) sums[bucket_of(candidates[i])] += candidates[i];
+  for (int64_t i = size; i % kBlock != 0; ++i) candidates[i] = 0;
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    int32_t buckets[kBlock];
+    for (int i = 0; i < kBlock; ++i) buckets[i] = bucket_of(candidates[begin + i]);
+    for (int i = 0; i < kBlock; ++i) sums[buckets[i]] += candidates[begin + i];
+  }
   Run run{out, 0, 0};
   double before = 0;
   int64_t last = 0;
@@ -224,9 +228,11 @@ Run narrow(const double* candidates, int64_t size, double mass, double* out) {
     run.before = before;
     before += sums[b];
   }
-  for (int64_t i = 0; i < size; ++i) {
-    out[run.size] = candidates[i];
-    run.size += bucket_of(candidates[i]) == last;
+  const double most = from_bits(bits_of(1.0) - (uint64_t(last) << kBucketShift));
+  const double over =
+      last == kNumBuckets - 1 ? 0 : from_bits(bits_of(1.0) - (uint64_t(last + 1) << kBucketShift));
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    run.size += append_within(candidates + begin, over, most, out + run.size);
   }
   return run;
 }
@@ -235,10 +241,9 @@ Run narrow(const double* candidates, int64_t size, double mass, double* out) {
 // of equal ones the lower token goes first. By halving: the upper half goes before the lower.
 Cut nucleus(double top_p, double total, const Row& row) {
   const double mass = top_p * total;
-  // Weights below this sum to less than the mass left out, so none of them is kept.
+  // Weights up to this sum to less than the mass left out, so none of them is kept.
   const double left_out = (total - mass) / double(row.size);
-  const double bound = left_out > kTiniest ? left_out : kTiniest;
-  const int64_t size = gather_from(row, row.block_sum, bound, row.candidates);
+  const int64_t size = gather_above(row, row.block_sum, left_out, row.candidates);
   constexpr int64_t kFew = 512;
   Run run{row.selected, size, 0};
   if (size > kFew) {
@@ -283,10 +288,10 @@ void apply(const Cut& cut, Row& row) {
       continue;
     }
     double* weights = row.values + b * kBlock;
-    for (int i = 0; i < kBlock; ++i) {
-      const bool kept =
-          weights[i] > cut.least || (weights[i] == cut.least && b * kBlock + i <= cut.last_equal);
-      weights[i] = kept ? weights[i] : 0;
+    const int64_t last = cut.last_equal - b * kBlock;
+    for (int i = 0; i < kBlock; ++i) weights[i] = weights[i] >= cut.least ? weights[i] : 0;
+    for (int64_t i = larger(last + 1, 0); i < kBlock; ++i) {
+      weights[i] = weights[i] > cut.least ? weights[i] : 0;
     }
     row.block_sum[b] = block_total(weights);
   }

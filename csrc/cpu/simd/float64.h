@@ -3,6 +3,10 @@
 // Sources that include it are compiled with -ffp-contract=off (CMakeLists.txt).
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -52,6 +56,28 @@ inline double block_total(const double* x) {
   for (int i = 0; i < kHalf; ++i) sum[i] = x[i] + x[i + kHalf];
   add_halves<kHalf / 2>(sum);
   return sum[0];
+}
+
+// Appends those of 64 elements that are in (over, most], in their order; returns their number.
+// `out` has room for 64.
+inline int64_t append_within(const double* x, double over, double most, double* out) {
+  int64_t count = 0;
+#if defined(__AVX512F__)
+  for (int i = 0; i < kBlock; i += 8) {
+    const __m512d values = _mm512_loadu_pd(x + i);
+    const __mmask8 above = _mm512_cmp_pd_mask(values, _mm512_set1_pd(over), _CMP_GT_OQ);
+    const __mmask8 within =
+        _mm512_mask_cmp_pd_mask(above, values, _mm512_set1_pd(most), _CMP_LE_OQ);
+    _mm512_storeu_pd(out + count, _mm512_maskz_compress_pd(within, values));
+    count += __builtin_popcount(within);
+  }
+#else
+  for (int i = 0; i < kBlock; ++i) {
+    out[count] = x[i];
+    count += int(x[i] > over) & int(x[i] <= most);
+  }
+#endif
+  return count;
 }
 
 // An integer in the order of logits: -0 is 0, and every NaN is above infinity.
