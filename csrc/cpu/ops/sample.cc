@@ -1,7 +1,7 @@
-// sample: the next token of each row, drawn from its processed logits; token_logprobs beside it
+// sample: the next token of each row, drawn from its processed logits
 // Shapes   logits (num_logits, vocab_size); sample s reads row rows[s] of them; see ops.h
 // Traffic  num_samples * vocab_size * 4 bytes read; a draw works on a float64 copy in the cache
-// Limit    greedy: memory; a draw: float64 arithmetic, one exp per token that is not cut off
+// Limit    greedy: memory; a draw: float64 arithmetic, one exp per token that top-k leaves
 // Tiling   one task = one sample; a row is looked at in blocks of 64 tokens, and what cannot hold
 //          a candidate (its greatest element is too small) is skipped. Nothing is sorted: top-k
 //          and top-p look for their last token by selection
