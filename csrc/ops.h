@@ -167,6 +167,36 @@ struct CopyBlocksParams {
   BlockPieces key_pieces, value_pieces;
 };
 
+// Sample s draws the token that follows row rows[s] of the logits. Arrays are (num_samples) unless
+// a shape is given; offsets are (num_samples + 1) and rise from 0.
+struct SampleParams {
+  const float* logits;  // (num_logits, vocab_size)
+  const int32_t* rows;
+  const double *temperature, *top_p, *min_p;  // temperature 0: the highest score, without a draw
+  const int32_t* top_k;                       // 0: all
+  const uint64_t *seed, *index, *position;    // all that a draw depends on
+  const double *repetition_penalty, *presence_penalty, *frequency_penalty;
+  const int32_t *seen_offsets, *seen_ids, *seen_counts;  // tokens so far, occurrences in the output
+  const int32_t *bias_offsets, *bias_ids;
+  const double* bias_values;  // added; -inf forbids
+  const int32_t* mask_rows;   // of masks; -1: none
+  const uint32_t* masks;      // (num_masks, ceil(vocab_size / 32)): bit i allows token i
+  int32_t* token_ids;         // without a finite highest score: the first token that has it, or NaN
+  uint8_t* has_token;         // 1: there is one to choose
+  int64_t num_samples, vocab_size;
+};
+
+// Log-probabilities of given tokens in rows of logits, and of each row's likeliest ones.
+struct TokenLogprobsParams {
+  const float* logits;       // (num_logits, vocab_size)
+  const int32_t* rows;       // (num_tokens)
+  const int32_t* token_ids;  // (num_tokens)
+  double* logprobs;          // (num_tokens, 1 + num_top): of the token, then of the likeliest
+  int32_t* ranks;            // (num_tokens), from 1; of equal ones the lower token goes first
+  int32_t* top_ids;          // (num_tokens, num_top)
+  int64_t num_tokens, vocab_size, num_top;
+};
+
 // Instructions that multiply and add at rates of their own, for `multiply_add`.
 enum class Arithmetic : int32_t { kFma, kDotBf16, kMaddInt16, kDotInt16, kDotInt8 };
 constexpr const char* kArithmeticNames[] = {"fp32 FMA", "vdpbf16ps", "vpmaddwd", "vpdpwssd",

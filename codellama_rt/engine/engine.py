@@ -31,6 +31,7 @@ from codellama_rt.engine.grammar import Grammars
 from codellama_rt.engine.metrics import EngineMetrics, StepRecord
 from codellama_rt.engine.owner import Owner
 from codellama_rt.engine.request import Output, Request, Sample, check_params, checked_prompt
+from codellama_rt.engine.sampler import Choice, choose
 from codellama_rt.engine.sampling_params import (
     LogitsProcessor,
     SamplingParams,
@@ -72,6 +73,13 @@ class _InFlight(NamedTuple):
     sample: Sample
     num_tokens: int
     num_samples: int  # of its request
+
+
+class _Result(NamedTuple):
+    """What a step has for one of its chunks."""
+
+    logits: np.ndarray | Exception  # (num_logits, vocab_size) float32, or what the model raised
+    choice: Choice | Exception | None = None  # of the token after them; None: not chosen yet
 
 
 @dataclass(slots=True)
@@ -324,22 +332,23 @@ class Engine:
         Returns:
             Per chunk (num_logits, vocab_size) float32.
         """
+        return _by_chunk(chunks, self._compute(chunks))
+
+    def _compute(self, chunks: Collection[Chunk]) -> np.ndarray:
+        """Run the model once; return (sum of num_logits, vocab_size) float32, chunk after chunk."""
         started = perf_counter()
         batch = build_batch(chunks, self.kv_cache.block_size, rope_lengths=self._has_dynamic_rope)
         scheduled = perf_counter()
         logits = self.model.forward(batch, self.kv_cache)
+        seconds = perf_counter() - scheduled
         totals = self._totals
         totals.steps += 1
         totals.computed_tokens += len(batch.token_ids)
         totals.schedule_seconds += scheduled - started
-        seconds = perf_counter() - scheduled
         totals.model_seconds += seconds
         if self.scheduler.cost is not None:
             self.scheduler.cost.learn(chunks, seconds)
-        ends = itertools.accumulate(chunk.num_logits for chunk in chunks)
-        return [
-            logits[end - chunk.num_logits : end] for chunk, end in zip(chunks, ends, strict=True)
-        ]
+        return logits
 
     def copy_blocks(self) -> None:
         """Copy the blocks that forks are about to write; for the owner only."""
@@ -500,7 +509,10 @@ class Engine:
         for chunk, result in zip(chunks, results, strict=True):
             self._take(chunk, result, started, computed)
         ended = perf_counter()
-        self._totals.sample_seconds += ended - computed
+        spent = (self._totals.model_seconds + self._totals.schedule_seconds) - (
+            before.model_seconds + before.schedule_seconds
+        )
+        self._totals.sample_seconds += ended - started - spent
         self._metrics.step_seconds.observe(ended - started)
         if self.on_step is not None:
             self._report(started, before, part)
@@ -528,15 +540,35 @@ class Engine:
         except Exception:
             logger.exception("on_step raised; the engine goes on")
 
-    def _results(self, chunks: list[Chunk]) -> list[np.ndarray | Exception]:
-        """Return the logits of each chunk, or what the model raised for it alone."""
+    def _results(self, chunks: list[Chunk]) -> list[_Result]:
+        """Return what comes of each chunk."""
         if not chunks:
             return []
         try:
-            return self.compute(chunks)
+            logits = self._compute(chunks)
         except Exception as error:  # of one of them, or a passing one
             logger.warning("a step failed and is repeated sequence by sequence: %r", error)
-            return [self._result(chunk) for chunk in chunks]
+            return [_Result(self._result(chunk)) for chunk in chunks]
+        choices = self._choices(chunks, logits)
+        rows = _by_chunk(chunks, logits)
+        return [_Result(its, choices.get(i)) for i, its in enumerate(rows)]
+
+    def _choices(self, chunks: list[Chunk], logits: np.ndarray) -> dict[int, Choice | Exception]:
+        """Return the tokens that all sequences can choose together, by the numbers of chunks."""
+        ends = list(itertools.accumulate(chunk.num_logits for chunk in chunks))
+        samples = [self._samples[chunk.sequence] for chunk in chunks]
+        together = [
+            i
+            for i, (sample, chunk) in enumerate(zip(samples, chunks, strict=True))
+            if sample.request.takes_one_token(chunk)
+        ]
+        try:
+            choosers = [samples[i].chooser for i in together]
+            choices = choose(choosers, logits, [ends[i] - 1 for i in together])
+        except Exception as error:  # perhaps a passing one: each will choose alone
+            logger.warning("tokens could not be chosen together: %r", error)
+            return {}
+        return dict(zip(together, choices, strict=True))
 
     def _result(self, chunk: Chunk) -> np.ndarray | Exception:
         try:
@@ -551,17 +583,16 @@ class Engine:
         if not any(search.give_way() or search.is_computing for search in searches):
             raise RuntimeError("the scheduler found nothing to do for unfinished requests")
 
-    def _take(
-        self, chunk: Chunk, result: np.ndarray | Exception, started: float, now: float
-    ) -> None:
+    def _take(self, chunk: Chunk, found: _Result, started: float, now: float) -> None:
         """Give a sequence its logits of a step from `started` to `now`, or end it with an error."""
         sample = self._samples[chunk.sequence]
         request, sequence, num_samples = sample.request, chunk.sequence, len(sample.request.samples)
         first_logit = max(sequence.first_logit, chunk.stop)
         in_flight = _InFlight(sample, len(sequence.token_ids), num_samples)
         self._in_flight = in_flight
+        result: Any = found.logits
         if not isinstance(result, Exception):
-            result = self._gained(request, chunk, result)
+            result = self._gained(request, chunk, found)
         if isinstance(result, Exception):
             gained, num_computed = request.fail(sample, result), sequence.num_computed
         else:
@@ -591,17 +622,15 @@ class Engine:
         if request.is_finished:
             del self._requests[request.request_id]
 
-    def _gained(
-        self, request: Request, chunk: Chunk, logits: np.ndarray
-    ) -> list[Output] | Exception:
+    def _gained(self, request: Request, chunk: Chunk, found: _Result) -> list[Output] | Exception:
         """Return what a request gains by its logits, or what was raised twice over them."""
         sample = self._in_flight.sample
         try:
-            return request.take(sample, chunk, logits)
+            return request.take(sample, chunk, found.logits, found.choice)
         except Exception:  # perhaps a passing one
             self._undo()
         try:
-            return request.take(sample, chunk, logits)
+            return request.take(sample, chunk, found.logits)
         except Exception as error:
             self._undo()
             return error
@@ -650,6 +679,11 @@ class Engine:
     def _free(self, sample: Sample) -> None:
         self.scheduler.remove(sample.sequence)
         del self._samples[sample.sequence]
+
+
+def _by_chunk(chunks: Collection[Chunk], logits: np.ndarray) -> list[np.ndarray]:
+    ends = itertools.accumulate(chunk.num_logits for chunk in chunks)
+    return [logits[end - chunk.num_logits : end] for chunk, end in zip(chunks, ends, strict=True)]
 
 
 def _check_names(request_id: object, priority: object) -> None:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from codellama_rt import ops
+
 
 class Logprob(NamedTuple):
     """A token's log-probability and rank (1 = likeliest; ties: the lower id goes first)."""
@@ -13,16 +15,20 @@ class Logprob(NamedTuple):
     rank: int
 
 
-class _RankedTokens(NamedTuple):
+class RankedTokens(NamedTuple):
+    """A token with its rank, and the likeliest ones of the same row."""
+
     token_ids: np.ndarray  # (1 + num_top,) int32: the requested token, then the likeliest ones
     logprobs: np.ndarray  # (1 + num_top,) float64
     rank: int  # of the requested token
 
     def as_dict(self) -> dict[int, Logprob]:
+        """Return token id -> Logprob; the requested token first, then by rank."""
         asked, *top = zip(self.token_ids.tolist(), self.logprobs.tolist(), strict=True)
         found = {asked[0]: Logprob(asked[1], self.rank)}
         for rank, (token_id, logprob) in enumerate(top, start=1):
-            found.setdefault(token_id, Logprob(logprob, rank))
+            if token_id >= 0:  # there are none beside NaN
+                found.setdefault(token_id, Logprob(logprob, rank))
         return found
 
 
@@ -35,7 +41,7 @@ class PromptLogprobs(Sequence):
 
     def __init__(self) -> None:
         """Start with the first token, which has no log-probability."""
-        self._rows: list[_RankedTokens | None] = [None]
+        self._rows: list[RankedTokens | None] = [None]
 
     def __len__(self) -> int:
         """Return the number of prompt tokens recorded so far."""
@@ -52,9 +58,9 @@ class PromptLogprobs(Sequence):
         """Forget the tokens of the prompt after the first `length`."""
         del self._rows[length:]
 
-    def append(self, logits: np.ndarray, token_id: int, num_top: int) -> None:
-        """Add the next token of the prompt, given the logits before it."""
-        self._rows.append(_rank_tokens(logits, token_id, num_top))
+    def extend(self, logits: np.ndarray, token_ids: Sequence[int], num_top: int) -> None:
+        """Add the next tokens of the prompt, given the logits before each of them."""
+        self._rows += rank_tokens(logits, token_ids, [num_top] * len(token_ids))
 
 
 def token_logprobs(logits: np.ndarray, token_id: int, num_top: int) -> dict[int, Logprob]:
@@ -72,23 +78,31 @@ def token_logprobs(logits: np.ndarray, token_id: int, num_top: int) -> dict[int,
         >>> token_logprobs(np.float32([0, 0, 0, 0]), token_id=3, num_top=1)[3].rank
         4
     """
-    return _rank_tokens(logits, token_id, num_top).as_dict()
+    return rank_tokens(logits[None], [token_id], [num_top])[0].as_dict()
 
 
-def _rank_tokens(logits: np.ndarray, token_id: int, num_top: int) -> _RankedTokens:
-    chosen = logits[token_id]
-    rank = 1 + int((logits > chosen).sum()) + int((logits[:token_id] == chosen).sum())
-    token_ids = np.array([token_id, *_likeliest(logits, num_top)], np.int32)
-    scores = logits.astype(np.float64)
-    highest = scores.max()
-    log_total = highest + np.log(np.exp(scores - highest).sum())
-    return _RankedTokens(token_ids, scores[token_ids] - log_total, rank)
+def rank_tokens(
+    logits: np.ndarray,
+    token_ids: Sequence[int],
+    num_top: Sequence[int],
+    rows: Sequence[int] | None = None,
+) -> list[RankedTokens]:
+    """Rank tokens in rows of logits, all rows by one operator.
 
-
-def _likeliest(logits: np.ndarray, num_top: int) -> np.ndarray:
-    if num_top == 0:
-        return np.empty(0, np.int64)
-    num_top = min(num_top, len(logits))
-    threshold = np.partition(logits, -num_top)[-num_top]
-    candidates = np.flatnonzero(logits >= threshold)
-    return candidates[np.argsort(-logits[candidates], kind="stable")][:num_top]
+    Args:
+        logits: (num_rows, vocab_size) float32.
+        token_ids: (num_tokens,).
+        num_top: (num_tokens,): how many of the likeliest tokens each one asks for besides.
+        rows: (num_tokens,): each one's row; default: one after another.
+    """
+    asked = np.array(token_ids, np.int32)
+    most = min(max(num_top, default=0), logits.shape[1])
+    rows = np.arange(len(asked)) if rows is None else rows
+    logprobs, ranks, top_ids = ops.token_logprobs(
+        logits, asked, most, rows=np.asarray(rows, np.int32)
+    )
+    all_ids = np.concatenate((asked[:, None], top_ids), axis=1)
+    return [
+        RankedTokens(all_ids[i, : 1 + own], logprobs[i, : 1 + own], rank)
+        for i, (own, rank) in enumerate(zip(num_top, ranks.tolist(), strict=True))
+    ]

@@ -12,9 +12,9 @@ from time import perf_counter
 import numpy as np
 
 from codellama_rt.engine.grammar import Grammar
-from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
+from codellama_rt.engine.logprobs import Logprob, PromptLogprobs
 from codellama_rt.engine.metrics import RequestClock, RequestMetrics
-from codellama_rt.engine.sampler import TokenSampler
+from codellama_rt.engine.sampler import Choice, TokenSampler, choose
 from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
 from codellama_rt.engine.stop_strings import (
@@ -124,13 +124,24 @@ class Request:
         is_forked = len(self.samples) == self.params.n
         return self._has_ended or (is_forked and all(s.is_finished for s in self.samples))
 
-    def take(self, sample: Sample, chunk: Chunk, logits: np.ndarray) -> list[Output]:
+    def takes_one_token(self, chunk: Chunk) -> bool:
+        """Whether the only thing to do with a chunk's last logits is to choose a token."""
+        return chunk.samples and self.params.max_tokens != 0 and len(self.samples) == self.params.n
+
+    def take(
+        self,
+        sample: Sample,
+        chunk: Chunk,
+        logits: np.ndarray,
+        choice: Choice | Exception | None = None,
+    ) -> list[Output]:
         """Use the logits of a chunk's last tokens.
 
         Args:
             sample: one of this request's; with its first token it creates the other samples.
             chunk: of the sample's sequence.
             logits: (chunk.num_logits, vocab_size) float32.
+            choice: of the sample's token by the last of them, if `takes_one_token`; None: choose.
 
         Returns:
             What the samples gained.
@@ -151,7 +162,11 @@ class Request:
             for i in range(len(self.samples), self.params.n)
         ]
         self.samples += forks
-        return [one.accept(logits[-1]) for one in (sample, *forks)]
+        samples = [sample, *forks]
+        choices = [choice]
+        if choice is None:
+            choices = choose([one.chooser for one in samples], logits[-1:], [0] * len(samples))
+        return [one.accept(its) for one, its in zip(samples, choices, strict=True)]
 
     def _end_prompt(self, sample: Sample) -> list[Output]:
         """Return the outputs of a request that wanted nothing but its prompt computed."""
@@ -207,8 +222,8 @@ class Request:
         """
         token_ids = self.samples[0].sequence.token_ids
         self.prompt_logprobs.truncate(first_position + 1)  # what an exception has cut short
-        for position, row in enumerate(logits, start=first_position):
-            self.prompt_logprobs.append(row, token_ids[position + 1], self.params.prompt_logprobs)
+        after = token_ids[first_position + 1 : first_position + 1 + len(logits)]
+        self.prompt_logprobs.extend(logits, after, self.params.prompt_logprobs)
 
 
 class Sample:
@@ -265,27 +280,30 @@ class Sample:
         """Begin to compute what `accept` needs besides logits, while the model computes those."""
         self._sampler.prepare()
 
-    def accept(self, logits: np.ndarray) -> Output:
-        """Choose the next token from its logits and append it.
+    @property
+    def chooser(self) -> tuple[TokenSampler, int]:
+        """What `choose` takes: the sampler, and the position of the next token."""
+        return self._sampler, len(self.sequence.token_ids)
 
-        Args:
-            logits: (vocab_size,) float32.
+    def accept(self, choice: Choice | Exception) -> Output:
+        """Append a token that `choose` has chosen.
 
         Returns:
             The token, its text, and whether and why it was the last one.
 
         Raises:
-            RuntimeError: the logits are NaN or infinite, or no token is allowed.
-            Exception: of the caller's processors.
+            Exception: there is no token, for this reason; or of the grammar or the tokenizer.
         """
+        if isinstance(choice, Exception):
+            raise choice
         sequence, params = self.sequence, self.request.params
         num_generated = sequence.num_generated
-        token_id = self._sampler.sample(logits, len(sequence.token_ids), num_generated)
+        token_id = choice.token_id
         sequence.token_ids.append(token_id)
         self._sampler.record(token_id)
         output = Output(self.request.request_id, self.index, [token_id], "")
-        if params.logprobs is not None:
-            output.logprobs = [token_logprobs(logits, token_id, params.logprobs)]
+        if choice.logprobs is not None:
+            output.logprobs = [choice.logprobs]
         if num_generated == 0:
             output.prompt_logprobs = self.request.prompt_logprobs
         self._read(token_id, num_generated + 1 >= params.min_tokens, output)

@@ -1,47 +1,83 @@
-"""Choose a token from a row of logits; every function is pure in its arguments.
+"""Choose the next tokens of all sequences of a step, by one operator (`ops.sample`).
 
 Order of the processors as in vLLM and Transformers: the caller's own, repetition, presence and
 frequency penalties, bias, forbidden tokens, then temperature, top-k, top-p, min-p. All arithmetic
-in float64.
+in float64. A token depends on its sequence alone, never on the others or on threads.
 """
 
-import math
+from __future__ import annotations
+
+from array import array
 from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from codellama_rt.engine.grammar import GrammarState
+from codellama_rt import ops
+from codellama_rt.engine.logprobs import Logprob, rank_tokens
 from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
+
+_MOST_TOP_K = 2**31 - 1
+
+
+class Choice(NamedTuple):
+    """A chosen token, and its log-probability and those of the likeliest ones if asked for."""
+
+    token_id: int
+    logprobs: dict[int, Logprob] | None
+
+
+class Constraint(Protocol):
+    """What allows a sequence's next token from outside the sampling parameters: a grammar."""
+
+    def prepare(self) -> None:
+        """Begin to compute the next mask in another thread."""
+
+    def accept(self, token_id: int) -> None:
+        """Take a chosen token."""
+
+    def mask(self) -> np.ndarray | None:
+        """Return the tokens that may come next; None: all.
+
+        Returns:
+            (ceil(vocab_size / 32),) uint32: bit i % 32 of word i // 32 allows token i.
+
+        Raises:
+            Exception: it ends this sample alone.
+        """
 
 
 class TokenCounts:
-    """The tokens of a sequence with their counts, updated token by token."""
+    """The tokens of a sequence, each once, with their counts in the output."""
 
-    def __init__(self, prompt_ids: Collection[int], vocab_size: int) -> None:
-        """Count the prompt.
-
-        Args:
-            prompt_ids: int32 (prompt_len,).
-            vocab_size: length of the two tables.
-        """
-        self.in_output = np.zeros(vocab_size, np.int32)  # occurrences
-        self.seen = np.zeros(vocab_size, bool)  # in the prompt or the output
-        self.seen[np.asarray(prompt_ids, np.int64)] = True
+    def __init__(self, prompt_ids: Collection[int] = ()) -> None:
+        """Count the prompt, (prompt_len,) int32."""
+        unique = np.unique(np.asarray(prompt_ids, np.int32))
+        self.token_ids = array("i", unique.tobytes())
+        self.counts = array("i", bytes(unique.nbytes))
+        self._places = {token_id: i for i, token_id in enumerate(self.token_ids)}
 
     def add(self, token_id: int) -> None:
         """Count a new output token."""
-        self.in_output[token_id] += 1
-        self.seen[token_id] = True
+        place = self._places.setdefault(token_id, len(self.token_ids))
+        if place == len(self.token_ids):
+            self.token_ids.append(token_id)
+            self.counts.append(0)
+        self.counts[place] += 1
 
 
 class ForbiddenTokens:
     """The tokens of one output that may not come next; everything follows from the tokens so far.
 
+    Attributes:
+        allowed: (ceil(vocab_size / 32),) uint32 as of a `Constraint`: the tokens that may come at
+            all; None: every one.
+
     Example:
         >>> forbidden = ForbiddenTokens(4, runs=[[1], [2, 3]])
         >>> forbidden.add(2)
-        >>> np.flatnonzero(forbidden.mask())
-        array([1, 3])
+        >>> forbidden.token_ids(), forbidden.allowed
+        ([3], array([4294967293], dtype=uint32))
     """
 
     def __init__(
@@ -53,14 +89,14 @@ class ForbiddenTokens:
         """Start with an empty output.
 
         Args:
-            vocab_size: length of the masks.
+            vocab_size: of the model.
             allowed_ids: the only tokens that may ever come; None: all.
             runs: of tokens; the last one of each is forbidden after those before it.
         """
-        self._always = np.full(vocab_size, allowed_ids is not None)
-        if allowed_ids is not None:
-            self._always[list(allowed_ids)] = False
-        self._always[[run[-1] for run in runs if len(run) == 1]] = True
+        never = [run[-1] for run in runs if len(run) == 1]
+        self.allowed = None
+        if never or allowed_ids is not None:
+            self.allowed = _bit_mask(vocab_size, allowed_ids, never)
         self._runs = [list(run) for run in runs if len(run) > 1]
         self._longest = max((len(run) - 1 for run in self._runs), default=0)
         self._tail: list[int] = []  # of the output, as far as a run looks back
@@ -69,16 +105,25 @@ class ForbiddenTokens:
         """Take a new output token."""
         self._tail = [*self._tail, token_id][-self._longest :] if self._longest else []
 
-    def mask(self) -> np.ndarray:
-        """Return which tokens may not come next, (vocab_size,) bool."""
-        mask = self._always.copy()
-        for *begin, last in self._runs:
-            mask[last] |= self._tail[-len(begin) :] == begin
-        return mask
+    def token_ids(self) -> list[int]:
+        """Return the tokens that would end a run next."""
+        return [last for *begin, last in self._runs if self._tail[-len(begin) :] == begin]
+
+
+def _bit_mask(
+    vocab_size: int, allowed_ids: Collection[int] | None, never: Collection[int]
+) -> np.ndarray:
+    """Return a mask as of a `Constraint`; padding bits are set."""
+    bits = np.ones(-(-vocab_size // 32) * 32, bool)
+    if allowed_ids is not None:
+        bits[:vocab_size] = False
+        bits[list(allowed_ids)] = True
+    bits[list(never)] = False
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
 
 
 class TokenSampler:
-    """Choose the tokens of one sample of one request."""
+    """What chooses the tokens of one sample of one request: its parameters and tokens so far."""
 
     def __init__(
         self,
@@ -90,7 +135,7 @@ class TokenSampler:
         end_ids: Collection[int] = (),
         name: str = "",
         bad_runs: Collection[Sequence[int]] = (),
-        grammar: GrammarState | None = None,
+        constraint: Constraint | None = None,
         processors: Collection[LogitsProcessor] = (),
     ) -> None:
         """Start after the prompt.
@@ -104,81 +149,208 @@ class TokenSampler:
             end_ids: tokens that would end the output; masked until `min_tokens`.
             name: of the request, for messages.
             bad_runs: the tokens of `bad_words`.
-            grammar: of `structured_outputs`, for an empty output.
+            constraint: for an empty output; is asked for its mask before each token.
             processors: the engine's, called before the request's own.
         """
-        self._params, self._seed, self._index, self._name = params, seed, index, name
-        self._counts = TokenCounts(prompt_ids, vocab_size) if params.counts_tokens else None
-        self._forbidden = None
-        if bad_runs or params.allowed_token_ids is not None:
-            self._forbidden = ForbiddenTokens(vocab_size, params.allowed_token_ids, bad_runs)
-        self._output_ids: list[int] = []
+        self.params, self.name = params, name
+        self.key = seed, index
+        self.settings = (
+            params.temperature,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+        )
+        self.top_k = min(max(params.top_k, 0), _MOST_TOP_K)
+        self.counts = None
+        if params.counts_tokens:  # tokens of the prompt alone have the repetition penalty only
+            self.counts = TokenCounts(prompt_ids if params.repetition_penalty != 1.0 else ())
+        bias = params.logit_bias or {}
+        self._bias = list(bias.keys()), list(bias.values())
+        self._forbidden = ForbiddenTokens(vocab_size, params.allowed_token_ids, bad_runs)
+        self._constraint = constraint
+        self.processors = (*processors, *params.logits_processors)
         self._end_ids = list(end_ids)
-        self._grammar = grammar
-        self._processors = (*processors, *params.logits_processors)
-        changes = {self._counts, self._forbidden, grammar}
-        self._reads_raw_logits = params.is_greedy and changes == {None} and not params.logit_bias
+        self.output_ids: list[int] = []
 
     def prepare(self) -> None:
         """Begin to compute, in another thread, what the next token needs besides logits."""
-        if self._grammar is not None:
-            self._grammar.prepare()
-
-    def sample(self, logits: np.ndarray, position: int, num_generated: int) -> int:
-        """Choose the token that follows.
-
-        Args:
-            logits: (vocab_size,) float32, not changed.
-            position: of the new token in its sequence.
-            num_generated: output tokens before it.
-
-        Raises:
-            RuntimeError: the logits are NaN or infinite, every token is masked, or the grammar
-                exceeded its limits.
-            Exception: of one of the caller's processors.
-        """
-        best = int(logits.argmax())  # the first NaN, if any: one pass finds both
-        self._require_finite(logits, best, position)
-        if self._processors:
-            logits = apply_processors(self._processors, self._output_ids, logits)
-            best = int(logits.argmax())
-            self._require_finite(logits, best, position)
-        masked = num_generated < self._params.min_tokens
-        if self._reads_raw_logits and not masked:
-            return best
-        end_ids = self._end_ids if masked else ()
-        processed = process_logits(logits, self._params, self._counts, end_ids)
-        if self._forbidden is not None:
-            processed[self._forbidden.mask()] = -np.inf
-        if self._grammar is not None:
-            allowed = self._grammar.mask().view(np.uint8)
-            allowed = np.unpackbits(allowed, count=len(logits), bitorder="little")
-            processed[allowed == 0] = -np.inf
-        best = int(processed.argmax())
-        self._require_finite(processed, best, position)
-        if self._params.is_greedy:
-            return best
-        token_ids, probs = distribution(processed, self._params)
-        return draw(token_ids, probs, uniform(self._seed, self._index, position))
+        if self._constraint is not None:
+            self._constraint.prepare()
 
     def record(self, token_id: int) -> None:
-        """Record the chosen token, on which the penalties and the rest depend."""
-        self._output_ids.append(token_id)
-        if self._counts is not None:
-            self._counts.add(token_id)
-        if self._forbidden is not None:
-            self._forbidden.add(token_id)
-        if self._grammar is not None:
-            self._grammar.accept(token_id)
+        """Record the chosen token, on which the penalties and the rest depend.
 
-    def _require_finite(self, logits: np.ndarray, best: int, position: int) -> None:
-        if not math.isfinite(logits[best]):
-            raise RuntimeError(
-                f"request {self._name!r}: no token to choose at position {position}: the highest "
-                f"logit, of token {best}, is {logits[best]}; check the weights "
-                "(open_checkpoint(..., check='finite')), logit_bias, allowed_token_ids, "
-                "bad_words, logits_processors, stop_token_ids, structured_outputs and min_tokens"
-            )
+        Raises:
+            RuntimeError: the grammar exceeded its limits.
+        """
+        self.output_ids.append(token_id)
+        self._forbidden.add(token_id)
+        if self._constraint is not None:
+            self._constraint.accept(token_id)
+        if self.counts is not None:
+            self.counts.add(token_id)
+
+    def bias(self) -> tuple[list[int], list[float]]:
+        """Return tokens and what is added to their logits now; -inf forbids."""
+        forbidden = self._forbidden.token_ids()
+        if len(self.output_ids) < self.params.min_tokens:
+            forbidden += self._end_ids
+        if not forbidden:
+            return self._bias
+        token_ids, values = self._bias
+        return token_ids + forbidden, values + [-np.inf] * len(forbidden)
+
+    def mask(self) -> np.ndarray | None:
+        """Return the tokens that may come next, as a `Constraint` does."""
+        allowed = self._forbidden.allowed
+        now = None if self._constraint is None else self._constraint.mask()
+        if allowed is None or now is None:
+            return now if allowed is None else allowed
+        return allowed & now
+
+
+def choose(
+    choosers: Sequence[tuple[TokenSampler, int]], logits: np.ndarray, rows: Sequence[int]
+) -> list[Choice | Exception]:
+    """Choose the token that follows for each sampler; nothing is recorded.
+
+    Args:
+        choosers: samplers of different samples, and the positions of the new tokens in their
+            sequences.
+        logits: (num_rows, vocab_size) float32, not changed.
+        rows: each sampler's row of the logits. The samples of one prompt share a row.
+
+    Returns:
+        One choice per sampler, or the exception that ends this sample alone: RuntimeError if the
+        logits are NaN or infinite or every token is forbidden, or what one of the caller's
+        processors or a constraint has raised.
+    """
+    if not choosers:
+        return []
+    samplers, positions = zip(*choosers, strict=True)
+    rows = list(rows)
+    failed: dict[int, Exception] = {}
+    sources, source_rows = _processed(samplers, logits, positions, rows, failed)
+    masks, mask_rows = _masks(samplers, failed)
+    settings = np.array([s.settings for s in samplers]).T.copy()
+    keys = [(*s.key, p) for s, p in zip(samplers, positions, strict=True)]
+    seed, index, position = np.array(keys, np.uint64).T.copy()
+    temperature, top_p, min_p, repetition, presence, frequency = settings
+    counts = [s.counts for s in samplers]
+    seen = [((), ()) if c is None else (c.token_ids, c.counts) for c in counts]
+    sampled = ops.sample(
+        sources,
+        rows=np.array(source_rows, np.int32),
+        temperature=temperature,
+        top_k=np.array([s.top_k for s in samplers], np.int32),
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        index=index,
+        position=position,
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        seen=_joined(seen, np.int32),
+        bias=_joined([s.bias() for s in samplers], np.float64),
+        masks=masks,
+        mask_rows=mask_rows,
+    )
+    token_ids = sampled.token_ids.tolist()
+    for i in np.flatnonzero(~sampled.has_token).tolist():
+        logit = sources[source_rows[i], token_ids[i]]
+        failed.setdefault(i, _no_token(samplers[i].name, positions[i], token_ids[i], logit))
+    logprobs = _logprobs(samplers, logits, token_ids, rows, failed)
+    return [
+        failed[i] if i in failed else Choice(token_id, logprobs.get(i))
+        for i, token_id in enumerate(token_ids)
+    ]
+
+
+def _processed(
+    samplers: Sequence[TokenSampler],
+    logits: np.ndarray,
+    positions: Sequence[int],
+    rows: list[int],
+    failed: dict[int, Exception],
+) -> tuple[np.ndarray, list[int]]:
+    """Apply the caller's processors, if there are any: return logits, and each sampler's row."""
+    if not any(s.processors for s in samplers):
+        return logits, rows
+    changed = logits[rows]
+    for i, sampler in enumerate(samplers):
+        processors = sampler.processors
+        best = int(changed[i].argmax())
+        if not processors:
+            continue
+        if not np.isfinite(changed[i, best]):  # not theirs to see
+            failed[i] = _no_token(sampler.name, positions[i], best, changed[i, best])
+            continue
+        try:
+            changed[i] = apply_processors(processors, sampler.output_ids, changed[i])
+        except Exception as error:
+            failed[i] = error
+    return changed, list(range(len(rows)))
+
+
+def _masks(
+    samplers: Sequence[TokenSampler], failed: dict[int, Exception]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return the masks of the samplers that have one, and which each has."""
+    masks, mask_rows = [], np.full(len(samplers), -1, np.int32)
+    for i, sampler in enumerate(samplers):
+        try:
+            mask = sampler.mask()
+        except Exception as error:
+            failed.setdefault(i, error)
+            continue
+        if mask is not None:
+            mask_rows[i] = len(masks)
+            masks.append(mask)
+    return (np.stack(masks), mask_rows) if masks else (None, None)
+
+
+def _joined(lists: Sequence[tuple[Sequence, Sequence]], dtype: type) -> ops.TokenLists | None:
+    """Return lists of (tokens, values) one after another; None if all are empty."""
+    sizes = [len(token_ids) for token_ids, _ in lists]
+    if not any(sizes):
+        return None
+    offsets = np.zeros(len(lists) + 1, np.int32)
+    np.cumsum(sizes, out=offsets[1:])
+    token_ids, values = (
+        np.concatenate(parts, dtype=kind, casting="unsafe")
+        for parts, kind in zip(zip(*lists, strict=True), (np.int32, dtype), strict=True)
+    )
+    return ops.TokenLists(offsets, token_ids, values)
+
+
+def _no_token(name: str, position: int, best: int, logit: np.floating) -> RuntimeError:
+    """Return what to raise where no token can be chosen; a finite logit: all are forbidden."""
+    highest = -np.inf if np.isfinite(logit) else logit
+    return RuntimeError(
+        f"request {name!r}: no token to choose at position {position}: the highest "
+        f"logit, of token {best}, is {highest}; check the weights "
+        "(open_checkpoint(..., check='finite')), logit_bias, allowed_token_ids, "
+        "bad_words, logits_processors, stop_token_ids, structured_outputs and min_tokens"
+    )
+
+
+def _logprobs(
+    samplers: Sequence[TokenSampler],
+    logits: np.ndarray,
+    token_ids: list[int],
+    rows: list[int],
+    failed: dict[int, Exception],
+) -> dict[int, dict[int, Logprob]]:
+    """Return what was asked for by sampler; of the raw logits."""
+    asked = [i for i, s in enumerate(samplers) if s.params.logprobs is not None and i not in failed]
+    if not asked:
+        return {}
+    num_top = [samplers[i].params.logprobs for i in asked]
+    ranked = rank_tokens(logits, [token_ids[i] for i in asked], num_top, [rows[i] for i in asked])
+    return {i: tokens.as_dict() for i, tokens in zip(asked, ranked, strict=True)}
 
 
 def apply_processors(
@@ -208,135 +380,3 @@ def apply_processors(
             raise ValueError(f"{name} logits of shape {logits.shape}, got {changed.shape}")
         logits = changed.astype(np.float32)
     return logits
-
-
-def process_logits(
-    logits: np.ndarray,
-    params: SamplingParams,
-    counts: TokenCounts | None = None,
-    masked_ids: Collection[int] = (),
-) -> np.ndarray:
-    """Apply what depends on the tokens so far: penalties, bias, minimum length.
-
-    Args:
-        logits: (vocab_size,) float32, not changed.
-        params: with the penalties and the bias.
-        counts: the tokens so far; None when no penalty is set.
-        masked_ids: tokens that must not be chosen.
-
-    Returns:
-        (vocab_size,) float64.
-    """
-    logits = logits.astype(np.float64)
-    if counts is not None:
-        penalty = params.repetition_penalty
-        seen = logits[counts.seen]
-        logits[counts.seen] = np.where(seen > 0, seen / penalty, seen * penalty)
-        logits -= params.presence_penalty * (counts.in_output > 0)
-        logits -= params.frequency_penalty * counts.in_output
-    if params.logit_bias:
-        ids = np.fromiter(params.logit_bias.keys(), np.int64)
-        logits[ids] += np.fromiter(params.logit_bias.values(), np.float64)
-    if masked_ids:
-        logits[list(masked_ids)] = -np.inf
-    return logits
-
-
-def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
-    """Apply temperature, top-k, top-p and min-p.
-
-    Args:
-        logits: (vocab_size,) float64 with a finite maximum.
-        params: with a temperature above 0.
-
-    Returns:
-        The ids of the remaining tokens, ascending, (kept,) int64, and their probabilities, (kept,)
-        float64, all positive.
-    """
-    token_ids = np.flatnonzero(logits > -np.inf)
-    if 0 < params.top_k < len(token_ids):
-        kth = np.partition(logits, -params.top_k)[-params.top_k]
-        token_ids = np.flatnonzero(logits >= kth)  # ties with the k-th stay, as in Transformers
-    scores = logits[token_ids]
-    with np.errstate(over="ignore", under="ignore"):
-        # Subtracting the maximum first keeps a tiny temperature from overflowing to NaN.
-        probs = np.exp((scores - scores.max()) / params.temperature)
-    probs /= probs.sum()
-    kept = probs > 0
-    if params.top_p < 1.0:
-        kept &= _nucleus(probs, params.top_p)
-    if params.min_p > 0.0:
-        kept &= probs >= params.min_p * probs.max()
-    token_ids, probs = token_ids[kept], probs[kept]
-    return token_ids, probs / probs.sum()
-
-
-def _nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
-    """Return which tokens have at most `top_p` before them; ties: the lower id goes first."""
-    # Tokens below (1 - p) / size sum to less than 1 - p, so none of them can be kept. On a real
-    # model's logits this leaves a few hundred to sort instead of the whole vocabulary.
-    candidates = probs[probs >= (1.0 - top_p) / len(probs)]
-    ordered = np.sort(candidates)[::-1]  # values only: ten times faster than a stable argsort
-    before = np.concatenate(([0.0], np.cumsum(ordered)[:-1]))
-    num_kept = int(np.searchsorted(before, top_p, side="right"))
-    last = ordered[num_kept - 1]
-    kept = probs > last
-    kept[np.flatnonzero(probs == last)[: num_kept - int(kept.sum())]] = True
-    return kept
-
-
-def uniform(seed: int, index: int, position: int) -> float:
-    """Return a number in [0, 1) that is a pure function of the three arguments.
-
-    Philox4x64-10, a counter-based generator (Salmon et al., "Parallel random numbers: as easy as
-    1, 2, 3", SC 2011): key = seed and sample index, counter = position.
-    """
-    bits = np.random.Philox(key=index << 64 | seed, counter=position).random_raw()
-    return (bits >> 11) * 2.0**-53
-
-
-def draw(token_ids: np.ndarray, probs: np.ndarray, u: float) -> int:
-    """Invert the cumulative distribution over tokens in ascending order of their ids.
-
-    Args:
-        token_ids: (kept,) int64.
-        probs: (kept,) float64, positive.
-        u: in [0, 1).
-    """
-    cumulative = np.cumsum(probs)
-    i = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
-    return int(token_ids[min(i, len(token_ids) - 1)])  # u * total may round up to the total
-
-
-def probabilities(
-    logits: np.ndarray,
-    params: SamplingParams,
-    prompt_ids: Collection[int] = (),
-    output_ids: Collection[int] = (),
-) -> np.ndarray:
-    """Return the distribution the next token is drawn from.
-
-    Args:
-        logits: (vocab_size,) float32.
-        params: all processors; temperature 0 gives the greedy token probability 1.
-        prompt_ids: int32 (prompt_len,).
-        output_ids: int32 (num_generated,).
-
-    Returns:
-        (vocab_size,) float64.
-
-    Example:
-        >>> probabilities(np.float32([0, 1, 2]), SamplingParams(temperature=1, top_k=2)).round(3)
-        array([0.   , 0.269, 0.731])
-    """
-    counts = TokenCounts(prompt_ids, len(logits))
-    for token_id in output_ids:
-        counts.add(token_id)
-    processed = process_logits(logits, params, counts)
-    probs = np.zeros(len(logits))
-    if params.is_greedy:
-        probs[processed.argmax()] = 1.0
-    else:
-        token_ids, kept = distribution(processed, params)
-        probs[token_ids] = kept
-    return probs

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from codellama_rt.engine.branches import Branch, Branches
-from codellama_rt.engine.sampler import draw, uniform
 from codellama_rt.engine.stop_strings import TextStream
 from codellama_rt.hf.search import Found, Search, nothing_allowed, padded_rows
 from codellama_rt.hf.warping import warped
+from codellama_rt.ops.reference_sampling import draw, uniform
 
 
 class _Row:

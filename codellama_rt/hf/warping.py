@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from codellama_rt.engine.sampler import distribution
 from codellama_rt.hf.generation_config import GenerationConfig
+from codellama_rt.ops.reference_sampling import distribution
 
 
 def warped(scores: np.ndarray, config: GenerationConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -24,7 +24,8 @@ def warped(scores: np.ndarray, config: GenerationConfig) -> tuple[np.ndarray, np
         >>> warped(np.array([0.0, 3.0, 3.0]), config)
         (array([1, 2]), array([0.5, 0.5]))
     """
-    token_ids, probs = distribution(scores, config.sampling())
+    own = config.sampling()
+    token_ids, probs = distribution(scores, own.temperature, own.top_k, own.top_p, own.min_p)
     if config.typical_p < 1.0:
         token_ids, probs = _cut(token_ids, probs, _typical(probs, config.typical_p))
     if config.epsilon_cutoff > 0.0:

@@ -154,6 +154,30 @@ typedef struct {
   codellama_rt_tensor tiles;  /* out, "q4_0_tiled": codellama_rt_weight_bytes of them */
 } codellama_rt_repack_args;
 
+/* Arrays are (num_samples) unless ops.sample of the Python package gives another shape; offsets
+ * are (num_samples + 1). */
+typedef struct {
+  size_t struct_size;
+  int32_t num_threads;
+  codellama_rt_tensor logits, rows;
+  codellama_rt_tensor temperature;           /* float64; 0: the highest score, without a draw */
+  codellama_rt_tensor top_k;                 /* int32; 0: all */
+  codellama_rt_tensor top_p, min_p;          /* float64 */
+  codellama_rt_tensor seed, index, position; /* uint64 */
+  codellama_rt_tensor repetition_penalty, presence_penalty, frequency_penalty; /* float64 */
+  codellama_rt_tensor seen_offsets, seen_ids, seen_counts;
+  codellama_rt_tensor bias_offsets, bias_ids, bias_values; /* bias_values: float64 */
+  codellama_rt_tensor masks, mask_rows;                    /* masks: uint32 */
+  codellama_rt_tensor token_ids, has_token;                /* out, int32 and bool */
+} codellama_rt_sample_args;
+
+typedef struct {
+  size_t struct_size;
+  int32_t num_threads;
+  codellama_rt_tensor logits, rows, token_ids;
+  codellama_rt_tensor logprobs, ranks, top_ids; /* out; logprobs: float64 */
+} codellama_rt_token_logprobs_args;
+
 typedef struct {
   size_t struct_size;
   int32_t num_threads;
@@ -180,6 +204,8 @@ int codellama_rt_silu_and_mul(const codellama_rt_silu_and_mul_args* args);
 int codellama_rt_copy_blocks(const codellama_rt_copy_blocks_args* args);
 int codellama_rt_quantize(const codellama_rt_quantize_args* args);
 int codellama_rt_repack(const codellama_rt_repack_args* args);
+int codellama_rt_sample(const codellama_rt_sample_args* args);
+int codellama_rt_token_logprobs(const codellama_rt_token_logprobs_args* args);
 int codellama_rt_decoder_layer(const codellama_rt_decoder_layer_args* args);
 
 /* Bytes of a weight (n, k), or of a cache of keys (is_key 1) or of values (0); -1: no such dtype,

@@ -33,10 +33,20 @@ from codellama_rt.ops.native import (
 )
 from codellama_rt.ops.quantized import Quantized, empty_caches
 from codellama_rt.ops.results import as_dlpack
+from codellama_rt.ops.sampling import (
+    Sampled,
+    TokenLists,
+    TokenLogprobs,
+    sample,
+    token_logprobs,
+)
 
 __all__ = [
     *_dense,
     "Quantized",
+    "Sampled",
+    "TokenLists",
+    "TokenLogprobs",
     "apply_rotary_pos_emb",
     "as_dlpack",
     "available",
@@ -50,8 +60,10 @@ __all__ = [
     "paged_attention",
     "reshape_and_cache",
     "rope_and_cache",
+    "sample",
     "set_isa",
     "set_num_threads",
+    "token_logprobs",
 ]
 
 _FACES = {

@@ -18,6 +18,7 @@ from codellama_rt.ops.quantized import (
     rotate_rows,
 )
 from codellama_rt.ops.reference_gguf import repack
+from codellama_rt.ops.reference_sampling import sample, token_logprobs
 from codellama_rt.ops.reference_weights import dequantize, quantize, rounded_to_int8
 
 __all__ = [
@@ -41,7 +42,9 @@ __all__ = [
     "rope_and_cache",
     "rotate",
     "rounded_to_int8",
+    "sample",
     "silu_and_mul",
+    "token_logprobs",
 ]
 Array = NDArray
 

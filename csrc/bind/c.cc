@@ -223,6 +223,22 @@ CLRT_C_OP(quantize) {
 CLRT_C_OP(repack) {
   return run(args, [](auto& a) { launch::repack(view(a.weight), view(a.tiles)); });
 }
+CLRT_C_OP(sample) {
+  return run(args, [](auto& a) {
+    launch::sample(view(a.logits), view(a.rows), view(a.temperature), view(a.top_k), view(a.top_p),
+                   view(a.min_p), view(a.seed), view(a.index), view(a.position),
+                   view(a.repetition_penalty), view(a.presence_penalty), view(a.frequency_penalty),
+                   view(a.seen_offsets), view(a.seen_ids), view(a.seen_counts),
+                   view(a.bias_offsets), view(a.bias_ids), view(a.bias_values), view(a.masks),
+                   view(a.mask_rows), view(a.token_ids), view(a.has_token));
+  });
+}
+CLRT_C_OP(token_logprobs) {
+  return run(args, [](auto& a) {
+    launch::token_logprobs(view(a.logits), view(a.rows), view(a.token_ids), view(a.logprobs),
+                           view(a.ranks), view(a.top_ids));
+  });
+}
 CLRT_C_OP(decoder_layer) {
   return run(args, [](auto& a) {
     launch::decoder_layer({view(a.x),

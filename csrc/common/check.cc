@@ -1,5 +1,7 @@
 #include "common/check.h"
 
+#include <cstring>
+
 namespace codellama_rt {
 namespace {
 
@@ -102,6 +104,14 @@ void Check::floats(const char* name, const TensorView& t, std::initializer_list<
 void Check::floats(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
                    DType same_as) {
   tensor(name, t, axes, t.dtype == same_as, dtype_name(same_as));
+}
+
+void Check::array(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+                  const char* dtype, int64_t item_bytes) {
+  tensor(name, t, axes, std::strcmp(t.dtype_text, dtype) == 0, dtype, false);
+  require(!has_elements(t) || reinterpret_cast<uintptr_t>(t.data) % item_bytes == 0,
+          std::string(name) + " must lie at a multiple of " + std::to_string(item_bytes) +
+              " bytes in memory; copy it with .copy()");
 }
 
 void Check::weight(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {

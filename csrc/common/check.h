@@ -81,6 +81,9 @@ class Check {
               DType same_as);
   void float32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
   void int32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes);
+  // A tensor of a dtype that no other op takes, in its framework's name: "float64".
+  void array(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
+             const char* dtype, int64_t item_bytes);
   // A weight (out_features, in_features), or a cache (num_blocks, n_kv_heads, block_size,
   // head_dim) of keys or, with `same_as` the keys' dtype, of values: floats, or quantised as
   // quantized.h says. A cache may have strides of its own (CacheStrides in ops.h).

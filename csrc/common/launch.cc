@@ -1,5 +1,6 @@
 #include "common/launch.h"
 
+#include <limits>
 #include <utility>
 
 #include "common/check.h"
@@ -325,6 +326,133 @@ void repack(TensorView weight, TensorView tiles) {
   check.weight("tiles", tiles, {&n, &k}, DType(int(weight.dtype) + kNumGgufFormats));
   check.writable("tiles", tiles);
   kernels().repack({weight.data, tiles.data, weight.dtype, n.size, k.size});
+}
+
+namespace {
+
+const double* doubles(const TensorView& t) { return static_cast<const double*>(t.data); }
+
+// Every element of a float64 vector in [low, high].
+void check_within(Check& check, const char* name, const TensorView& t, double low, double high,
+                  const char* wanted) {
+  for (int64_t i = 0; i < t.shape[0]; ++i) {
+    if (doubles(t)[i] >= low && doubles(t)[i] <= high) continue;
+    check.require(false, std::string(name) + "[" + std::to_string(i) + "] must be " + wanted +
+                             ", got " + std::to_string(doubles(t)[i]));
+  }
+}
+
+// Lists of tokens, one per sample.
+void check_lists(Check& check, const char* offsets_name, const TensorView& offsets,
+                 const char* ids_name, const TensorView& ids, int64_t num_samples,
+                 int64_t vocab_size, const char* total_is) {
+  Axis bounds{"num_samples + 1", num_samples + 1}, entries{total_is};
+  check.int32(offsets_name, offsets, {&bounds});
+  check.int32(ids_name, ids, {&entries});
+  check.offsets(offsets_name, offsets, entries.size, total_is);
+  check.range(ids_name, ids, 0, vocab_size, "vocab_size");
+}
+
+}  // namespace
+
+void sample(TensorView logits, TensorView rows, TensorView temperature, TensorView top_k,
+            TensorView top_p, TensorView min_p, TensorView seed, TensorView index,
+            TensorView position, TensorView repetition_penalty, TensorView presence_penalty,
+            TensorView frequency_penalty, TensorView seen_offsets, TensorView seen_ids,
+            TensorView seen_counts, TensorView bias_offsets, TensorView bias_ids,
+            TensorView bias_values, TensorView masks, TensorView mask_rows, TensorView token_ids,
+            TensorView has_token) {
+  Check check("sample");
+  Axis num_logits{"num_logits"}, vocab{"vocab_size"}, samples{"num_samples"};
+  check.float32("logits", logits, {&num_logits, &vocab});
+  check.int32("rows", rows, {&samples});
+  const std::pair<const char*, const TensorView*> reals[] = {
+      {"temperature", &temperature},
+      {"top_p", &top_p},
+      {"min_p", &min_p},
+      {"repetition_penalty", &repetition_penalty},
+      {"presence_penalty", &presence_penalty},
+      {"frequency_penalty", &frequency_penalty}};
+  for (const auto& [name, tensor] : reals) check.array(name, *tensor, {&samples}, "float64", 8);
+  check.int32("top_k", top_k, {&samples});
+  check.array("seed", seed, {&samples}, "uint64", 8);
+  check.array("index", index, {&samples}, "uint64", 8);
+  check.array("position", position, {&samples}, "uint64", 8);
+  check_lists(check, "seen_offsets", seen_offsets, "seen_ids", seen_ids, samples.size, vocab.size,
+              "num_seen");
+  Axis num_seen{"num_seen", seen_ids.shape[0]}, num_biases{"num_biases"};
+  check.int32("seen_counts", seen_counts, {&num_seen});
+  check_lists(check, "bias_offsets", bias_offsets, "bias_ids", bias_ids, samples.size, vocab.size,
+              "num_biases");
+  num_biases.size = bias_ids.shape[0];
+  check.array("bias_values", bias_values, {&num_biases}, "float64", 8);
+  Axis num_masks{"num_masks"}, words{"ceil(vocab_size / 32)", (vocab.size + 31) / 32};
+  check.array("masks", masks, {&num_masks, &words}, "uint32", 4);
+  check.int32("mask_rows", mask_rows, {&samples});
+  check.int32("token_ids", token_ids, {&samples});
+  check.array("has_token", has_token, {&samples}, "bool", 1);
+  check.writable("token_ids", token_ids);
+  check.writable("has_token", has_token);
+  check.require(vocab.size > 0, "logits must have a token, got vocab_size=0");
+  check.range("rows", rows, 0, num_logits.size, "num_logits");
+  check.range("top_k", top_k, 0, int64_t{1} << 31, "2^31");
+  check.range("seen_counts", seen_counts, 0, int64_t{1} << 31, "2^31");
+  check.range("mask_rows", mask_rows, -1, num_masks.size, "num_masks");
+  constexpr double kMost = std::numeric_limits<double>::max();
+  check_within(check, "temperature", temperature, 0, kMost, "finite and not negative");
+  check_within(check, "top_p", top_p, std::numeric_limits<double>::denorm_min(), 1, "in (0, 1]");
+  check_within(check, "min_p", min_p, 0, 1, "in [0, 1]");
+  check_within(check, "repetition_penalty", repetition_penalty, 0.01, 100, "in [0.01, 100]");
+  check_within(check, "presence_penalty", presence_penalty, -kMost, kMost, "finite");
+  check_within(check, "frequency_penalty", frequency_penalty, -kMost, kMost, "finite");
+  check_within(check, "bias_values", bias_values, -INFINITY, kMost, "a number below infinity");
+  const auto words_of = [](const TensorView& t) { return static_cast<const uint64_t*>(t.data); };
+  kernels().sample({floats(logits),
+                    ints(rows),
+                    doubles(temperature),
+                    doubles(top_p),
+                    doubles(min_p),
+                    ints(top_k),
+                    words_of(seed),
+                    words_of(index),
+                    words_of(position),
+                    doubles(repetition_penalty),
+                    doubles(presence_penalty),
+                    doubles(frequency_penalty),
+                    ints(seen_offsets),
+                    ints(seen_ids),
+                    ints(seen_counts),
+                    ints(bias_offsets),
+                    ints(bias_ids),
+                    doubles(bias_values),
+                    ints(mask_rows),
+                    static_cast<const uint32_t*>(masks.data),
+                    static_cast<int32_t*>(token_ids.data),
+                    static_cast<uint8_t*>(has_token.data),
+                    samples.size,
+                    vocab.size});
+}
+
+void token_logprobs(TensorView logits, TensorView rows, TensorView token_ids, TensorView logprobs,
+                    TensorView ranks, TensorView top_ids) {
+  Check check("token_logprobs");
+  Axis num_logits{"num_logits"}, vocab{"vocab_size"}, tokens{"num_tokens"}, top{"num_top"};
+  check.float32("logits", logits, {&num_logits, &vocab});
+  check.int32("rows", rows, {&tokens});
+  check.int32("token_ids", token_ids, {&tokens});
+  check.int32("ranks", ranks, {&tokens});
+  check.int32("top_ids", top_ids, {&tokens, &top});
+  Axis all{"1 + num_top", 1 + top.size};
+  check.array("logprobs", logprobs, {&tokens, &all}, "float64", 8);
+  check.writable("ranks", ranks);
+  check.writable("top_ids", top_ids);
+  check.writable("logprobs", logprobs);
+  check.range("rows", rows, 0, num_logits.size, "num_logits");
+  check.range("token_ids", token_ids, 0, vocab.size, "vocab_size");
+  const auto written = [](const TensorView& t) { return static_cast<int32_t*>(t.data); };
+  kernels().token_logprobs({floats(logits), ints(rows), ints(token_ids),
+                            static_cast<double*>(logprobs.data), written(ranks), written(top_ids),
+                            tokens.size, vocab.size, top.size});
 }
 #endif
 

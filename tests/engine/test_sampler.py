@@ -2,14 +2,17 @@
 
 import itertools
 import json
+import math
+from collections import Counter
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from codellama_rt.engine.logprobs import Logprob, PromptLogprobs, token_logprobs
-from codellama_rt.engine.sampler import TokenSampler, draw, probabilities, uniform
+from codellama_rt.engine.sampler import TokenSampler, choose
 from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.ops.reference_sampling import distribution, draw, process, uniform
 
 GREEDY = SamplingParams()
 # Processors of Transformers that SamplingParams lacks; test_generation has them.
@@ -27,6 +30,39 @@ def softmax(logits):
 
 def sampler(params, *, seed=0, index=0, prompt_ids=(1,), vocab_size=50, end_ids=()):
     return TokenSampler(params, seed, index, prompt_ids, vocab_size, end_ids, "r1")
+
+
+def token(chooser, logits, position=1):
+    """The chosen token; what chooses it raises for it alone."""
+    [choice] = choose([chooser], logits[None], [position])
+    if isinstance(choice, Exception):
+        raise choice
+    return choice.token_id
+
+
+def probabilities(logits, params, prompt_ids=(), output_ids=()):
+    """The distribution that a token is drawn from, by its definition."""
+    counts = Counter(output_ids)
+    seen = np.array(sorted({*prompt_ids, *counts}), np.int32)
+    scores = process(
+        logits,
+        (seen, np.array([counts[token_id] for token_id in seen.tolist()])),
+        (np.empty(0, np.int32), np.empty(0)),
+        None,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+    )
+    for token_id, bias in (params.logit_bias or {}).items():
+        scores[token_id] += bias
+    probs = np.zeros(len(logits))
+    if params.is_greedy:
+        probs[scores.argmax()] = 1.0
+        return probs
+    settings = params.temperature, params.top_k, params.top_p, params.min_p
+    token_ids, kept = distribution(scores, *settings)
+    probs[token_ids] = kept
+    return probs
 
 
 def test_probabilities_equal_the_goldens(shared_dir):
@@ -49,7 +85,7 @@ def test_probabilities_equal_the_goldens(shared_dir):
 
 def test_greedy_is_the_first_highest():
     logits = np.float32([0, 3, 1, 3])
-    assert sampler(GREEDY, vocab_size=4).sample(logits, 5, 0) == 1
+    assert token(sampler(GREEDY, vocab_size=4), logits) == 1
     assert probabilities(logits, GREEDY).tolist() == [0, 1, 0, 0]
 
 
@@ -130,7 +166,7 @@ def test_counts_kept_step_by_step_equal_counts_of_the_whole():
     prompt, output, stepwise = [3, 4, 4], [], sampler(params, prompt_ids=[3, 4, 4])
     for position in range(30):
         logits = logits_of(seed=position, scale=0.5)
-        token_id = stepwise.sample(logits, 3 + position, position)
+        token_id = token(stepwise, logits, 3 + position)
         assert token_id == probabilities(logits, params, prompt, output).argmax()
         stepwise.record(token_id)
         output.append(token_id)
@@ -138,8 +174,8 @@ def test_counts_kept_step_by_step_equal_counts_of_the_whole():
 
 def test_bias_forces_and_bans():
     logits = np.float32([1, 2, 3])
-    assert sampler(SamplingParams(logit_bias={0: 100}), vocab_size=3).sample(logits, 1, 0) == 0
-    assert sampler(SamplingParams(logit_bias={2: -100}), vocab_size=3).sample(logits, 1, 0) == 1
+    assert token(sampler(SamplingParams(logit_bias={0: 100}), vocab_size=3), logits) == 0
+    assert token(sampler(SamplingParams(logit_bias={2: -100}), vocab_size=3), logits) == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-6])
@@ -147,7 +183,9 @@ def test_end_tokens_are_masked_until_min_tokens(temperature):
     params = SamplingParams(min_tokens=2, temperature=temperature)
     chooser = sampler(params, vocab_size=4, end_ids={2, 3})
     logits = np.float32([0, 1, 9, 8])
-    assert [chooser.sample(logits, 5 + i, i) for i in range(4)] == [1, 1, 2, 2]
+    for position, expected in enumerate([1, 1, 2, 2], start=5):
+        assert token(chooser, logits, position) == expected
+        chooser.record(expected)
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=1, repetition_penalty=1.1)])
@@ -156,20 +194,20 @@ def test_broken_logits_raise_and_name_the_request(params, value):
     logits = logits_of()
     logits[17] = value
     with pytest.raises(RuntimeError, match=r"request 'r1': no token to choose at position 9.*17"):
-        sampler(params).sample(logits, 9, 0)
+        token(sampler(params), logits, 9)
 
 
 def test_masking_every_token_raises():
     chooser = sampler(SamplingParams(min_tokens=1), vocab_size=2, end_ids={0, 1})
     with pytest.raises(RuntimeError, match="no token to choose"):
-        chooser.sample(np.float32([1, 2]), 1, 0)
+        token(chooser, np.float32([1, 2]))
 
 
 def test_the_caller_s_logits_do_not_change():
     logits = logits_of()
     before = logits.copy()
     params = SamplingParams(temperature=0.5, top_p=0.5, min_p=0.1, logit_bias={1: 3}, min_tokens=4)
-    sampler(params, end_ids={2}).sample(logits, 1, 0)
+    token(sampler(params, end_ids={2}), logits)
     assert np.array_equal(logits, before)
 
 
@@ -212,7 +250,8 @@ def test_draw_inverts_the_cumulative_distribution():
 def test_draws_follow_the_distribution(params):
     num_draws, logits = 10_000, logits_of(scale=1.0)
     chooser = sampler(params, seed=1234)
-    drawn = np.bincount([chooser.sample(logits, i, i) for i in range(num_draws)], minlength=50)
+    choices = choose([chooser] * num_draws, logits[None], range(num_draws), [0] * num_draws)
+    drawn = np.bincount([choice.token_id for choice in choices], minlength=50)
     expected = probabilities(logits, params) * num_draws
     kept = expected > 0
     assert drawn[~kept].sum() == 0
@@ -225,7 +264,7 @@ def test_samples_and_seeds_are_independent():
 
     def tokens(**key):
         chooser = sampler(params, **key)
-        return [chooser.sample(logits, position, position) for position in range(200)]
+        return [token(chooser, logits, position) for position in range(200)]
 
     runs = [tokens(seed=s, index=i) for s, i in itertools.product((0, 1, 2), (0, 1))]
     for a, b in itertools.combinations(runs, 2):
@@ -246,14 +285,14 @@ def test_logprobs_are_those_of_the_raw_logits():
 
 
 def test_logprobs_of_no_others_and_of_more_than_there_are():
-    assert token_logprobs(np.zeros(3, np.float32), 1, 0) == {1: Logprob(-np.log(3), 2)}
+    assert token_logprobs(np.zeros(3, np.float32), 1, 0) == {1: Logprob(-math.log(3), 2)}
     assert list(token_logprobs(np.zeros(3, np.float32), 1, 20)) == [1, 0, 2]
 
 
 def test_prompt_logprobs_read_as_a_list():
     table, rows = PromptLogprobs(), np.stack([logits_of(seed=i) for i in range(3)])
-    for row, token_id in zip(rows, (4, 5, 6), strict=True):
-        table.append(row, token_id, 2)
+    table.extend(rows[:2], (4, 5), 2)
+    table.extend(rows[2:], (6,), 2)
     assert len(table) == 4
     assert table[0] is None
     assert table[1:] == [token_logprobs(r, t, 2) for r, t in zip(rows, (4, 5, 6), strict=True)]

@@ -95,7 +95,7 @@ def test_every_operator_has_its_function_and_struct():
     listed = set(
         re.findall(r"^CLRT_\w*OP\((\w+),", (REPOSITORY / "csrc/ops.def").read_text(), re.M)
     )
-    assert set(STRUCTS) == listed == {*OPS, "quantize", "repack"}
+    assert set(STRUCTS) == listed == {*OPS, "quantize", "repack", "sample", "token_logprobs"}
     for name in listed:
         assert hasattr(library, f"codellama_rt_{name}")
 
@@ -140,6 +140,43 @@ def test_blocks_of_gguf_are_repacked(rng):
     tiles = Quantized(np.zeros(num_bytes, np.uint8), "q4_0_tiled", (33, 64))
     assert run("repack", {"weight": rows, "tiles": tiles}) == 0, last_error()
     assert_equal_bits(tiles.payload, ops.repack(rows).payload)
+
+
+def test_tokens_are_chosen_and_ranked(rng):
+    logits, samples = rng.standard_normal((3, 77), np.float32), 5
+    each = {
+        "temperature": 0.7, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.0,
+        "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    }  # fmt: skip
+    rows = int32([0, 1, 2, 1, 1])
+    no_lists = np.zeros(samples + 1, np.int32)
+    token_ids = np.full(samples, -1, np.int32)
+    arguments = {
+        "logits": logits,
+        "rows": rows,
+        **{name: np.full(samples, value) for name, value in each.items()},
+        "top_k": np.full(samples, 20, np.int32),
+        **{name: np.arange(samples, dtype=np.uint64) for name in ("seed", "index", "position")},
+        **{f"{name}_offsets": no_lists for name in ("seen", "bias")},
+        **{f"{name}_ids": int32([]) for name in ("seen", "bias")},
+        "seen_counts": int32([]),
+        "bias_values": np.empty(0),
+        "masks": np.empty((0, 3), np.uint32),
+        "mask_rows": np.full(samples, -1, np.int32),
+        "token_ids": token_ids,
+        "has_token": np.zeros(samples, np.bool_),
+    }
+    assert run("sample", arguments) == 0, last_error()
+    keys = {name: arguments[name] for name in ("top_k", "seed", "index", "position")}
+    assert_equal_bits(token_ids, ops.sample(logits, rows=rows, **each, **keys).token_ids)
+    found = [np.zeros((5, 3)), np.zeros(5, np.int32), np.zeros((5, 2), np.int32)]
+    outputs = dict(zip(("logprobs", "ranks", "top_ids"), found, strict=True))
+    inputs = {"logits": logits, "rows": rows, "token_ids": token_ids}
+    assert run("token_logprobs", inputs | outputs) == 0, last_error()
+    for mine, theirs in zip(
+        found, ops.token_logprobs(logits, token_ids, 2, rows=rows), strict=True
+    ):
+        assert_equal_bits(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)

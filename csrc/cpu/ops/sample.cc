@@ -1,0 +1,388 @@
+// sample: the next token of each row, drawn from its processed logits
+// Shapes   logits (num_logits, vocab_size); sample s reads row rows[s] of them; see ops.h
+// Traffic  num_samples * vocab_size * 4 bytes read; a draw works on a float64 copy in the cache
+// Limit    greedy: memory; a draw: float64 arithmetic, one exp per token that top-k leaves
+// Tiling   one task = one sample; a row is looked at in blocks of 64 tokens, and what cannot hold
+//          a candidate (its greatest element is too small) is skipped. Nothing is sorted: top-k
+//          and top-p look for their last token by selection
+// Numerics float64. A block is summed by halves, then blocks in order: one fixed order. No
+//          multiplication is fused with an addition (CMakeLists.txt), so every instruction set
+//          gives the same bits. Draws: Philox4x64-10 (Salmon et al., SC 2011) of seed, sample
+//          index and position alone
+#include <limits>
+
+#include "cpu/runtime/task.h"
+#include "cpu/simd/float64.h"
+#include "ops.h"
+
+namespace codellama_rt {
+namespace CLRT_ISA {
+namespace {
+
+constexpr double kMost = std::numeric_limits<double>::max();
+constexpr double kNone = -std::numeric_limits<double>::infinity();  // of a token that cannot come
+
+// The scores of a sample, later its weights: e^(score - highest), proportional to probabilities.
+struct Row {
+  double* values;      // (size padded to blocks), ascending tokens; padding: kNone, later 0
+  double* block_max;   // (num_blocks)
+  double* block_sum;   // (num_blocks) of weights
+  int32_t* token_ids;  // (size) after top-k; null: value i is that of token i
+  double* candidates;  // (vocab_size) room for selections
+  double* selected;    // (vocab_size) the same
+  int64_t size;
+
+  int64_t num_blocks() const { return ceil_div(size, kBlock); }
+  double highest() const {
+    double best = block_max[0];
+    for (int64_t b = 1; b < num_blocks(); ++b) best = block_max[b] > best ? block_max[b] : best;
+    return best;
+  }
+  int32_t token(int64_t i) const { return token_ids ? token_ids[i] : int32_t(i); }
+};
+
+size_t room(int64_t vocab_size) {
+  const int64_t blocks = ceil_div(vocab_size, kBlock);
+  return size_t(blocks * kBlock * 3 + blocks * 2) * sizeof(double) + vocab_size * sizeof(int32_t);
+}
+
+Row make_row(int64_t vocab_size) {
+  const int64_t blocks = ceil_div(vocab_size, kBlock), padded = blocks * kBlock;
+  auto* memory = static_cast<double*>(scratch(Scratch::kTask, room(vocab_size)));
+  Row row{};
+  row.values = memory;
+  row.candidates = row.values + padded;
+  row.selected = row.candidates + padded;
+  row.block_max = row.selected + padded;
+  row.block_sum = row.block_max + blocks;
+  row.size = vocab_size;
+  return row;
+}
+
+// After it the ids of the tokens that top-k keeps, if it does.
+int32_t* id_room(const Row& row, int64_t vocab_size) {
+  return reinterpret_cast<int32_t*>(row.block_sum + ceil_div(vocab_size, kBlock));
+}
+
+void find_maxima(Row& row) {
+  for (int64_t i = row.size; i < row.num_blocks() * kBlock; ++i) row.values[i] = kNone;
+  for (int64_t b = 0; b < row.num_blocks(); ++b) {
+    row.block_max[b] = block_maximum(row.values + b * kBlock);
+  }
+}
+
+// Where bit i % 32 of word i / 32 is not set, token i cannot come.
+void apply_mask(const uint32_t* words, Row& row) {
+  for (int64_t word = 0; word < ceil_div(row.size, 32); ++word) {
+    const uint32_t bits = words[word];
+    double* values = row.values + word * 32;
+    if (bits == ~uint32_t{0}) continue;
+    for (int i = 0; i < 32; ++i) values[i] = bits >> i & 1 ? values[i] : kNone;
+  }
+}
+
+// Penalties, bias and mask, in this order.
+void process(const SampleParams& p, int64_t s, Row& row) {
+  const double repetition = p.repetition_penalty[s], frequency = p.frequency_penalty[s];
+  for (int64_t i = p.seen_offsets[s]; i < p.seen_offsets[s + 1]; ++i) {
+    double& x = row.values[p.seen_ids[i]];
+    x = x > 0 ? x / repetition : x * repetition;
+    if (p.seen_counts[i] > 0) x -= p.presence_penalty[s];
+    x -= frequency * p.seen_counts[i];
+  }
+  for (int64_t i = p.bias_offsets[s]; i < p.bias_offsets[s + 1]; ++i) {
+    row.values[p.bias_ids[i]] += p.bias_values[i];
+  }
+  if (p.mask_rows[s] >= 0) {
+    apply_mask(p.masks + p.mask_rows[s] * ceil_div(p.vocab_size, 32), row);
+  }
+}
+
+// Puts the k-th in descending order at k: none before it is less, none after it is greater.
+// (Hoare's FIND. No std::nth_element: its parts may be shared between instruction sets.)
+double select(double* x, int64_t size, int64_t k) {
+  int64_t low = 0, high = size - 1;
+  while (low < high) {
+    const double a = x[low], b = x[low + (high - low) / 2], c = x[high];
+    const double pivot = (a > b) == (b > c) ? b : (b > a) == (a > c) ? a : c;
+    int64_t i = low, j = high;
+    while (i <= j) {
+      while (x[i] > pivot) ++i;
+      while (x[j] < pivot) --j;
+      if (i > j) break;
+      const double moved = x[i];
+      x[i++] = x[j];
+      x[j--] = moved;
+    }
+    if (k > j && k < i) break;
+    if (k <= j) high = j;
+    if (k >= i) low = i;
+  }
+  return x[k];
+}
+
+// Calls body with the position and the value of each that is at least `bound`, ascending. No value
+// of a block is above the block's limit: its maximum, or the sum of its weights.
+template <typename Body>
+void for_each_from(const Row& row, const double* limits, double bound, const Body& body) {
+  for (int64_t b = 0; b < row.num_blocks(); ++b) {
+    if (limits[b] < bound) continue;
+    for (int64_t i = b * kBlock; i < b * kBlock + kBlock; ++i) {
+      if (row.values[i] >= bound) body(i, row.values[i]);
+    }
+  }
+}
+
+// Gathers the values above `over`, ascending tokens, and returns their number. After them there is
+// room for whole blocks.
+int64_t gather_above(const Row& row, const double* limits, double over, double* out) {
+  int64_t count = 0;
+  for (int64_t b = 0; b < row.num_blocks(); ++b) {
+    if (limits[b] > over) {
+      count += append_within(row.values + b * kBlock, over, kMost, out + count);
+    }
+  }
+  return count;
+}
+
+// Leaves the k highest scores, with those equal to the k-th. As many blocks hold a score of at
+// least the k-th highest block's maximum: nothing below it can be among them.
+void keep_top_k(int64_t k, int64_t vocab_size, Row& row) {
+  double bound = kNone;
+  if (k <= row.num_blocks()) {
+    std::memcpy(row.selected, row.block_max, row.num_blocks() * sizeof(double));
+    bound = select(row.selected, row.num_blocks(), k - 1);
+  }
+  const int64_t num_above = gather_above(row, row.block_max, bound, row.candidates);
+  const double kth = k <= num_above ? select(row.candidates, num_above, k - 1) : bound;
+  int32_t* ids = id_room(row, vocab_size);
+  int64_t kept = 0;
+  for_each_from(row, row.block_max, kth > kNone ? kth : -kMost, [&](int64_t i, double x) {
+    row.values[kept] = x;  // kept <= i
+    ids[kept++] = int32_t(i);
+  });
+  row.token_ids = ids;
+  row.size = kept;
+  find_maxima(row);
+}
+
+// Scores become weights; returns their sum. The highest score has the weight 1.
+template <typename T>
+double weigh(const T* scores, double highest, double temperature, Row& row) {
+  // Of the tiniest temperatures the reciprocal is infinite, and 0 times it would be NaN.
+  const double factor = kLog2E / temperature < kMost ? kLog2E / temperature : kMost;
+  const auto weight = [&](T score) { return exp2_nonpositive((score - highest) * factor); };
+  double total = 0;
+  for (int64_t b = 0; b < row.num_blocks(); ++b) {
+    const T* from = scores + b * kBlock;
+    double* to = row.values + b * kBlock;
+    const int64_t count = smaller(kBlock, row.size - b * kBlock);
+    if (count == kBlock) {
+      for (int i = 0; i < kBlock; ++i) to[i] = weight(from[i]);
+    } else {
+      for (int i = 0; i < kBlock; ++i) to[i] = i < count ? weight(from[i]) : 0;
+    }
+    row.block_sum[b] = block_total(to);
+    total += row.block_sum[b];
+  }
+  return total;
+}
+
+// Which weights are kept: those above `least`, and those equal to it up to a position.
+struct Cut {
+  double least;
+  int64_t last_equal;
+};
+
+// Weights by magnitude, 256 buckets an octave: bucket 0 is that of weight 1, the highest; the last
+// one holds all that are smaller than those of the others.
+constexpr int kBucketShift = 44;
+constexpr int32_t kNumBuckets = 24 * 256;
+int32_t bucket_of(double weight) {
+  const uint64_t distance = (bits_of(1.0) - bits_of(weight)) >> kBucketShift;
+  return distance < kNumBuckets ? int32_t(distance) : kNumBuckets - 1;
+}
+
+// A run of weights that holds the last one to keep, and the sum of the weights above the run.
+struct Run {
+  double* weights;
+  int64_t size;
+  double before;
+};
+
+// The run of one bucket of `size` candidates, which have room for whole blocks.
+Run narrow(double* candidates, int64_t size, double mass, double* out) {
+  double sums[kNumBuckets] = {};
+  for (int64_t i = size; i % kBlock != 0; ++i) candidates[i] = 0;
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    int32_t buckets[kBlock];
+    for (int i = 0; i < kBlock; ++i) buckets[i] = bucket_of(candidates[begin + i]);
+    for (int i = 0; i < kBlock; ++i) sums[buckets[i]] += candidates[begin + i];
+  }
+  Run run{out, 0, 0};
+  double before = 0;
+  int64_t last = 0;
+  for (int64_t b = 0; b < kNumBuckets && before <= mass; ++b) {
+    if (sums[b] == 0) continue;
+    last = b;
+    run.before = before;
+    before += sums[b];
+  }
+  const double most = from_bits(bits_of(1.0) - (uint64_t(last) << kBucketShift));
+  const double over =
+      last == kNumBuckets - 1 ? 0 : from_bits(bits_of(1.0) - (uint64_t(last + 1) << kBucketShift));
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    run.size += append_within(candidates + begin, over, most, out + run.size);
+  }
+  return run;
+}
+
+// The nucleus (arXiv:1904.09751): the weights with at most `mass` before them in descending order;
+// of equal ones the lower token goes first. By halving: the upper half goes before the lower.
+Cut nucleus(double top_p, double total, const Row& row) {
+  const double mass = top_p * total;
+  // Weights up to this sum to less than the mass left out, so none of them is kept.
+  const double left_out = (total - mass) / double(row.size);
+  const int64_t size = gather_above(row, row.block_sum, left_out, row.candidates);
+  constexpr int64_t kFew = 512;
+  Run run{row.selected, size, 0};
+  if (size > kFew) {
+    run = narrow(row.candidates, size, mass, row.selected);
+  } else {
+    std::memcpy(row.selected, row.candidates, size * sizeof(double));
+  }
+  const Run whole = run;
+  while (run.size > 1) {
+    const int64_t half = run.size / 2;
+    select(run.weights, run.size, half);
+    double upper = 0;
+    for (int64_t i = 0; i < half; ++i) upper += run.weights[i];
+    if (run.before + upper <= mass) {
+      run = {run.weights + half, run.size - half, run.before + upper};
+    } else {
+      run.size = half;
+    }
+  }
+  const double least = run.weights[0];
+  double above = whole.before;
+  int64_t num_equal = 0;
+  for (int64_t i = 0; i < whole.size; ++i) {
+    above += whole.weights[i] > least ? whole.weights[i] : 0;
+    num_equal += whole.weights[i] == least;
+  }
+  const double more = mass > above ? (mass - above) / least : 0;  // equal ones after the first
+  Cut cut{least, row.size};
+  if (more + 1 >= double(num_equal)) return cut;
+  int64_t left = int64_t(more) + 1;
+  for_each_from(row, row.block_sum, least, [&](int64_t i, double weight) {
+    if (weight == least && left > 0 && --left == 0) cut.last_equal = i;
+  });
+  return cut;
+}
+
+// Weights that are cut off become 0.
+void apply(const Cut& cut, Row& row) {
+  for (int64_t b = 0; b < row.num_blocks(); ++b) {
+    if (row.block_sum[b] < cut.least) {
+      row.block_sum[b] = 0;
+      continue;
+    }
+    double* weights = row.values + b * kBlock;
+    const int64_t last = cut.last_equal - b * kBlock;
+    for (int i = 0; i < kBlock; ++i) weights[i] = weights[i] >= cut.least ? weights[i] : 0;
+    for (int64_t i = larger(last + 1, 0); i < kBlock; ++i) {
+      weights[i] = weights[i] > cut.least ? weights[i] : 0;
+    }
+    row.block_sum[b] = block_total(weights);
+  }
+}
+
+// A number in [0, 1) from Philox4x64-10: key = seed and index, counter = position + 1, as NumPy
+// counts up before it draws.
+double uniform(uint64_t seed, uint64_t index, uint64_t position) {
+  uint64_t counter[4] = {position + 1, 0, 0, 0}, key[2] = {seed, index};
+  for (int round = 0; round < 10; ++round) {
+    const unsigned __int128 first = (unsigned __int128)0xD2E7470EE14C6C93 * counter[0];
+    const unsigned __int128 second = (unsigned __int128)0xCA5A826395121157 * counter[2];
+    const uint64_t next[4] = {uint64_t(second >> 64) ^ counter[1] ^ key[0], uint64_t(second),
+                              uint64_t(first >> 64) ^ counter[3] ^ key[1], uint64_t(first)};
+    std::memcpy(counter, next, sizeof(counter));
+    key[0] += 0x9E3779B97F4A7C15;
+    key[1] += 0xBB67AE8584CAA73B;
+  }
+  return double(counter[0] >> 11) * 0x1p-53;
+}
+
+// Inverts the cumulative distribution over ascending tokens.
+int32_t draw(double u, const Row& row) {
+  double total = 0;
+  for (int64_t b = 0; b < row.num_blocks(); ++b) total += row.block_sum[b];
+  const double target = u * total;
+  double start = 0, end = 0;  // what comes before the block, and with it
+  int64_t block = 0, last = 0;
+  for (int64_t b = 0; b < row.num_blocks() && end <= target; ++b) {
+    if (row.block_sum[b] == 0) continue;
+    block = b;
+    start = end;
+    end += row.block_sum[b];
+  }
+  for (int64_t i = block * kBlock; i < block * kBlock + kBlock; ++i) {
+    if (row.values[i] == 0) continue;
+    last = i;  // rounding may leave the target above the last sum
+    start += row.values[i];
+    if (start > target) break;
+  }
+  return row.token(last);
+}
+
+// Draws from a row of which `total` is the sum of the weights.
+int32_t draw_token(const SampleParams& p, int64_t s, double total, Row& row) {
+  Cut cut{0, row.size};
+  if (p.top_p[s] < 1) cut = nucleus(p.top_p[s], total, row);
+  if (p.min_p[s] > cut.least) cut = {p.min_p[s], row.size};  // of weight 1, the likeliest
+  if (cut.least > 0) apply(cut, row);
+  return draw(uniform(p.seed[s], p.index[s], p.position[s]), row);
+}
+
+bool has_restrictions(const SampleParams& p, int64_t s) {
+  return p.mask_rows[s] >= 0 || p.seen_offsets[s] < p.seen_offsets[s + 1] ||
+         p.bias_offsets[s] < p.bias_offsets[s + 1];
+}
+
+void sample_row(const SampleParams& p, int64_t s) {
+  const float* logits = p.logits + p.rows[s] * p.vocab_size;
+  const int64_t best = best_logit(logits, p.vocab_size);
+  p.token_ids[s] = int32_t(best);
+  p.has_token[s] = is_finite(logits[best]);
+  const bool greedy = p.temperature[s] == 0, restricted = has_restrictions(p, s);
+  if (!p.has_token[s] || (greedy && !restricted)) return;
+  Row row = make_row(p.vocab_size);
+  const bool cut_to_k = p.top_k[s] > 0 && p.top_k[s] < p.vocab_size;
+  if (!restricted && !cut_to_k) {
+    const double total = weigh(logits, logits[best], p.temperature[s], row);
+    p.token_ids[s] = draw_token(p, s, total, row);
+    return;
+  }
+  for (int64_t i = 0; i < p.vocab_size; ++i) row.values[i] = logits[i];
+  process(p, s, row);
+  find_maxima(row);
+  const double highest = row.highest();
+  p.has_token[s] = is_finite(highest);
+  if (greedy || !p.has_token[s]) {
+    const int64_t block = first_equal(row.block_max, row.num_blocks(), highest) * kBlock;
+    p.token_ids[s] = int32_t(block + first_equal(row.values + block, kBlock, highest));
+    return;
+  }
+  if (cut_to_k) keep_top_k(p.top_k[s], p.vocab_size, row);
+  const double total = weigh(row.values, highest, p.temperature[s], row);
+  p.token_ids[s] = draw_token(p, s, total, row);
+}
+
+}  // namespace
+
+void sample(const SampleParams& p) {
+  for_each_task(p.num_samples, [&](int64_t s) { sample_row(p, s); });
+}
+
+}  // namespace CLRT_ISA
+}  // namespace codellama_rt
