@@ -563,8 +563,12 @@ class Engine:
             if sample.request.takes_one_token(chunk)
         ]
         try:
-            choosers = [samples[i].chooser for i in together]
-            choices = choose(choosers, logits, [ends[i] - 1 for i in together])
+            choices = choose(
+                [samples[i].sampler for i in together],
+                logits,
+                [chunks[i].stop for i in together],
+                [ends[i] - 1 for i in together],
+            )
         except Exception as error:  # perhaps a passing one: each will choose alone
             logger.warning("tokens could not be chosen together: %r", error)
             return {}

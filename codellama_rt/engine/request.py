@@ -165,7 +165,8 @@ class Request:
         samples = [sample, *forks]
         choices = [choice]
         if choice is None:
-            choices = choose([one.chooser for one in samples], logits[-1:], [0] * len(samples))
+            samplers = [one.sampler for one in samples]
+            choices = choose(samplers, logits[-1:], [chunk.stop] * len(samples), [0] * len(samples))
         return [one.accept(its) for one, its in zip(samples, choices, strict=True)]
 
     def _end_prompt(self, sample: Sample) -> list[Output]:
@@ -251,7 +252,7 @@ class Sample:
         if request.grammar is not None:
             drops_lead = params.skip_special_tokens and request.tokenizer.begins_text(prompt_ids)
             grammar = request.grammar.start(request.end_ids, drops_lead=drops_lead)
-        self._sampler = TokenSampler(
+        self.sampler = TokenSampler(
             params,
             request.seed,
             self.index,
@@ -271,19 +272,14 @@ class Sample:
             keeps_stop = params.include_stop_str_in_output
             self._stream = TextStream(detokenizer, params.stop, keeps_stop=keeps_stop)
         for i, token_id in enumerate(sequence.token_ids[sequence.prompt_len :], start=1):
-            self._sampler.record(token_id)
+            self.sampler.record(token_id)
             if self._stream is not None:
                 self._stream.push(token_id, may_stop=i >= params.min_tokens)
         self.is_finished = False
 
     def prepare(self) -> None:
         """Begin to compute what `accept` needs besides logits, while the model computes those."""
-        self._sampler.prepare()
-
-    @property
-    def chooser(self) -> tuple[TokenSampler, int]:
-        """What `choose` takes: the sampler, and the position of the next token."""
-        return self._sampler, len(self.sequence.token_ids)
+        self.sampler.prepare()
 
     def accept(self, choice: Choice | Exception) -> Output:
         """Append a token that `choose` has chosen.
@@ -300,7 +296,7 @@ class Sample:
         num_generated = sequence.num_generated
         token_id = choice.token_id
         sequence.token_ids.append(token_id)
-        self._sampler.record(token_id)
+        self.sampler.record(token_id)
         output = Output(self.request.request_id, self.index, [token_id], "")
         if choice.logprobs is not None:
             output.logprobs = [choice.logprobs]

@@ -212,25 +212,28 @@ class TokenSampler:
 
 
 def choose(
-    choosers: Sequence[tuple[TokenSampler, int]], logits: np.ndarray, rows: Sequence[int]
+    samplers: Sequence[TokenSampler],
+    logits: np.ndarray,
+    positions: Sequence[int],
+    rows: Sequence[int] | None = None,
 ) -> list[Choice | Exception]:
     """Choose the token that follows for each sampler; nothing is recorded.
 
     Args:
-        choosers: samplers of different samples, and the positions of the new tokens in their
-            sequences.
+        samplers: of different samples.
         logits: (num_rows, vocab_size) float32, not changed.
-        rows: each sampler's row of the logits. The samples of one prompt share a row.
+        positions: of the new tokens in their sequences.
+        rows: each sampler's row of the logits; default: one after another. The samples of one
+            prompt share a row.
 
     Returns:
         One choice per sampler, or the exception that ends this sample alone: RuntimeError if the
         logits are NaN or infinite or every token is forbidden, or what one of the caller's
         processors or a constraint has raised.
     """
-    if not choosers:
+    rows = list(range(len(samplers)) if rows is None else rows)
+    if not rows:
         return []
-    samplers, positions = zip(*choosers, strict=True)
-    rows = list(rows)
     failed: dict[int, Exception] = {}
     sources, source_rows = _processed(samplers, logits, positions, rows, failed)
     masks, mask_rows = _masks(samplers, failed)

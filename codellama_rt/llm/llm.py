@@ -77,6 +77,7 @@ class LLM:
         runtime: str = "direct",
         check: str | None = None,
         progress: Callable[[int, int, str], None] | None = None,
+        max_step_seconds: float | None = 1.0,
         logits_processors: Sequence[LogitsProcessor] = (),
     ) -> None:
         """Open a checkpoint; weights are mapped, not copied, but for GGUF's and what is asked for.
@@ -118,6 +119,8 @@ class LLM:
             check: "finite" rejects weights with NaN or infinity (reads every byte).
             progress: called with (bytes done, bytes in all, what) while weights are converted,
                 quantised or repacked.
+            max_step_seconds: how long a step with prompts may take while others wait, as for
+                `Engine`; None: `max_num_batched_tokens` alone bounds it.
             logits_processors: as those of `SamplingParams`, for every request, before its own.
 
         Raises:
@@ -201,6 +204,7 @@ class LLM:
             max_model_len=self.max_model_len,
             prefix_caching=prefix_caching,
             generation_config=self.generation_config,
+            max_step_seconds=max_step_seconds,
             check_files=checkpoint.files.check,
             logits_processors=logits_processors,
         )

@@ -21,7 +21,10 @@ from codellama_rt.llm.placement import RUNTIMES
 from codellama_rt.model.kv_cache import KV_DTYPES
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
 
-NOT_OPTIONS = {"self", "prefix_caching", "attention", "check", "progress", "logits_processors"}
+NOT_OPTIONS = {
+    *("self", "prefix_caching", "attention", "check", "progress"),
+    *("logits_processors", "max_step_seconds"),
+}
 COMMANDS = (
     *("generate", "infill", "chat", "eval humaneval", "eval infilling", "eval perplexity"),
     *("eval mbpp", "eval needle"),

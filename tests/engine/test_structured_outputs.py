@@ -243,7 +243,7 @@ def test_a_vocabulary_that_cannot_spell_it(tokenizer, monkeypatch):
     monkeypatch.setattr(
         type(tokenizer), "token_bytes", lambda self, i: (whole(self, i) or b"").strip(b"q")
     )
-    with pytest.raises(ValueError, match="no token spells b'q'|NoExtension"):
+    with pytest.raises(ValueError, match=r"no token spells b'q'|NoExtension"):
         Grammar(Vocabulary(tokenizer, ROWS), StructuredOutputs(regex="qq"))
 
 
@@ -325,8 +325,8 @@ def check_schemas(tokenizer, seeds):
 
 
 def test_the_tokens_do_not_depend_on_the_batch(tokenizer):
-    alone = [finish(tokenizer, params_of(StructuredOutputs(json=random_schema(i)), seed=i)).token_ids
-             for i in range(6)]  # fmt: skip
+    forms = [StructuredOutputs(json=random_schema(i)) for i in range(6)]
+    alone = [finish(tokenizer, params_of(form, seed=i)).token_ids for i, form in enumerate(forms)]
     engine = make_engine(tokenizer, max_num_batched_tokens=7, max_num_seqs=4)
     for i in range(6):
         wanted = StructuredOutputs(json=random_schema(i))
