@@ -6,6 +6,7 @@ Copies, integers and everything that determinism promises are compared for equal
 import ml_dtypes
 import numpy as np
 
+from codellama_rt import ops
 from codellama_rt.ops.quantized import CACHE_DTYPES
 
 # Elementwise float32 arithmetic against float64: a few roundings of 6e-8, exp within 2 ulp.
@@ -22,8 +23,9 @@ DOT_RTOL = 2e-6
 
 # Attention's largest error of a row relative to its largest element, float32 all the way.
 ATTENTION_RTOL = 1e-5
-# The same over int8 and int4 caches: weights may be rounded to 16 bits of the tile's greatest. The
-# second is absolute, for rows whose values of unit scale cancel.
+# The same over int8 and int4 caches where bytes are multiplied: weights are rounded to 16 bits of
+# the tile's greatest. The second is absolute, for rows whose values of unit scale cancel.
+MULTIPLIES_BYTES = ("avx512_vnni", "avx512_bf16")
 ATTENTION_QUANTIZED_RTOL = 1e-4
 ATTENTION_QUANTIZED_ATOL = 2e-5
 # The same where bfloat16 or float16 results are compared with the rounded oracle, at unit scale.
@@ -74,10 +76,9 @@ def assert_attention(actual, expected, cache_dtype="float32") -> None:
         return
     error = np.abs(actual - expected).max(axis=-1)
     largest = np.abs(expected).max(axis=-1)
-    quantized = str(cache_dtype) in CACHE_DTYPES
-    rtol, atol = (
-        (ATTENTION_QUANTIZED_RTOL, ATTENTION_QUANTIZED_ATOL) if quantized else (ATTENTION_RTOL, 0)
-    )
+    rtol, atol = ATTENTION_RTOL, 0.0
+    if str(cache_dtype) in CACHE_DTYPES and ops.isa() in MULTIPLIES_BYTES:
+        rtol, atol = ATTENTION_QUANTIZED_RTOL, ATTENTION_QUANTIZED_ATOL
     assert (error <= rtol * largest + atol).all(), (error / largest).max()
 
 
