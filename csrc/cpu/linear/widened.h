@@ -12,7 +12,7 @@ template <typename FormatOf>
 struct Widened {
   using Packed = FormatOf;
   using From = typename Packed::Layout;
-  using Layout = Unpacked<From::kBias, From::kHalves, From::kHasMinimum>;
+  using Layout = Unpacked<From::kBias, From::kHalves, From::kHasMinimum, From::kGroup>;
   static constexpr bool kInPlace = false;
 };
 template <typename Format>
