@@ -167,12 +167,17 @@ class Branches:
             return
         self._engine.copy_blocks()
         for chunk, logits in zip(chunks, self._engine.compute(chunks), strict=True):
-            is_computed = chunk.samples
+            branch, is_computed = chunk.sequence, chunk.samples
+            first_logit, last = max(branch.first_logit, chunk.stop), logits[-1:]
+            # No call stands between these lines, so that no exception can.
             if is_computed:
-                self.live[chunk.sequence] = logits[-1]
-            self._scheduler.commit(chunk)
+                self.live[branch] = last[0]
+            branch.num_computed = chunk.stop
+            branch.first_logit = first_logit
+
+            self._scheduler.blocks.index_full_blocks(branch)
             if is_computed:
-                self._scheduler.running.remove(chunk.sequence)
+                self._scheduler.running.remove(branch)
 
     def _make_room(self) -> None:
         """Take blocks: computed branches' of this search, requests', or another search's.

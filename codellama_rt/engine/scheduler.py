@@ -205,14 +205,6 @@ class Scheduler:
         counts = [sequence.num_uncomputed for sequence in (*self.running, *self.waiting)]
         return sum(count for count in counts if count > 1)
 
-    def commit(self, chunk: Chunk) -> None:
-        """Record that a chunk's keys and values are in the cache and its logits delivered."""
-        sequence = chunk.sequence
-        first_logit = max(sequence.first_logit, chunk.stop)
-        sequence.num_computed = chunk.stop
-        sequence.first_logit = first_logit
-        self.blocks.index_full_blocks(sequence)
-
     def recover(self, sequences: Iterable[Sequence]) -> None:
         """Queue these sequences and no others, after an exception; those with blocks run on."""
         ordered = sorted(sequences, key=_by_order)

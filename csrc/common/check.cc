@@ -108,7 +108,7 @@ void Check::floats(const char* name, const TensorView& t, std::initializer_list<
 
 void Check::array(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
                   const char* dtype, int64_t item_bytes) {
-  tensor(name, t, axes, std::strcmp(t.dtype_text, dtype) == 0, dtype, false);
+  tensor(name, t, axes, std::strcmp(t.dtype_text, dtype) == 0, dtype);
   require(!has_elements(t) || reinterpret_cast<uintptr_t>(t.data) % item_bytes == 0,
           std::string(name) + " must lie at a multiple of " + std::to_string(item_bytes) +
               " bytes in memory; copy it with .copy()");

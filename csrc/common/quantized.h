@@ -21,14 +21,15 @@
 //                     nibbles, then 16 + 16 bytes, its scales and minima in those units
 //   q4_0 ... q6_k     rows of GGUF blocks as they lie in the file
 //   q4_0_tiled ...    made of them by ops.repack: tiles of 16 rows, the last filled up with its
-//                     last row. A group of 32 (q2_k: 16) along k has its values, as unsigned integers in
-//                     the order above: nibbles, elements 0 to 15 in the low ones; then words of 4
-//                     bytes a row: pairs of bits, of elements 16 i + 4 j + b in bits 2 j of byte b
-//                     of word i; single bits, of element 4 q + b in bit q of byte b. (5 bits:
-//                     nibbles and the fifth; 3: a pair and the third; 6: a nibble and a pair; 8: a
-//                     byte, plus 128.) q4_0 to iq4_nl: before them 16 float16 scales, and minima.
-//                     K-quants: after a tile's groups the blocks' scales, last block first: d (and
-//                     dmin) of the 16 rows, then their words or bytes of scales as in the file
+//                     last row. A group of 32 (q2_k: 16) along k has its values, as unsigned
+//                     integers in the order above: nibbles, elements 0 to 15 in the low ones; then
+//                     words of 4 bytes a row: pairs of bits, of elements 16 i + 4 j + b in bits 2 j
+//                     of byte b of word i; single bits, of element 4 q + b in bit q of byte b. (5
+//                     bits: nibbles and the fifth; 3: a pair and the third; 6: a nibble and a pair;
+//                     8: a byte, plus 128.) q4_0 to iq4_nl: before them 16 float16 scales, and
+//                     minima. K-quants: after a tile's groups the blocks' scales, last block first:
+//                     d (and dmin) of the 16 rows, then their words or bytes of scales as in the
+//                     file
 // On cuda: a cache in int8 as above, or in fp8 (e4m3), which lies like int8; a weight in int8_mma
 // or int4_mma, see cuda/linear/formats.cuh.
 #pragma once

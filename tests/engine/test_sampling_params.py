@@ -10,7 +10,7 @@ from codellama_rt.engine.sampling_params import SamplingParams
 
 INTEGERS = {  # lowest, highest allowed; None: unbounded
     "n": (1, 64),
-    "max_tokens": (1, None),
+    "max_tokens": (0, None),
     "min_tokens": (0, None),
     "top_k": (-1, None),
     "seed": (0, 2**64 - 1),

@@ -19,12 +19,20 @@ def add(scheduler, length, arrival, priority=0, first=0):
     return sequence
 
 
+def commit(scheduler, chunk):
+    """As the engine does when a chunk's keys and values are in the cache."""
+    sequence = chunk.sequence
+    sequence.num_computed = chunk.stop
+    sequence.first_logit = max(sequence.first_logit, chunk.stop)
+    scheduler.blocks.index_full_blocks(sequence)
+
+
 def run(scheduler):
     """One step: commits every chunk; a sequence that is computed gets token 0."""
     chunks = scheduler.schedule()
     scheduler.blocks.copied()
     for chunk in chunks:
-        scheduler.commit(chunk)
+        commit(scheduler, chunk)
         if chunk.samples:
             chunk.sequence.token_ids.append(0)
     return chunks
@@ -232,7 +240,7 @@ def test_forks_share_the_prompt_and_copy_its_last_block():
     scheduler = scheduler_of()
     parent = add(scheduler, 6, 0)
     (chunk,) = scheduler.schedule()
-    scheduler.commit(chunk)
+    commit(scheduler, chunk)
     children = [parent.fork(i) for i in (1, 2)]
     for child in children:
         scheduler.add_fork(parent, child)
