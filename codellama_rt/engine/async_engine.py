@@ -94,7 +94,12 @@ class AsyncEngine:
             request_id = f"async-{self._num_requests}"
         inbox: deque[Output] = deque()
         request = await asyncio.to_thread(  # a prompt of 100k tokens takes some milliseconds
-            self.engine.make_request, request_id, prompt_token_ids, params, inbox=inbox, **options
+            self.engine.admission.make_request,
+            request_id,
+            prompt_token_ids,
+            params,
+            inbox=inbox,
+            **options,
         )
         self.engine.check_queue(request.samples[0].sequence.prompt_len)
         self._check_open()

@@ -67,9 +67,10 @@ class Branches:
             TypeError, ValueError: as `Engine.add_request`.
         """
         token_ids = checked_prompt(prompt_token_ids, self._engine.model.config.vocab_size)
-        self._engine.check_length(len(token_ids))
+        admission = self._engine.admission
+        admission.check_length(len(token_ids))
         self._scheduler.check_length(len(token_ids))
-        branch = self._engine.make_sequence(token_ids, (0, 0, next(self._numbers)), adapter)
+        branch = admission.make_sequence(token_ids, (0, 0, next(self._numbers)), adapter)
         with self._engine.owner:
             self.live[branch] = None
             self._scheduler.add(branch)

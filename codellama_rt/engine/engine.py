@@ -12,39 +12,34 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
-import secrets
-from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from numbers import Real
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 import numpy as np
 
+from codellama_rt.engine.admission import Admission, checked_seconds, checked_tokens
 from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.block_manager import BlockManager
-from codellama_rt.engine.grammar import Grammars
 from codellama_rt.engine.metrics import EngineMetrics, StepRecord
 from codellama_rt.engine.owner import Owner
-from codellama_rt.engine.request import Output, Request, Sample, check_params, checked_prompt
+from codellama_rt.engine.request import Output, Request, Sample
 from codellama_rt.engine.sampler import Choice, choose
 from codellama_rt.engine.sampling_params import (
     LogitsProcessor,
     SamplingParams,
-    checked_processors,
 )
 from codellama_rt.engine.scheduler import Scheduler
 from codellama_rt.engine.sequence import Chunk, Sequence
 from codellama_rt.engine.step_cost import StepCost
-from codellama_rt.engine.stop_strings import Tokenizer, end_token_ids
+from codellama_rt.engine.stop_strings import Tokenizer
 from codellama_rt.errors import QueueFullError
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.interface import Decoder, KVCache
-from codellama_rt.model.lora import LoraAdapter, check_adapter
+from codellama_rt.model.lora import LoraAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -143,14 +138,7 @@ class Engine:
             check_files: called before each request; raises if a file with weights has changed.
             logits_processors: as those of `SamplingParams`, for every request, before its own.
         """
-        if max_model_len < 2:
-            raise ValueError(f"max_model_len must be >= 2 (one in, one out), got {max_model_len}")
         self.model, self.kv_cache, self.tokenizer = model, kv_cache, tokenizer
-        self.max_model_len = max_model_len
-        self.check_files = check_files or (lambda: None)
-        self.eos_token_ids = end_token_ids(model.config, generation_config or {}, tokenizer)
-        self._logits_processors = checked_processors(logits_processors)
-        self._grammars = Grammars(tokenizer, model.config.vocab_size)
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
         self.scheduler = Scheduler(
             blocks,
@@ -158,6 +146,15 @@ class Engine:
             max_num_batched_tokens,
             max_step_seconds=checked_seconds("max_step_seconds", max_step_seconds),
             cost=None if max_step_seconds is None else StepCost(model.config),
+        )
+        self.admission = Admission(
+            model,
+            tokenizer,
+            self.scheduler,
+            max_model_len,
+            generation_config=generation_config,
+            check_files=check_files,
+            logits_processors=logits_processors,
         )
         self.max_queued_tokens = checked_tokens("max_queued_tokens", max_queued_tokens)
         self.on_step: Callable[[StepRecord], None] | None = None
@@ -170,7 +167,6 @@ class Engine:
         self._in_flight: _InFlight | None = None
         self._outputs: list[Output] = []  # for the next `step`
         self._discarded: deque[str] = deque()  # requests to end before anything else
-        self._adapter_numbers: dict[LoraAdapter, int] = {}  # never reused: blocks outlive requests
         self._num_arrived = 0
         self._totals = _Totals()
         self._metrics = EngineMetrics()
@@ -205,52 +201,13 @@ class Engine:
             RuntimeError: the engine is closed, or a file with weights has changed.
             ImportError: `structured_outputs` without llguidance.
         """
-        request = self.make_request(
+        request = self.admission.make_request(
             request_id, prompt_token_ids, params, priority=priority, adapter=adapter, inbox=inbox
         )
         self.submit(request)
 
-    def make_request(
-        self,
-        request_id: str,
-        prompt_token_ids: Collection[int],
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        adapter: LoraAdapter | None = None,
-        inbox: deque[Output] | None = None,
-    ) -> Request:
-        """Check a request as `add_request` does, and return it for `submit`, without waiting.
-
-        It may be called in any thread, also while a step is under way.
-        """
-        _check_names(request_id, priority)
-        params = SamplingParams() if params is None else params
-        vocab_size = self.model.config.vocab_size
-        check_params(params, vocab_size, self.tokenizer is not None)
-        token_ids = checked_prompt(prompt_token_ids, vocab_size)
-        self.check_length(len(token_ids), generates=params.max_tokens != 0)
-        self.scheduler.check_length(len(token_ids))
-        sequence = self.make_sequence(token_ids, (priority, 0, 0), adapter)
-        if params.prompt_logprobs is not None:
-            sequence.first_logit = 0
-        wanted = params.structured_outputs
-        return Request(
-            request_id,
-            params,
-            sequence,
-            max_len=self._max_len(sequence.prompt_len, params),
-            seed=secrets.randbits(64) if params.seed is None else params.seed,
-            eos_token_ids=self.eos_token_ids,
-            vocab_size=vocab_size,
-            tokenizer=self.tokenizer,
-            inbox=inbox,
-            grammar=None if wanted is None else self._grammars.get(wanted),
-            processors=self._logits_processors,
-        )
-
     def submit(self, request: Request) -> None:
-        """Queue a request of `make_request`; raises as `add_request` does."""
+        """Queue a request of `admission.make_request`; raises as `add_request` does."""
         with self.owner:
             self._drop_discarded()
             error = self._reason_to_refuse(request)
@@ -417,33 +374,6 @@ class Engine:
             **self._metrics.snapshot(),
         }
 
-    def make_sequence(
-        self, token_ids: array, order: tuple[int, int, int], adapter: LoraAdapter | None = None
-    ) -> Sequence:
-        """Return a prompt as a sequence whose last token's logits are needed.
-
-        Raises:
-            ValueError: an adapter of another model.
-            RuntimeError: a file with weights has changed.
-        """
-        self.check_files()
-        salt = self._cache_salt(prompt_len := len(token_ids))
-        if adapter is not None:  # its keys and values differ from those of the plain model
-            check_adapter(adapter, self.model)
-            number = self._adapter_numbers.setdefault(adapter, len(self._adapter_numbers) + 1)
-            salt += number << 32
-        return Sequence(token_ids, prompt_len, order, prompt_len - 1, salt, adapter)
-
-    def check_length(self, prompt_len: int, *, generates: bool = True) -> None:
-        """Raise ValueError if a prompt is too long, or leaves no room for a token it is to have."""
-        if prompt_len > self.max_model_len - generates:
-            raise ValueError(
-                f"prompt of {prompt_len} tokens does not fit max_model_len={self.max_model_len}"
-                f"{' with a token to generate' if generates else ''}: "
-                f"at most {self.max_model_len - generates}; "
-                "shorten the prompt or raise max_model_len"
-            )
-
     def check_open(self) -> None:
         """Raise RuntimeError if the engine is closed."""
         if self._closed:
@@ -475,18 +405,6 @@ class Engine:
         self._requests[request.request_id] = request
         self._samples[sample.sequence] = sample
         self.scheduler.add(sample.sequence)
-
-    def _max_len(self, prompt_len: int, params: SamplingParams) -> int:
-        # The last token is never computed, so it needs no room in the cache.
-        limit = min(self.max_model_len, self.scheduler.max_computed_tokens + 1)
-        return limit if params.max_tokens is None else min(limit, prompt_len + params.max_tokens)
-
-    def _cache_salt(self, prompt_len: int) -> int:
-        # Under dynamic RoPE scaling the keys of a prompt longer than the trained length depend on
-        # its length; such prompts share cached prefixes only with those that are rotated alike.
-        if not self._has_dynamic_rope:
-            return 0
-        return self.model.config.rope_class(prompt_len)
 
     def _advance(self) -> None:
         """Make a step; its outputs go to where they are waited for."""
@@ -688,42 +606,3 @@ class Engine:
 def _by_chunk(chunks: Collection[Chunk], logits: np.ndarray) -> list[np.ndarray]:
     ends = itertools.accumulate(chunk.num_logits for chunk in chunks)
     return [logits[end - chunk.num_logits : end] for chunk, end in zip(chunks, ends, strict=True)]
-
-
-def _check_names(request_id: object, priority: object) -> None:
-    if not isinstance(request_id, str) or not request_id:
-        raise TypeError(f"request_id must be a non-empty str, got {request_id!r}")
-    if not isinstance(priority, int) or isinstance(priority, bool):
-        raise TypeError(f"priority must be an int, got {type(priority).__name__}")
-
-
-def checked_seconds(name: str, seconds: object) -> float:
-    """Return a limit of time; infinity for None.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: not above 0.
-    """
-    if seconds is None:
-        return math.inf
-    if not isinstance(seconds, Real) or isinstance(seconds, bool):
-        raise TypeError(f"{name} must be a number of seconds or None, got {seconds!r}")
-    if not seconds > 0:
-        raise ValueError(f"{name} must be > 0, got {seconds}; None means no limit")
-    return float(seconds)
-
-
-def checked_tokens(name: str, count: object) -> int | None:
-    """Return a limit of tokens, or None.
-
-    Raises:
-        TypeError: not an int.
-        ValueError: below 1.
-    """
-    if count is None:
-        return None
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"{name} must be an int or None, got {count!r}")
-    if count < 1:
-        raise ValueError(f"{name} must be >= 1, got {count}; None means no limit")
-    return count

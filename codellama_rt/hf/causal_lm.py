@@ -273,14 +273,14 @@ class LlamaForCausalLM(ModelIdioms):
             OSError: a file cannot be written.
             CheckpointError: a file of the model has been written or cut since it was opened.
         """
-        self.llm.engine.check_files()
+        self.llm.engine.admission.check_files()
         write_directory(
             Path(save_directory),
             self.config,
             self.llm.model.weights,
             max_shard_bytes=parse_bytes(max_shard_size),
         )
-        self.llm.engine.check_files()
+        self.llm.engine.admission.check_files()
         self.generation_config.save_pretrained(save_directory)
         if self.llm.tokenizer is not None:
             save_tokenizer(self.llm.tokenizer, Path(save_directory), self.llm.chat_template)
@@ -303,7 +303,7 @@ class LlamaForCausalLM(ModelIdioms):
     ) -> Search:
         """Return the search for continuations that end with `ends` (None: the checkpoint's)."""
         vocab_size = self.config.vocab_size
-        all_ends = self.llm.engine.eos_token_ids if ends is None else ends
+        all_ends = self.llm.engine.admission.eos_token_ids if ends is None else ends
         if attention_mask is None and config.pad_token_id not in (None, *all_ends):
             attention_mask = rows != config.pad_token_id
         mask = as_mask(attention_mask, rows)
@@ -315,7 +315,7 @@ class LlamaForCausalLM(ModelIdioms):
         prompts = [row[kept].tolist() for row, kept in zip(rows, mask, strict=True)]
         pad_id = config.pad_token_id
         if pad_id is None:
-            pad_id = next(iter(ends or self.llm.engine.eos_token_ids), 0)
+            pad_id = next(iter(ends or self.llm.engine.admission.eos_token_ids), 0)
         for token_id in ends or ():
             check_token_id(token_id, vocab_size, "eos_token_id")
         check_token_id(pad_id, vocab_size, "pad_token_id")
@@ -351,7 +351,7 @@ class LlamaForCausalLM(ModelIdioms):
 
     def _usual_ends(self, prompt: list[int]) -> tuple[int | None, ...]:
         """Return the checkpoint's end tokens, and <EOT> for a prompt that asks for infilling."""
-        ends, tokenizer = self.llm.engine.eos_token_ids, self.llm.tokenizer
+        ends, tokenizer = self.llm.engine.admission.eos_token_ids, self.llm.tokenizer
         return ends if tokenizer is None else (*ends, tokenizer.filling_end(prompt))
 
     @staticmethod

@@ -378,7 +378,7 @@ class LLM:
             RuntimeError: the LLM is closed.
         """
         self.engine.check_open()
-        self.engine.check_files()
+        self.engine.admission.check_files()
         return sequence_logits(
             self.model,
             token_ids,
@@ -456,7 +456,7 @@ class LLM:
         self, token_ids: Sequence[int], adapter: LoraAdapter | None, *, last_only: bool = False
     ) -> np.ndarray:
         self.engine.check_open()
-        self.engine.check_files()
+        self.engine.admission.check_files()
 
         def run(batch: Batch, kv_cache: KVCache) -> np.ndarray:
             with self.engine.owner:  # between two steps

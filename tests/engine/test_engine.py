@@ -64,8 +64,8 @@ def test_end_of_sequence_ends_and_may_be_ignored():
 def test_the_ends_are_those_of_every_file(eos):
     """Transformers takes generation_config's alone; fine-tunes often name an end in one file."""
     engine = engine_of(generation_config={"eos_token_id": eos, "temperature": 0.5})
-    assert engine.eos_token_ids == ((5, 2) if eos == 5 else (5, 6, 2))
-    assert engine_of(generation_config={"eos_token_id": None}).eos_token_ids == (2,)
+    assert engine.admission.eos_token_ids == ((5, 2) if eos == 5 else (5, 6, 2))
+    assert engine_of(generation_config={"eos_token_id": None}).admission.eos_token_ids == (2,)
 
 
 def test_stop_tokens_end_the_output_but_not_before_min_tokens():

@@ -199,8 +199,7 @@ class FailingTokenizer(FakeTokenizer):
 
 
 def test_a_sample_that_cannot_be_decoded_ends_without_the_failing_token():
-    engine = engine_of()
-    engine.tokenizer = FailingTokenizer(greedy_tokens()[3])
+    engine = engine_of(tokenizer=FailingTokenizer(greedy_tokens()[3]))
     engine.add_request("r", PROMPT, SamplingParams(max_tokens=12, ignore_eos=True))
     total = drain(engine)["r", 0]
     assert total.token_ids == greedy_tokens()[:3]

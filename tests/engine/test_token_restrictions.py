@@ -100,8 +100,7 @@ def test_allowed_tokens_and_runs_together():
 def test_bad_words_never_come():
     free = greedy_tokens()
     word = "".join(chr(64 + token_id) for token_id in free[3:5])
-    engine = engine_of()
-    engine.tokenizer = Speller()
+    engine = engine_of(tokenizer=Speller())
     total = result(plain(bad_words=word), engine)
     assert total.token_ids[:4] == free[:4]
     assert total.token_ids[4] != free[4]
@@ -110,8 +109,7 @@ def test_bad_words_never_come():
 
 
 def test_bad_words_beyond_the_vocabulary_change_nothing():
-    engine = engine_of()
-    engine.tokenizer = Speller()
+    engine = engine_of(tokenizer=Speller())
     engine.tokenizer.encode_continuation = lambda text: [10**6]
     assert result(plain(bad_words=["x"]), engine).token_ids == greedy_tokens()
 
@@ -191,8 +189,7 @@ def test_steps_that_raise_anywhere_can_be_repeated():
         return logits
 
     def run(faults=None, step=None):
-        engine = engine_of(max_num_batched_tokens=8)
-        engine.tokenizer = Speller()
+        engine = engine_of(max_num_batched_tokens=8, tokenizer=Speller())
         for i, options in enumerate(
             [{"logits_processors": [no_repeats]}, {"bad_words": ["CD", "AAA", "?"], "n": 2},
              {"allowed_token_ids": [3, 9, 11], "skip_special_tokens": False, "temperature": 1.0,
@@ -235,8 +232,7 @@ def test_the_text_of_a_stop_token_may_stay():
 
 def test_control_tokens_may_be_shown():
     for skips, text in [(True, ""), (False, "<ctrl>" * 2)]:
-        engine = engine_of()
-        engine.tokenizer = Speller()
+        engine = engine_of(tokenizer=Speller())
         options = {"allowed_token_ids": [9], "skip_special_tokens": skips, "max_tokens": 2}
         assert result(plain(**options), engine).text == text
 
@@ -245,7 +241,7 @@ def test_what_the_engine_refuses():
     engine = engine_of()
     with pytest.raises(ValueError, match=r"allowed_token_ids\[1\] must be a token id"):
         engine.add_request("r", PROMPT, plain(allowed_token_ids=[1, 10**6]))
-    engine.tokenizer = None
+    engine = engine_of(tokenizer=False)
     with pytest.raises(ValueError, match="bad_words need a tokenizer"):
         engine.add_request("r", PROMPT, plain(bad_words=["x"]))
     assert not engine.has_unfinished()

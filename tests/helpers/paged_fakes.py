@@ -144,7 +144,8 @@ def piece(token_id):
 def engine_of(num_blocks=64, block_size=4, *, model=None, tokenizer=True, **options):
     """Return an engine whose steps, unless a test says otherwise, depend on no clock."""
     options = {"max_model_len": 256, "max_step_seconds": None, **options}
-    tokenizer = FakeTokenizer() if tokenizer else None
+    if isinstance(tokenizer, bool):
+        tokenizer = FakeTokenizer() if tokenizer else None
     return Engine(model or HashModel(), FakeKVCache(num_blocks, block_size), tokenizer, **options)
 
 

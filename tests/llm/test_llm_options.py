@@ -122,5 +122,5 @@ def test_context_of_more_than_the_checkpoint_says(folder):
     with LLM(folder, kv_memory=KV_MEMORY) as llm:
         assert llm.max_model_len == llm.config.max_position_embeddings == 16384
     with LLM(folder, kv_memory="64MB", max_model_len=100_000) as llm:
-        assert llm.engine.max_model_len == 100_000
+        assert llm.engine.admission.max_model_len == 100_000
         assert llm.kv_cache.num_blocks * llm.kv_cache.block_size >= 100_000

@@ -101,7 +101,7 @@ def test_ends_of_every_file(tmp_path):
     folder = make_folder(tmp_path / "model", generation_config={"eos_token_id": [300, 301]})
     added = {"<|im_end|>": 421, "<|eot_id|>": 422, "<tag>": 423}
     with opened(folder, tokenizer_config=config_with("<|im_end|>"), added_tokens=added) as llm:
-        assert llm.engine.eos_token_ids == (300, 301, 2, 421, 422)
+        assert llm.engine.admission.eos_token_ids == (300, 301, 2, 421, 422)
         for end in (300, 301, 2, 421, 422):
             assert ended_by(llm, [1, 100], end)
         for other in (423, 299, llm.tokenizer.eot_id):

@@ -37,7 +37,7 @@ def test_completions_have_the_form(llm, prompt):
 def test_fillings_and_answers_have_the_form(llm):
     filled = llm.infill("x = [", "]\n", params(NUMBERS))
     assert re.fullmatch(NUMBERS.regex, filled.text)
-    assert filled.stop_reason in llm.engine.eos_token_ids or (
+    assert filled.stop_reason in llm.engine.admission.eos_token_ids or (
         filled.stop_reason == llm.tokenizer.eot_id
     )
     answer = llm.chat(MESSAGES, params(NUMBERS), chat_template="code-llama")
