@@ -46,10 +46,14 @@ def floats(weights: LlamaWeights) -> Iterator[np.ndarray]:
 
 
 def mapping_under(array):
-    """Follows a view to the mapping it looks into, or None where the array owns its memory."""
+    """Follows a view to the file's mapping that it looks into; None: memory without a file."""
     while isinstance(array, np.ndarray):
         array = array.base
-    return array.obj if isinstance(array, memoryview) else array
+    mapping = array.obj if isinstance(array, memoryview) else array
+    try:
+        return mapping if mapping is None or mapping.size() else None
+    except (OSError, ValueError):  # anonymous: huge pages
+        return None
 
 
 def large_model(folder: Path) -> Path:

@@ -79,7 +79,7 @@ def test_fillings_end_at_eot(model, monkeypatch):
 def test_no_ends(model, monkeypatch):
     """eos_token_id=None switches ends off, as in Transformers."""
     first, second = new_tokens(model, PROMPT, max_new_tokens=2, eos_token_id=[])
-    monkeypatch.setattr(model.llm.engine, "eos_token_ids", (second,))
+    monkeypatch.setattr(model.llm.engine.admission, "eos_token_ids", (second,))
     assert new_tokens(model, PROMPT, max_new_tokens=5) == [first, second]
     assert len(new_tokens(model, PROMPT, max_new_tokens=5, eos_token_id=None)) == 5
     config = clrt.GenerationConfig(max_new_tokens=5)
