@@ -8,13 +8,14 @@ depends on one another, only whether a grammar at the edge of the limits exceeds
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+from _thread import start_new_thread
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from queue import SimpleQueue
 from threading import RLock
 from typing import Any
 
@@ -157,13 +158,27 @@ class GrammarState:
         self._text = vocabulary.text & ~self._ends
         self._lead = vocabulary.lead if drops_lead else np.zeros_like(vocabulary.lead)
         self._raw: np.ndarray | None = first_mask  # as llguidance gave it
-        self._pending: Future[np.ndarray] | None = None
+        self._is_queued = False
 
     def prepare(self) -> None:
         """Begin to compute the next mask in another thread, if it is not known."""
-        if self._raw is None and self._pending is None:
+        if self._raw is None and not self._is_queued:
+            self._is_queued = True
             with suppress(RuntimeError):  # no thread can be started (any more); `mask` computes it
-                self._pending = _worker().submit(self._compute)
+                _queue().put(self)
+
+    def compute(self) -> np.ndarray:
+        """Return the next mask as llguidance gives it; one thread computes it.
+
+        Raises:
+            RuntimeError: llguidance exceeded its limits.
+        """
+        with _computing:
+            if self._raw is None:
+                mask = self._matcher.compute_bitmask()
+                self._check()
+                self._raw = np.frombuffer(mask, np.uint32)
+            return self._raw
 
     def mask(self) -> np.ndarray:
         """Return the tokens that may come next, (ceil(vocab_size / 32),) uint32.
@@ -171,13 +186,10 @@ class GrammarState:
         Raises:
             RuntimeError: llguidance exceeded its limits, or no token fits.
         """
-        if self._raw is None:
-            pending = self._pending
-            is_missing = pending is None or pending.cancel()
-            self._raw = self._compute() if is_missing else pending.result()
-        allowed = self._raw[: len(self._text)] & self._text & ~self._lead
+        raw = self.compute()
+        allowed = raw[: len(self._text)] & self._text & ~self._lead
         word, bit = divmod(self._grammar.vocabulary.size, 32)
-        return allowed | self._ends if self._raw[word] >> bit & 1 else allowed
+        return allowed | self._ends if raw[word] >> bit & 1 else allowed
 
     def accept(self, token_id: int) -> None:
         """Take the next token of the output; one that ends it changes nothing.
@@ -188,16 +200,10 @@ class GrammarState:
         if token_id in self._end_ids:
             return
         with _computing:
+            self._raw, self._is_queued = None, False
             self._matcher.consume_token(token_id)
         self._check()
         self._lead = np.zeros_like(self._lead)
-        self._raw = self._pending = None
-
-    def _compute(self) -> np.ndarray:
-        with _computing:
-            mask = self._matcher.compute_bitmask()
-        self._check()
-        return np.frombuffer(mask, np.uint32)
 
     def _check(self) -> None:
         error = self._matcher.get_error()
@@ -282,14 +288,29 @@ def _shortened(message: str) -> str:
     return line if len(line) <= 400 else f"{line[:400]}..."
 
 
-# A matcher is used by one thread at a time, and by none while the process forks: the child would
-# wait for ever for what a thread of the parent holds.
+# A matcher is used by one thread at a time, and by none while the process forks or ends: the child
+# would wait for ever for what a thread of the parent holds.
 _computing, _compiling = RLock(), RLock()
+atexit.register(_computing.acquire)
+
+# The states whose masks a thread computes. An interruption of a step may come inside of any Python
+# code: what the threading module and executors hold then stays locked. This is one call each.
+_jobs: SimpleQueue[GrammarState] | None = None
 
 
-@cache
-def _worker() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="codellama_rt-masks")
+def _queue() -> SimpleQueue[GrammarState]:
+    global _jobs
+    if _jobs is None:
+        jobs: SimpleQueue[GrammarState] = SimpleQueue()
+        start_new_thread(_work, (jobs,))
+        _jobs = jobs
+    return _jobs
+
+
+def _work(jobs: SimpleQueue[GrammarState]) -> None:
+    while True:
+        with suppress(Exception):  # `mask` meets it again
+            jobs.get().compute()
 
 
 def _before_fork() -> None:
@@ -303,7 +324,8 @@ def _after_fork() -> None:
 
 
 def _in_child() -> None:
-    _worker.cache_clear()  # its thread is the parent's
+    global _jobs
+    _jobs = None  # its thread is the parent's
     _after_fork()
 
 

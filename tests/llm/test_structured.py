@@ -67,16 +67,16 @@ def test_an_invalid_form_is_refused_before_anything_is_computed(llm):
 
 
 def test_processors_of_a_model_apply_to_every_request(tmp_path):
-    def only_a_brace(token_ids, logits):
-        logits[llm.tokenizer.piece_id("{")] = 100.0
+    def only_e(token_ids, logits):
+        logits[llm.tokenizer.encode_continuation("e")] = 100.0
         return logits
 
     folder = make_folder(tmp_path / "m")
-    with clrt.LLM(folder, kv_memory=KV_MEMORY, logits_processors=[only_a_brace]) as llm:
-        assert llm.generate("a", SamplingParams(max_tokens=3))[0].text == "{{{"
-        assert llm.infill("a", "b", SamplingParams(max_tokens=2)).text == "{{"
+    with clrt.LLM(folder, kv_memory=KV_MEMORY, logits_processors=[only_e]) as llm:
+        assert llm.generate("a", SamplingParams(max_tokens=3))[0].text == "eee"
+        assert llm.infill("a", "b", SamplingParams(max_tokens=2)).text == "ee"
     with pytest.raises(TypeError, match="logits_processors must be a list of callables"):
-        clrt.LLM(folder, logits_processors=only_a_brace)
+        clrt.LLM(folder, logits_processors=only_e)
 
 
 def test_a_value_of_a_schema(llm):
