@@ -1,6 +1,8 @@
 """Write what each step of the engine computed as a trace for Chrome (about:tracing, Perfetto).
 
-python examples/trace_steps.py MODEL TRACE.json
+    python examples/trace_steps.py MODEL
+
+The trace is written to trace.json in the current directory.
 """
 
 import json
@@ -31,7 +33,7 @@ def events(step: StepRecord) -> list[dict]:
     return parts
 
 
-def main(model: str, path: str) -> None:
+def main(model: str, path: str = "trace.json") -> None:
     """Generate from a few prompts and write the trace."""
     llm = clrt.LLM(model, max_model_len=1024)
     trace = []

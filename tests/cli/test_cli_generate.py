@@ -91,8 +91,10 @@ def test_every_sampling_parameter_has_an_option():
         "max_tokens": "max_new_tokens", "stop_token_ids": "stop_token_id",
         "allowed_token_ids": "allowed_token_id", "bad_words": "bad_word",
     }  # fmt: skip
-    names = {f.name for f in fields(SamplingParams)} - {"logits_processors"}  # functions
-    assert {renamed.get(name, name) for name in names} == options
+    names = {f.name for f in fields(SamplingParams)}
+    names -= {"logits_processors", "structured_outputs"}  # functions; an option per form
+    forms = {"json_schema", "json_object", "regex", "choice", "grammar"}
+    assert {renamed.get(name, name) for name in names} | forms == options
 
 
 def test_options_replace_what_the_checkpoint_says():

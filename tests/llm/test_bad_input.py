@@ -231,7 +231,7 @@ SAMPLING = [
     ("temperature", math.inf, ValueError), ("temperature", "hot", TypeError),
     ("top_p", 0, ValueError), ("top_p", 1.1, ValueError), ("top_p", math.nan, ValueError),
     ("top_k", -2, ValueError), ("top_k", 1.5, TypeError), ("top_k", True, TypeError),
-    ("seed", -1, ValueError), ("seed", "x", TypeError), ("max_new_tokens", 0, ValueError),
+    ("seed", -1, ValueError), ("seed", "x", TypeError), ("max_new_tokens", -1, ValueError),
     ("max_new_tokens", 2.0, TypeError), ("stop", "", ValueError), ("stop", 5, TypeError),
     ("stop", ["a"] * 17, ValueError), ("stop", [5], TypeError),
 ]  # fmt: skip
