@@ -14,7 +14,7 @@ from statistics import median
 
 import numpy as np
 from peers.pairs import OURS, Peer, compare, take_turns
-from scripts import follow, names, new_parser, numbers
+from scripts import follow, names, new_parser, numbers, parsed
 
 from codellama_rt import ops
 from codellama_rt.llm.variants import SHAPES
@@ -89,10 +89,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--rounds", type=int, default=5, metavar="N", help="turns of each side")
     add("--runs", type=int, default=3, metavar="N", help="products per turn")
     add("--threads", type=int, metavar="N", help="of each side")
-    args = parser.parse_args(words)
-    if args.quick:
-        vars(args).update(QUICK)
-    return args
+    return parsed(parser, words, QUICK)
 
 
 def main() -> None:

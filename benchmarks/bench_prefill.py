@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
-from scripts import follow, names, new_parser, numbers
+from scripts import follow, names, new_parser, numbers, parsed
 
 from codellama_rt import ops
 from codellama_rt.llm.variants import SHAPES
@@ -193,9 +193,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--repeats", type=int, default=3, metavar="N", help="runs of each operator; the best counts"
     )
     add("--threads", type=int, metavar="N", help="of each operator")
-    args = parser.parse_args(words)
-    if args.quick:
-        vars(args).update(QUICK)
+    args = parsed(parser, words, QUICK)
     if min(args.depths) < CHUNK or len(set(args.depths)) < 2:
         parser.error(f"--depths must be at least two, of at least {CHUNK} tokens")
     return args

@@ -20,7 +20,7 @@ from time import perf_counter
 import gguf
 import numpy as np
 from peers.pairs import OURS, Peer, compare, take_turns
-from scripts import follow, names, new_parser, numbers
+from scripts import follow, names, new_parser, numbers, parsed
 
 from codellama_rt import LLM, SamplingParams, ops
 from codellama_rt.checkpoint.model_names import resolve_model
@@ -193,10 +193,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=numbers, default=[ops.num_threads()], metavar="LIST")
     add("--rounds", type=int, default=5, metavar="N", help="turns of each side")
     add("--steps", type=int, default=12, metavar="N", help="steps per turn")
-    args = parser.parse_args(words)
-    if args.quick:
-        vars(args).update(QUICK)
-    return args
+    return parsed(parser, words, QUICK)
 
 
 def main() -> None:

@@ -34,6 +34,16 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def parsed(
+    parser: argparse.ArgumentParser, words: list[str], quick: dict[str, object]
+) -> argparse.Namespace:
+    """Return the arguments; those of `quick` replace them with --quick."""
+    args = parser.parse_args(words)
+    if args.quick:
+        vars(args).update(quick)
+    return args
+
+
 def follow(what: str, rows: Iterator[tuple[int, int, Row]], json: Path | None) -> None:
     """Show progress, then the tables, and save; what was measured before an error is not lost."""
     script, found = f"bench_{what}.py", []

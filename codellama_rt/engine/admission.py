@@ -49,6 +49,8 @@ class Admission:
         self._grammars = Grammars(tokenizer, model.config.vocab_size)
         self._adapter_numbers: dict[LoraAdapter, int] = {}  # never reused: blocks outlive requests
         self._numbers = itertools.count(1)
+        scaling = model.config.rope_scaling
+        self.has_dynamic_rope = scaling is not None and scaling.depends_on_length
 
     def make_request(
         self,
@@ -124,9 +126,7 @@ class Admission:
     def _cache_salt(self, prompt_len: int) -> int:
         # Under dynamic RoPE scaling the keys of a prompt longer than the trained length depend on
         # its length; such prompts share cached prefixes only with those that are rotated alike.
-        config = self._model.config
-        is_dynamic = config.rope_scaling is not None and config.rope_scaling.depends_on_length
-        return config.rope_class(prompt_len) if is_dynamic else 0
+        return self._model.config.rope_class(prompt_len) if self.has_dynamic_rope else 0
 
 
 def _check_names(request_id: object, priority: object) -> None:

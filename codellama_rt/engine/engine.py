@@ -158,8 +158,6 @@ class Engine:
         )
         self.max_queued_tokens = checked_tokens("max_queued_tokens", max_queued_tokens)
         self.on_step: Callable[[StepRecord], None] | None = None
-        scaling = model.config.rope_scaling
-        self._has_dynamic_rope = scaling is not None and scaling.depends_on_length
         self._requests: dict[str, Request] = {}  # unfinished
         self._samples: dict[Sequence, Sample] = {}  # unfinished and forked
         self.searches: WeakSet[Search] = WeakSet()  # others that use the same blocks
@@ -294,7 +292,8 @@ class Engine:
     def _compute(self, chunks: Collection[Chunk]) -> np.ndarray:
         """Run the model once; return (sum of num_logits, vocab_size) float32, chunk after chunk."""
         started = perf_counter()
-        batch = build_batch(chunks, self.kv_cache.block_size, rope_lengths=self._has_dynamic_rope)
+        has_lengths = self.admission.has_dynamic_rope
+        batch = build_batch(chunks, self.kv_cache.block_size, rope_lengths=has_lengths)
         scheduled = perf_counter()
         logits = self.model.forward(batch, self.kv_cache)
         seconds = perf_counter() - scheduled

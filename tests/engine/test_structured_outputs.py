@@ -13,7 +13,7 @@ import jsonschema
 import numpy as np
 import pytest
 from helpers.faults import Faults
-from helpers.paged_fakes import PROMPT, FakeKVCache, HashModel, collect, drain, engine_of
+from helpers.paged_fakes import PROMPT, FakeKVCache, HashModel, drain, drain_interrupted, engine_of
 from helpers.random_schemas import random_schema
 from helpers.tokenizer_files import bpe_fields, gguf_file, model_file
 
@@ -338,19 +338,10 @@ def test_the_tokens_do_not_depend_on_the_batch(tokenizer):
 
 def test_steps_that_raise_anywhere_can_be_repeated(tokenizer):
     def run(faults=None, step=None):
-        engine, gained, steps = make_engine(tokenizer, max_num_batched_tokens=8), {}, 0
+        engine = make_engine(tokenizer, max_num_batched_tokens=8)
         engine.add_request("a", PROMPT, params_of(StructuredOutputs(json=SHORT), n=2))
         engine.add_request("b", PROMPT, params_of(StructuredOutputs(regex="[ab]{9}"), stop=["bb"]))
-        while engine.has_unfinished():
-            steps += 1
-            assert steps < 100
-            try:
-                outputs = faults.call(engine.step) if steps == step else engine.step()
-            except (KeyboardInterrupt, RuntimeError) as error:
-                assert str(error) == "injected"  # noqa: PT017
-            else:
-                collect(gained, outputs)
-        return {key: (total.token_ids, total.text, total.end) for key, total in gained.items()}
+        return drain_interrupted(engine, faults, step)
 
     expected = run()
     for at in range(0, 500, 23):

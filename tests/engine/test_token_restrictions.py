@@ -6,8 +6,8 @@ from helpers.faults import Faults
 from helpers.paged_fakes import (
     PROMPT,
     FakeTokenizer,
-    collect,
     drain,
+    drain_interrupted,
     engine_of,
     greedy_tokens,
     piece,
@@ -196,17 +196,7 @@ def test_steps_that_raise_anywhere_can_be_repeated():
               "seed": 2, "stop": ["ab"], "include_stop_str_in_output": True}]
         ):  # fmt: skip
             engine.add_request(str(i), PROMPT, plain(**options))
-        gained, steps = {}, 0
-        while engine.has_unfinished():
-            steps += 1
-            assert steps < 100
-            try:
-                outputs = faults.call(engine.step) if steps == step else engine.step()
-            except (KeyboardInterrupt, RuntimeError) as error:
-                assert str(error) == "injected"  # noqa: PT017
-            else:
-                collect(gained, outputs)
-        return {key: (total.token_ids, total.text, total.end) for key, total in gained.items()}
+        return drain_interrupted(engine, faults, step)
 
     expected = run()
     for at in range(0, 400, 37):

@@ -149,6 +149,21 @@ def engine_of(num_blocks=64, block_size=4, *, model=None, tokenizer=True, **opti
     return Engine(model or HashModel(), FakeKVCache(num_blocks, block_size), tokenizer, **options)
 
 
+def drain_interrupted(engine, faults, step):
+    """Runs to the end, one step with faults; (request_id, index) -> tokens, text, how it ended."""
+    gained, steps = {}, 0
+    while engine.has_unfinished():
+        steps += 1
+        assert steps < 100
+        try:
+            outputs = faults.call(engine.step) if steps == step else engine.step()
+        except (KeyboardInterrupt, RuntimeError) as error:
+            assert str(error) == "injected"  # noqa: PT017
+        else:
+            collect(gained, outputs)
+    return {key: (total.token_ids, total.text, total.end) for key, total in gained.items()}
+
+
 def drain(engine):
     """Runs to the end; (request_id, index) -> what the caller has got, joined."""
     gained = {}
