@@ -136,7 +136,8 @@ class SamplingParams:
         self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         self._set("allowed_token_ids", _allowed_token_ids(self.allowed_token_ids))
         self._set("logit_bias", _logit_bias(self.logit_bias))
-        self._set("logits_processors", checked_processors(self.logits_processors))
+        name = "SamplingParams: logits_processors"
+        self._set("logits_processors", checked_processors(self.logits_processors, name))
         if not isinstance(self.structured_outputs, StructuredOutputs | None):
             raise _wrong_type(
                 "structured_outputs", "StructuredOutputs or None", self.structured_outputs
@@ -229,16 +230,18 @@ def _allowed_token_ids(ids: object) -> tuple[int, ...] | None:
     return allowed
 
 
-def checked_processors(given: object) -> tuple[LogitsProcessor, ...]:
-    """Return processors as a tuple; TypeError unless all are callable."""
+def checked_processors(
+    given: object, name: str = "logits_processors"
+) -> tuple[LogitsProcessor, ...]:
+    """Return the processors of an argument `name` as a tuple; TypeError unless all are callable."""
     processors = () if given is None else given
     if not isinstance(processors, (tuple, list)):
         kind = type(given).__name__
-        raise TypeError(f"logits_processors must be a list of callables, got {kind}")
+        raise TypeError(f"{name} must be a list of callables, got {kind}")
     for i, processor in enumerate(processors):
         if not callable(processor):
             kind = type(processor).__name__
-            raise TypeError(f"logits_processors[{i}] must be callable, got {kind}")
+            raise TypeError(f"{name}[{i}] must be callable, got {kind}")
     return tuple(processors)
 
 
