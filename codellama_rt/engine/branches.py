@@ -176,7 +176,7 @@ class Branches:
             branch.num_computed = chunk.stop
             branch.first_logit = first_logit
 
-            self._scheduler.blocks.index_full_blocks(branch)
+            self._scheduler.blocks.index_blocks(branch)
             if is_computed:
                 self._scheduler.running.remove(branch)
 

@@ -532,7 +532,7 @@ class Engine:
 
         self._totals.generated_tokens += sum(len(output.token_ids) for output in gained)
         self._metrics.count(gained)
-        self.scheduler.blocks.index_full_blocks(sequence)
+        self.scheduler.blocks.index_blocks(sequence)
         forks = request.samples[num_samples:]
         for fork in forks:
             self._samples[fork.sequence] = fork
