@@ -22,7 +22,7 @@ ENDLESS = 400  # blocks: more than a run of so many steps uses
 SALTS = st.integers(0, 1)
 PICKS = st.integers(0, 99)
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
-SEEN = set()
+seen = set()  # of what the steps have come across
 
 
 def sequence_of(tokens, salt, num_logits):
@@ -281,7 +281,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     def see(self, what, happened):
         if happened:
-            SEEN.add(what)
+            seen.add(what)
 
     def computed(self):
         return [s for s in self.sequences if not s.num_uncomputed]
@@ -307,7 +307,7 @@ def prefix(sequence, position):
 
 def test_state_machine_of_20000_steps():
     BlockManagerMachine.num_steps = 0
-    SEEN.clear()
+    seen.clear()
     run_state_machine_as_test(
         BlockManagerMachine,
         settings=settings(
@@ -319,7 +319,7 @@ def test_state_machine_of_20000_steps():
         ),
     )
     assert BlockManagerMachine.num_steps >= 20_000
-    assert SEEN == {  # were one never to happen, this would prove less
+    assert seen == {  # were one never to happen, this would prove less
         "head copied",
         "tail taken over",
         "reset beside owners",
