@@ -171,19 +171,21 @@ template <typename T>
 double weigh(const T* scores, double highest, double temperature, Row& row) {
   // Of the tiniest temperatures the reciprocal is infinite, and 0 times it would be NaN.
   const double factor = kLog2E / temperature < kMost ? kLog2E / temperature : kMost;
-  const auto weight = [&](T score) { return exp2_nonpositive((score - highest) * factor); };
+  const int64_t whole = row.size / kBlock, rest = row.size % kBlock;
   double total = 0;
-  for (int64_t b = 0; b < row.num_blocks(); ++b) {
-    const T* from = scores + b * kBlock;
-    double* to = row.values + b * kBlock;
-    const int64_t count = smaller(kBlock, row.size - b * kBlock);
-    if (count == kBlock) {
-      for (int i = 0; i < kBlock; ++i) to[i] = weight(from[i]);
-    } else {
-      for (int i = 0; i < kBlock; ++i) to[i] = i < count ? weight(from[i]) : 0;
-    }
-    row.block_sum[b] = block_total(to);
+  for (int64_t b = 0; b < whole; ++b) {
+    const int64_t begin = b * kBlock;
+    row.block_sum[b] = weigh_block(scores + begin, highest, factor, row.values + begin);
     total += row.block_sum[b];
+  }
+  if (rest > 0) {
+    double* to = row.values + whole * kBlock;
+    for (int64_t i = 0; i < kBlock; ++i) {
+      const double distance = i < rest ? scores[whole * kBlock + i] - highest : 0;
+      to[i] = i < rest ? exp2_nonpositive(distance * factor) : 0;
+    }
+    row.block_sum[whole] = block_total(to);
+    total += row.block_sum[whole];
   }
   return total;
 }
