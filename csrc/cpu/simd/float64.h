@@ -37,20 +37,28 @@ inline void add_halves(double* x) {
   for (int i = 0; i < kHalf; ++i) x[i] += x[i + kHalf];
   if constexpr (kHalf > 1) add_halves<kHalf / 2>(x);
 }
-template <int kHalf>
-inline void max_halves(double* x) {
+template <int kHalf, typename T>
+inline void max_halves(T* x) {
   for (int i = 0; i < kHalf; ++i) x[i] = x[i] > x[i + kHalf] ? x[i] : x[i + kHalf];
   if constexpr (kHalf > 1) max_halves<kHalf / 2>(x);
 }
 
 // Of 64 elements without NaN.
-inline double block_maximum(const double* x) {
+template <typename T>
+inline T block_maximum(const T* x) {
   constexpr int kHalf = kBlock / 2;
-  double best[kHalf];
+  T best[kHalf];
   for (int i = 0; i < kHalf; ++i) best[i] = x[i] > x[i + kHalf] ? x[i] : x[i + kHalf];
   max_halves<kHalf / 2>(best);
   return best[0];
 }
+#if defined(__AVX512F__)
+inline float block_maximum(const float* x) {
+  const __m512 low = _mm512_max_ps(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16));
+  const __m512 high = _mm512_max_ps(_mm512_loadu_ps(x + 32), _mm512_loadu_ps(x + 48));
+  return _mm512_reduce_max_ps(_mm512_max_ps(low, high));
+}
+#endif
 inline double block_total(const double* x) {
   constexpr int kHalf = kBlock / 2;
   double sum[kHalf];
