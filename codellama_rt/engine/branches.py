@@ -175,7 +175,7 @@ class Branches:
                 self.live[branch] = last[0]
             branch.num_computed = chunk.stop
 
-            self._scheduler.blocks.index_full_blocks(branch)
+            self._scheduler.blocks.index_blocks(branch)
             if is_computed:
                 self._scheduler.running.remove(branch)
 
