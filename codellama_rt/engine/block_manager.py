@@ -220,17 +220,21 @@ class BlockManager:
             if (source := self.copies.pop(block_id, None)) is not None:
                 self._disown(source)
 
-    def reset_prefix_cache(self, sequences: Iterable[Sequence]) -> None:
+    def reset_prefix_cache(self, sequences: Iterable[Sequence]) -> bool:
         """Forget all cached prefixes; what has been computed so far is not found any more.
 
         Args:
             sequences: all that have blocks; they keep them, and enter none until they are released.
+
+        Returns:
+            Whether none has.
         """
         holding = [sequence for sequence in sequences if sequence.block_ids]
         for sequence in holding:
             sequence.prefix_id = None
         self._cached = [None] * self.num_blocks
         self.recover(holding)
+        return not holding
 
     def recover(self, sequences: Iterable[Sequence]) -> None:
         """Compute owners, free blocks and the index anew, after an exception.

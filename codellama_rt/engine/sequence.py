@@ -3,9 +3,27 @@
 from array import array
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 # Of a cached prefix; a tuple is the empty prefix of its cache_salt.
 PrefixName = int | tuple[Hashable]
+
+
+class CacheSalt(NamedTuple):
+    """What tells sequences apart that must not share cached prefixes, equal tokens or not.
+
+    Args:
+        caller: as given with the request, or None.
+        adapter: number of the LoRA adapter; 0: none.
+        rope: which rotations long prompts have, under RoPE scaling that depends on the length.
+    """
+
+    caller: str | None = None
+    adapter: int = 0
+    rope: int = 0
+
+
+_NO_SALT = CacheSalt()
 
 
 def int32_list(values: object = ()) -> array:
@@ -34,7 +52,7 @@ class Sequence:
     prompt_len: int
     order: tuple[int, int, int]
     first_logit: int
-    cache_salt: Hashable = 0
+    cache_salt: Hashable = _NO_SALT
     adapter: object | None = None
     # Place in the KV cache, managed by BlockManager; empty while the sequence waits.
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
