@@ -57,17 +57,21 @@ def build_batch(chunks: Collection[Chunk], block_size: int, *, rope_lengths: boo
 def _token_ids(chunks: Collection[Chunk]) -> np.ndarray:
     token_ids = int32_list()
     for chunk in chunks:
-        token_ids.extend(chunk.sequence.token_ids[chunk.start : chunk.stop])
+        if chunk.stop == chunk.start + 1:
+            token_ids.append(chunk.sequence.token_ids[chunk.start])
+        else:
+            token_ids.extend(chunk.sequence.token_ids[chunk.start : chunk.stop])
     return np.frombuffer(token_ids, np.int32)
 
 
 def _block_tables(chunks: Collection[Chunk]) -> np.ndarray:
-    width = max(len(chunk.sequence.block_ids) for chunk in chunks)
+    tables = [chunk.sequence.block_ids for chunk in chunks]
+    width = max(map(len, tables))
     table = int32_list()
-    for chunk in chunks:
-        block_ids = chunk.sequence.block_ids
+    for block_ids in tables:
         table.extend(block_ids)
-        table.extend(_PADDING * (width - len(block_ids)))
+        if len(block_ids) < width:
+            table.extend(_PADDING * (width - len(block_ids)))
     return np.frombuffer(table, np.int32).reshape(len(chunks), width)
 
 
@@ -75,7 +79,10 @@ def _logit_rows(chunks: Collection[Chunk]) -> np.ndarray:
     rows, end = int32_list(), 0
     for chunk in chunks:
         end += chunk.stop - chunk.start
-        rows.extend(range(end - chunk.num_logits, end))
+        if chunk.num_logits == 1:
+            rows.append(end - 1)
+        else:
+            rows.extend(range(end - chunk.num_logits, end))
     return np.frombuffer(rows, np.int32)
 
 

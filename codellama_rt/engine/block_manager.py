@@ -120,6 +120,7 @@ class BlockManager:
         missing = self._blocks_for(sequence.num_computed + num_tokens) - len(block_ids)
         shared = first < len(block_ids) and self.num_owners(block_ids[first]) > 1
         if missing <= 0 and not shared:
+            sequence.num_writable = len(block_ids) * self.block_size
             return True
         if max(missing, 0) + shared > self.num_free:
             return False
@@ -128,6 +129,7 @@ class BlockManager:
             self.copies[destination] = block_ids[first]  # the copy owns it in the table's place
             block_ids[first] = destination
         block_ids.extend([self._take() for _ in range(missing)])
+        sequence.num_writable = len(block_ids) * self.block_size
         return True
 
     def copied(self) -> None:
@@ -139,6 +141,7 @@ class BlockManager:
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let `child`, which has the same computed tokens, share all blocks of `parent`."""
         assert not child.block_ids
+        parent.num_writable = child.num_writable = 0
         for block_id in parent.block_ids:
             self._owners[block_id] += 1
         child.block_ids = parent.block_ids[:]

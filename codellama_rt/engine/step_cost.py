@@ -10,7 +10,8 @@ that took ten times as long, because a file was read for the first time, counts 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
+from operator import mul
 from typing import Protocol
 
 import numpy as np
@@ -66,14 +67,14 @@ class StepCost:
         """Seconds of a step, however few tokens it has."""
         return float(self._coefficients()[0])
 
-    def learn(self, chunks: Iterable[Tokens], seconds: float) -> None:
+    def learn(self, chunks: Collection[Tokens], seconds: float) -> None:
         """Take a step that has been computed into account."""
         row = self._features(chunks) * self._unit / seconds
         self._products = self._products * _KEPT + np.outer(row, row)
         self._sums = self._sums * _KEPT + row  # each row's target is 1: its seconds over themselves
         self._is_fitted = False
 
-    def seconds(self, chunks: Iterable[Tokens]) -> float:
+    def seconds(self, chunks: Collection[Tokens]) -> float:
         """Return how long a step of these chunks takes, the fixed part included."""
         return float(self._features(chunks) @ self._coefficients())
 
@@ -98,11 +99,9 @@ class StepCost:
             self._is_fitted = True
         return self._unit * self._factors
 
-    def _features(self, chunks: Iterable[Tokens]) -> np.ndarray:
-        tokens = pairs = keys = 0.0
-        for chunk in chunks:
-            count = chunk.stop - chunk.start
-            tokens += count
-            pairs += count * (chunk.start + chunk.stop + 1) / 2
-            keys += chunk.stop
-        return np.array([1.0, tokens, pairs, keys])
+    def _features(self, chunks: Collection[Tokens]) -> np.ndarray:
+        starts, stops = [chunk.start for chunk in chunks], [chunk.stop for chunk in chunks]
+        keys = sum(stops)
+        # A token sees the keys up to its own: start + 1 to stop of them, added up by both ends.
+        pairs = sum(map(mul, stops, stops)) + keys - sum(map(mul, starts, starts)) - sum(starts)
+        return np.array([1.0, keys - sum(starts), pairs / 2, keys])

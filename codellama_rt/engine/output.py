@@ -1,0 +1,60 @@
+"""What a request gains in a step, as its caller gets it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from codellama_rt.engine.logprobs import Logprob, PromptLogprobs
+from codellama_rt.engine.metrics import RequestClock, RequestMetrics
+
+
+@dataclass(slots=True)
+class Output:
+    """What one sample of one request gained in a step.
+
+    Args:
+        request_id: as given to `add_request`.
+        index: which of the request's n samples.
+        token_ids: new tokens, including one that ended the output.
+        text: new text that is final; without stop strings, stop tokens and special tokens, unless
+            the parameters say otherwise.
+        logprobs: one dict per new token, or None if not asked for.
+        prompt_logprobs: with a sample's first output, if asked for; one entry per prompt token.
+        finished: whether this is the sample's last output.
+        finish_reason: "stop" | "length" | "abort" | "error" when finished.
+        stop_reason: the token id or the string that stopped it.
+        error: the exception when `finish_reason` is "error".
+        clock: when things happened to the request.
+        made: when the output was, on that clock.
+        before: when the sample's token before was; None: no token before, or none now.
+        output_tokens: of the sample so far.
+        steps: in which tokens of the sample were computed so far.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    text: str
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    finished: bool = False
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: Exception | None = None
+    clock: RequestClock | None = field(default=None, repr=False)
+    made: float = field(default=0.0, repr=False)
+    before: float | None = field(default=None, repr=False)
+    output_tokens: int = field(default=0, repr=False)
+    steps: int = field(default=0, repr=False)
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        """Times and counts of the request and the sample so far, computed when asked for."""
+        return self.clock.metrics(self.made, self.before, self.output_tokens, self.steps)
+
+
+def last_output(
+    request_id: str, index: int, reason: str, text: str = "", error: Exception | None = None
+) -> Output:
+    """Return an output without tokens that ends its sample."""
+    return Output(request_id, index, [], text, finished=True, finish_reason=reason, error=error)
