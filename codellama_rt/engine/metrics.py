@@ -21,12 +21,15 @@ class RequestMetrics(NamedTuple):
         queue_seconds: until its first tokens were computed.
         prefill_seconds: from then on until the first output token of its first sample.
         first_token_seconds: from arrival to that token; None before it.
-        token_seconds: from the sample's token before to this one; None for the first, or none.
+        token_seconds: from the sample's token before to this one, or to these, if a step gave
+            several; None for the first, or none.
         total_seconds: from arrival to this output.
         prompt_tokens: of the request.
         cached_tokens: of these, how many the prefix cache had.
         output_tokens: of this sample so far.
         steps: in which tokens of this sample were computed.
+        draft_tokens: proposed for this sample so far, by speculation.
+        accepted_tokens: of these, how many were the sample's next tokens.
     """
 
     arrival: float
@@ -39,6 +42,8 @@ class RequestMetrics(NamedTuple):
     cached_tokens: int
     output_tokens: int
     steps: int
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -58,16 +63,13 @@ class RequestClock:
         if has_token and self.first_token is None:
             self.first_token = now
 
-    def metrics(
-        self, now: float, last_token: float | None, output_tokens: int, steps: int
-    ) -> RequestMetrics:
+    def metrics(self, now: float, last_token: float | None, **counts: int) -> RequestMetrics:
         """Return the times as of `now`.
 
         Args:
             now: when the output is made.
             last_token: when the sample had its token before; None: there is none, or none now.
-            output_tokens: of the sample.
-            steps: of the sample.
+            counts: of the sample.
         """
         started = now if self.first_step is None else self.first_step
         prefilled = now if self.first_token is None else self.first_token
@@ -80,8 +82,7 @@ class RequestClock:
             now - self.arrival,
             self.prompt_tokens,
             self.cached_tokens,
-            output_tokens,
-            steps,
+            **counts,
         )
 
 

@@ -29,6 +29,8 @@ class Output:
         before: when the sample's token before was; None: no token before, or none now.
         output_tokens: of the sample so far.
         steps: in which tokens of the sample were computed so far.
+        draft_tokens: proposed for the sample so far; see `Engine(speculation=...)`.
+        accepted_tokens: of these, how many it has taken.
     """
 
     request_id: str
@@ -46,11 +48,29 @@ class Output:
     before: float | None = field(default=None, repr=False)
     output_tokens: int = field(default=0, repr=False)
     steps: int = field(default=0, repr=False)
+    draft_tokens: int = field(default=0, repr=False)
+    accepted_tokens: int = field(default=0, repr=False)
+
+    def add(self, later: Output) -> None:
+        """Take in what the same sample gained after this, in the same step."""
+        self.token_ids += later.token_ids
+        self.text += later.text
+        if later.logprobs is not None:
+            self.logprobs += later.logprobs
+        self.finished, self.output_tokens = later.finished, later.output_tokens
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 
     @property
     def metrics(self) -> RequestMetrics:
         """Times and counts of the request and the sample so far, computed when asked for."""
-        return self.clock.metrics(self.made, self.before, self.output_tokens, self.steps)
+        return self.clock.metrics(
+            self.made,
+            self.before,
+            output_tokens=self.output_tokens,
+            steps=self.steps,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
+        )
 
 
 def last_output(

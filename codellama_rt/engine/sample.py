@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
+import numpy as np
+
 from codellama_rt.engine.grammar import Grammar
 from codellama_rt.engine.logprobs import Logprob, PromptLogprobs
 from codellama_rt.engine.metrics import RequestClock
 from codellama_rt.engine.output import Output, last_output
-from codellama_rt.engine.sampler import Choice, TokenSampler
+from codellama_rt.engine.sampler import Choice, TokenSampler, choose
 from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
 from codellama_rt.engine.sequence import Sequence
+from codellama_rt.engine.speculation import Drafter
 from codellama_rt.engine.stop_strings import TextStream, Tokenizer
 
 
@@ -47,6 +50,8 @@ class Sample:
         self.sequence = sequence
         self.index = sequence.order[-1]
         self.num_steps = 0
+        self.num_drafted = self.num_accepted = 0  # tokens proposed, and taken
+        self.drafter: Drafter | None = None
         self.last_token: float | None = None  # when it was chosen
         self.restart()
 
@@ -126,6 +131,8 @@ class Sample:
             before=self.last_token,
             output_tokens=length - sequence.prompt_len,
             steps=self.num_steps,
+            draft_tokens=self.num_drafted,
+            accepted_tokens=self.num_accepted,
         )
         if length == sequence.prompt_len + 1:
             output.prompt_logprobs = request.prompt_logprobs
@@ -133,6 +140,37 @@ class Sample:
             self._read(token_id, output.output_tokens >= request.params.min_tokens, output)
             self.is_finished = output.finished
         return output
+
+    def accept_draft(self, draft: Collection[int], logits: np.ndarray, now: float) -> Output:
+        """Choose a token after the last one, and further ones for as long as they were proposed.
+
+        Args:
+            draft: the tokens that were proposed.
+            logits: (1 + len(draft), vocab_size) float32 after the sample's last token and those.
+            now: when they were computed.
+
+        Returns:
+            All of them as one output; each is the token that would come without a draft.
+
+        Raises:
+            Exception: of the first token; at a later one the output ends before it.
+        """
+        first, gained, choices = len(self.sequence.token_ids), None, []
+        if not self.sampler.has_memory:  # else what comes after a token depends on it
+            count = len(logits)
+            choices = choose([self.sampler] * count, logits, range(first, first + count))
+        for i, proposed in enumerate([*draft, None]):
+            choice = choices[i] if choices else choose([self.sampler], logits, [first + i], [i])[0]
+            if gained is not None and isinstance(choice, Exception):
+                break  # it is met again as a first one
+            output = self.take(choice, now)
+            if gained is None:
+                gained = output
+            else:
+                gained.add(output)
+            if output.finished or choice.token_id != proposed:
+                break
+        return gained
 
     def end(self, reason: str, error: Exception | None = None) -> Output:
         """Return the last output of a sample that is ended from outside: "abort" or "error"."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -21,12 +22,14 @@ from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.logprobs import Logprob
 from codellama_rt.engine.metrics import EngineMetrics, StepRecord
 from codellama_rt.engine.output import Output
+from codellama_rt.engine.request import Request
 from codellama_rt.engine.request_table import RequestTable
 from codellama_rt.engine.sample import Sample
 from codellama_rt.engine.sampler import SamplerRows
 from codellama_rt.engine.scheduler import Scheduler
 from codellama_rt.engine.sequence import Chunk
 from codellama_rt.engine.sequence import Sequence as Tokens
+from codellama_rt.engine.speculation import Speculation
 from codellama_rt.model.interface import Decoder, KVCache
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,8 @@ class Totals:
     prompt_tokens: int = 0
     computed_tokens: int = 0
     generated_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     schedule_seconds: float = 0.0
     model_seconds: float = 0.0
     sample_seconds: float = 0.0
@@ -96,13 +101,16 @@ class Steps:
         table: RequestTable,
         *,
         has_dynamic_rope: bool,
+        speculation: Speculation | None = None,
     ) -> None:
         """Take the engine's parts; `table` holds the scheduler's requests."""
         self.searches: WeakSet[Search] = WeakSet()
         self.totals = Totals()
         self.metrics = EngineMetrics()
         self._model, self._kv_cache, self._has_dynamic_rope = model, kv_cache, has_dynamic_rope
-        self._scheduler, self._table = scheduler, table
+        self._scheduler, self._table, self._speculation = scheduler, table, speculation
+        if speculation is not None:
+            scheduler.propose = self._propose
         # The sample that is taking its logits; its tokens, and the samples of its request, before.
         self._in_flight: tuple[Sample, int, int] | None = None
         self._rows = SamplerRows([])  # of the last step
@@ -186,7 +194,19 @@ class Steps:
         totals.model_seconds += seconds
         if self._scheduler.cost is not None:
             self._scheduler.cost.learn(chunks, seconds)
+        if self._speculation is not None:
+            self._speculation.learn(chunks, seconds)
         return logits
+
+    def _propose(self, sequences: list[Tokens], most: int) -> list[array]:
+        """Return the tokens that decodes compute besides, at most so many."""
+        samples = [self._table.samples[sequence] for sequence in sequences]
+        for sample in samples:
+            sequence, request = sample.sequence, sample.request
+            if sample.drafter is None and sequence.num_generated:  # before, it may fork
+                text = request.prompt_text()
+                sample.drafter = self._speculation.drafter(sequence, request.max_len, text)
+        return self._speculation.propose(sequences, [one.drafter for one in samples], most)
 
     def _computed(self, chunks: list[Chunk], samples: list[Sample]) -> _Computed:
         """Run the model, and choose the tokens that can be chosen together."""
@@ -205,6 +225,7 @@ class Steps:
             return _Computed(rows, [None] * len(chunks))
 
     def _result(self, chunk: Chunk) -> np.ndarray | Exception:
+        chunk.drop_draft()  # it may be what has failed
         try:
             [logits] = self.compute([chunk])
         except Exception as error:
@@ -289,7 +310,7 @@ class Steps:
             if chunk.stop // block_size > sequence.num_indexed_blocks:
                 self._scheduler.blocks.index_full_blocks(sequence)
             if output.finished:
-                self._table.settle(request, [sample])
+                self._settle(request, [sample])
         self.totals.generated_tokens += sum([len(output.token_ids) for output in gained])
         self.metrics.count(gained)
 
@@ -311,6 +332,9 @@ class Steps:
             gained, num_computed = request.fail(sample, result), sequence.num_computed
         else:
             gained, num_computed = result, chunk.stop
+            if chunk.draft:
+                num_computed = len(sequence.token_ids) - 1  # behind it is what was not accepted
+                self._count_draft(sample, chunk.draft, gained[0])
         request.measure(gained, now)
         # No call stands between these lines, so that no exception can.
         if request.inbox is None:
@@ -323,8 +347,25 @@ class Steps:
         self._scheduler.blocks.index_full_blocks(sequence)
         forks = request.samples[num_samples:]
         self._table.add_forks(sample, forks)
-        self._table.settle(request, [sample, *forks])
+        self._settle(request, [sample, *forks])
         return gained
+
+    def _settle(self, request: Request, samples: list[Sample]) -> None:
+        """Drop samples that have ended; their outputs may be copied by others."""
+        if self._speculation is not None:
+            for sample in samples:
+                if sample.is_finished:
+                    self._speculation.remember(sample.sequence)
+        self._table.settle(request, samples)
+
+    def _count_draft(self, sample: Sample, draft: Collection[int], output: Output) -> None:
+        pairs = zip(draft, output.token_ids, strict=False)
+        num_accepted = sum(proposed == token_id for proposed, token_id in pairs)
+        sample.num_drafted += len(draft)
+        sample.num_accepted += num_accepted
+        output.draft_tokens, output.accepted_tokens = sample.num_drafted, sample.num_accepted
+        self.totals.draft_tokens += len(draft)
+        self.totals.accepted_tokens += num_accepted
 
     def _gained(
         self, chunk: Chunk, sample: Sample, logits: np.ndarray, now: float, tries: int
@@ -336,6 +377,8 @@ class Steps:
             except Exception as error:  # perhaps a passing one
                 self._undo()
                 raised = error
+                logits = logits[: len(logits) - len(chunk.draft)]
+                chunk.drop_draft()
         return raised
 
     def _undo(self) -> None:

@@ -422,6 +422,7 @@ void add_suffixes(py::module_& m) {
              return std::make_unique<SuffixDrafter>(std::move(prompt), texts);
            }),
            py::arg("prompt"), py::arg("others"))
+      .def("__len__", &SuffixDrafter::size)
       .def(
           "push",
           [](SuffixDrafter& drafter, int32_t token_id) {

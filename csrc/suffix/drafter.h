@@ -45,6 +45,8 @@ class SuffixDrafter {
 
   SuffixDrafter(const SuffixDrafter&) = delete;  // it points into itself
 
+  int32_t size() const { return output_.size(); }  // of the output
+
   // Appends a token to the output. Returns how that had been expected.
   Outcome push(int32_t token) {
     const Outcome outcome{match_.length, match_.length > 0 && at(match_.next) == token};
