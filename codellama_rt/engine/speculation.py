@@ -23,6 +23,7 @@ from codellama_rt.engine.step_cost import StepCost
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.ops.suffixes import SuffixAutomaton, SuffixDrafter
 
+SPECULATIONS = ("suffix",)
 MAX_DRAFT = 63  # tokens proposed for a sequence: with the last one, 64 rows
 MAX_CORPUS_TOKENS = 2**18  # of outputs that have ended, at 110 bytes each
 _LEAST_CHANCE = 0.02  # of a token that is worth a thought
@@ -32,8 +33,8 @@ _TEXT_END = -1
 
 def check_speculation(name: object) -> None:
     """Raise ValueError unless it names a kind of speculation; None is none."""
-    if name not in (None, "suffix"):
-        raise ValueError(f"speculation must be 'suffix' or None, got {name!r}")
+    if name is not None and name not in SPECULATIONS:
+        raise ValueError(f"speculation must be None or one of {SPECULATIONS}, got {name!r}")
 
 
 class Acceptance:
@@ -141,6 +142,10 @@ class Corpora:
     def __len__(self) -> int:
         """Return the number of tokens."""
         return sum(len(text) for texts in self._texts.values() for text in texts)
+
+    def clear(self) -> None:
+        """Forget all texts."""
+        self._texts.clear()
 
     def get(self, salt: Hashable) -> list[SuffixAutomaton]:
         """Return the texts of a salt, at most two, the younger one first."""

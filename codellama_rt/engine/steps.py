@@ -108,7 +108,7 @@ class Steps:
         self.totals = Totals()
         self.metrics = EngineMetrics()
         self._model, self._kv_cache, self._has_dynamic_rope = model, kv_cache, has_dynamic_rope
-        self._scheduler, self._table, self._speculation = scheduler, table, speculation
+        self._scheduler, self._table, self.speculation = scheduler, table, speculation
         if speculation is not None:
             scheduler.propose = self._propose
         # The sample that is taking its logits; its tokens, and the samples of its request, before.
@@ -194,8 +194,8 @@ class Steps:
         totals.model_seconds += seconds
         if self._scheduler.cost is not None:
             self._scheduler.cost.learn(chunks, seconds)
-        if self._speculation is not None:
-            self._speculation.learn(chunks, seconds)
+        if self.speculation is not None:
+            self.speculation.learn(chunks, seconds)
         return logits
 
     def _propose(self, sequences: list[Tokens], most: int) -> list[array]:
@@ -205,8 +205,8 @@ class Steps:
             sequence, request = sample.sequence, sample.request
             if sample.drafter is None and sequence.num_generated:  # before, it may fork
                 text = request.prompt_text()
-                sample.drafter = self._speculation.drafter(sequence, request.max_len, text)
-        return self._speculation.propose(sequences, [one.drafter for one in samples], most)
+                sample.drafter = self.speculation.drafter(sequence, request.max_len, text)
+        return self.speculation.propose(sequences, [one.drafter for one in samples], most)
 
     def _computed(self, chunks: list[Chunk], samples: list[Sample]) -> _Computed:
         """Run the model, and choose the tokens that can be chosen together."""
@@ -352,10 +352,10 @@ class Steps:
 
     def _settle(self, request: Request, samples: list[Sample]) -> None:
         """Drop samples that have ended; their outputs may be copied by others."""
-        if self._speculation is not None:
+        if self.speculation is not None:
             for sample in samples:
                 if sample.is_finished:
-                    self._speculation.remember(sample.sequence)
+                    self.speculation.remember(sample.sequence)
         self._table.settle(request, samples)
 
     def _count_draft(self, sample: Sample, draft: Collection[int], output: Output) -> None:
