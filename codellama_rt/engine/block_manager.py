@@ -57,6 +57,7 @@ class BlockManager:
         self.num_queried_tokens = 0  # prompt tokens looked up in the prefix cache, and hits
         self.num_hit_tokens = 0
         self.copies: dict[int, int] = {}  # destination -> source: to be done before they are read
+        self.tables_version = 0  # another one whenever a block is given, shared or taken back
         self._owners = [0] * num_blocks  # block -> number of tables and of copies that read it
         self._free = list(range(num_blocks))[::-1]  # pop() gives block 0 first
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -224,12 +225,14 @@ class BlockManager:
         return hits
 
     def _own(self, block_id: int) -> None:
+        self.tables_version += 1
         if self._owners[block_id] == 0:
             del self._idle[block_id]
         self._owners[block_id] += 1
 
     def _disown(self, block_id: int) -> None:
         assert self._owners[block_id] > 0, f"block {block_id} freed twice"
+        self.tables_version += 1
         self._owners[block_id] -= 1
         if self._owners[block_id] > 0:
             return
@@ -239,6 +242,7 @@ class BlockManager:
             self._idle[block_id] = None
 
     def _take(self) -> int:
+        self.tables_version += 1
         if self._free:
             block_id = self._free.pop()
         else:

@@ -321,7 +321,7 @@ class Engine:
             return []
         outputs = request.end("abort")
         request.measure(outputs, perf_counter())
-        self.steps.metrics.count(outputs)
+        self.steps.metrics.count_finished(outputs)
         if request.inbox is not None:
             request.inbox += outputs
         self.table.remove(request)

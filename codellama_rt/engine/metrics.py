@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -28,8 +28,8 @@ class RequestMetrics(NamedTuple):
         cached_tokens: of these, how many the prefix cache had.
         output_tokens: of this sample so far.
         steps: in which tokens of this sample were computed.
-        draft_tokens: proposed for this sample so far, by speculation.
-        accepted_tokens: of these, how many were the sample's next tokens.
+        draft_tokens: that speculation has proposed for the request so far, for all its samples.
+        accepted_tokens: of these, how many came besides the one token that each step gives.
     """
 
     arrival: float
@@ -42,19 +42,21 @@ class RequestMetrics(NamedTuple):
     cached_tokens: int
     output_tokens: int
     steps: int
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
+    draft_tokens: int
+    accepted_tokens: int
 
 
 @dataclass(slots=True)
 class RequestClock:
-    """When things happened to one request; plain facts, set once each."""
+    """When things happened to one request, and what was proposed for it; plain facts."""
 
     arrival: float
     prompt_tokens: int = 0
     first_step: float | None = None
     first_token: float | None = None
     cached_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     def note(self, start: int, started: float, now: float, *, has_token: bool) -> None:
         """Note a step from `started` to `now`, whose tokens of this request began at `start`."""
@@ -63,13 +65,16 @@ class RequestClock:
         if has_token and self.first_token is None:
             self.first_token = now
 
-    def metrics(self, now: float, last_token: float | None, **counts: int) -> RequestMetrics:
+    def metrics(
+        self, now: float, last_token: float | None, output_tokens: int, steps: int
+    ) -> RequestMetrics:
         """Return the times as of `now`.
 
         Args:
             now: when the output is made.
             last_token: when the sample had its token before; None: there is none, or none now.
-            counts: of the sample.
+            output_tokens: of the sample.
+            steps: of the sample.
         """
         started = now if self.first_step is None else self.first_step
         prefilled = now if self.first_token is None else self.first_token
@@ -82,8 +87,15 @@ class RequestClock:
             now - self.arrival,
             self.prompt_tokens,
             self.cached_tokens,
-            **counts,
+            output_tokens,
+            steps,
+            self.draft_tokens,
+            self.accepted_tokens,
         )
+
+
+# A clock, and the arguments of its `metrics`: one per token, so a plain tuple.
+Measured = tuple[RequestClock, float, float | None, int, int]
 
 
 class Output(Protocol):
@@ -91,8 +103,6 @@ class Output(Protocol):
 
     finished: bool
     finish_reason: str | None
-    made: float
-    before: float | None
     metrics: RequestMetrics
 
 
@@ -145,11 +155,14 @@ class EngineMetrics:
     output_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
     finish_reasons: Counter[str] = field(default_factory=Counter)
 
-    def count(self, outputs: Collection[Output]) -> None:
-        """Count outputs of one step or abort; most have waited for the same time."""
-        gaps = Counter([one.made - one.before for one in outputs if one.before is not None])
-        for seconds, times in gaps.items():
-            self.inter_token_seconds.observe(seconds, times)
+    def count_tokens(self, now: float, last_tokens: Collection[float | None]) -> None:
+        """Count tokens chosen at `now`, by when their samples had the tokens before."""
+        for before, times in Counter(last_tokens).items():
+            if before is not None:
+                self.inter_token_seconds.observe(now - before, times)
+
+    def count_finished(self, outputs: Iterable[Output]) -> None:
+        """Count those outputs that are their samples' last ones."""
         for output in outputs:
             if output.finished:
                 self.finish_reasons[output.finish_reason] += 1

@@ -9,10 +9,11 @@ has not is taken for as cheap as it can be beside its neighbours, so that it is 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection
 
-from codellama_rt.engine.sequence import Chunk
+import numpy as np
+
 from codellama_rt.engine.step_cost import StepCost
+from codellama_rt.model.batch import Batch
 
 # The numbers of rows that are tried: each has to be measured, and costs a step to try in vain.
 TRIED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
@@ -43,17 +44,17 @@ class RowCost:
         self._measured: dict[int, tuple[float, int]] = {}  # seconds, and in which step
         self._step = 0
 
-    def learn(self, chunks: Collection[Chunk], seconds: float) -> None:
+    def learn(self, batch: Batch, seconds: float) -> None:
         """Take a step that has been computed into account; one with prompts says nothing."""
-        if any(chunk.stop - chunk.start > 1 + len(chunk.draft) for chunk in chunks):
+        rows = len(batch.token_ids)
+        if rows > len(batch.logit_rows):
             return
         if self._step % _REFRESHED == 0:
             self._parts = self._cost.parts()
-        rows = [chunk.stop - chunk.start for chunk in chunks]
-        attention = sum(
-            self.attention(chunk.stop, n) for chunk, n in zip(chunks, rows, strict=True)
-        )
-        self.note(sum(rows), max(seconds - attention, _LEAST * seconds))
+        keys = batch.seq_lens.tolist()
+        of_each = np.diff(batch.cu_seqlens_q).tolist()
+        attention = sum(map(self.attention, keys, of_each))
+        self.note(rows, max(seconds - attention, _LEAST * seconds))
 
     def attention(self, keys: int, rows: int) -> float:
         """Return the seconds of the attention of the last rows of a sequence."""

@@ -17,9 +17,10 @@ from collections.abc import Collection, Hashable, Sequence
 from itertools import takewhile
 
 from codellama_rt.engine.row_cost import TRIED, RowCost
-from codellama_rt.engine.sequence import Chunk, int32_list
 from codellama_rt.engine.sequence import Sequence as Tokens
+from codellama_rt.engine.sequence import int32_list
 from codellama_rt.engine.step_cost import StepCost
+from codellama_rt.model.batch import Batch
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.ops.suffixes import SuffixAutomaton, SuffixDrafter
 
@@ -208,11 +209,11 @@ class Speculation:
             counts[i] += 1
         return [tokens[:its] for (tokens, _), its in zip(proposals, counts, strict=True)]
 
-    def learn(self, chunks: Collection[Chunk], seconds: float) -> None:
+    def learn(self, batch: Batch, seconds: float) -> None:
         """Take a step that has been computed into account."""
         if self._own_cost is not None:
-            self._own_cost.learn(chunks, seconds)
-        self.rows.learn(chunks, seconds)
+            self._own_cost.learn(batch.positions, batch.seq_lens, seconds)
+        self.rows.learn(batch, seconds)
 
     def remember(self, sequence: Tokens) -> None:
         """Keep an output that has ended, to be copied by others of its salt."""
