@@ -1,5 +1,8 @@
 """A model whose outputs repeat themselves, and speculation that depends on no clock."""
 
+from array import array
+from collections.abc import Callable
+
 import numpy as np
 
 from helpers.paged_fakes import HashModel
@@ -23,3 +26,26 @@ def speculate_at_random(engine, rng: np.random.Generator) -> None:
         return int(rng.integers(len(chances) + 1))
 
     engine.steps.speculation._best_count = best_count
+
+
+def propose_right_and_wrong(engine, rng: np.random.Generator, outputs: Callable) -> None:
+    """Propose some tokens that will come, then some at random.
+
+    Args:
+        engine: has `speculation`.
+        rng: decides how many.
+        outputs: of a sequence: all tokens of its output.
+    """
+
+    def proposal(sequence, most):
+        left = outputs(sequence)[sequence.num_generated : -1]
+        count = min(int(rng.integers(8)), most, len(left))
+        right = int(rng.integers(count + 1))
+        return array("i", left[:right] + rng.integers(3, 500, count - right).tolist())
+
+    def propose(sequences, drafters, most):
+        most //= max(1, len(sequences))
+        pairs = zip(sequences, drafters, strict=True)
+        return [proposal(one, most) if drafter else array("i") for one, drafter in pairs]
+
+    engine.steps.speculation.propose = propose
