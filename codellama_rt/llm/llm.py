@@ -23,6 +23,7 @@ from codellama_rt.engine.sampling_params import (
     SamplingParams,
     checked_processors,
 )
+from codellama_rt.engine.speculation import check_speculation
 from codellama_rt.llm.arguments import (
     Prompt,
     as_prompts,
@@ -79,6 +80,7 @@ class LLM:
         progress: Callable[[int, int, str], None] | None = None,
         max_step_seconds: float | None = 1.0,
         logits_processors: Sequence[LogitsProcessor] = (),
+        speculation: str | None = None,
     ) -> None:
         """Open a checkpoint; weights are mapped, not copied, but for GGUF's and what is asked for.
 
@@ -122,6 +124,9 @@ class LLM:
             max_step_seconds: how long a step with prompts may take while others wait, as for
                 `Engine`; None: `max_num_batched_tokens` alone bounds it.
             logits_processors: as those of `SamplingParams`, for every request, before its own.
+            speculation: "suffix" computes tokens that followed the same text before together with
+                the next one, and takes those that would have come (docs/speculation.md): the same
+                tokens, sooner, where an output copies. None: one token at a time.
 
         Raises:
             CheckpointError: the checkpoint cannot be used.
@@ -141,6 +146,7 @@ class LLM:
         )
         require_runtime(runtime, device)
         checked_processors(logits_processors)
+        check_speculation(speculation)
         if num_threads is not None:
             ops.set_num_threads(num_threads)
         opened = resolve(model)
@@ -207,6 +213,7 @@ class LLM:
             max_step_seconds=max_step_seconds,
             check_files=checkpoint.files.check,
             logits_processors=logits_processors,
+            speculation=speculation,
         )
         self.jobs = Jobs(self.engine)
 

@@ -209,7 +209,22 @@ _LINEAR: list[Column] = [
     ("ratio", _decimals("ratio", 2)),
     ("steady", lambda r: f"{r['steady']}/{r['rounds']}"),
 ]
+_SPECULATION: list[Column] = [
+    ("task", _text("task")),
+    ("tasks", _text("tasks")),
+    ("tokens/s", _number("tokens_per_s")),
+    ("without", _number("without")),
+    ("ratio", _decimals("ratio", 2)),
+    ("least", _decimals("least_ratio", 2)),
+    ("tokens per step", _decimals("tokens_per_step", 1)),
+    ("accepted", lambda r: f"{r['accepted']:.0%}"),
+]
 _KINDS = (
+    _Kind(
+        lambda r: f"Speculation, in turn with one token at a time: {r['model']}",
+        _SPECULATION,
+        lambda r: r["what"] == "speculation",
+    ),
     _Kind(
         lambda r: f"Operators: {r['model']}, {r['dtype']}, {_machine(r)}",
         _OPS,
