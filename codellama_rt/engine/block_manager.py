@@ -14,7 +14,7 @@ two texts with equal hashes cannot be confused. A name is given once and never r
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from codellama_rt.engine.sequence import Sequence, int32_list
@@ -56,6 +56,8 @@ class BlockManager:
         self.prefix_caching = prefix_caching
         self.num_queried_tokens = 0  # prompt tokens looked up in the prefix cache, and hits
         self.num_hit_tokens = 0
+        # Told of each full block that is entered: in whose table, where, and which prefix it holds.
+        self.on_full_block: Callable[[Sequence, int, object], None] | None = None
         self.copies: dict[int, int] = {}  # destination -> source: to be done before they are read
         self._owners = [0] * num_blocks  # block -> number of tables and of copies that read it
         self._free = list(range(num_blocks))[::-1]  # pop() gives block 0 first
@@ -77,8 +79,23 @@ class BlockManager:
         """Return how many of the free blocks `allocate` would take for a sequence."""
         return self._num_needed(sequence, self._longest_cached_prefix(sequence))
 
-    def allocate(self, sequence: Sequence) -> bool:
+    def num_cached_blocks(self, sequence: Sequence) -> int:
+        """Return how many leading full blocks of a sequence `allocate` would find."""
+        return len(self._longest_cached_prefix(sequence))
+
+    def holds(self, block_id: int, prefix: object) -> bool:
+        """Return whether a block still holds what `on_full_block` was told; in any thread.
+
+        Nobody writes into it before this is False, and it never becomes True again.
+        """
+        return self._cached[block_id] is prefix
+
+    def allocate(self, sequence: Sequence, *, is_request: bool = True) -> bool:
         """Give a sequence without blocks room for all its tokens, sharing cached blocks.
+
+        Args:
+            sequence: as said.
+            is_request: whether hits are counted.
 
         Returns:
             False if they do not fit now; nothing has changed then.
@@ -97,7 +114,7 @@ class BlockManager:
         sequence.num_computed = num_hits * self.block_size
         if hits:
             sequence.prefix_id = self._cached[hits[-1]].prefix_id
-        if self.prefix_caching:
+        if self.prefix_caching and is_request:
             self.num_queried_tokens += len(sequence.token_ids)
             self.num_hit_tokens += sequence.num_computed
         return True
@@ -166,6 +183,8 @@ class BlockManager:
                 self._next_prefix_id += 1
                 self._cached[own] = prefix
                 self._index[key] = own
+                if self.on_full_block is not None:
+                    self.on_full_block(sequence, i, prefix)
             elif block_id != own:
                 self._own(block_id)
                 self._disown(own)

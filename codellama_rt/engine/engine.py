@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 import numpy as np
@@ -40,6 +40,9 @@ from codellama_rt.errors import QueueFullError
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.interface import Decoder, KVCache
 from codellama_rt.model.lora import LoraAdapter
+
+if TYPE_CHECKING:
+    from codellama_rt.engine.prefix_store import PrefixStore
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +121,7 @@ class Engine:
         max_queued_tokens: int | None = None,
         check_files: Callable[[], None] | None = None,
         logits_processors: Collection[LogitsProcessor] = (),
+        prefix_store: PrefixStore | None = None,
     ) -> None:
         """Start with nothing queued and an empty prefix cache.
 
@@ -137,6 +141,8 @@ class Engine:
             max_queued_tokens: prompt tokens that may wait to be computed; None: any number.
             check_files: called before each request; raises if a file with weights has changed.
             logits_processors: as those of `SamplingParams`, for every request, before its own.
+            prefix_store: where prefixes are kept beyond this engine's life; needs prefix_caching,
+                and a KV cache in host memory.
         """
         self.model, self.kv_cache, self.tokenizer = model, kv_cache, tokenizer
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
@@ -169,6 +175,12 @@ class Engine:
         self._totals = _Totals()
         self._metrics = EngineMetrics()
         self._closed = False
+        self._persistence = None
+        if prefix_store is not None:
+            from codellama_rt.engine.persistence import Persistence  # most engines have none
+
+            self._persistence = Persistence(prefix_store, kv_cache, self.scheduler, self.admission)
+            self.searches.add(self._persistence.restorer)
 
     def add_request(
         self,
@@ -370,6 +382,7 @@ class Engine:
             "prefix_queried_tokens": blocks.num_queried_tokens,
             "prefix_hit_tokens": blocks.num_hit_tokens,
             **{name: getattr(totals, name) for name in _Totals.__slots__},
+            **({} if self._persistence is None else self._persistence.stats()),
             **self._metrics.snapshot(),
         }
 
@@ -384,6 +397,8 @@ class Engine:
             self._closed = True
             for request_id in list(self._requests):
                 self._abort(request_id)
+            if self._persistence is not None:
+                self._persistence.close()
 
     def _reason_to_refuse(self, request: Request) -> Exception | None:
         try:
@@ -411,6 +426,8 @@ class Engine:
         if not self._requests:
             return
         before, started = replace(self._totals), perf_counter()
+        if self._persistence is not None:
+            self._persistence.restorer.collect()
         self.copy_blocks()  # of a step that was interrupted
         chunks = self.scheduler.schedule()
         if not chunks:
@@ -499,7 +516,9 @@ class Engine:
         return logits
 
     def _make_room(self) -> None:
-        """Have searches give up blocks they can do without; they compute them again."""
+        """Wait for prefixes being read, or have searches give up blocks they can do without."""
+        if self._persistence is not None and self._persistence.restorer.wait():
+            return
         searches = list(self.searches)
         if not any(search.give_way() or search.is_computing for search in searches):
             raise RuntimeError("the scheduler found nothing to do for unfinished requests")

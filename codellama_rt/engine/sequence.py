@@ -31,6 +31,7 @@ class Sequence:
     first_logit: int
     cache_salt: int = 0
     adapter: object | None = None
+    num_stored_blocks: int = 0  # leading full blocks that are on disk, as far as known
     # Place in the KV cache, managed by BlockManager; empty while the sequence waits.
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_ids: array = field(default_factory=int32_list)
