@@ -86,7 +86,7 @@ def decode_identity(encoded: bytes) -> dict[str, str]:
     """
     try:
         identity = json.loads(encoded)
-    except ValueError:
+    except (ValueError, RecursionError):
         identity = None
     if not isinstance(identity, dict) or not all(isinstance(v, str) for v in identity.values()):
         raise PrefixFileError("the identity is not an object of strings")

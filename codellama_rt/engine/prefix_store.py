@@ -134,6 +134,8 @@ class PrefixStore:
                 return False
             try:
                 return self._read(file, identity, tokens, buffers)
+            except OSError as error:  # a bad sector
+                raise PrefixFileError(str(error)) from None
             finally:
                 os.close(file)
         return False
