@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from codellama_rt.engine.admission import Admission
+from codellama_rt.engine.prefix_file import encode_identity
 from codellama_rt.engine.prefix_store import PrefixStore
 from codellama_rt.engine.restorer import Restorer
 from codellama_rt.engine.scheduler import Scheduler
@@ -46,10 +49,7 @@ class Persistence:
 
     def identity(self, sequence: Sequence) -> bytes:
         """Return what sequences must have in common, beside tokens, to share blocks; now."""
-        salt = str(sequence.cache_salt % 2**32)
-        return self._store.identity(
-            salt=salt, adapter=_adapter_name(sequence), instruction_set=native.isa()
-        )
+        return identity_of(self._store.model, sequence)
 
     def num_stored_blocks(self, sequence: Sequence) -> int:
         """Return how many leading blocks of a sequence that need no logits seem to be on disk."""
@@ -71,5 +71,18 @@ class Persistence:
         self.writer.close()
 
 
-def _adapter_name(sequence: Sequence) -> str:
-    return "" if sequence.adapter is None else adapter_digest(sequence.adapter)
+def identity_of(model: Mapping[str, str], sequence: Sequence) -> bytes:
+    """Return what a sequence's keys and values depend on beside its tokens, as of now.
+
+    Args:
+        model: what the bits of the model's depend on.
+        sequence: has an adapter, perhaps, and a salt.
+    """
+    return encode_identity(
+        {
+            **model,
+            "salt": str(sequence.cache_salt % 2**32),
+            "adapter": "" if sequence.adapter is None else adapter_digest(sequence.adapter),
+            "instruction_set": native.isa(),
+        }
+    )

@@ -34,7 +34,6 @@ from codellama_rt.engine.prefix_file import (
     PrefixFileError,
     check_size,
     checksums,
-    encode_identity,
     read_block,
     read_head,
     write_file,
@@ -66,8 +65,8 @@ class PrefixStore:
     Example:
         >>> import tempfile
         >>> folder = tempfile.TemporaryDirectory()
-        >>> store = PrefixStore(folder.name, 10**6, {"model": "x"}, block_size=16)
-        >>> identity, tokens, block = store.identity(), bytes(64), memoryview(bytearray(b"kv"))
+        >>> store = PrefixStore(folder.name, 10**6, {}, block_size=16)
+        >>> identity, tokens, block = b"model", bytes(64), memoryview(bytearray(b"kv"))
         >>> store.save(identity, tokens, [block], lambda: True)
         >>> store.num_stored(identity, tokens * 2)
         1
@@ -85,11 +84,11 @@ class PrefixStore:
         Args:
             folder: where the files are; others in it are left alone.
             max_bytes: that all prefix files in the folder may take, also those of other models.
-            model: what the bits of its keys and values depend on, for `identity`.
+            model: what the bits of its keys and values depend on; for whoever makes identities.
             block_size: tokens per block.
         """
         self.folder, self.max_bytes = folder, max_bytes
-        self._model = dict(model)
+        self.model = dict(model)
         self._block_bytes = block_size * _TOKEN_BYTES
         self.written_bytes = self.num_errors = 0
         self._paused_until = 0.0
@@ -97,15 +96,11 @@ class PrefixStore:
         with self._counting_errors():
             os.makedirs(folder, mode=0o700, exist_ok=True)
 
-    def identity(self, **more: str) -> bytes:
-        """Return what prefixes must have in common, beside tokens, to share blocks."""
-        return encode_identity({**self._model, **more})
-
     def num_stored(self, identity: bytes, tokens: bytes) -> int:
         """Return how many leading blocks of a prefix seem to be stored; none is read.
 
         Args:
-            identity: of `identity`.
+            identity: what its bits depend on beside the tokens.
             tokens: int32 from the very first on.
         """
         count, size = 0, self._block_bytes
@@ -122,7 +117,7 @@ class PrefixStore:
         """Read a block into its buffers, and return whether it was there and is sound.
 
         Args:
-            identity: of `identity`.
+            identity: what its bits depend on beside the tokens.
             tokens: int32 from the very first to the end of the block.
             buffers: written, also if the block turns out to be damaged.
         """
@@ -151,7 +146,7 @@ class PrefixStore:
         """Write a block, unless it is stored already.
 
         Args:
-            identity: of `identity`.
+            identity: what its bits depend on beside the tokens.
             tokens: int32 from the very first to the end of the block.
             buffers: the block's memory, which others may be about to use for something else.
             is_valid: asked when all of it has been read: whether nobody has.

@@ -111,15 +111,8 @@ class Restorer:
 
     def _begin(self, sequence: Sequence, first: int, last: int) -> _Restoration | None:
         size = self._blocks.block_size
-        reader = Sequence(
-            sequence.token_ids[: last * size],
-            last * size,
-            sequence.order,
-            first_logit=first * size,
-            cache_salt=sequence.cache_salt,
-            adapter=sequence.adapter,
-            num_stored_blocks=last,
-        )
+        reader = sequence.prefix(last * size)
+        reader.first_logit, reader.num_stored_blocks = first * size, last
         identity = self._identity(sequence)
         restoration = _Restoration(self._store, identity, sequence, reader, first)
         self.live[reader] = restoration

@@ -61,6 +61,17 @@ class Sequence:
             adapter=self.adapter,
         )
 
+    def prefix(self, num_tokens: int) -> "Sequence":
+        """Return the first tokens as a sequence without place in the KV cache, and no logits."""
+        return Sequence(
+            token_ids=self.token_ids[:num_tokens],
+            prompt_len=num_tokens,
+            order=self.order,
+            first_logit=num_tokens,
+            cache_salt=self.cache_salt,
+            adapter=self.adapter,
+        )
+
     @property
     def num_uncomputed(self) -> int:
         """Number of tokens to compute before the next one can be sampled: 1 while decoding."""

@@ -14,6 +14,7 @@ import pytest
 from helpers import stored_prefixes
 from helpers.stored_prefixes import (
     BUFFER_BYTES,
+    IDENTITY,
     NUM_BLOCKS,
     NUM_BUFFERS,
     NUM_CHAINS,
@@ -68,17 +69,16 @@ def test_leading_blocks_are_counted(tmp_path):
     store = store_in(tmp_path)
     for count in (1, 2, 4):
         save(store, tokens_of(0, count))
-    assert store.num_stored(store.identity(), tokens_of(0, 6)) == 2
-    assert store.num_stored(store.identity(), tokens_of(0, 2)[:-4]) == 1  # not a whole block
-    assert store.num_stored(store.identity(), tokens_of(1, 6)) == 1
-    assert store.num_stored(store.identity(), b"") == 0
+    assert store.num_stored(IDENTITY, tokens_of(0, 6)) == 2
+    assert store.num_stored(IDENTITY, tokens_of(0, 2)[:-4]) == 1  # not a whole block
+    assert store.num_stored(IDENTITY, tokens_of(1, 6)) == 1
+    assert store.num_stored(IDENTITY, b"") == 0
 
 
 def test_another_identity_finds_nothing(tmp_path):
     store = store_in(tmp_path)
     save(store, tokens_of(0, 1))
-    assert not is_found(store_in(tmp_path, weights="of another model"), tokens_of(0, 1))
-    assert not store.load(store.identity(salt="x"), tokens_of(0, 1), empty())
+    assert not is_found(store, tokens_of(0, 1), b"of another model")
     assert is_found(store, tokens_of(0, 1))
 
 
@@ -161,10 +161,9 @@ def test_a_forged_collision_finds_nothing(tmp_path, monkeypatch):
         for count in range(1, NUM_BLOCKS + 1):
             assert is_found(store, tokens_of(chain, count)) is ((chain, count) == (0, 2))
             save(store, tokens_of(chain, count))  # its name is taken
-    other = store_in(tmp_path, weights="others")
-    assert not is_found(other, tokens_of(0, 2))
+    assert not is_found(store, tokens_of(0, 2), b"of another model")
     assert len(files_in(tmp_path)) == 1
-    assert store.num_errors == other.num_errors == 0
+    assert store.num_errors == 0
 
 
 def test_the_same_last_block_behind_another_beginning_is_not_taken(tmp_path, monkeypatch):
@@ -174,7 +173,7 @@ def test_the_same_last_block_behind_another_beginning_is_not_taken(tmp_path, mon
     one, other = tokens_of(0, 3), tokens_of(1, 3)
     assert one[-16:] == other[-16:]
     save(store, one)
-    assert not store.load(store.identity(), other, empty())
+    assert not store.load(IDENTITY, other, empty())
 
 
 def test_the_budget_is_kept(tmp_path):
@@ -195,7 +194,7 @@ def test_the_ends_of_what_was_used_longest_ago_go_first(tmp_path):
             save(store, tokens_of(chain, count))
     for path in files_in(tmp_path):  # the heads were written first, so they are the oldest
         os.utime(path, ns=(now, now))
-    store.touch(store.identity(), tokens_of(0, NUM_BLOCKS))  # now: much later
+    store.touch(IDENTITY, tokens_of(0, NUM_BLOCKS))  # now: much later
     for count in range(2, NUM_BLOCKS + 1):
         save(store, tokens_of(2, count))
     assert all(is_found(store, tokens_of(0, count)) for count in range(1, NUM_BLOCKS + 1))
@@ -224,7 +223,7 @@ def test_files_of_others_are_left_alone(tmp_path):
 def test_a_block_that_was_overwritten_meanwhile_is_not_stored(tmp_path):
     store = store_in(tmp_path)
     tokens = tokens_of(0, 1)
-    store.save(store.identity(), tokens, contents_of(tokens), lambda: False)
+    store.save(IDENTITY, tokens, contents_of(tokens), lambda: False)
     assert list(tmp_path.iterdir()) == []
     assert (store.written_bytes, store.num_errors) == (0, 0)
 
@@ -240,7 +239,7 @@ def test_what_a_killed_process_left_is_deleted_and_what_is_being_written_is_not(
 
     tokens = tokens_of(0, 1)
     store = store_in(tmp_path)
-    store.save(store.identity(), tokens, contents_of(tokens), look_while_writing)
+    store.save(IDENTITY, tokens, contents_of(tokens), look_while_writing)
     assert len(seen) == 1
     assert seen != ["0123.kv-unfinished"]
     assert not list(tmp_path.glob("*unfinished"))
@@ -284,9 +283,9 @@ def test_more_buffers_than_one_call_takes(tmp_path):
     store = store_in(tmp_path)
     blocks = [memoryview(bytearray([i % 251])) for i in range(3000)]
     tokens = tokens_of(0, 1)
-    store.save(store.identity(), tokens, blocks, lambda: True)
+    store.save(IDENTITY, tokens, blocks, lambda: True)
     found = [memoryview(bytearray(1)) for _ in blocks]
-    assert store.load(store.identity(), tokens, found)
+    assert store.load(IDENTITY, tokens, found)
     assert found == blocks
 
 
