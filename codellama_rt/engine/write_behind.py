@@ -35,7 +35,7 @@ class WriteBehind:
         blocks: BlockManager,
         identity: Callable[[Sequence], bytes],
     ) -> None:
-        """Start with nothing to write; the thread starts with the first block.
+        """Start with nothing to write; a thread runs only while there is something.
 
         Args:
             store: where to.
@@ -62,40 +62,37 @@ class WriteBehind:
             return
         if len(self._queue) == self._queue.maxlen:
             self.num_dropped += 1  # the oldest
-        block_id = sequence.block_ids[index]
-        identity = self._identity(sequence)
+        block_id, identity = sequence.block_ids[index], self._identity(sequence)
         self._queue.append(_Entry(identity, sequence.token_ids, index, block_id, prefix))
-        self._wake.set()
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(
-                target=self._run, name="codellama_rt.WriteBehind", daemon=True
-            )
+        if not self._is_running():
+            # No daemon: a process that ends writes what it has computed first.
+            self._thread = threading.Thread(target=self._run, name="codellama_rt.WriteBehind")
             with suppress(RuntimeError):  # no more threads: the next block tries again
                 self._thread.start()
 
     def flush(self) -> None:
         """Wait until all blocks offered so far are written, or dropped."""
-        while self._queue and self._thread is not None and self._thread.is_alive():
+        while self._is_running():
             sleep(_POLL_S)
 
     def close(self) -> None:
         """Write what was offered so far, and nothing more."""
         self._is_closed = True
-        self._wake.set()
-        if self._thread is not None and self._thread.is_alive():
-            self._thread.join()
+        self.flush()
+
+    def _is_running(self) -> bool:
+        thread = self._thread
+        return thread is not None and thread.is_alive()
 
     def _run(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
+        me = threading.current_thread()
+        while self._thread is me:
             while self._queue:
-                entry = self._queue[0]  # it stays there for `flush`
-                self._write(entry)
-                with suppress(ValueError):  # the queue was full and dropped it
-                    self._queue.remove(entry)
-            if self._is_closed:
-                return
+                self._write(self._queue.popleft())
+            self._thread = None
+            # What is offered from now on starts another thread; what was before is written here.
+            if self._queue and self._thread is None:
+                self._thread = me
 
     def _write(self, entry: _Entry) -> None:
         def is_valid() -> bool:
@@ -113,9 +110,8 @@ class WriteBehind:
         )
 
     def _forget_thread(self) -> None:
-        """Start anew without thread and queue, as a forked child does."""
+        """Start anew with no thread and an empty queue, as a forked child does."""
         self._thread: threading.Thread | None = None
-        self._wake = threading.Event()
         self._queue: deque[_Entry] = deque(maxlen=self._blocks.num_blocks)
 
 
