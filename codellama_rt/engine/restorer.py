@@ -17,6 +17,7 @@ from codellama_rt.engine.prefix_store import PrefixStore
 from codellama_rt.engine.sequence import Sequence
 from codellama_rt.model.kv_cache import KVCache
 
+_PREFETCHED_BYTES = 2**25  # asked of the disk at a time: one file after another leaves it idle
 _PATIENCE_S = 0.05  # that a step with nothing to compute waits, so that requests can be aborted
 
 
@@ -207,12 +208,20 @@ class _Restoration:
             self._is_reading = False
 
     def _read(self, blocks: list[list[memoryview]]) -> None:
-        block_bytes = len(self._tokens) // self._last
-        for i, buffers in enumerate(blocks, self.first + 1):
-            tokens = self._tokens[: i * block_bytes]
-            if self._is_stopped or not self._store.load(self._identity, tokens, buffers):
+        ahead = max(1, _PREFETCHED_BYTES // sum(buffer.nbytes for buffer in blocks[0]))
+        for index in range(self.first, min(self.first + ahead, self._last)):
+            self._store.prefetch(self._identity, self._beginning(index))
+        for index, buffers in enumerate(blocks, self.first):
+            if self._is_stopped:
+                break
+            if index + ahead < self._last:
+                self._store.prefetch(self._identity, self._beginning(index + ahead))
+            if not self._store.load(self._identity, self._beginning(index), buffers):
                 break
             self.num_read += 1
         if self.num_read:
-            read = self._tokens[: (self.first + self.num_read) * block_bytes]
-            self._store.touch(self._identity, read)
+            self._store.touch(self._identity, self._beginning(self.first + self.num_read - 1))
+
+    def _beginning(self, index: int) -> bytes:
+        """Return the tokens up to the end of a block."""
+        return self._tokens[: (index + 1) * (len(self._tokens) // self._last)]
