@@ -117,8 +117,7 @@ def decode(args: argparse.Namespace) -> Row:
     return {
         "seconds": median(seconds[True]),
         "seconds_without": median(seconds[False]),
-        "slowdown": median(seconds[True]) / median(seconds[False]) - 1,
-        "slowdown_of_best": min(seconds[True]) / min(seconds[False]) - 1,
+        "slowdown": median(a / b for a, b in zip(*seconds.values(), strict=True)) - 1,
         "writer": sum(writing) / sum(seconds[True]),
         "bytes": stats["prefix_written_bytes"],
         "dropped_blocks": stats["prefix_dropped_blocks"],
