@@ -15,7 +15,8 @@ from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
 from codellama_rt.engine.engine import Engine
-from codellama_rt.engine.request import Output, Request
+from codellama_rt.engine.output import Output
+from codellama_rt.engine.request import Request
 from codellama_rt.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)

@@ -59,6 +59,7 @@ class BlockManager:
         # Told of each full block that is entered: in whose table, where, and which prefix it holds.
         self.on_full_block: Callable[[Sequence, int, object], None] | None = None
         self.copies: dict[int, int] = {}  # destination -> source: to be done before they are read
+        self.tables_version = 0  # another one whenever a block is given, shared or taken back
         self._owners = [0] * num_blocks  # block -> number of tables and of copies that read it
         self._free = list(range(num_blocks))[::-1]  # pop() gives block 0 first
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -137,6 +138,7 @@ class BlockManager:
         missing = self._blocks_for(sequence.num_computed + num_tokens) - len(block_ids)
         shared = first < len(block_ids) and self.num_owners(block_ids[first]) > 1
         if missing <= 0 and not shared:
+            sequence.num_writable = len(block_ids) * self.block_size
             return True
         if max(missing, 0) + shared > self.num_free:
             return False
@@ -145,6 +147,7 @@ class BlockManager:
             self.copies[destination] = block_ids[first]  # the copy owns it in the table's place
             block_ids[first] = destination
         block_ids.extend([self._take() for _ in range(missing)])
+        sequence.num_writable = len(block_ids) * self.block_size
         return True
 
     def copied(self) -> None:
@@ -156,6 +159,7 @@ class BlockManager:
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let `child`, which has the same computed tokens, share all blocks of `parent`."""
         assert not child.block_ids
+        parent.num_writable = child.num_writable = 0
         for block_id in parent.block_ids:
             self._owners[block_id] += 1
         child.block_ids = parent.block_ids[:]
@@ -240,12 +244,14 @@ class BlockManager:
         return hits
 
     def _own(self, block_id: int) -> None:
+        self.tables_version += 1
         if self._owners[block_id] == 0:
             del self._idle[block_id]
         self._owners[block_id] += 1
 
     def _disown(self, block_id: int) -> None:
         assert self._owners[block_id] > 0, f"block {block_id} freed twice"
+        self.tables_version += 1
         self._owners[block_id] -= 1
         if self._owners[block_id] > 0:
             return
@@ -255,6 +261,7 @@ class BlockManager:
             self._idle[block_id] = None
 
     def _take(self) -> int:
+        self.tables_version += 1
         if self._free:
             block_id = self._free.pop()
         else:

@@ -20,7 +20,7 @@ from codellama_rt.engine.prefix_file import (
     read_head,
     write_file,
 )
-from codellama_rt.engine.request import checked_prompt
+from codellama_rt.engine.request_checks import checked_prompt
 from codellama_rt.engine.sequence import Sequence, int32_list
 from codellama_rt.model.lora import LoraAdapter
 
@@ -189,7 +189,7 @@ def _held(engine: Engine, sequence: Sequence, num_blocks: int) -> Iterator[tuple
         first = blocks.num_cached_blocks(whole)
         reader = sequence.prefix((num_blocks - missing) * blocks.block_size)
         reader.first_logit = first * blocks.block_size
-        engine.searches.add(holder)
+        engine.steps.searches.add(holder)
         holder.live[reader] = None
         blocks.allocate(reader, is_request=False)
     try:
@@ -198,4 +198,4 @@ def _held(engine: Engine, sequence: Sequence, num_blocks: int) -> Iterator[tuple
         with engine.owner:
             blocks.index_full_blocks(reader)
             blocks.release(reader)
-            engine.searches.discard(holder)
+            engine.steps.searches.discard(holder)
