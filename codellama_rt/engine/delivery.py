@@ -94,10 +94,9 @@ class Delivery:
         for sample in samples:
             sample.last_token = now
         block_size = self._blocks.block_size
-        for sample, stop in zip(samples, lineup.stops, strict=True):
-            # A step that ends a prompt may have filled blocks, and end within another one.
-            if stop // block_size > sample.sequence.num_indexed_blocks:
-                self._blocks.index_full_blocks(sample.sequence)
+        with_full_block = [i for i, stop in enumerate(lineup.stops) if not stop % block_size]
+        for sample in (*(samples[i] for i in with_full_block), *lineup.newcomers()):
+            self._blocks.index_blocks(sample.sequence)
         for sample in ended:
             self._table.settle(sample.request, [sample])
         if ended:
@@ -150,7 +149,7 @@ class Delivery:
 
         self._metrics.count_tokens(now, last_tokens)
         self._metrics.count_finished(gained)
-        self._blocks.index_full_blocks(sequence)
+        self._blocks.index_blocks(sequence)
         forks = request.samples[num_samples:]
         self._table.add_forks(sample, forks)
         self._table.settle(request, [sample, *forks])

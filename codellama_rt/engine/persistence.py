@@ -76,12 +76,13 @@ def identity_of(model: Mapping[str, str], sequence: Sequence) -> bytes:
 
     Args:
         model: what the bits of the model's depend on.
-        sequence: has an adapter, perhaps, and a salt.
+        sequence: of `Admission.make_sequence`.
     """
     return encode_identity(
         {
             **model,
-            "salt": str(sequence.cache_salt % 2**32),
+            "salt": sequence.cache_salt.caller or "",
+            "rope": str(sequence.cache_salt.rope),
             "adapter": "" if sequence.adapter is None else adapter_digest(sequence.adapter),
             "instruction_set": native.isa(),
         }

@@ -196,6 +196,6 @@ def _held(engine: Engine, sequence: Sequence, num_blocks: int) -> Iterator[tuple
         yield reader, first
     finally:
         with engine.owner:
-            blocks.index_full_blocks(reader)
+            blocks.index_blocks(reader)
             blocks.release(reader)
             engine.steps.searches.discard(holder)

@@ -8,9 +8,11 @@ step begins; then the sequence is admitted as any other, and finds it there.
 
 from __future__ import annotations
 
-import threading
+import os
+from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable
 from contextlib import suppress
+from weakref import WeakSet
 
 from codellama_rt.engine.block_manager import BlockManager
 from codellama_rt.engine.prefix_store import PrefixStore
@@ -46,6 +48,7 @@ class Restorer:
         self.live: dict[Sequence, _Restoration] = {}
         self.held: dict[Sequence, _Restoration] = {}
         self.restored_tokens = 0
+        _restorers.add(self)
 
     def start(self, sequence: Sequence) -> bool:
         """Have what a waiting sequence lacks in memory read, as far as it is on disk.
@@ -92,7 +95,7 @@ class Restorer:
             self.live[reader].stop()
         for reader in readers:
             while not self.live[reader].is_over():
-                self.live[reader].join()
+                self.live[reader].join(_PATIENCE_S)
             self._finish(reader, self.live[reader])
         return bool(readers)
 
@@ -128,7 +131,7 @@ class Restorer:
         num_read = restoration.num_read
         if reader.block_ids:
             reader.num_computed = (restoration.first + num_read) * self._blocks.block_size
-            self._blocks.index_full_blocks(reader)
+            self._blocks.index_blocks(reader)
             self._blocks.release(reader)
         for sequence, its in list(self.held.items()):
             if its is restoration:
@@ -161,8 +164,9 @@ class _Restoration:
         self.gave_way = False
         self._store, self._identity = store, identity
         self._tokens, self._last = reader.token_ids.tobytes(), reader.num_stored_blocks
-        self._thread: threading.Thread | None = None
-        self._is_reading = self._is_stopped = False
+        self._is_started = self._is_reading = self._has_ended = self._is_stopped = False
+        self._bell = allocate_lock()  # released when the thread ends
+        self._bell.acquire()
 
     def reads(self, identity: bytes, tokens: bytes, index: int) -> bool:
         """Whether it reads block `index`, with which these tokens end."""
@@ -174,11 +178,10 @@ class _Restoration:
 
     def start(self, blocks: list[list[memoryview]]) -> None:
         """Read into the memory of these blocks; without a thread, nothing is read."""
-        self._thread = threading.Thread(
-            target=self._run, args=(blocks,), name="codellama_rt.Restorer", daemon=True
-        )
-        with suppress(RuntimeError):  # no more threads
-            self._thread.start()
+        # An interruption may come inside of any Python code; this is one call.
+        with suppress(RuntimeError):  # no thread can be started
+            start_new_thread(self._run, (blocks,))
+            self._is_started = True
 
     def stop(self) -> None:
         """Have the thread end after the file that it is reading."""
@@ -186,26 +189,28 @@ class _Restoration:
 
     def is_over(self) -> bool:
         """Whether its thread writes into no block any more."""
-        if self._thread is None:
-            return True
-        if self._thread.is_alive():
-            return False
-        # An exception may have hidden that it is just starting: it then finds itself stopped,
-        # unless it was faster, and is alive.
+        if self._is_started:
+            return self._has_ended
+        # If an exception has hidden that it was started, it now finds itself stopped, or reads.
         self._is_stopped = True
-        return not (self._is_reading and self._thread.is_alive())
+        return not self._is_reading
 
-    def join(self, timeout: float | None = None) -> None:
-        """Wait for the thread."""
-        if self._thread is not None and self._thread.is_alive():
-            self._thread.join(timeout)
+    def join(self, timeout: float) -> None:
+        """Wait for the thread, at most so many seconds."""
+        if not self.is_over():
+            self._bell.acquire(timeout=timeout)
+
+    def forget_thread(self) -> None:
+        """Be over, as in a forked child, with what was read before."""
+        self._is_reading, self._has_ended = False, True
 
     def _run(self, blocks: list[list[memoryview]]) -> None:
         self._is_reading = True
         try:
             self._read(blocks)
         finally:
-            self._is_reading = False
+            self._is_reading, self._has_ended = False, True
+            self._bell.release()
 
     def _read(self, blocks: list[list[memoryview]]) -> None:
         ahead = max(1, _PREFETCHED_BYTES // sum(buffer.nbytes for buffer in blocks[0]))
@@ -225,3 +230,15 @@ class _Restoration:
     def _beginning(self, index: int) -> bytes:
         """Return the tokens up to the end of a block."""
         return self._tokens[: (index + 1) * (len(self._tokens) // self._last)]
+
+
+_restorers: WeakSet[Restorer] = WeakSet()
+
+
+def _in_child() -> None:
+    for restorer in list(_restorers):
+        for restoration in restorer.live.values():
+            restoration.forget_thread()
+
+
+os.register_at_fork(after_in_child=_in_child)

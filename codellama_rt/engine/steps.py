@@ -157,12 +157,19 @@ class Steps:
         self._delivery.recover()
         self._lineup = Lineup([], [])
         self._table.recover()
-        searches = list(self.searches)
-        branches = [branch for search in searches for branch in search.live]
-        self._scheduler.blocks.recover([*self._table.samples, *branches])
+        self._scheduler.blocks.recover(self._sequences())
         self._scheduler.recover(self._table.samples)
-        for search in searches:
+        for search in list(self.searches):
             search.recover()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes, and return whether no sequence has blocks."""
+        return self._scheduler.blocks.reset_prefix_cache(self._sequences())
+
+    def _sequences(self) -> list[Tokens]:
+        """Return all that have or want blocks."""
+        branches = [branch for search in list(self.searches) for branch in search.live]
+        return [*self._table.samples, *branches]
 
     def _line_up(self, chunks: list[Chunk]) -> list[int]:
         """Line up the samples that choose one token; return the numbers of the other chunks."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-import threading
+from _thread import allocate_lock, start_new_thread
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -47,7 +48,7 @@ class WriteBehind:
         self._identity = identity
         self.num_dropped = 0  # blocks that were used for something else before they were written
         self._is_closed = False
-        self._forget_thread()
+        self.forget_thread()
         _writers.add(self)
 
     def offer(self, sequence: Sequence, index: int, prefix: object) -> None:
@@ -64,15 +65,18 @@ class WriteBehind:
             self.num_dropped += 1  # the oldest
         block_id, identity = sequence.block_ids[index], self._identity(sequence)
         self._queue.append(_Entry(identity, sequence.token_ids, index, block_id, prefix))
-        if not self._is_running():
-            # No daemon: a process that ends writes what it has computed first.
-            self._thread = threading.Thread(target=self._run, name="codellama_rt.WriteBehind")
-            with suppress(RuntimeError):  # no more threads: the next block tries again
-                self._thread.start()
+        if not self._is_busy.locked():
+            with suppress(RuntimeError):  # no thread can be started: the next block tries again
+                start_new_thread(self._work, ())
 
     def flush(self) -> None:
-        """Wait until all blocks offered so far are written, or dropped."""
-        while self._is_running():
+        """Return when all blocks offered so far are written, or dropped."""
+        while self._queue or self._is_busy.locked():
+            if not self._is_busy.locked():
+                try:
+                    start_new_thread(self._work, ())
+                except RuntimeError:  # none can be started, as when the interpreter ends
+                    self._work()
             sleep(_POLL_S)
 
     def close(self) -> None:
@@ -80,19 +84,15 @@ class WriteBehind:
         self._is_closed = True
         self.flush()
 
-    def _is_running(self) -> bool:
-        thread = self._thread
-        return thread is not None and thread.is_alive()
-
-    def _run(self) -> None:
-        me = threading.current_thread()
-        while self._thread is me:
-            while self._queue:
-                self._write(self._queue.popleft())
-            self._thread = None
-            # What is offered from now on starts another thread; what was before is written here.
-            if self._queue and self._thread is None:
-                self._thread = me
+    def _work(self) -> None:
+        """Write what is in the queue, unless another thread does."""
+        # What is offered while the lock is held is seen here; what comes later starts a thread.
+        while self._queue and self._is_busy.acquire(blocking=False):
+            try:
+                while self._queue:
+                    self._write(self._queue.popleft())
+            finally:
+                self._is_busy.release()
 
     def _write(self, entry: _Entry) -> None:
         def is_valid() -> bool:
@@ -109,9 +109,10 @@ class WriteBehind:
             is_valid,
         )
 
-    def _forget_thread(self) -> None:
+    def forget_thread(self) -> None:
         """Start anew with no thread and an empty queue, as a forked child does."""
-        self._thread: threading.Thread | None = None
+        # An interruption of a step may come inside of any Python code; each of these is one call.
+        self._is_busy = allocate_lock()  # held by who writes
         self._queue: deque[_Entry] = deque(maxlen=self._blocks.num_blocks)
 
 
@@ -126,9 +127,16 @@ class _Entry(NamedTuple):
 _writers: WeakSet[WriteBehind] = WeakSet()
 
 
-def _forget_threads() -> None:
-    for writer in _writers:
-        writer._forget_thread()
+def _in_child() -> None:
+    for writer in list(_writers):
+        writer.forget_thread()
 
 
-os.register_at_fork(after_in_child=_forget_threads)
+def _at_exit() -> None:
+    """Write what an engine has computed that nobody closed."""
+    for writer in list(_writers):
+        writer.flush()
+
+
+os.register_at_fork(after_in_child=_in_child)
+atexit.register(_at_exit)

@@ -15,7 +15,7 @@ from helpers.paged_fakes import HashModel, collect, drain, engine_of, generate
 from helpers.schedules import MODELS, run_schedule, undisturbed
 
 from codellama_rt import ops
-from codellama_rt.engine import prefix_store
+from codellama_rt.engine import prefix_store, restorer, write_behind
 from codellama_rt.engine.branches import Branches
 from codellama_rt.engine.prefix_store import PrefixStore
 from codellama_rt.engine.sampling_params import SamplingParams
@@ -349,14 +349,21 @@ def test_a_forked_child_reads_and_writes(tmp_path):
 def test_without_threads_everything_is_computed(tmp_path, monkeypatch):
     fill(tmp_path)
 
-    def refuse(_):
+    def refuse(*_):
         raise RuntimeError("can't start new thread")
 
     engine = engine_on(tmp_path)
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert answer(engine)[0] == expected()
+    monkeypatch.setattr(restorer, "start_new_thread", refuse)
+    monkeypatch.setattr(write_behind, "start_new_thread", refuse)
+    other = list(range(40, 60))
+    for prompt in (PROMPT, other):
+        assert answer(engine, prompt)[0] == expected(prompt)
     assert engine.stats()["prefix_restored_tokens"] == 0
-    engine.close()
+    engine.close()  # writes what it has, in this thread
+    monkeypatch.undo()
+    engine = engine_on(tmp_path)
+    answer(engine, other)
+    assert engine.stats()["prefix_restored_tokens"] == tokens_in(4)
 
 
 def test_what_cannot_be_read_as_bytes_is_refused(tmp_path, monkeypatch):
