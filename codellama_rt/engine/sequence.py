@@ -54,6 +54,7 @@ class Sequence:
     first_logit: int
     cache_salt: Hashable = _NO_SALT
     adapter: object | None = None
+    num_stored_blocks: int = 0  # leading full blocks that are on disk, as far as known
     # Place in the KV cache, managed by BlockManager; empty while the sequence waits.
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_ids: array = field(default_factory=int32_list)
@@ -87,6 +88,17 @@ class Sequence:
             prompt_len=self.prompt_len,
             order=(*self.order[:2], index),
             first_logit=self.first_logit if first_logit is None else first_logit,
+            cache_salt=self.cache_salt,
+            adapter=self.adapter,
+        )
+
+    def prefix(self, num_tokens: int) -> "Sequence":
+        """Return the first tokens as a sequence without place in the KV cache, and no logits."""
+        return Sequence(
+            token_ids=self.token_ids[:num_tokens],
+            prompt_len=num_tokens,
+            order=self.order,
+            first_logit=num_tokens,
             cache_salt=self.cache_salt,
             adapter=self.adapter,
         )

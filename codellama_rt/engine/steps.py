@@ -287,7 +287,10 @@ class Steps:
                     counts.accepted_tokens += gained - 1
 
     def _make_room(self) -> None:
-        """Have searches give up blocks they can do without; they compute them again."""
+        """Wait for prefixes being read, or have searches give up blocks they can do without."""
+        reader = self._scheduler.prefix_reader
+        if reader is not None and reader.wait():
+            return
         searches = list(self.searches)
         if not any(search.give_way() or search.is_computing for search in searches):
             raise RuntimeError("the scheduler found nothing to do for unfinished requests")
