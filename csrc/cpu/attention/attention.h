@@ -2,14 +2,17 @@
 //            one kernel for decoding and prefill          (arXiv:2205.14135, arXiv:2309.06180)
 // Shapes   q, out (num_tokens, n_heads, head_dim); keys and values as in ops.h
 // Traffic  2 * sum(keys) * n_kv_heads * head_dim * itemsize bytes read (quantised pages: as many as
-//          quantized.h says), once each, for up to kRows rows (queries x heads of the group) a
-//          sequence
-// Limit    memory read up to about 8 rows (bf16, Zen 5); then multiply-adds, of which the half
-//          of q . K runs in bfloat16 pairs where the CPU has them; over quantised keys and values
-//          all of them run in bytes on CPUs with AVX512-VNNI (byte_tile.h)
-// Tiling   one task = (sequence, queries of up to kRows rows a kv head, some kv heads in turn, a
-//          run of splits of kSplit keys); a kv head's rows share each tile of kTile keys; tiles
-//          above the diagonal are skipped
+//          quantized.h says), once each, for up to kRows rows (queries x heads of the group) of a
+//          sequence, or of all sequences whose tables name the same blocks (plan.h); of sequences
+//          that share, also their states: 2 * rows * splits * (head_dim + 32) floats
+// Limit    memory read up to about 8 rows (bf16, Zen 4 and 5); then multiply-adds, of which the
+//          half of q . K runs in bfloat16 pairs where the CPU has them; over quantised keys and
+//          values all of them run in bytes on CPUs with AVX512-VNNI (byte_tile.h). A row more
+//          takes the same time from 8 rows on to 96, so that blocks of fewer gain nothing
+// Tiling   one task = (queries of up to kRows rows a kv head, some kv heads in turn, a run of
+//          splits of kSplit keys); a kv head's rows share each tile of kTile keys; tiles above the
+//          diagonal are skipped. The queries are of one sequence, or, over the whole splits that
+//          the tables of several begin with, of all these
 // Numerics fp32 scores, softmax and sums (one a tile, added up a split); over quantised keys the
 //          query is int16 with one scale, its products exact sums; with AVX512-VNNI a tile's
 //          weights are 16 bits, their products with values exact sums too; a query without keys
@@ -17,9 +20,9 @@
 //          are never multiplied: NaN in unused slots or in later tokens stays there
 //
 // Determinism: tiles and splits start at multiples of kTile and kSplit in the sequence; a row's
-// splits are folded in ascending order. What a row computes is therefore a function of its query
-// and of the keys it sees alone; how rows share tiles and splits are dealt to tasks only decides
-// when.
+// splits are folded in ascending order, those of shared blocks as well. What a row computes is
+// therefore a function of its query and of the keys it sees alone; how rows share tiles and splits
+// are dealt to tasks only decides when.
 #pragma once
 
 #include <cmath>

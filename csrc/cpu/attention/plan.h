@@ -12,8 +12,9 @@ namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
-constexpr int64_t kSplit = 1024;  // keys a partial result covers
-constexpr int64_t kRows = 96;     // query rows that share a tile: their state stays in L2
+constexpr int64_t kSplit = 1024;    // keys a partial result covers
+constexpr int64_t kRows = 96;       // query rows that share a tile: their state stays in L2
+constexpr int64_t kStreamRows = 8;  // up to this many a head, reading is the limit (Zen 4)
 constexpr int64_t kTasksPerThread = 16;
 constexpr int64_t kStateBytes = 256 << 10;  // of all heads of a task, so that L2 keeps them
 
@@ -272,18 +273,31 @@ class Plan {
     return &blocks_[num_blocks_++];
   }
 
+  int64_t states_of(const Task& block) const {  // floats, of one head and split
+    return block.num_queries * a_.group_size() * a_.state_floats();
+  }
+
+  // As many heads in turn as L2 keeps the states of. Of many rows rather all splits of few heads,
+  // which fold: those of 96 rows and 100,000 keys (7B) would leave 190 MB of states.
+  int64_t heads_per_task(const Task& block) const {
+    const int64_t fitting = kStateBytes / int64_t(2 * states_of(block) * sizeof(float));
+    const int64_t splits = larger(1, block.end_split - block.first_split);
+    const bool many = block.num_queries * a_.group_size() > kStreamRows;
+    const int64_t most = smaller(fitting, many ? target_ / splits : target_);
+    return smaller(a_.n_kv_heads, larger(1, most));
+  }
+
   // Counts, and writes what it counts where that is not null.
   void cut(Task* task, Task* join, float* left) {
     num_tasks = num_joins = num_floats_ = 0;
     for (int64_t i = 0; i < num_blocks_; ++i) {
       Task& block = blocks_[i];
       const bool is_shared = i + 1 < num_blocks_ && blocks_[i + 1].shared == &block;
-      const int64_t splits = block.end_split - block.first_split;
-      const int64_t states = block.num_queries * a_.group_size() * a_.state_floats();
-      const int64_t fitting = smaller(target_, kStateBytes / int64_t(2 * states * sizeof(float)));
-      const int64_t heads = smaller(a_.n_kv_heads, fitting < 1 ? 1 : fitting);
+      const int64_t splits = block.end_split - block.first_split, heads = heads_per_task(block);
+      const int64_t head_states = a_.n_kv_heads * states_of(block);
       block.folds = block.first_split == 0 && (splits * heads <= target_ || splits <= 1);
       const bool leaves = is_shared || !block.folds;
+      block.states = leaves && left ? left + num_floats_ : nullptr;
       const int64_t run = block.folds ? splits + 1 : larger(1, target_ / heads);
       for (int64_t head = 0; head < a_.n_kv_heads; head += heads) {
         for (int64_t split = 0; split < splits || (block.folds && split == 0); split += run) {
@@ -293,15 +307,14 @@ class Plan {
             part.end_head = smaller(head + heads, a_.n_kv_heads);
             part.first_split = block.first_split + split;
             part.end_split = block.first_split + smaller(split + run, splits);
-            part.states = leaves ? left + num_floats_ + split * a_.n_kv_heads * states : nullptr;
+            if (part.states) part.states += split * head_states;
           }
           ++num_tasks;
         }
       }
-      if (!leaves) continue;
-      block.states = left + num_floats_;
-      num_floats_ += (block.folds ? 1 : splits) * a_.n_kv_heads * states;
-      for (int64_t head = 0; head < a_.n_kv_heads && !is_shared; ++head, ++num_joins) {
+      if (leaves) num_floats_ += (block.folds ? 1 : splits) * head_states;
+      if (is_shared || block.folds) continue;
+      for (int64_t head = 0; head < a_.n_kv_heads; ++head, ++num_joins) {
         if (!join) continue;
         join[num_joins] = block;
         join[num_joins].first_head = head;
