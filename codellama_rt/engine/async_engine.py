@@ -126,17 +126,10 @@ class AsyncEngine:
         if stream is not None:
             self._hand_over(lambda: self._abort(stream))
 
-<<<<<<< HEAD
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes, after a step under way, as `Engine.reset_prefix_cache`."""
         return await asyncio.to_thread(self.engine.reset_prefix_cache)
 
-    def stats(self) -> dict[str, Any]:
-        """Return the engine's statistics; it does not wait for a step under way."""
-        return self.engine.stats()
-
-=======
->>>>>>> main
     @property
     def num_unfinished(self) -> int:
         """Number of requests that have not had their last output."""
