@@ -123,6 +123,18 @@ class ModelOptions:
     num_threads: Annotated[
         int | None, typer.Option(help="Threads per operator (default: all CPUs).")
     ] = None
+    prefix_cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            file_okay=False,
+            help="Keep the keys and values of prompts there, for later runs.",
+        ),
+    ] = None
+    prefix_cache_bytes: Annotated[
+        str,
+        typer.Option(metavar="SIZE", callback=checked_size, help="Most that it may take."),
+    ] = "16GB"
     runtime: RuntimeOption = "direct"
     speculation: Annotated[
         SpeculationName | None,

@@ -103,8 +103,9 @@ class Delivery:
         for sample in samples:
             sample.last_token = now
         block_size = self._blocks.block_size
-        for i in [i for i, stop in enumerate(lineup.stops) if not stop % block_size]:
-            self._blocks.index_full_blocks(samples[i].sequence)
+        with_full_block = [i for i, stop in enumerate(lineup.stops) if not stop % block_size]
+        for sample in (*(samples[i] for i in with_full_block), *lineup.newcomers()):
+            self._blocks.index_blocks(sample.sequence)
         for sample in ended:
             self._settle(sample.request, [sample])
         if ended:
@@ -159,7 +160,7 @@ class Delivery:
 
         self._metrics.count_tokens(now, last_tokens)
         self._metrics.count_finished(gained)
-        self._blocks.index_full_blocks(sequence)
+        self._blocks.index_blocks(sequence)
         forks = request.samples[num_samples:]
         self._table.add_forks(sample, forks)
         self._settle(request, [sample, *forks])

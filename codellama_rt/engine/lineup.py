@@ -132,6 +132,10 @@ class Lineup:
         batch.block_tables, batch.slot_mapping = tables, slots
         self._num_steps_left = block_size - int(offsets.max())
 
+    def newcomers(self) -> list[Sample]:
+        """Return the samples that get their first token in this step."""
+        return [sample for sample, _ in self._newcomers]
+
     def prepare(self) -> None:
         """Begin to compute, in another thread, what the tokens need besides logits."""
         for sampler in self._with_grammar:

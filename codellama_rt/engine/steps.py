@@ -165,12 +165,19 @@ class Steps:
         self._delivery.recover()
         self._lineup = Lineup([], [])
         self._table.recover()
-        searches = list(self.searches)
-        branches = [branch for search in searches for branch in search.live]
-        self._scheduler.blocks.recover([*self._table.samples, *branches])
+        self._scheduler.blocks.recover(self._sequences())
         self._scheduler.recover(self._table.samples)
-        for search in searches:
+        for search in list(self.searches):
             search.recover()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes, and return whether no sequence has blocks."""
+        return self._scheduler.blocks.reset_prefix_cache(self._sequences())
+
+    def _sequences(self) -> list[Tokens]:
+        """Return all that have or want blocks."""
+        branches = [branch for search in list(self.searches) for branch in search.live]
+        return [*self._table.samples, *branches]
 
     def _line_up(self, chunks: list[Chunk]) -> list[int]:
         """Line up the samples that choose one token; return the numbers of the other chunks."""
@@ -280,7 +287,10 @@ class Steps:
                     counts.accepted_tokens += gained - 1
 
     def _make_room(self) -> None:
-        """Have searches give up blocks they can do without; they compute them again."""
+        """Wait for prefixes being read, or have searches give up blocks they can do without."""
+        reader = self._scheduler.prefix_reader
+        if reader is not None and reader.wait():
+            return
         searches = list(self.searches)
         if not any(search.give_way() or search.is_computing for search in searches):
             raise RuntimeError("the scheduler found nothing to do for unfinished requests")

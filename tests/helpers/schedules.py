@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 
 from codellama_rt.engine.engine import Engine
+from codellama_rt.engine.prefix_store import PrefixStore
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence
+from codellama_rt.model.fingerprint import fingerprint
 from helpers.builders import running_on
 from helpers.goldens import make_engine, tiny_golden
 from helpers.speculating import propose_right_and_wrong
@@ -29,6 +32,7 @@ MODELS = {  # checkpoint; dtype of its floats, of the cache; quantization of its
     "int4 both": ("mqa_fp16_sharded", "float16", "int4", "int4"),
 }
 
+SALTS = (None, None, "another user's")  # of requests in turn
 Rows = dict[tuple[int, int], bytes]  # (sample, position of a token) -> the logits after it
 
 
@@ -90,7 +94,13 @@ class Recorder:
         fixed = fixed_requests()[request]
         self.requests.append(request)
         self.rows[request] = {}
-        self.engine.add_request(str(request), fixed.prompt, fixed.params, priority=priority)
+        self.engine.add_request(
+            str(request),
+            fixed.prompt,
+            fixed.params,
+            priority=priority,
+            cache_salt=SALTS[request % 3],
+        )
 
     def forward(self, batch, kv_cache) -> np.ndarray:
         logits = self.model.forward(batch, kv_cache)
@@ -127,6 +137,8 @@ class Recorder:
         assert stats["kv_blocks_free"] == stats["kv_blocks"], "pages leaked"
         self.counts["preemptions"] += stats["preemptions"]
         self.counts["hits"] += stats["prefix_hit_tokens"]
+        self.counts["restored"] += stats.get("prefix_restored_tokens", 0)
+        self.counts["partial hits"] += stats["prefix_partial_hit_tokens"]
         self.counts["accepted"] += stats["accepted_tokens"]
         self.counts["rejected"] += stats["draft_tokens"] - stats["accepted_tokens"]
 
@@ -154,8 +166,8 @@ def undisturbed(name: str, isa: str, request: int) -> tuple[Rows, dict[int, list
     return recorder.rows[request], tokens
 
 
-def run_schedule(name: str, isa: str, seed: int) -> Recorder:
-    """One random schedule from beginning to end."""
+def run_schedule(name: str, isa: str, seed: int, folder: Path | None = None) -> Recorder:
+    """One random schedule from beginning to end, perhaps with prefixes of earlier ones on disk."""
     rng = np.random.default_rng(seed)
     requests = rng.permutation(NUM_REQUESTS)[: rng.integers(1, 33)].tolist()
     block_size = int(rng.choice([16, 32, 64]))
@@ -163,10 +175,11 @@ def run_schedule(name: str, isa: str, seed: int) -> Recorder:
     recorder = Recorder(model(name))
     engine = make_engine(
         recorder, num_blocks=fewest + int(rng.integers(0, 3 * fewest)), block_size=block_size,
-        kv_dtype=MODELS[name][2], prefix_caching=bool(rng.integers(2)),
+        kv_dtype=MODELS[name][2], prefix_caching=bool(rng.integers(2)) or folder is not None,
         max_num_seqs=int(rng.integers(1, 33)), max_num_batched_tokens=int(rng.integers(16, 513)),
         max_step_seconds=[None, 1e-4, 1e-3, 1e-2][rng.integers(4)],
         speculation=None if seed % 2 else "suffix",
+        prefix_store=None if folder is None else store_of(name, folder, block_size),
     )  # fmt: skip
     if seed % 2 == 0:
         propose_right_and_wrong(engine, rng, partial(output_of, name, isa, recorder))
@@ -179,6 +192,7 @@ def run_schedule(name: str, isa: str, seed: int) -> Recorder:
                 recorder.add(requests.pop(), int(rng.integers(3)))
             disturb(engine, rng)
             recorder.step()
+    engine.close()
     recorder.finish()
     return recorder
 
@@ -189,8 +203,17 @@ def output_of(name: str, isa: str, recorder: Recorder, sequence: Sequence) -> li
     return undisturbed(name, isa, recorder.requests[arrival])[1][sample]
 
 
+def store_of(name: str, folder: Path, block_size: int) -> PrefixStore:
+    """The prefixes of one of the models in a folder."""
+    sizes = {"kv_dtype": MODELS[name][2], "block_size": block_size}
+    identity = fingerprint(model(name).config, model(name).weights, **sizes)
+    return PrefixStore(str(folder), 10**7, identity, block_size=block_size)
+
+
 def disturb(engine: Engine, rng: np.random.Generator) -> None:
-    """Now and then a running sequence, not the last in order, loses its blocks."""
+    """Now and then a running sequence, not the last, loses its blocks, or all prefixes go."""
     running = engine.scheduler.running
+    if rng.random() < 0.02:
+        engine.reset_prefix_cache()
     if running and rng.random() < 0.05:
         engine.scheduler.preempt(running[rng.integers(len(running))])
