@@ -25,6 +25,7 @@ from codellama_rt.engine.request import Request
 from codellama_rt.engine.request_table import RequestTable
 from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
 from codellama_rt.engine.scheduler import Scheduler
+from codellama_rt.engine.speculation import Speculation, check_speculation
 from codellama_rt.engine.step_cost import StepCost
 from codellama_rt.engine.steps import Steps
 from codellama_rt.engine.stop_strings import Tokenizer
@@ -67,6 +68,7 @@ class Engine:
         max_queued_tokens: int | None = None,
         check_files: Callable[[], None] | None = None,
         logits_processors: Collection[LogitsProcessor] = (),
+        speculation: str | None = None,
         prefix_store: PrefixStore | None = None,
     ) -> None:
         """Start with nothing queued and an empty prefix cache.
@@ -87,9 +89,13 @@ class Engine:
             max_queued_tokens: prompt tokens that may wait to be computed; None: any number.
             check_files: called before each request; raises if a file with weights has changed.
             logits_processors: as those of `SamplingParams`, for every request, before its own.
+            speculation: "suffix" computes tokens that followed the same text before together with
+                the next one, and takes those that would have come; None: one token at a time. It
+                changes how fast tokens come and no bit of them.
             prefix_store: where prefixes are kept beyond this engine's life; needs prefix_caching,
                 and a KV cache in host memory.
         """
+        check_speculation(speculation)
         self.model, self.kv_cache, self.tokenizer = model, kv_cache, tokenizer
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
         self.scheduler = Scheduler(
@@ -117,6 +123,7 @@ class Engine:
             self.scheduler,
             self.table,
             has_dynamic_rope=self.admission.has_dynamic_rope,
+            speculation=Speculation(model.config, self.scheduler.cost) if speculation else None,
         )
         self.owner = Owner(self.steps.recover)
         self._discarded: deque[str] = deque()  # requests to end before anything else

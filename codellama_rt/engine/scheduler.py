@@ -14,8 +14,9 @@ So do sequences of less priority than one that waits and would then fit.
 """
 
 import math
+from array import array
 from bisect import insort
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol
@@ -93,6 +94,8 @@ class Budget:
 
 
 _NOTHING = Budget(0, 0.0)
+# Of the sequences that decode, and at most so many tokens in all: those of each, maybe none.
+Propose = Callable[[list[Sequence], int], list[array]]
 
 
 class Scheduler:
@@ -138,6 +141,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # have blocks; both lists are in order
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
+        self.propose: Propose | None = None  # tokens for decodes to compute besides
         self.prefix_reader: PrefixReader | None = None
 
     def backlog_seconds(self) -> float | None:
@@ -206,10 +210,14 @@ class Scheduler:
         self._make_room_for_first()
         num_preemptions = self.num_preemptions
         self._schedule_decodes(chunks)
+        has_others = len(chunks) < len(self.running) + len(self.waiting)
+        num_tokens = len(chunks)
+        if self.propose is not None and chunks:
+            num_tokens += self._add_drafts(chunks, has_others)
         # A sequence admitted after a preemption would take back what was just freed.
         may_admit = self.num_preemptions == num_preemptions
-        if len(chunks) < len(self.running) + len(self.waiting):
-            budget = Budget(self.max_num_batched_tokens - len(chunks))
+        if has_others:
+            budget = Budget(self.max_num_batched_tokens - num_tokens)
             if self.cost is not None:
                 budget.seconds, budget.cost = self.prompt_seconds(chunks), self.cost
             self._schedule_prompts(chunks, budget, may_admit)
@@ -257,6 +265,24 @@ class Scheduler:
                 if victim is sequence:
                     return
             chunks.append(Chunk(sequence, start, start + 1, 1))
+
+    def _add_drafts(self, chunks: list[Chunk], has_others: bool) -> int:
+        """Add proposed tokens to decodes, as far as there is room; return how many.
+
+        They take no block that a running sequence may need next, and leave half of the tokens to
+        prompts.
+        """
+        most = (self.max_num_batched_tokens - len(chunks)) // (2 if has_others else 1)
+        added = 0
+        for chunk, draft in zip(
+            chunks, self.propose([c.sequence for c in chunks], most), strict=True
+        ):
+            if not draft or self.blocks.num_free <= len(self.running):
+                continue
+            if self.blocks.grow(chunk.sequence, 1 + len(draft)):
+                chunk.propose(draft)
+                added += len(draft)
+        return added
 
     def _make_room_for_first(self) -> None:
         """Preempt sequences of less priority than the first that waits, if it then can run."""

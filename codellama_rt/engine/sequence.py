@@ -123,14 +123,28 @@ class Chunk:
         start: position of the first.
         stop: position after the last.
         num_logits: how many of the last tokens need logits: 0 in the middle of a prompt.
+        draft: the last of these tokens, if they are only proposed, and not the sequence's yet.
     """
 
     sequence: Sequence
     start: int
     stop: int
     num_logits: int
+    draft: array | tuple[()] = ()
 
     @property
     def samples(self) -> bool:
-        """Whether the last row of the logits is used to sample a token."""
-        return self.stop == len(self.sequence.token_ids)
+        """Whether the logits after the sequence's last token are used to sample a token."""
+        return self.stop - len(self.draft) == len(self.sequence.token_ids)
+
+    def propose(self, draft: array) -> None:
+        """Compute tokens as well that may follow the sequence's last one."""
+        self.draft = draft
+        self.stop += len(draft)
+        self.num_logits += len(draft)
+
+    def drop_draft(self) -> None:
+        """Compute the sequence's own tokens alone."""
+        self.stop -= len(self.draft)
+        self.num_logits -= len(self.draft)
+        self.draft = ()

@@ -24,6 +24,7 @@ from codellama_rt.engine.sampling_params import (
     SamplingParams,
     checked_processors,
 )
+from codellama_rt.engine.speculation import check_speculation
 from codellama_rt.llm.arguments import (
     Prompt,
     as_prompts,
@@ -83,6 +84,7 @@ class LLM:
         progress: Callable[[int, int, str], None] | None = None,
         max_step_seconds: float | None = 1.0,
         logits_processors: Sequence[LogitsProcessor] = (),
+        speculation: str | None = None,
     ) -> None:
         """Open a checkpoint; weights are mapped, not copied, but for GGUF's and what is asked for.
 
@@ -131,6 +133,9 @@ class LLM:
             max_step_seconds: how long a step with prompts may take while others wait, as for
                 `Engine`; None: `max_num_batched_tokens` alone bounds it.
             logits_processors: as those of `SamplingParams`, for every request, before its own.
+            speculation: "suffix" computes tokens that followed the same text before together with
+                the next one, and takes those that would have come (docs/speculation.md): the same
+                tokens, sooner, where an output copies. None: one token at a time.
 
         Raises:
             CheckpointError: the checkpoint cannot be used.
@@ -153,6 +158,7 @@ class LLM:
             prefix_cache_dir, prefix_cache_bytes, device=device, prefix_caching=prefix_caching
         )
         checked_processors(logits_processors)
+        check_speculation(speculation)
         if num_threads is not None:
             ops.set_num_threads(num_threads)
         opened = resolve(model)
@@ -220,6 +226,7 @@ class LLM:
             max_step_seconds=max_step_seconds,
             check_files=checkpoint.files.check,
             logits_processors=logits_processors,
+            speculation=speculation,
             prefix_store=self._prefix_files.open_store(prefix_cache_dir, prefix_cache_bytes),
         )
         self.jobs = Jobs(self.engine)
