@@ -15,13 +15,23 @@ namespace CLRT_ISA {
 namespace {
 
 constexpr int kChunk = 64, kQuads = kTile / 4;
+constexpr int kByteRows = 8;  // of a block: their two parts fill the lanes of a register
 
-// `words` (dim int16) as dim high bytes, then dim low ones.
-inline void split_query(const float* words, int64_t dim, int8_t* bytes) {
+// Rows that queries have room for.
+constexpr int64_t padded_rows(int64_t rows) {
+  return rows == 1 ? 1 : ceil_div(rows, kByteRows) * kByteRows;
+}
+
+// Row `row` of num_rows, `words` (dim int16), in bytes. A single row: dim high bytes, then dim low
+// ones. Others: block by block, quad by quad of elements, row by row high and low bytes.
+inline void split_query(const float* words, int64_t dim, int64_t row, int64_t num_rows,
+                        int8_t* bytes) {
   const int16_t* from = reinterpret_cast<const int16_t*>(words);
+  if (num_rows > 1) bytes += row / kByteRows * kByteRows * 2 * dim + row % kByteRows * 8;
   for (int64_t d = 0; d < dim; ++d) {
-    bytes[d] = int8_t((from[d] + 128) >> 8);
-    bytes[dim + d] = int8_t(from[d]);  // less 256 times the other: in [-128, 127]
+    const int64_t high = num_rows == 1 ? d : d / 4 * kChunk + d % 4;
+    bytes[high] = int8_t((from[d] + 128) >> 8);
+    bytes[high + (num_rows == 1 ? dim : 4)] = int8_t(from[d]);  // in [-128, 127]
   }
 }
 
@@ -80,6 +90,30 @@ inline void ask(const void* group, int64_t group_bytes, int part, int parts) {
   }
 }
 
+// The next tile's group `group` of keys and of values, a line of each at a step: dim / 4 steps, and
+// what is left, scales, at once.
+struct Ahead {
+  template <typename T>
+  Ahead(const Tile<T>& next, int group, int64_t dim) {
+    if (group < 0) return;
+    const auto begin = [&](const T* rows, int64_t bytes, int which) {
+      at[which] = reinterpret_cast<const char*>(rows);
+      end[which] = at[which] + bytes;
+      for (int64_t i = dim / 4 * 64; i < bytes; i += 64) __builtin_prefetch(at[which] + i, 0, 2);
+    };
+    begin(next.keys[group], next.key_bytes, 0);
+    begin(next.values[group], next.value_bytes, 1);
+  }
+  void step() {
+    for (int i = 0; i < 2; ++i) {
+      if (at[i] >= end[i]) continue;
+      __builtin_prefetch(at[i], 0, 2);
+      at[i] += 64;
+    }
+  }
+  const char *at[2] = {}, *end[2] = {};
+};
+
 // ---- keys ------------------------------------------------------------------------------------
 
 template <bool kWhole>
@@ -97,29 +131,6 @@ inline __m512i key_chunk(const Qk<Nibbles>::Row& row, int64_t chunk, int64_t hea
   std::memcpy(&high, (chunk % 2 ? row.odd : row.even) + at / 8,
               kWhole || left >= kChunk ? 8 : left / 8);
   return _mm512_mask_add_epi8(low, high, low, _mm512_set1_epi8(16));
-}
-
-// 16 rows of 16 quads of bytes as 16 quads of 16 rows.
-inline void turn_quads(Vec (&rows)[kLanes], uint8_t* to) {
-  transpose(rows);
-  for (int i = 0; i < kLanes; ++i) _mm512_storeu_si512(to + i * kChunk, to_bits(rows[i]));
-}
-
-// Of each group of 16 keys, quad by quad of elements. `next` is the tile to ask memory for.
-template <typename T, bool kWhole>
-inline void turn_keys(const Tile<T>& tile, const Tile<T>& next, int64_t head_dim, int64_t chunks,
-                      uint8_t* to) {
-  for (int group = 0; group < kGroups; ++group) {
-    for (int64_t c = 0; c < chunks; ++c, to += kGroup * kChunk) {
-      ask(next.keys[group], tile.key_bytes, c, chunks);
-      Vec rows[kLanes];
-      each<kLanes>([&](auto i) {
-        const auto row = Qk<T>::key_row(tile.keys[group], i, tile.row_stride);
-        rows[i] = from_bits(key_chunk<kWhole>(row, c, head_dim));
-      });
-      turn_quads(rows, to);
-    }
-  }
 }
 
 // ---- values ----------------------------------------------------------------------------------
@@ -152,23 +163,20 @@ inline __m512i value_part(__m512i bytes, int part) {
   return _mm512_and_si512(part ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
 }
 
-// Quad by quad of keys, chunk by chunk.
-template <typename T, bool kWhole>
-inline void turn_values(const Tile<T>& tile, const Tile<T>& next, int64_t head_dim, int64_t chunks,
-                        uint8_t* to) {
-  for (int quad = 0; quad < kQuads; ++quad) {
-    ask(next.values[quad % 4], tile.value_bytes, quad / 4, 4);
-    for (int64_t c = 0; c < chunks; c += kParts<T>) {
-      const int64_t at = c / kParts<T> * kChunk;
-      __m512i columns[4];
-      interleave_rows<kWhole>(value_rows(tile, quad) + at, tile.row_stride,
-                              head_dim / kParts<T> - at, columns);
-      each<4 * kParts<T>>([&](auto i) {
-        _mm512_storeu_si512(to, value_part<T>(columns[i % 4], i / 4));
-        to += kChunk;
-      });
-    }
+// sums = 256 * high + low.
+inline __attribute__((always_inline)) __m512i join_parts(__m512i high, __m512i low) {
+  return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+}
+
+// 16 columns of a row's sums into its state. weight_sum: of the weights, over an int4 cache.
+template <typename T>
+inline __attribute__((always_inline)) void add_sums(__m512i sums, int32_t weight_sum, float keep,
+                                                    float take, float* out) {
+  if (std::is_same_v<T, Nibbles>) {  // values of 0 to 15 were summed
+    sums = _mm512_sub_epi32(sums, _mm512_set1_epi32(int(kValueZeroPoint) * weight_sum));
   }
+  const Vec tile = int32_to_float(from_bits(sums)) * splat(take);
+  store(out, fma(load(out), splat(keep), tile));
 }
 
 // ---- softmax -----------------------------------------------------------------------------------
