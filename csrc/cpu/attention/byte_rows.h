@@ -90,7 +90,9 @@ inline __attribute__((noinline, flatten)) void dot_group(const uint8_t* keys, co
     for (int at = 0; at < kChunk; at += 4, queries += kChunk) {
       const __m512i quad = _mm512_loadu_si512(queries);
       ahead.step();
-      each<kGroup>([&](auto i) { dot(sums[i], spread_quad(keys + i * kChunk + at), quad); });
+      each<kGroup>([&](auto i) __attribute__((always_inline)) {
+        dot(sums[i], spread_quad(keys + i * kChunk + at), quad);
+      });
     }
   }
   each<kGroupPairs>([&](auto j) {
@@ -128,19 +130,19 @@ inline __m512i pack_quad(__m512i first, __m512i second) {
 }
 
 // Pairs of lanes of 8 vectors: row r of the result has pair r of each.
-inline void transpose_pairs(Vec (&rows)[8]) {
+inline __attribute__((always_inline)) void transpose_pairs(Vec (&rows)[8]) {
   __m512d a[8], b[8];
-  each<4>([&](auto i) {
+  each<4>([&](auto i) __attribute__((always_inline)) {
     const __m512d x = _mm512_castps_pd(rows[2 * i].v), y = _mm512_castps_pd(rows[2 * i + 1].v);
     a[i] = _mm512_unpacklo_pd(x, y);      // pairs 0, 2, 4, 6 of both
     a[4 + i] = _mm512_unpackhi_pd(x, y);  // pairs 1, 3, 5, 7
   });
-  each<4>([&](auto i) {
+  each<4>([&](auto i) __attribute__((always_inline)) {
     constexpr int k = i / 2 * 4 + i % 2 * 2;
     b[i * 2] = _mm512_shuffle_f64x2(a[k], a[k + 1], 0x88);
     b[i * 2 + 1] = _mm512_shuffle_f64x2(a[k], a[k + 1], 0xdd);
   });
-  each<2>([&](auto i) {  // even rows, odd rows
+  each<2>([&](auto i) __attribute__((always_inline)) {  // even rows, odd rows
     const __m512d even = b[4 * i], odd = b[4 * i + 1], even2 = b[4 * i + 2], odd2 = b[4 * i + 3];
     rows[i].v = _mm512_castpd_ps(_mm512_shuffle_f64x2(even, even2, 0x88));
     rows[4 + i].v = _mm512_castpd_ps(_mm512_shuffle_f64x2(even, even2, 0xdd));
@@ -229,12 +231,12 @@ __attribute__((noinline)) void weigh_rows(const Scales<T>& scales, const ValueSc
   store(weights.factors[0], select_even(factors, factors * values.largest));
   Vec sums[kGroupPairs], zero_points[kGroupPairs];
   __m512i total = _mm512_setzero_si512();
-  each<kGroup / 4>([&](auto quad) {
+  each<kGroup / 4>([&](auto quad) __attribute__((always_inline)) {
     __m512i rounded[kGroups][2];
-    each<2>([&](auto half) {
+    each<2>([&](auto half) __attribute__((always_inline)) {
       constexpr int j = 2 * quad + half;
       Vec x[kGroups];
-      each<kGroups>([&](auto g) {
+      each<kGroups>([&](auto g) __attribute__((always_inline)) {
         constexpr int key = g * kGroup + 2 * j;
         x[g] = exp2_nonpositive(load(scores[key / 2]) - top);
         rounded[g][half] = to_bits(float_to_int32(x[g] * values(key)));
@@ -242,14 +244,16 @@ __attribute__((noinline)) void weigh_rows(const Scales<T>& scales, const ValueSc
       });
       sums[j] = ((x[0] + x[1]) + (x[2] + x[3])) * mine;
       if constexpr (kZeroPoints) {
-        each<kGroups>([&](auto g) {
+        each<kGroups>([&](auto g) __attribute__((always_inline)) {
           constexpr int key = g * kGroup + 2 * j;
-          x[g] = values.select(key, x[g] * spread_pair(scales.value_minima(key)));
+          // Held, for it to be rounded as in `weigh`: not one instruction with the sum below.
+          const Vec zero_point = hold(x[g] * spread_pair(scales.value_minima(key)));
+          x[g] = values.select(key, zero_point);
         });
         zero_points[j] = ((x[0] + x[1]) + (x[2] + x[3])) * mine;
       }
     });
-    each<kGroups>([&](auto g) {
+    each<kGroups>([&](auto g) __attribute__((always_inline)) {
       _mm512_store_si512(weights.quads[g * kGroup / 4 + quad], pack_quad(rounded[g][0], rounded[g][1]));
     });
   });

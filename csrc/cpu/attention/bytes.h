@@ -254,7 +254,7 @@ __attribute__((noinline)) void weigh(const Scales<T>& scales, const ValueScales&
     for (__m512i w : rounded) sum = _mm512_add_epi32(sum, w);
     weights.sum = _mm512_reduce_add_epi32(sum);
     for (int j = 0; j < kVecs; ++j) {
-      x[j] = scales.zero_point(j * kLanes, x[j]);
+      x[j] = hold(scales.zero_point(j * kLanes, x[j]));
       if (num_keys < kTile) x[j] = select_first(num_keys - j * kLanes, x[j], splat(0.0f));
     }
     add_up(x, state.zero_points());
