@@ -1,8 +1,8 @@
 // A block of 8 query rows against a tile of a quantised cache, by integer products alone (bytes.h).
 //
-// A register's 16 lanes are the two bytes of a query element of 8 rows: one dot multiplies a quad
-// of a key's bytes, spread over the lanes, by that quad of all of them. Keys are unpacked once for
-// all blocks but stay as they lie, and nothing is added across lanes. In the softmax lanes 2 r and
+// A register's 16 lanes are the two parts of 8 queries: a dot multiplies a quad of a key's bytes,
+// spread over the lanes, by that quad of all of them, and nothing is added across lanes. Keys are
+// unpacked once for all blocks but stay where they lie in their group. In the softmax lanes 2 r and
 // 2 r + 1 are row r with two neighbouring keys. Values are turned once for all blocks, so that
 // lanes are 16 columns.
 #pragma once
@@ -52,8 +52,8 @@ inline void turn_values(const Tile<T>& tile, int group, int64_t head_dim, int64_
     for (int64_t c = 0; c < chunks; c += kParts<T>) {
       const int64_t at = c / kParts<T> * kChunk;
       __m512i columns[4];
-      interleave_rows<kWhole>(tile.values[group] + 4 * quad * tile.row_stride + at,
-                              tile.row_stride, head_dim / kParts<T> - at, columns);
+      interleave_rows<kWhole>(tile.values[group] + 4 * quad * tile.row_stride + at, tile.row_stride,
+                              head_dim / kParts<T> - at, columns);
       each<4 * kParts<T>>([&](auto i) {
         _mm512_storeu_si512(to, value_part<T>(columns[i % 4], i / 4));
         to += kChunk;
@@ -79,24 +79,32 @@ struct QueryLanes {
   }
 };
 
-// The exact sums of a group's keys.
-inline __attribute__((noinline, flatten)) void dot_group(const uint8_t* keys, const int8_t* queries,
-                                                     int64_t dim, Ahead ahead,
-                                                     __m512i (&pairs)[kGroupPairs]) {
-  __m512i sums[kGroup];
-  each<kGroup>([&](auto i) { sums[i] = _mm512_setzero_si512(); });
+// The exact sums of a group's keys. Register: __m512i, or __m256i for the block's first 4 rows.
+template <typename Register>
+__attribute__((noinline, flatten)) void dot_group(const uint8_t* keys, const int8_t* queries,
+                                                  int64_t dim, Ahead ahead,
+                                                  __m512i (&pairs)[kGroupPairs]) {
+  Register sums[kGroup];
+  each<kGroup>([&](auto i) { sums[i] = Register{}; });
   for (int64_t d = 0; d < dim; d += kChunk, keys += kGroup * kChunk) {
 #pragma GCC unroll 1
     for (int at = 0; at < kChunk; at += 4, queries += kChunk) {
-      const __m512i quad = _mm512_loadu_si512(queries);
+      Register quad;
+      std::memcpy(&quad, queries, sizeof quad);
       ahead.step();
       each<kGroup>([&](auto i) __attribute__((always_inline)) {
-        dot(sums[i], spread_quad(keys + i * kChunk + at), quad);
+        dot(sums[i], spread_quad<Register>(keys + i * kChunk + at), quad);
       });
     }
   }
+  const auto floats = [](Register x) __attribute__((always_inline)) {
+    if constexpr (sizeof(Register) == 64)
+      return _mm512_castsi512_ps(x);
+    else
+      return _mm512_castps256_ps512(_mm256_castsi256_ps(x));
+  };
   each<kGroupPairs>([&](auto j) {
-    const __m512 a = from_bits(sums[2 * j]).v, b = from_bits(sums[2 * j + 1]).v;
+    const __m512 a = floats(sums[2 * j]), b = floats(sums[2 * j + 1]);
     const Vec high{_mm512_mask_moveldup_ps(a, 0xaaaa, b)};
     const Vec low{_mm512_mask_movehdup_ps(b, 0x5555, a)};
     pairs[j] = join_parts(to_bits(high), to_bits(low));
@@ -124,8 +132,8 @@ struct BlockWeights {
 
 // Low and high bytes of a quad of keys, from 16-bit weights of two pairs.
 inline __m512i pack_quad(__m512i first, __m512i second) {
-  const __m512i order = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(0, 4, 2, 6, 1, 5, 3, 7, 8, 12, 10, 14, 9, 13, 11, 15));
+  const __m512i order =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 2, 6, 1, 5, 3, 7, 8, 12, 10, 14, 9, 13, 11, 15));
   return _mm512_shuffle_epi8(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)), order);
 }
 
@@ -254,7 +262,8 @@ __attribute__((noinline)) void weigh_rows(const Scales<T>& scales, const ValueSc
       }
     });
     each<kGroups>([&](auto g) __attribute__((always_inline)) {
-      _mm512_store_si512(weights.quads[g * kGroup / 4 + quad], pack_quad(rounded[g][0], rounded[g][1]));
+      _mm512_store_si512(weights.quads[g * kGroup / 4 + quad],
+                         pack_quad(rounded[g][0], rounded[g][1]));
     });
   });
   if constexpr (kZeroPoints) {
@@ -280,8 +289,8 @@ __attribute__((noinline)) void weigh_rows(const Scales<T>& scales, const ValueSc
 
 template <typename T, int kRows>
 __attribute__((noinline, flatten)) void add_rows_values(const uint8_t* turned, int64_t dim,
-                                                     const BlockWeights& weights, int row,
-                                                     float* const* outs) {
+                                                        const BlockWeights& weights, int row,
+                                                        float* const* outs) {
   const uint8_t* low_quads = weights.quads[0][row][0];
   for (int64_t column = 0; column < dim; column += kChunk) {
     __m512i sums[kRows][4];
@@ -348,7 +357,8 @@ void attend_rows_bytes(const Block& block, int64_t key, const Tile<T>& tile, con
       Ahead ahead(next, prepared ? -1 : g, dim);
       if (!prepared) prepare(g);
       __m512i pairs[kGroupPairs];
-      dot_group(keys + g * kGroup * dim, query + row * 2 * dim, dim, ahead, pairs);
+      const auto multiply = part.end > kByteRows / 2 ? dot_group<__m512i> : dot_group<__m256i>;
+      multiply(keys + g * kGroup * dim, query + row * 2 * dim, dim, ahead, pairs);
       each<kGroupPairs>([&](auto j) {
         const int first_key = g * kGroup + 2 * j;
         Vec x = score_pair(scales, first_key, from_bits(_mm512_add_epi32(pairs[j], lanes.start)),

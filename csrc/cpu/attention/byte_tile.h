@@ -55,15 +55,17 @@ __attribute__((noinline, flatten)) void score_row_bytes(const Tile<T>& tile, con
   for (int g = 0; g * kGroup < num_keys; ++g) {
     const T* group = tile.keys[g];
     Vec lanes[4];
-    each<4>([&](auto i) {
+    each<4>([&](auto i) {  // in the order of memory, which hardware prefetches
       Vec keys[4];
       each<4>([&](auto q) {
         ask(next.keys[g], bytes, 4 * i + q, kGroup);
-        keys[q] = dot_key(group, 4 * q + i);
+        keys[q] = dot_key(group, 4 * i + q);
       });
       lanes[i] = sum_quads(keys, add_int32);
     });
-    store(scores + g * kGroup, sum_lanes(lanes[0], lanes[1], lanes[2], lanes[3], add_int32));
+    const Vec turned = sum_lanes(lanes[0], lanes[1], lanes[2], lanes[3], add_int32);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    store(scores + g * kGroup, Vec{_mm512_permutexvar_ps(order, turned.v)});
   }
 }
 
@@ -72,33 +74,36 @@ __attribute__((noinline, flatten)) void add_row_values(const Tile<T>& tile, cons
                                                        const ByteWeights& weights, int num_keys,
                                                        int64_t any_head_dim, float* out) {
   constexpr DType kType = std::is_same_v<T, int8_t> ? DType::kInt8 : DType::kInt4;
-  constexpr int kColumns = 4 * kParts<T>;
+  constexpr int kStretch = kHeadDim ? kHeadDim / kPacked<T> / kChunk : 1;  // chunks at a time
+  constexpr int kStretchColumns = 4 * kParts<T>, kColumns = kStretchColumns * kStretch;
   const int64_t head_dim = kHeadDim ? kHeadDim : any_head_dim, stride = head_dim / kPacked<T>;
   const int64_t bytes = cache_group_bytes(kType, head_dim, false);
-  for (int64_t at = 0; at < stride; at += kChunk, out += kColumns * kLanes) {
+  for (int64_t at = 0; at < stride; at += kStretch * kChunk, out += kColumns * kLanes) {
     __m512i high[kColumns], low[kColumns];
     each<kColumns>([&](auto j) { high[j] = low[j] = _mm512_setzero_si512(); });
     for (int g = 0; g * kGroup < num_keys; ++g) {
       const T* group = tile.values[g] + at;
       each<4>([&](auto i) {
-        ask(next.values[g], bytes, 4 * (at / kChunk) + i, 4 * ceil_div(stride, kChunk));
+        ask(next.values[g], bytes, 4 * (at / kChunk) + i, 4 * ceil_div(stride, kStretch * kChunk));
         const int quad = 4 * i + g;
         const __m512i high_quad = spread_quad(weights.high + quad * 4);
         const __m512i low_quad = spread_quad(weights.low + quad * 4);
-        __m512i columns[4];
-        interleave_rows<(kHeadDim > 0)>(group + 4 * i * stride, stride, stride - at, columns);
-        each<kColumns>([&](auto j) {
-          const __m512i values = value_part<T>(columns[j % 4], j / 4);
-          dot(high[j], high_quad, values);
-          dot(low[j], low_quad, values);
+        each<kStretch>([&](auto c) {
+          __m512i columns[4];
+          interleave_rows<(kHeadDim > 0)>(group + 4 * i * stride + c * kChunk, stride, stride - at,
+                                          columns);
+          each<kStretchColumns>([&](auto j) {
+            const __m512i values = value_part<T>(columns[j % 4], j / 4);
+            dot(high[c * kStretchColumns + j], high_quad, values);
+            dot(low[c * kStretchColumns + j], low_quad, values);
+          });
         });
       });
     }
-    each<kColumns>(
-        [&](auto j) {
-          add_sums<T>(join_parts(high[j], low[j]), weights.sum, weights.keep, weights.take,
-                      out + j * kLanes);
-        });
+    each<kColumns>([&](auto j) {
+      add_sums<T>(join_parts(high[j], low[j]), weights.sum, weights.keep, weights.take,
+                  out + j * kLanes);
+    });
   }
 }
 
@@ -119,8 +124,8 @@ void attend_row_bytes(const Tile<T>& tile, const Tile<T>& next, int num_keys, co
   attend(std::integral_constant<int, 0>());
 }
 
-// One tile for a block's rows, whose states begin at `states`. Many rows turn it into `keys` and
-// `values`, kTile * padded_dim bytes each.
+// One tile for a block's rows, whose states begin at `states`. More than one row unpack it to
+// `keys` and `values`, kTile * padded_dim bytes each.
 template <typename T>
 void attend_tile_bytes(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
                        const int8_t* query, const QueryScale* query_scales, uint8_t* keys,

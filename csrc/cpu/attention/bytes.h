@@ -4,8 +4,8 @@
 // A query is two signed bytes an element, q = 256 * high + low, and a weight of the softmax two
 // unsigned ones. Sums are those of the 16-bit numbers, exact in any order.
 //
-// One row multiplies keys as they lie and adds its lanes up; for many rows a tile is turned once,
-// so that the lanes are 16 keys (of values: 16 columns) and nothing is added across lanes.
+// One row multiplies keys and values as they lie (byte_tile.h), others go in blocks of 8
+// (byte_rows.h).
 #pragma once
 
 #include "cpu/attention/softmax.h"
@@ -64,12 +64,14 @@ inline __attribute__((always_inline)) void each(const Body& body) {
 }
 
 // sum += the products of four bytes in each lane; in place, as GCC 12 copies the intrinsic's sum.
-inline __attribute__((always_inline)) void dot(__m512i& sum, __m512i unsigned_bytes,
-                                               __m512i signed_bytes) {
+template <typename Register>
+inline __attribute__((always_inline)) void dot(Register& sum, Register unsigned_bytes,
+                                               Register signed_bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
 }
-inline __attribute__((always_inline)) __m512i spread_quad(const void* p) {
-  __m512i quad;
+template <typename Register = __m512i>
+inline __attribute__((always_inline)) Register spread_quad(const void* p) {
+  Register quad;
   asm("vpbroadcastd %1, %0" : "=v"(quad) : "m"(*static_cast<const int32_t*>(p)));
   return quad;
 }
