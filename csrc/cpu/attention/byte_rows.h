@@ -32,29 +32,38 @@ inline Vec select_even(Vec even, Vec odd) { return {_mm512_mask_mov_ps(even.v, 0
 
 // ---- what all blocks share -------------------------------------------------------------------
 
-// A group's keys as unsigned bytes: chunk by chunk of elements, key by key.
-template <typename T, bool kWhole>
-inline void unpack_keys(const Tile<T>& tile, int group, int64_t head_dim, int64_t chunks,
+// A group's keys as unsigned bytes: chunk by chunk of elements, key by key. kHeadDim: 128, for
+// strides and counts to be constants, or 0.
+template <typename T, int kHeadDim>
+inline void unpack_keys(const Tile<T>& tile, int group, int64_t any_head_dim, int64_t any_chunks,
                         uint8_t* to) {
+  const int64_t head_dim = kHeadDim ? kHeadDim : any_head_dim, stride = head_dim / kPacked<T>;
+  const int64_t chunks = kHeadDim ? kHeadDim / kChunk : any_chunks;
+#pragma GCC unroll 2
   for (int i = 0; i < kGroup; ++i) {
-    const auto row = Qk<T>::key_row(tile.keys[group], i, tile.row_stride);
+    const auto row = Qk<T>::key_row(tile.keys[group], i, stride);
+#pragma GCC unroll 2
     for (int64_t c = 0; c < chunks; ++c) {
-      _mm512_storeu_si512(to + (c * kGroup + i) * kChunk, key_chunk<kWhole>(row, c, head_dim));
+      _mm512_storeu_si512(to + (c * kGroup + i) * kChunk,
+                          key_chunk<(kHeadDim > 0)>(row, c, head_dim));
     }
   }
 }
 
 // A group's values, quad by quad of keys, chunk by chunk.
-template <typename T, bool kWhole>
-inline void turn_values(const Tile<T>& tile, int group, int64_t head_dim, int64_t chunks,
+template <typename T, int kHeadDim>
+inline void turn_values(const Tile<T>& tile, int group, int64_t any_head_dim, int64_t any_chunks,
                         uint8_t* to) {
+  const int64_t head_dim = kHeadDim ? kHeadDim : any_head_dim, stride = head_dim / kPacked<T>;
+  const int64_t chunks = kHeadDim ? kHeadDim / kChunk : any_chunks;
   for (int quad = 0; quad < kGroup / 4; ++quad) {
+#pragma GCC unroll 2
     for (int64_t c = 0; c < chunks; c += kParts<T>) {
       const int64_t at = c / kParts<T> * kChunk;
       __m512i columns[4];
-      interleave_rows<kWhole>(tile.values[group] + 4 * quad * tile.row_stride + at, tile.row_stride,
-                              head_dim / kParts<T> - at, columns);
-      each<4 * kParts<T>>([&](auto i) {
+      interleave_rows<(kHeadDim > 0)>(tile.values[group] + 4 * quad * stride + at, stride,
+                                      stride - at, columns);
+      each<4 * kParts<T>>([&](auto i) __attribute__((always_inline)) {
         _mm512_storeu_si512(to, value_part<T>(columns[i % 4], i / 4));
         to += kChunk;
       });
@@ -334,12 +343,16 @@ void attend_rows_bytes(const Block& block, int64_t key, const Tile<T>& tile, con
   const Scales<T> scales(tile);
   const ValueScales all(scales, visible(rows - 1));
   const auto prepare = [&](int group) {
-    const auto unpack = [&](auto whole) {
-      constexpr bool kWhole = decltype(whole)::value;
-      unpack_keys<T, kWhole>(tile, group, head_dim, chunks, keys + group * kGroup * dim);
-      turn_values<T, kWhole>(tile, group, head_dim, chunks, values + group * kGroup * dim);
+    const auto unpack = [&](auto known) {
+      constexpr int kHeadDim = decltype(known)::value;
+      unpack_keys<T, kHeadDim>(tile, group, head_dim, chunks, keys + group * kGroup * dim);
+      turn_values<T, kHeadDim>(tile, group, head_dim, chunks, values + group * kGroup * dim);
     };
-    head_dim == dim ? unpack(std::true_type()) : unpack(std::false_type());
+    if (head_dim == 128) {
+      unpack(std::integral_constant<int, 128>());
+    } else {
+      unpack(std::integral_constant<int, 0>());
+    }
   };
   int64_t first = 0;
   while (visible(first) == 0) ++first;
