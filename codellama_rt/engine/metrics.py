@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -21,12 +21,15 @@ class RequestMetrics(NamedTuple):
         queue_seconds: until its first tokens were computed.
         prefill_seconds: from then on until the first output token of its first sample.
         first_token_seconds: from arrival to that token; None before it.
-        token_seconds: from the sample's token before to this one; None for the first, or none.
+        token_seconds: from the sample's token before to this one, or to these, if a step gave
+            several; None for the first, or none.
         total_seconds: from arrival to this output.
         prompt_tokens: of the request.
         cached_tokens: of these, how many the prefix cache had.
         output_tokens: of this sample so far.
         steps: in which tokens of this sample were computed.
+        draft_tokens: that speculation has proposed for the request so far, for all its samples.
+        accepted_tokens: of these, how many came besides the one token that each step gives.
     """
 
     arrival: float
@@ -39,16 +42,21 @@ class RequestMetrics(NamedTuple):
     cached_tokens: int
     output_tokens: int
     steps: int
+    draft_tokens: int
+    accepted_tokens: int
 
 
 @dataclass(slots=True)
 class RequestClock:
-    """When things happened to one request; plain facts, set once each."""
+    """When things happened to one request, and what was proposed for it; plain facts."""
 
     arrival: float
+    prompt_tokens: int = 0
     first_step: float | None = None
     first_token: float | None = None
     cached_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     def note(self, start: int, started: float, now: float, *, has_token: bool) -> None:
         """Note a step from `started` to `now`, whose tokens of this request began at `start`."""
@@ -57,13 +65,16 @@ class RequestClock:
         if has_token and self.first_token is None:
             self.first_token = now
 
-    def metrics(self, now: float, last_token: float | None, **counts: int) -> RequestMetrics:
+    def metrics(
+        self, now: float, last_token: float | None, output_tokens: int, steps: int
+    ) -> RequestMetrics:
         """Return the times as of `now`.
 
         Args:
             now: when the output is made.
             last_token: when the sample had its token before; None: there is none, or none now.
-            counts: prompt_tokens, output_tokens and steps.
+            output_tokens: of the sample.
+            steps: of the sample.
         """
         started = now if self.first_step is None else self.first_step
         prefilled = now if self.first_token is None else self.first_token
@@ -74,9 +85,17 @@ class RequestClock:
             None if self.first_token is None else self.first_token - self.arrival,
             None if last_token is None else now - last_token,
             now - self.arrival,
-            cached_tokens=self.cached_tokens,
-            **counts,
+            self.prompt_tokens,
+            self.cached_tokens,
+            output_tokens,
+            steps,
+            self.draft_tokens,
+            self.accepted_tokens,
         )
+
+
+# A clock, and the arguments of its `metrics`: one per token, so a plain tuple.
+Measured = tuple[RequestClock, float, float | None, int, int]
 
 
 class Output(Protocol):
@@ -108,10 +127,10 @@ class Histogram:
         self._counts = [0] * (len(self._bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value, once or several times."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += times * value
 
     def snapshot(self) -> dict[str, object]:
         """Return pairs (bound, values up to it), the number of all values, and their sum."""
@@ -136,15 +155,18 @@ class EngineMetrics:
     output_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
     finish_reasons: Counter[str] = field(default_factory=Counter)
 
-    def count(self, outputs: Iterable[Output]) -> None:
-        """Count outputs that have their metrics."""
+    def count_tokens(self, now: float, last_tokens: Collection[float | None]) -> None:
+        """Count tokens chosen at `now`, by when their samples had the tokens before."""
+        for before, times in Counter(last_tokens).items():
+            if before is not None:
+                self.inter_token_seconds.observe(now - before, times)
+
+    def count_finished(self, outputs: Iterable[Output]) -> None:
+        """Count those outputs that are their samples' last ones."""
         for output in outputs:
-            times = output.metrics
-            if times.token_seconds is not None:
-                self.inter_token_seconds.observe(times.token_seconds)
             if output.finished:
                 self.finish_reasons[output.finish_reason] += 1
-                self._count_finished(times)
+                self._count_finished(output.metrics)
 
     def _count_finished(self, times: RequestMetrics) -> None:
         self.total_seconds.observe(times.total_seconds)
