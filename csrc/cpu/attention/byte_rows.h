@@ -107,10 +107,11 @@ __attribute__((noinline, flatten)) void dot_group(const uint8_t* keys, const int
     }
   }
   const auto floats = [](Register x) __attribute__((always_inline)) {
-    if constexpr (sizeof(Register) == 64)
+    if constexpr (sizeof(Register) == 64) {
       return _mm512_castsi512_ps(x);
-    else
+    } else {
       return _mm512_castps256_ps512(_mm256_castsi256_ps(x));
+    }
   };
   each<kGroupPairs>([&](auto j) {
     const __m512 a = floats(sums[2 * j]), b = floats(sums[2 * j + 1]);
@@ -367,8 +368,11 @@ void attend_rows_bytes(const Block& block, int64_t key, const Tile<T>& tile, con
     BlockWeights weights;
     Vec greatest = splat(-3.4e38f);  // finite, so that weights below it are 0
     for (int g = 0; g < kGroups; ++g) {
-      Ahead ahead(next, prepared ? -1 : g, dim);
-      if (!prepared) prepare(g);
+      Ahead ahead;
+      if (!prepared) {
+        prepare(g);
+        ahead = Ahead(next, g, head_dim, dim / 4);
+      }
       __m512i pairs[kGroupPairs];
       const auto multiply = part.end > kByteRows / 2 ? dot_group<__m512i> : dot_group<__m256i>;
       multiply(keys + g * kGroup * dim, query + row * 2 * dim, dim, ahead, pairs);

@@ -21,10 +21,10 @@ template <typename T, int kHeadDim>
 __attribute__((noinline, flatten)) void score_row_bytes(const Tile<T>& tile, const Tile<T>& next,
                                                         const int8_t* query, int num_keys,
                                                         int64_t any_head_dim, float* scores) {
-  constexpr DType kType = std::is_same_v<T, int8_t> ? DType::kInt8 : DType::kInt4;
   constexpr int kKnown = kHeadDim / kChunk;
   const int64_t head_dim = kHeadDim ? kHeadDim : any_head_dim, stride = head_dim / kPacked<T>;
-  const int64_t dim = padded_dim(kType, head_dim), bytes = cache_group_bytes(kType, head_dim, true);
+  const int64_t dim = padded_dim(kCacheType<T>, head_dim);
+  const int64_t bytes = cache_group_bytes(kCacheType<T>, head_dim, true);
   __m512i high[kKnown + 1], low[kKnown + 1];
   each<kKnown>([&](auto c) {
     high[c] = _mm512_loadu_si512(query + c * kChunk);
@@ -73,11 +73,10 @@ template <typename T, int kHeadDim>
 __attribute__((noinline, flatten)) void add_row_values(const Tile<T>& tile, const Tile<T>& next,
                                                        const ByteWeights& weights, int num_keys,
                                                        int64_t any_head_dim, float* out) {
-  constexpr DType kType = std::is_same_v<T, int8_t> ? DType::kInt8 : DType::kInt4;
   constexpr int kStretch = kHeadDim ? kHeadDim / kPacked<T> / kChunk : 1;  // chunks at a time
   constexpr int kStretchColumns = 4 * kParts<T>, kColumns = kStretchColumns * kStretch;
   const int64_t head_dim = kHeadDim ? kHeadDim : any_head_dim, stride = head_dim / kPacked<T>;
-  const int64_t bytes = cache_group_bytes(kType, head_dim, false);
+  const int64_t bytes = cache_group_bytes(kCacheType<T>, head_dim, false);
   for (int64_t at = 0; at < stride; at += kStretch * kChunk, out += kColumns * kLanes) {
     __m512i high[kColumns], low[kColumns];
     each<kColumns>([&](auto j) { high[j] = low[j] = _mm512_setzero_si512(); });

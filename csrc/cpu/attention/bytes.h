@@ -54,6 +54,9 @@ inline void order_columns(float* row, int64_t dim, int parts) {
 template <typename T>
 constexpr int kParts = std::is_same_v<T, Nibbles> ? 2 : 1;
 
+template <typename T>
+constexpr DType kCacheType = std::is_same_v<T, int8_t> ? DType::kInt8 : DType::kInt4;
+
 // body(0) ... body(n - 1), each as a constant: GCC 12 leaves arrays that a loop walks in memory.
 template <int kCount, int kFirst = 0, typename Body>
 inline __attribute__((always_inline)) void each(const Body& body) {
@@ -92,28 +95,34 @@ inline void ask(const void* group, int64_t group_bytes, int part, int parts) {
   }
 }
 
-// The next tile's group `group` of keys and of values, a line of each at a step: dim / 4 steps, and
-// what is left, scales, at once.
-struct Ahead {
+// A group of the next tile, its keys and its values, asked for line by line in so many steps.
+class Ahead {
+ public:
+  Ahead() = default;
   template <typename T>
-  Ahead(const Tile<T>& next, int group, int64_t dim) {
-    if (group < 0) return;
-    const auto begin = [&](const T* rows, int64_t bytes, int which) {
-      at[which] = reinterpret_cast<const char*>(rows);
-      end[which] = at[which] + bytes;
-      for (int64_t i = dim / 4 * 64; i < bytes; i += 64) __builtin_prefetch(at[which] + i, 0, 2);
-    };
-    begin(next.keys[group], next.key_bytes, 0);
-    begin(next.values[group], next.value_bytes, 1);
-  }
+  Ahead(const Tile<T>& next, int group, int64_t head_dim, int64_t steps)
+      : keys_(next.keys[group], cache_group_bytes(kCacheType<T>, head_dim, true), steps),
+        values_(next.values[group], cache_group_bytes(kCacheType<T>, head_dim, false), steps) {}
   void step() {
-    for (int i = 0; i < 2; ++i) {
-      if (at[i] >= end[i]) continue;
-      __builtin_prefetch(at[i], 0, 2);
-      at[i] += 64;
-    }
+    keys_.ask();
+    values_.ask();
   }
-  const char *at[2] = {}, *end[2] = {};
+
+ private:
+  struct Stretch {
+    const char *at = nullptr, *end = nullptr;
+    Stretch() = default;
+    Stretch(const void* begin, int64_t bytes, int64_t steps)
+        : at(static_cast<const char*>(begin)), end(at + bytes) {
+      while (end - at > 64 * steps) ask();
+    }
+    void ask() {
+      if (at >= end) return;
+      __builtin_prefetch(at, 0, 2);
+      at += 64;
+    }
+  };
+  Stretch keys_, values_;
 };
 
 // ---- keys ------------------------------------------------------------------------------------
