@@ -10,7 +10,7 @@ from time import perf_counter
 from codellama_rt.cli.options import ModelOptions
 from codellama_rt.cli.progress import ProgressBar
 from codellama_rt.engine.completion import Completion
-from codellama_rt.engine.request import Output
+from codellama_rt.engine.output import Output
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.llm import LLM
 from codellama_rt.llm.memory_plan import weight_bytes

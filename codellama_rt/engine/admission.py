@@ -11,7 +11,9 @@ from collections.abc import Callable, Collection, Mapping
 from numbers import Real
 
 from codellama_rt.engine.grammar import Grammars
-from codellama_rt.engine.request import Output, Request, check_params, checked_prompt
+from codellama_rt.engine.output import Output
+from codellama_rt.engine.request import Request
+from codellama_rt.engine.request_checks import check_params, checked_prompt
 from codellama_rt.engine.sampling_params import (
     LogitsProcessor,
     SamplingParams,

@@ -37,15 +37,15 @@ def build_batch(chunks: Collection[Chunk], block_size: int, *, rope_lengths: boo
     counts.cumsum(out=cu_seqlens_q[1:])
     rows = np.arange(num_seqs).repeat(counts)  # (num_tokens,) -> its chunk
     positions = np.arange(len(rows), dtype=np.int32) + (starts - cu_seqlens_q[:-1])[rows]
-    block_tables = _block_tables(chunks)
+    tables = block_tables(chunks)
     block_index, offset = np.divmod(positions, np.int32(block_size))
     return Batch(
         token_ids=_token_ids(chunks),
         positions=positions,
         cu_seqlens_q=cu_seqlens_q,
         seq_lens=seq_lens,
-        block_tables=block_tables,
-        slot_mapping=block_tables[rows, block_index] * np.int32(block_size) + offset,
+        block_tables=tables,
+        slot_mapping=tables[rows, block_index] * np.int32(block_size) + offset,
         logit_rows=_logit_rows(chunks),
         rope_lengths=_rope_lengths(chunks, rows, positions) if rope_lengths else None,
         adapted=_adapted(chunks, rows),
@@ -57,17 +57,22 @@ def build_batch(chunks: Collection[Chunk], block_size: int, *, rope_lengths: boo
 def _token_ids(chunks: Collection[Chunk]) -> np.ndarray:
     token_ids = int32_list()
     for chunk in chunks:
-        token_ids.extend(chunk.sequence.token_ids[chunk.start : chunk.stop])
+        if chunk.stop == chunk.start + 1:
+            token_ids.append(chunk.sequence.token_ids[chunk.start])
+        else:
+            token_ids.extend(chunk.sequence.token_ids[chunk.start : chunk.stop])
     return np.frombuffer(token_ids, np.int32)
 
 
-def _block_tables(chunks: Collection[Chunk]) -> np.ndarray:
-    width = max(len(chunk.sequence.block_ids) for chunk in chunks)
+def block_tables(chunks: Collection[Chunk]) -> np.ndarray:
+    """Return the blocks of each chunk's sequence, (num_seqs, max_blocks) int32; padding is -1."""
+    tables = [chunk.sequence.block_ids for chunk in chunks]
+    width = max(map(len, tables))
     table = int32_list()
-    for chunk in chunks:
-        block_ids = chunk.sequence.block_ids
+    for block_ids in tables:
         table.extend(block_ids)
-        table.extend(_PADDING * (width - len(block_ids)))
+        if len(block_ids) < width:
+            table.extend(_PADDING * (width - len(block_ids)))
     return np.frombuffer(table, np.int32).reshape(len(chunks), width)
 
 
@@ -75,7 +80,10 @@ def _logit_rows(chunks: Collection[Chunk]) -> np.ndarray:
     rows, end = int32_list(), 0
     for chunk in chunks:
         end += chunk.stop - chunk.start
-        rows.extend(range(end - chunk.num_logits, end))
+        if chunk.num_logits == 1:
+            rows.append(end - 1)
+        else:
+            rows.extend(range(end - chunk.num_logits, end))
     return np.frombuffer(rows, np.int32)
 
 

@@ -15,7 +15,7 @@ from threading import get_ident
 import numpy as np
 
 from codellama_rt.engine.engine import Engine
-from codellama_rt.engine.request import checked_prompt
+from codellama_rt.engine.request_checks import checked_prompt
 from codellama_rt.engine.scheduler import Scheduler
 from codellama_rt.engine.sequence import Sequence
 from codellama_rt.model.lora import LoraAdapter
@@ -49,7 +49,7 @@ class Branches:
         with engine.owner:
             engine.check_open()
             self._age = next(_ages)
-            engine.searches.add(self)
+            engine.steps.searches.add(self)
 
     @property
     def is_computing(self) -> bool:
@@ -146,7 +146,7 @@ class Branches:
         with self._engine.owner:
             for branch in list(self.live):
                 self._drop(branch)
-            self._engine.searches.discard(self)
+            self._engine.steps.searches.discard(self)
 
     def _known(self, branch: Branch) -> np.ndarray:
         logits = self.live[branch]
@@ -161,22 +161,21 @@ class Branches:
         del self.live[branch]
 
     def _step(self) -> None:
-        self._engine.copy_blocks()
+        self._engine.steps.copy_blocks()
         chunks = self._scheduler.schedule()
         if not chunks:
             self._make_room()
             return
-        self._engine.copy_blocks()
-        for chunk, logits in zip(chunks, self._engine.compute(chunks), strict=True):
+        self._engine.steps.copy_blocks()
+        for chunk, logits in zip(chunks, self._engine.steps.compute(chunks), strict=True):
             branch, is_computed = chunk.sequence, chunk.samples
-            first_logit, last = max(branch.first_logit, chunk.stop), logits[-1:]
+            last = logits[-1:]
             # No call stands between these lines, so that no exception can.
             if is_computed:
                 self.live[branch] = last[0]
             branch.num_computed = chunk.stop
-            branch.first_logit = first_logit
 
-            self._scheduler.blocks.index_full_blocks(branch)
+            self._scheduler.blocks.index_blocks(branch)
             if is_computed:
                 self._scheduler.running.remove(branch)
 
@@ -192,7 +191,7 @@ class Branches:
         if requests.running:
             requests.preempt(requests.running[-1])
             return
-        others = sorted(self._engine.searches, key=lambda search: -search._age)
+        others = sorted(self._engine.steps.searches, key=lambda search: -search._age)
         others.remove(self)
         if any(search.give_way(everything=search._age > self._age) for search in others):
             return

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from codellama_rt.engine.request import Output
+from codellama_rt.engine.output import Output
 
 
 @dataclass

@@ -3,89 +3,35 @@
 A request's output is a function of its tokens, its parameters and its seed; other requests, the
 order of calls and the threads they come from do not change it.
 
-Each method has the engine to itself (`Owner`), and whatever is raised in it, nothing is lost: what
-is known of a request are its tokens, which of them are in the cache, and its outputs. They change
-together, by plain assignments; everything else is computed anew from them (`_recover`).
+Each method has the engine to itself (`Owner`), and whatever is raised in it, nothing is lost.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
-from weakref import WeakSet
+from typing import Any
 
 import numpy as np
 
 from codellama_rt.engine.admission import Admission, checked_seconds, checked_tokens
-from codellama_rt.engine.batching import build_batch
 from codellama_rt.engine.block_manager import BlockManager
-from codellama_rt.engine.metrics import EngineMetrics, StepRecord
+from codellama_rt.engine.metrics import StepRecord
+from codellama_rt.engine.output import Output
 from codellama_rt.engine.owner import Owner
-from codellama_rt.engine.request import Output, Request, Sample
-from codellama_rt.engine.sampler import Choice, choose
-from codellama_rt.engine.sampling_params import (
-    LogitsProcessor,
-    SamplingParams,
-)
+from codellama_rt.engine.request import Request
+from codellama_rt.engine.request_table import RequestTable
+from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
 from codellama_rt.engine.scheduler import Scheduler
-from codellama_rt.engine.sequence import Chunk, Sequence
 from codellama_rt.engine.step_cost import StepCost
+from codellama_rt.engine.steps import Steps
 from codellama_rt.engine.stop_strings import Tokenizer
 from codellama_rt.errors import QueueFullError
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.interface import Decoder, KVCache
 from codellama_rt.model.lora import LoraAdapter
-
-logger = logging.getLogger(__name__)
-
-
-class Search(Protocol):
-    """What computes on the engine's blocks beside its requests: `Branches`.
-
-    Attributes:
-        live: the sequences that have or want blocks.
-        is_computing: whether some of them are to be computed.
-    """
-
-    live: Mapping[Sequence, Any]
-    is_computing: bool
-
-    def give_way(self) -> bool:
-        """Free some blocks that can be spared, and return whether there were any."""
-
-    def recover(self) -> None:
-        """Make good what an exception has left half done."""
-
-
-class _InFlight(NamedTuple):
-    """A sample that is taking its logits, and what it had before."""
-
-    sample: Sample
-    num_tokens: int
-    num_samples: int  # of its request
-
-
-class _Result(NamedTuple):
-    """What a step has for one of its chunks."""
-
-    logits: np.ndarray | Exception  # (num_logits, vocab_size) float32, or what the model raised
-    choice: Choice | Exception | None = None  # of the token after them; None: not chosen yet
-
-
-@dataclass(slots=True)
-class _Totals:
-    steps: int = 0
-    prompt_tokens: int = 0
-    computed_tokens: int = 0
-    generated_tokens: int = 0
-    schedule_seconds: float = 0.0
-    model_seconds: float = 0.0
-    sample_seconds: float = 0.0
 
 
 class Engine:
@@ -158,16 +104,16 @@ class Engine:
         )
         self.max_queued_tokens = checked_tokens("max_queued_tokens", max_queued_tokens)
         self.on_step: Callable[[StepRecord], None] | None = None
-        self._requests: dict[str, Request] = {}  # unfinished
-        self._samples: dict[Sequence, Sample] = {}  # unfinished and forked
-        self.searches: WeakSet[Search] = WeakSet()  # others that use the same blocks
-        self.owner = Owner(self._recover)
-        self._in_flight: _InFlight | None = None
-        self._outputs: list[Output] = []  # for the next `step`
+        self.table = RequestTable(self.scheduler)
+        self.steps = Steps(
+            model,
+            kv_cache,
+            self.scheduler,
+            self.table,
+            has_dynamic_rope=self.admission.has_dynamic_rope,
+        )
+        self.owner = Owner(self.steps.recover)
         self._discarded: deque[str] = deque()  # requests to end before anything else
-        self._num_arrived = 0
-        self._totals = _Totals()
-        self._metrics = EngineMetrics()
         self._closed = False
 
     def add_request(
@@ -210,9 +156,8 @@ class Engine:
             self._drop_discarded()
             error = self._reason_to_refuse(request)
             if error is None:
-                sequence = request.samples[0].sequence
-                sequence.order = sequence.order[0], self._num_arrived, 0
-                self._add(request)
+                self.steps.totals.prompt_tokens += request.samples[0].sequence.prompt_len
+                self.table.add(request)
         if error is not None:
             raise error
 
@@ -223,15 +168,8 @@ class Engine:
         """
         pending = self.scheduler.num_pending_tokens
         if self.max_queued_tokens is not None and pending + num_tokens > self.max_queued_tokens:
-            raise QueueFullError(pending, self.max_queued_tokens, self.backlog_seconds())
-
-    def backlog_seconds(self) -> float | None:
-        """Return how long the prompts that wait will take, by what steps have cost so far.
-
-        Returns:
-            Seconds, or None if the engine does not measure the cost of its steps.
-        """
-        return self.scheduler.backlog_seconds()
+            seconds = self.scheduler.backlog_seconds()
+            raise QueueFullError(pending, self.max_queued_tokens, seconds)
 
     def step(self) -> list[Output]:
         """Compute one batch and return what each sample gained, possibly nothing.
@@ -248,8 +186,7 @@ class Engine:
         """
         with self.owner:
             self._advance()
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        return self.table.take_outputs()
 
     def advance(self, inboxes: Mapping[str, deque[Output]]) -> None:
         """Compute one batch, unless an inbox has something once it is this thread's turn.
@@ -262,7 +199,7 @@ class Engine:
             Exception: as for `step`, which returns the outputs of requests without an inbox.
         """
         with self.owner:
-            is_over = not any(name in self._requests for name in inboxes)
+            is_over = not any(name in self.table.requests for name in inboxes)
             if not is_over and not any(inboxes.values()):
                 self._advance()
         if is_over and not any(inboxes.values()):
@@ -277,42 +214,6 @@ class Engine:
         with self.owner:
             self.check_open()
             return self.model.forward(batch, kv_cache)
-
-    def compute(self, chunks: Collection[Chunk]) -> list[np.ndarray]:
-        """Run the model once; for the owner only. Blocks to be copied have been.
-
-        Args:
-            chunks: of `scheduler`, or of another scheduler over the same blocks.
-
-        Returns:
-            Per chunk (num_logits, vocab_size) float32.
-        """
-        return _by_chunk(chunks, self._compute(chunks))
-
-    def _compute(self, chunks: Collection[Chunk]) -> np.ndarray:
-        """Run the model once; return (sum of num_logits, vocab_size) float32, chunk after chunk."""
-        started = perf_counter()
-        has_lengths = self.admission.has_dynamic_rope
-        batch = build_batch(chunks, self.kv_cache.block_size, rope_lengths=has_lengths)
-        scheduled = perf_counter()
-        logits = self.model.forward(batch, self.kv_cache)
-        seconds = perf_counter() - scheduled
-        totals = self._totals
-        totals.steps += 1
-        totals.computed_tokens += len(batch.token_ids)
-        totals.schedule_seconds += scheduled - started
-        totals.model_seconds += seconds
-        if self.scheduler.cost is not None:
-            self.scheduler.cost.learn(chunks, seconds)
-        return logits
-
-    def copy_blocks(self) -> None:
-        """Copy the blocks that forks are about to write; for the owner only."""
-        blocks = self.scheduler.blocks
-        if blocks.copies:
-            pairs = [(source, to) for to, source in blocks.copies.items()]
-            self.kv_cache.copy_blocks(np.array(pairs, np.int32))
-            blocks.copied()
 
     def abort(self, request_id: str) -> list[Output]:
         """End a request now and free its blocks; an unknown or finished one is ignored.
@@ -341,11 +242,11 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         """Return whether another step would compute something or return an output."""
-        return bool(self._requests or self._outputs)
+        return bool(self.table.requests or self.table.outputs)
 
     def progress(self, request_id: str) -> tuple[int, int]:
         """Return how far an unfinished prompt is: (tokens computed, tokens of the prompt)."""
-        sequence = self._requests[request_id].samples[0].sequence
+        sequence = self.table.requests[request_id].samples[0].sequence
         return min(sequence.num_computed, sequence.prompt_len), sequence.prompt_len
 
     def stats(self) -> dict[str, Any]:
@@ -358,7 +259,7 @@ class Engine:
         if self.owner.is_free():
             with self.owner:
                 self._drop_discarded()
-        blocks, totals = self.scheduler.blocks, self._totals
+        blocks, steps = self.scheduler.blocks, self.steps
         return {
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
@@ -369,8 +270,8 @@ class Engine:
             "preemptions": self.scheduler.num_preemptions,
             "prefix_queried_tokens": blocks.num_queried_tokens,
             "prefix_hit_tokens": blocks.num_hit_tokens,
-            **{name: getattr(totals, name) for name in _Totals.__slots__},
-            **self._metrics.snapshot(),
+            **asdict(steps.totals),
+            **steps.metrics.snapshot(),
         }
 
     def check_open(self) -> None:
@@ -382,7 +283,7 @@ class Engine:
         """Abort unfinished requests, after a step under way, and accept no further ones."""
         with self.owner:
             self._closed = True
-            for request_id in list(self._requests):
+            for request_id in list(self.table.requests):
                 self._abort(request_id)
 
     def _reason_to_refuse(self, request: Request) -> Exception | None:
@@ -391,191 +292,16 @@ class Engine:
             self.check_queue(request.samples[0].sequence.prompt_len)
         except RuntimeError as error:
             return error
-        if request.request_id in self._requests:
+        if request.request_id in self.table.requests:
             return ValueError(
                 f"request_id {request.request_id!r} is in use by an unfinished request"
             )
         return None
 
-    def _add(self, request: Request) -> None:
-        sample = request.samples[0]
-        self._num_arrived += 1
-        self._totals.prompt_tokens += sample.sequence.prompt_len
-        self._requests[request.request_id] = request
-        self._samples[sample.sequence] = sample
-        self.scheduler.add(sample.sequence)
-
     def _advance(self) -> None:
-        """Make a step; its outputs go to where they are waited for."""
         self._drop_discarded()
-        if not self._requests:
-            return
-        before, started = replace(self._totals), perf_counter()
-        self.copy_blocks()  # of a step that was interrupted
-        chunks = self.scheduler.schedule()
-        if not chunks:
-            self._make_room()
-        self.copy_blocks()
-        for chunk in chunks:
-            if chunk.samples:
-                self._samples[chunk.sequence].prepare()
-        self._totals.schedule_seconds += perf_counter() - started
-        results = self._results(chunks)
-        computed = perf_counter()
-        part = tuple(self._name(chunk) for chunk in chunks) if self.on_step else ()
-        for chunk, result in zip(chunks, results, strict=True):
-            self._take(chunk, result, started, computed)
-        ended = perf_counter()
-        spent = (self._totals.model_seconds + self._totals.schedule_seconds) - (
-            before.model_seconds + before.schedule_seconds
-        )
-        self._totals.sample_seconds += ended - started - spent
-        self._metrics.step_seconds.observe(ended - started)
-        if self.on_step is not None:
-            self._report(started, before, part)
-
-    def _name(self, chunk: Chunk) -> tuple[str, int, int, int]:
-        sample = self._samples[chunk.sequence]
-        return sample.request.request_id, sample.index, chunk.start, chunk.stop
-
-    def _report(
-        self, started: float, before: _Totals, chunks: tuple[tuple[str, int, int, int], ...]
-    ) -> None:
-        """Tell `on_step` of the step that began at `started`, when the totals were `before`."""
-        totals = self._totals
-        record = StepRecord(
-            started,
-            totals.schedule_seconds - before.schedule_seconds,
-            totals.model_seconds - before.model_seconds,
-            totals.sample_seconds - before.sample_seconds,
-            chunks,
-            len(self.scheduler.running),
-            len(self.scheduler.waiting),
-        )
-        try:
-            self.on_step(record)
-        except Exception:
-            logger.exception("on_step raised; the engine goes on")
-
-    def _results(self, chunks: list[Chunk]) -> list[_Result]:
-        """Return what comes of each chunk."""
-        if not chunks:
-            return []
-        try:
-            logits = self._compute(chunks)
-        except Exception as error:  # of one of them, or a passing one
-            logger.warning("a step failed and is repeated sequence by sequence: %r", error)
-            return [_Result(self._result(chunk)) for chunk in chunks]
-        choices = self._choices(chunks, logits)
-        rows = _by_chunk(chunks, logits)
-        return [_Result(its, choices.get(i)) for i, its in enumerate(rows)]
-
-    def _choices(self, chunks: list[Chunk], logits: np.ndarray) -> dict[int, Choice | Exception]:
-        """Return the tokens that all sequences can choose together, by the numbers of chunks."""
-        ends = list(itertools.accumulate(chunk.num_logits for chunk in chunks))
-        samples = [self._samples[chunk.sequence] for chunk in chunks]
-        together = [
-            i
-            for i, (sample, chunk) in enumerate(zip(samples, chunks, strict=True))
-            if sample.request.takes_one_token(chunk)
-        ]
-        try:
-            choices = choose(
-                [samples[i].sampler for i in together],
-                logits,
-                [chunks[i].stop for i in together],
-                [ends[i] - 1 for i in together],
-            )
-        except Exception as error:  # perhaps a passing one: each will choose alone
-            logger.warning("tokens could not be chosen together: %r", error)
-            return {}
-        return dict(zip(together, choices, strict=True))
-
-    def _result(self, chunk: Chunk) -> np.ndarray | Exception:
-        try:
-            [logits] = self.compute([chunk])
-        except Exception as error:
-            return error
-        return logits
-
-    def _make_room(self) -> None:
-        """Have searches give up blocks they can do without; they compute them again."""
-        searches = list(self.searches)
-        if not any(search.give_way() or search.is_computing for search in searches):
-            raise RuntimeError("the scheduler found nothing to do for unfinished requests")
-
-    def _take(self, chunk: Chunk, found: _Result, started: float, now: float) -> None:
-        """Give a sequence its logits of a step from `started` to `now`, or end it with an error."""
-        sample = self._samples[chunk.sequence]
-        request, sequence, num_samples = sample.request, chunk.sequence, len(sample.request.samples)
-        first_logit = max(sequence.first_logit, chunk.stop)
-        in_flight = _InFlight(sample, len(sequence.token_ids), num_samples)
-        self._in_flight = in_flight
-        result: Any = found.logits
-        if not isinstance(result, Exception):
-            result = self._gained(request, chunk, found)
-        if isinstance(result, Exception):
-            gained, num_computed = request.fail(sample, result), sequence.num_computed
-        else:
-            gained, num_computed = result, chunk.stop
-        sample.num_steps += 1
-        request.clock.note(chunk.start, started, now, has_token=bool(gained))
-        request.measure(gained, now)
-        # No call stands between these lines, so that no exception can.
-        if request.inbox is None:
-            self._outputs += gained
-        else:
-            request.inbox += gained
-        sequence.num_computed = num_computed
-        sequence.first_logit = first_logit
-        self._in_flight = None
-
-        self._totals.generated_tokens += sum(len(output.token_ids) for output in gained)
-        self._metrics.count(gained)
-        self.scheduler.blocks.index_full_blocks(sequence)
-        forks = request.samples[num_samples:]
-        for fork in forks:
-            self._samples[fork.sequence] = fork
-            self.scheduler.add_fork(sequence, fork.sequence)
-        for one in (sample, *forks):
-            if one.is_finished:
-                self._free(one)
-        if request.is_finished:
-            del self._requests[request.request_id]
-
-    def _gained(self, request: Request, chunk: Chunk, found: _Result) -> list[Output] | Exception:
-        """Return what a request gains by its logits, or what was raised twice over them."""
-        sample = self._in_flight.sample
-        try:
-            return request.take(sample, chunk, found.logits, found.choice)
-        except Exception:  # perhaps a passing one
-            self._undo()
-        try:
-            return request.take(sample, chunk, found.logits)
-        except Exception as error:
-            self._undo()
-            return error
-
-    def _undo(self) -> None:
-        """Go back to before the sample in flight took its logits."""
-        sample, num_tokens, num_samples = self._in_flight
-        sample.request.undo(sample, num_tokens, num_samples)
-
-    def _recover(self) -> None:
-        """Make good what an exception has left half done."""
-        if self._in_flight is not None:
-            self._undo()
-            self._in_flight = None
-        requests = {name: r for name, r in self._requests.items() if not r.is_finished}
-        samples = [sample for request in requests.values() for sample in request.samples]
-        self._requests = requests
-        self._samples = {sample.sequence: sample for sample in samples if not sample.is_finished}
-        searches = list(self.searches)
-        branches = [branch for search in searches for branch in search.live]
-        self.scheduler.blocks.recover([*self._samples, *branches])
-        self.scheduler.recover(self._samples)
-        for search in searches:
-            search.recover()
+        if self.table.requests:
+            self.steps.advance(self.on_step)
 
     def _drop_discarded(self) -> None:
         while self._discarded:
@@ -583,25 +309,13 @@ class Engine:
             del self._discarded[0]
 
     def _abort(self, request_id: str) -> list[Output]:
-        request = self._requests.get(request_id)
+        request = self.table.requests.get(request_id)
         if request is None:
             return []
         outputs = request.end("abort")
         request.measure(outputs, perf_counter())
-        self._metrics.count(outputs)
+        self.steps.metrics.count_finished(outputs)
         if request.inbox is not None:
             request.inbox += outputs
-        del self._requests[request_id]
-        for sample in request.samples:
-            if sample.sequence in self._samples:
-                self._free(sample)
+        self.table.remove(request)
         return outputs
-
-    def _free(self, sample: Sample) -> None:
-        self.scheduler.remove(sample.sequence)
-        del self._samples[sample.sequence]
-
-
-def _by_chunk(chunks: Collection[Chunk], logits: np.ndarray) -> list[np.ndarray]:
-    ends = itertools.accumulate(chunk.num_logits for chunk in chunks)
-    return [logits[end - chunk.num_logits : end] for chunk, end in zip(chunks, ends, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from codellama_rt.engine.completion import Job
 from codellama_rt.engine.engine import Engine
-from codellama_rt.engine.request import Output
+from codellama_rt.engine.output import Output
 from codellama_rt.engine.sampling_params import SamplingParams
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -46,6 +46,7 @@ class RequestClock:
     """When things happened to one request; plain facts, set once each."""
 
     arrival: float
+    prompt_tokens: int = 0
     first_step: float | None = None
     first_token: float | None = None
     cached_tokens: int = 0
@@ -57,13 +58,16 @@ class RequestClock:
         if has_token and self.first_token is None:
             self.first_token = now
 
-    def metrics(self, now: float, last_token: float | None, **counts: int) -> RequestMetrics:
+    def metrics(
+        self, now: float, last_token: float | None, output_tokens: int, steps: int
+    ) -> RequestMetrics:
         """Return the times as of `now`.
 
         Args:
             now: when the output is made.
             last_token: when the sample had its token before; None: there is none, or none now.
-            counts: prompt_tokens, output_tokens and steps.
+            output_tokens: of the sample.
+            steps: of the sample.
         """
         started = now if self.first_step is None else self.first_step
         prefilled = now if self.first_token is None else self.first_token
@@ -74,9 +78,15 @@ class RequestClock:
             None if self.first_token is None else self.first_token - self.arrival,
             None if last_token is None else now - last_token,
             now - self.arrival,
-            cached_tokens=self.cached_tokens,
-            **counts,
+            self.prompt_tokens,
+            self.cached_tokens,
+            output_tokens,
+            steps,
         )
+
+
+# A clock, and the arguments of its `metrics`: one per token, so a plain tuple.
+Measured = tuple[RequestClock, float, float | None, int, int]
 
 
 class Output(Protocol):
@@ -108,10 +118,10 @@ class Histogram:
         self._counts = [0] * (len(self._bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value, once or several times."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += times * value
 
     def snapshot(self) -> dict[str, object]:
         """Return pairs (bound, values up to it), the number of all values, and their sum."""
@@ -136,15 +146,18 @@ class EngineMetrics:
     output_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
     finish_reasons: Counter[str] = field(default_factory=Counter)
 
-    def count(self, outputs: Iterable[Output]) -> None:
-        """Count outputs that have their metrics."""
+    def count_tokens(self, now: float, last_tokens: Collection[float | None]) -> None:
+        """Count tokens chosen at `now`, by when their samples had the tokens before."""
+        for before, times in Counter(last_tokens).items():
+            if before is not None:
+                self.inter_token_seconds.observe(now - before, times)
+
+    def count_finished(self, outputs: Iterable[Output]) -> None:
+        """Count those outputs that are their samples' last ones."""
         for output in outputs:
-            times = output.metrics
-            if times.token_seconds is not None:
-                self.inter_token_seconds.observe(times.token_seconds)
             if output.finished:
                 self.finish_reasons[output.finish_reason] += 1
-                self._count_finished(times)
+                self._count_finished(output.metrics)
 
     def _count_finished(self, times: RequestMetrics) -> None:
         self.total_seconds.observe(times.total_seconds)

@@ -27,6 +27,20 @@ class Choice(NamedTuple):
     logprobs: dict[int, Logprob] | None
 
 
+class Chosen(NamedTuple):
+    """What `SamplerRows` has chosen; dictionaries are by the samplers' numbers.
+
+    Attributes:
+        token_ids: one per sampler, without a meaning where it has failed.
+        failed: what ends a sample alone.
+        logprobs: where asked for.
+    """
+
+    token_ids: list[int]
+    failed: dict[int, Exception]
+    logprobs: dict[int, dict[int, Logprob]]
+
+
 class Constraint(Protocol):
     """What allows a sequence's next token from outside the sampling parameters: a grammar."""
 
@@ -173,6 +187,16 @@ class TokenSampler:
         self.processors = (*processors, *params.logits_processors)
         self._end_ids = list(end_ids)
         self.output_ids: list[int] = []
+        # What need not be asked for each token of a sampler without it.
+        self.may_forbid = bool(bias or bad_runs or params.min_tokens)
+        self.has_mask = constraint is not None or self._forbidden.allowed is not None
+        self.has_memory = bool(
+            bad_runs
+            or params.min_tokens
+            or constraint is not None
+            or self.counts is not None
+            or self.processors
+        )
 
     def prepare(self) -> None:
         """Begin to compute, in another thread, what the next token needs besides logits."""
@@ -211,64 +235,118 @@ class TokenSampler:
         return allowed & now
 
 
+class SamplerRows:
+    """The samplers of a step, with those of their parameters that never change as arrays.
+
+    Attributes:
+        samplers: of different samples.
+    """
+
+    def __init__(self, samplers: Sequence[TokenSampler]) -> None:
+        """Read the parameters."""
+        self.samplers = list(samplers)
+        settings = np.array([s.settings for s in samplers], np.float64).reshape(-1, 6).T.copy()
+        keys = np.array([s.key for s in samplers], np.uint64).reshape(-1, 2).T.copy()
+        names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+        self._fixed = dict(zip((*names, "frequency_penalty"), settings, strict=True))
+        self._fixed |= {
+            "seed": keys[0],
+            "index": keys[1],
+            "top_k": np.array([s.top_k for s in samplers], np.int32),
+        }
+        self._may_forbid = any(s.may_forbid for s in samplers)
+        self._has_masks = any(s.has_mask for s in samplers)
+        self._has_counts = any(s.counts is not None for s in samplers)
+        self._has_processors = any(s.processors for s in samplers)
+        self._rows = np.arange(len(self.samplers), dtype=np.int32)
+        self._asked = [i for i, s in enumerate(samplers) if s.params.logprobs is not None]
+
+    def choose(
+        self, logits: np.ndarray, positions: Sequence[int], rows: Sequence[int] | None = None
+    ) -> Chosen:
+        """Choose the token that follows for each sampler; nothing is recorded.
+
+        Args:
+            logits: (num_rows, vocab_size) float32, not changed.
+            positions: of the new tokens in their sequences.
+            rows: each sampler's row of the logits; default: one after another. The samples of one
+                prompt share a row.
+
+        Returns:
+            The tokens; RuntimeError for a sample whose logits are NaN or infinite or whose tokens
+            are all forbidden, or what one of the caller's processors or a constraint has raised.
+        """
+        samplers, failed = self.samplers, {}
+        if not samplers:
+            return Chosen([], {}, {})
+        rows = self._rows if rows is None else np.array(rows, np.int32)
+        sources, source_rows = logits, rows
+        if self._has_processors:
+            sources = _processed(samplers, logits, positions, rows, failed)
+            source_rows = self._rows
+        masks, mask_rows = _masks(samplers, failed) if self._has_masks else (None, None)
+        sampled = ops.sample(
+            sources,
+            rows=source_rows,
+            position=np.array(positions, np.uint64),
+            seen=self._seen(),
+            bias=self._bias(),
+            masks=masks,
+            mask_rows=mask_rows,
+            **self._fixed,
+        )
+        token_ids = sampled.token_ids.tolist()
+        if not sampled.has_token.all():
+            for i in np.flatnonzero(~sampled.has_token).tolist():
+                logit = sources[source_rows[i], token_ids[i]]
+                failed.setdefault(i, _no_token(samplers[i].name, positions[i], token_ids[i], logit))
+        return Chosen(token_ids, failed, self._logprobs(logits, token_ids, rows, failed))
+
+    def _seen(self) -> ops.TokenLists | None:
+        if not self._has_counts:
+            return None
+        counts = [s.counts for s in self.samplers]
+        return _joined(
+            [((), ()) if c is None else (c.token_ids, c.counts) for c in counts], np.int32
+        )
+
+    def _bias(self) -> ops.TokenLists | None:
+        if not self._may_forbid:
+            return None
+        return _joined([s.bias() for s in self.samplers], np.float64)
+
+    def _logprobs(
+        self,
+        logits: np.ndarray,
+        token_ids: list[int],
+        rows: np.ndarray,
+        failed: dict[int, Exception],
+    ) -> dict[int, dict[int, Logprob]]:
+        """Return what was asked for by sampler; of the raw logits."""
+        asked = [i for i in self._asked if i not in failed]
+        if not asked:
+            return {}
+        num_top = [self.samplers[i].params.logprobs for i in asked]
+        chosen = [token_ids[i] for i in asked]
+        ranked = rank_tokens(logits, chosen, num_top, rows[asked])
+        return {i: tokens.as_dict() for i, tokens in zip(asked, ranked, strict=True)}
+
+
 def choose(
     samplers: Sequence[TokenSampler],
     logits: np.ndarray,
     positions: Sequence[int],
     rows: Sequence[int] | None = None,
 ) -> list[Choice | Exception]:
-    """Choose the token that follows for each sampler; nothing is recorded.
-
-    Args:
-        samplers: of different samples.
-        logits: (num_rows, vocab_size) float32, not changed.
-        positions: of the new tokens in their sequences.
-        rows: each sampler's row of the logits; default: one after another. The samples of one
-            prompt share a row.
+    """Choose once for samplers that do not stay together; arguments as of `SamplerRows.choose`.
 
     Returns:
-        One choice per sampler, or the exception that ends this sample alone: RuntimeError if the
-        logits are NaN or infinite or every token is forbidden, or what one of the caller's
-        processors or a constraint has raised.
+        One choice per sampler, or the exception that ends this sample alone.
     """
-    rows = list(range(len(samplers)) if rows is None else rows)
-    if not rows:
-        return []
-    failed: dict[int, Exception] = {}
-    sources, source_rows = _processed(samplers, logits, positions, rows, failed)
-    masks, mask_rows = _masks(samplers, failed)
-    settings = np.array([s.settings for s in samplers]).T.copy()
-    keys = [(*s.key, p) for s, p in zip(samplers, positions, strict=True)]
-    seed, index, position = np.array(keys, np.uint64).T.copy()
-    temperature, top_p, min_p, repetition, presence, frequency = settings
-    counts = [s.counts for s in samplers]
-    seen = [((), ()) if c is None else (c.token_ids, c.counts) for c in counts]
-    sampled = ops.sample(
-        sources,
-        rows=np.array(source_rows, np.int32),
-        temperature=temperature,
-        top_k=np.array([s.top_k for s in samplers], np.int32),
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        index=index,
-        position=position,
-        repetition_penalty=repetition,
-        presence_penalty=presence,
-        frequency_penalty=frequency,
-        seen=_joined(seen, np.int32),
-        bias=_joined([s.bias() for s in samplers], np.float64),
-        masks=masks,
-        mask_rows=mask_rows,
-    )
-    token_ids = sampled.token_ids.tolist()
-    for i in np.flatnonzero(~sampled.has_token).tolist():
-        logit = sources[source_rows[i], token_ids[i]]
-        failed.setdefault(i, _no_token(samplers[i].name, positions[i], token_ids[i], logit))
-    logprobs = _logprobs(samplers, logits, token_ids, rows, failed)
+    chosen = SamplerRows(samplers).choose(logits, positions, rows)
     return [
-        failed[i] if i in failed else Choice(token_id, logprobs.get(i))
-        for i, token_id in enumerate(token_ids)
+        chosen.failed[i] if i in chosen.failed else Choice(token_id, chosen.logprobs.get(i))
+        for i, token_id in enumerate(chosen.token_ids)
     ]
 
 
@@ -276,12 +354,10 @@ def _processed(
     samplers: Sequence[TokenSampler],
     logits: np.ndarray,
     positions: Sequence[int],
-    rows: list[int],
+    rows: np.ndarray,
     failed: dict[int, Exception],
-) -> tuple[np.ndarray, list[int]]:
-    """Apply the caller's processors, if there are any: return logits, and each sampler's row."""
-    if not any(s.processors for s in samplers):
-        return logits, rows
+) -> np.ndarray:
+    """Apply the caller's processors: return a row of logits per sampler."""
     changed = logits[rows]
     for i, sampler in enumerate(samplers):
         processors = sampler.processors
@@ -295,7 +371,7 @@ def _processed(
             changed[i] = apply_processors(processors, sampler.output_ids, changed[i])
         except Exception as error:
             failed[i] = error
-    return changed, list(range(len(rows)))
+    return changed
 
 
 def _masks(
@@ -338,22 +414,6 @@ def _no_token(name: str, position: int, best: int, logit: np.floating) -> Runtim
         "(open_checkpoint(..., check='finite')), logit_bias, allowed_token_ids, "
         "bad_words, logits_processors, stop_token_ids, structured_outputs and min_tokens"
     )
-
-
-def _logprobs(
-    samplers: Sequence[TokenSampler],
-    logits: np.ndarray,
-    token_ids: list[int],
-    rows: list[int],
-    failed: dict[int, Exception],
-) -> dict[int, dict[int, Logprob]]:
-    """Return what was asked for by sampler; of the raw logits."""
-    asked = [i for i, s in enumerate(samplers) if s.params.logprobs is not None and i not in failed]
-    if not asked:
-        return {}
-    num_top = [samplers[i].params.logprobs for i in asked]
-    ranked = rank_tokens(logits, [token_ids[i] for i in asked], num_top, [rows[i] for i in asked])
-    return {i: tokens.as_dict() for i, tokens in zip(asked, ranked, strict=True)}
 
 
 def apply_processors(

@@ -47,24 +47,29 @@ class Budget:
 
     def share(self, parts: int, most: int) -> "Budget":
         """Return one of so many parts, at least one token of it and `most` tokens at most."""
-        return Budget(min(most, max(1, self.tokens // parts)), self.seconds / parts)
+        seconds = 0.0 if self.cost is None else self.seconds / parts
+        return Budget(min(most, max(1, self.tokens // parts)), seconds)
 
-    def chunk(self, sequence: Sequence, kept: "Budget | None") -> Chunk | None:
-        """Return the sequence's next tokens that fit beside what is kept for another one."""
-        tokens, seconds = self.tokens, self.seconds
-        if kept is not None:
-            tokens, seconds = tokens - kept.tokens, seconds - kept.seconds
-        if tokens <= 0 or seconds <= 0.0:
-            return None
-        if self.cost is not None:
-            tokens = min(tokens, self.cost.num_tokens(seconds, sequence.num_computed))
-        return _chunk(sequence, tokens)
+    def is_spent(self, kept: "Budget") -> bool:
+        """Whether nothing is left beside what is kept for another sequence."""
+        return self.tokens <= kept.tokens or self.seconds <= kept.seconds
 
-    def take(self, chunk: Chunk) -> None:
-        """Count a chunk."""
-        self.tokens -= chunk.stop - chunk.start
-        if self.cost is not None:
+    def take(self, sequence: Sequence, kept: "Budget") -> Chunk:
+        """Return the sequence's next tokens that fit beside what is kept, and count them."""
+        tokens = self.tokens - kept.tokens
+        if self.cost is None:
+            chunk = _chunk(sequence, tokens)
+        else:
+            seconds = self.seconds - kept.seconds
+            chunk = _chunk(
+                sequence, min(tokens, self.cost.num_tokens(seconds, sequence.num_computed))
+            )
             self.seconds -= self.cost.seconds([chunk]) - self.cost.fixed
+        self.tokens -= chunk.stop - chunk.start
+        return chunk
+
+
+_NOTHING = Budget(0, 0.0)
 
 
 class Scheduler:
@@ -176,10 +181,11 @@ class Scheduler:
         self._schedule_decodes(chunks)
         # A sequence admitted after a preemption would take back what was just freed.
         may_admit = self.num_preemptions == num_preemptions
-        budget = Budget(self.max_num_batched_tokens - len(chunks))
-        if self.cost is not None and len(chunks) < len(self.running) + len(self.waiting):
-            budget.seconds, budget.cost = self.prompt_seconds(chunks), self.cost
-        self._schedule_prompts(chunks, budget, may_admit)
+        if len(chunks) < len(self.running) + len(self.waiting):
+            budget = Budget(self.max_num_batched_tokens - len(chunks))
+            if self.cost is not None:
+                budget.seconds, budget.cost = self.prompt_seconds(chunks), self.cost
+            self._schedule_prompts(chunks, budget, may_admit)
         return chunks
 
     def prompt_seconds(self, decodes: list[Chunk]) -> float:
@@ -212,18 +218,16 @@ class Scheduler:
         self.waiting = [sequence for sequence in ordered if not sequence.block_ids]
 
     def _schedule_decodes(self, chunks: list[Chunk]) -> None:
-        i = 0
-        while i < len(self.running):  # preemption shrinks it at its end
-            sequence = self.running[i]
-            i += 1
-            if sequence.num_uncomputed > 1:
+        for sequence in self.running:  # preemption shrinks it at its end
+            start = sequence.num_computed
+            if len(sequence.token_ids) > start + 1:
                 continue
-            while not self.blocks.grow(sequence, 1):
+            while start >= sequence.num_writable and not self.blocks.grow(sequence, 1):
                 victim = self.running[-1]
                 self.preempt(victim)
                 if victim is sequence:
                     return
-            chunks.append(_chunk(sequence, 1))
+            chunks.append(Chunk(sequence, start, start + 1, 1))
 
     def _make_room_for_first(self) -> None:
         """Preempt sequences of less priority than the first that waits, if it then can run."""
@@ -252,16 +256,14 @@ class Scheduler:
         reserved = budget.share(_OLDEST_SHARE, oldest.num_uncomputed)
         for sequence in sorted([*prompts, *queue], key=_by_urgency):
             if sequence is oldest:
-                reserved = None
-            if budget.chunk(sequence, reserved) is None:
+                reserved = _NOTHING
+            if budget.is_spent(reserved):
                 continue
             if not sequence.block_ids:
                 if not self._admit(sequence, 0 if sequence is queue[0] else kept):
                     continue
                 kept = 0 if queue[0].block_ids else self.blocks.num_needed(queue[0])
-            chunk = budget.chunk(sequence, reserved)  # less of it may be left to compute
-            chunks.append(chunk)
-            budget.take(chunk)
+            chunks.append(budget.take(sequence, reserved))
 
     def _admit(self, sequence: Sequence, kept: int) -> bool:
         """Let a waiting sequence run if there is room.

@@ -14,7 +14,7 @@ import numpy as np
 from codellama_rt.checkpoint.formats.generation_config import rejected
 from codellama_rt.checkpoint.formats.hf_writer import write_directory
 from codellama_rt.engine.branches import Branches
-from codellama_rt.engine.request import check_token_id
+from codellama_rt.engine.request_checks import check_token_id
 from codellama_rt.hf import CausalLMOutput, GenerateOutput, GenerationConfig
 from codellama_rt.hf.arguments import CALL, FROM_PRETRAINED, GENERATE, supported
 from codellama_rt.hf.beam_search import beam_search

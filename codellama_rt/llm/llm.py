@@ -17,7 +17,7 @@ from codellama_rt.checkpoint.open import resolve
 from codellama_rt.engine.completion import Completion, Job
 from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.follow import Jobs
-from codellama_rt.engine.request import check_params
+from codellama_rt.engine.request_checks import check_params
 from codellama_rt.engine.sampling_params import (
     LogitsProcessor,
     SamplingParams,

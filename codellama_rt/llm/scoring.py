@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from codellama_rt.engine.batching import build_batch
-from codellama_rt.engine.request import checked_prompt
+from codellama_rt.engine.request_checks import checked_prompt
 from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
 from codellama_rt.llm.placement import make_kv_cache
 from codellama_rt.model.batch import Batch

@@ -53,7 +53,7 @@ def run(num_blocks, step, faults):
             collect(gained, outputs)
     stats = engine.stats()
     assert stats["kv_blocks_free"] == stats["kv_blocks"], "blocks leaked"
-    assert not engine._samples
+    assert not engine.table.samples
     first = results(gained)
     for (name, index), (token_ids, *_) in first.items():
         params = SamplingParams(max_tokens=1, logprobs=3, ignore_eos=True)

@@ -170,7 +170,7 @@ def drain(engine):
     while engine.has_unfinished():
         collect(gained, engine.step())
     assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
-    assert not engine._samples
+    assert not engine.table.samples
     return gained
 
 

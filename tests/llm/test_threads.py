@@ -271,5 +271,5 @@ def test_a_signal_handler_may_abort_but_not_step(model):
         del llm.model.forward
         signal.signal(signal.SIGUSR1, previous)
     assert len(seen) >= 6
-    assert "doomed" not in llm.engine._requests
+    assert "doomed" not in llm.engine.table.requests
     llm.engine.step()

@@ -1,0 +1,75 @@
+"""What a request gains in a step, as its caller gets it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+from codellama_rt.engine.logprobs import Logprob, PromptLogprobs
+from codellama_rt.engine.metrics import Measured, RequestMetrics
+
+
+@dataclass(slots=True)
+class Output:
+    """What one sample of one request gained in a step.
+
+    Args:
+        request_id: as given to `add_request`.
+        index: which of the request's n samples.
+        token_ids: new tokens, including one that ended the output.
+        text: new text that is final; without stop strings, stop tokens and special tokens, unless
+            the parameters say otherwise.
+        logprobs: one dict per new token, or None if not asked for.
+        prompt_logprobs: with a sample's first output, if asked for; one entry per prompt token.
+        finished: whether this is the sample's last output.
+        finish_reason: "stop" | "length" | "abort" | "error" when finished.
+        stop_reason: the token id or the string that stopped it.
+        error: the exception when `finish_reason` is "error".
+        measured: what `metrics` is made of.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    text: str
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    finished: bool = False
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: Exception | None = None
+    measured: Measured | None = field(default=None, repr=False)
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        """Times and counts of the request and the sample so far, computed when asked for."""
+        clock, *measured = self.measured
+        return clock.metrics(*measured)
+
+
+def last_output(
+    request_id: str, index: int, reason: str, text: str = "", error: Exception | None = None
+) -> Output:
+    """Return an output without tokens that ends its sample."""
+    return Output(request_id, index, [], text, finished=True, finish_reason=reason, error=error)
+
+
+def joined(outputs: list[Output]) -> list[Output]:
+    """Return outputs of one request in their order, those of a sample as one."""
+    by_sample: dict[int, list[Output]] = {}
+    for output in outputs:
+        by_sample.setdefault(output.index, []).append(output)
+    return [its[0] if len(its) == 1 else _joined(its) for its in by_sample.values()]
+
+
+def _joined(outputs: list[Output]) -> Output:
+    """Return what one sample gained in several steps."""
+    first, last = outputs[0], outputs[-1]
+    logprobs = [output.logprobs for output in outputs if output.logprobs is not None]
+    return replace(
+        last,
+        token_ids=[token_id for output in outputs for token_id in output.token_ids],
+        text="".join([output.text for output in outputs]),
+        logprobs=list(chain.from_iterable(logprobs)) if logprobs else None,
+        prompt_logprobs=first.prompt_logprobs,
+    )
