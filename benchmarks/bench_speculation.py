@@ -5,11 +5,11 @@ take turns, task after task. What the model would write is scripted: its logits 
 then the token of the script is made the likeliest. So the acceptance is that of the task, whatever
 the weights are:
 
-    copy  the function as it is in the prompt
-    edit  the function with another name: half of HumanEval's names occur more than once
-    noise random tokens: nothing repeats
-
-Without --scripted only, SmolLM2 also writes what it wants after an editing prompt ("free").
+    copy   the function as it is in the prompt
+    edit   the function with another name, wherever it occurs
+    other  the function of another problem: little repeats
+    noise  random tokens, each once: nothing repeats
+    free   what the model itself writes after the editing prompt (models with weights only)
 
     python benchmarks/bench_speculation.py                              # SmolLM2 as of the README
     python benchmarks/bench_speculation.py --shape 7b --layers 4 --weights bfloat16,int8,int4
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,18 +77,21 @@ def editing_tasks(tokenizer: object, count: int, vocab_size: int) -> Iterator[Ta
     """Yield tasks of each kind from every so many problems."""
     problems = read_problems()
     rng = np.random.default_rng(0)
-    for problem in problems[:: len(problems) // count][:count]:
+    chosen = problems[:: len(problems) // count][:count]
+    for problem, other in zip(chosen, [*chosen[1:], chosen[0]], strict=True):
         function = problem["prompt"] + problem["canonical_solution"]
         name = problem["entry_point"]
         edited = function.replace(name, f"{name}_of_list")
         ask = f"{function}\n\n# The same function, called {name}_of_list:\n\n"
-        prompt, copy, edit = (
+        different = other["prompt"] + other["canonical_solution"]
+        prompt, copy, edit, different = (
             [token_id % vocab_size for token_id in tokenizer.encode(text)]
-            for text in (ask, function, edited)
+            for text in (ask, function, edited, different)
         )
         size = len(copy)
         yield Task("copy", prompt, copy, size)
         yield Task("edit", prompt, edit, len(edit))
+        yield Task("other", prompt, different, len(different))
         noise = rng.permutation(vocab_size - 10)[: len(prompt) + size] + 10
         yield Task("noise", noise[: len(prompt)].tolist(), noise[len(prompt) :].tolist(), size)
         yield Task("free", prompt, None, size)
@@ -133,14 +137,17 @@ def compare(
         for side in SIDES
     }  # fmt: skip
     runs: dict[str, list[dict]] = {}
-    for _ in range(rounds):
-        for task in tasks:
-            pair = {}
-            for side in SIDES if len(runs) % 2 else SIDES[::-1]:
-                engines[side].steps.speculation and engines[side].steps.speculation.corpora.clear()
-                pair[side] = run(engines[side], scripted, task)
-            assert pair[None].token_ids == pair["suffix"].token_ids, "tokens differ"
-            runs.setdefault(task.kind, []).append(pair)
+    turns = itertools.cycle((SIDES, SIDES[::-1]))
+    longest = max(tasks, key=lambda task: len(task.prompt) + task.max_tokens)
+    run(engines[None], scripted, longest)  # memory that is used for the first time costs more
+    for task in [task for _ in range(rounds) for task in tasks]:
+        pair = {}
+        for side in next(turns):
+            pair[side] = run(engines[side], scripted, task)
+            if side is not None:  # or the next round would find its own output
+                engines[side].steps.speculation.corpora.clear()
+        assert pair[None].token_ids == pair["suffix"].token_ids, "tokens differ"
+        runs.setdefault(task.kind, []).append(pair)
     for kind, pairs in runs.items():
         if kind == "free":
             pairs = [pair for pair in pairs if len(pair[None].token_ids) > 8]
@@ -189,7 +196,7 @@ def models(args: argparse.Namespace) -> Iterator[Iterator[tuple[str, Decoder, KV
 
 def rows(args: argparse.Namespace) -> Iterator[tuple[int, int, Row]]:
     """Yield rows as they come."""
-    done, total = 0, 4 * (1 if args.shape is None else len(args.weights))
+    done, total = 0, len(args.kinds) * (1 if args.shape is None else len(args.weights))
     with models(args) as found:
         for name, model, kv_cache, tokenizer in found:
             size = min(model.config.vocab_size, 32000) if args.shape else model.config.vocab_size
@@ -210,7 +217,7 @@ def main() -> None:
     add("--shape", default=None, help="random weights of this shape, such as 7b")
     add("--layers", type=int, default=4, metavar="N", help="of the shape")
     add("--weights", type=names, default=["bfloat16"], metavar="LIST")
-    add("--kinds", type=names, default=["copy", "edit", "noise", "free"], metavar="LIST")
+    add("--kinds", type=names, default=["copy", "edit", "other", "noise", "free"], metavar="LIST")
     add("--tasks", type=int, default=8, metavar="N", help="problems of HumanEval")
     add("--rounds", type=int, default=1, metavar="N")
     add("--threads", type=int, default=None, metavar="N")

@@ -271,7 +271,8 @@ class Engine:
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes, after a step under way.
 
-        Requests under way keep what they have computed, but nobody finds it any more.
+        Requests under way keep what they have computed, but nobody finds it any more. What has been
+        written is not proposed any more to requests that come (`speculation`).
 
         Returns:
             Whether the whole KV cache is free: no request holds a part of it.

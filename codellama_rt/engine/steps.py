@@ -171,7 +171,9 @@ class Steps:
             search.recover()
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes, and return whether no sequence has blocks."""
+        """Forget prefixes, and outputs to be copied; return whether no sequence has blocks."""
+        if self.speculation is not None:
+            self.speculation.corpora.clear()
         return self._scheduler.blocks.reset_prefix_cache(self._sequences())
 
     def _sequences(self) -> list[Tokens]:

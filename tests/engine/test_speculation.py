@@ -1,12 +1,19 @@
 """Speculation changes when tokens come, and no token, text or log-probability."""
 
+from array import array
+
 import numpy as np
 import pytest
 from helpers.faults import Faults
 from helpers.paged_fakes import PROMPT, FakeTokenizer, collect, drain, engine_of
 from helpers.speculating import RepeatingModel, speculate_at_random
 
+from codellama_rt.engine.row_cost import TRIED, RowCost
 from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.engine.sequence import Sequence
+from codellama_rt.engine.speculation import Corpora, Speculation
+from codellama_rt.engine.step_cost import StepCost
+from codellama_rt.llm.variants import SHAPES
 
 
 def squash(token_ids, logits):
@@ -183,8 +190,6 @@ class PoisonedModel(RepeatingModel):
 
 def proposing(engine, tokens):
     """Have the engine propose these tokens after each one."""
-    from array import array
-
     engine.steps.speculation.propose = lambda sequences, drafters, most: [
         array("i", tokens[: max(0, min(len(tokens), one.prompt_len + 11 - len(one.token_ids)))])
         if drafter
@@ -275,6 +280,72 @@ def test_outputs_that_have_ended_are_copied():
     steps = engine.stats()["steps"]
     assert drain(engine)["second", 0].token_ids == tokens
     assert engine.stats()["steps"] - steps < steps
+
+
+def test_outputs_of_other_salts_are_not_copied():
+    engine = engine_of(model=RepeatingModel(), speculation="suffix")
+    params = SamplingParams(max_tokens=10, ignore_eos=True)
+    engine.add_request("first", PROMPT, params, cache_salt="one")
+    drain(engine)
+    [salt] = engine.steps.speculation.corpora._texts
+    assert salt.caller == "one"
+    engine.add_request("second", PROMPT, params, cache_salt="two")
+    drain(engine)
+    assert [its.caller for its in engine.steps.speculation.corpora._texts] == ["one", "two"]
+    engine.reset_prefix_cache()
+    assert len(engine.steps.speculation.corpora) == 0
+
+
+def test_what_nobody_copies_goes_first():
+    corpora = Corpora(max_tokens=40)
+    for i in range(5):
+        corpora.add("a", array("i", [i] * 8))
+        assert len(corpora) <= 40
+    assert [len(text) for text in corpora.get("a")] == [9, 18]
+    corpora.add("b", array("i", [7] * 100))  # its end alone
+    assert [len(text) for text in corpora.get("b")] == [20]
+    assert corpora.get("a") == []
+    corpora.add("c", array("i", [7] * 12))
+    corpora.add("b", array("i", [7] * 4))
+    assert [[len(text) for text in corpora.get(name)] for name in "bc"] == [[5, 20], [13]]
+    corpora.add("d", array("i", [7] * 12))
+    assert [[len(text) for text in corpora.get(name)] for name in "bcd"] == [[5, 20], [], [13]]
+
+
+def seconds_of(times):
+    """A cost of rows that was measured for these numbers of rows."""
+    cost = RowCost(StepCost(SHAPES["7b"]))
+    for rows, seconds in times.items():
+        cost.note(rows, seconds)
+    return cost
+
+
+def test_as_many_are_proposed_as_pay():
+    speculation = Speculation(SHAPES["7b"])
+    [sequence] = [Sequence(array("i", [1] * 4), 4, (0, 0, 0), first_logit=3)]
+    flat = {rows: 1.0 for rows in TRIED}
+    steep = {rows: float(rows) for rows in TRIED}
+    speculation.rows = seconds_of(flat)
+    assert speculation._best_count([sequence], [0.9**i for i in range(1, 40)]) == 39
+    assert speculation._best_count([sequence], [0.02]) == 0  # not worth the doubt
+    speculation.rows = seconds_of(steep)
+    assert speculation._best_count([sequence], [0.99**i for i in range(1, 40)]) == 0
+    speculation.rows = seconds_of(flat | {rows: 8.0 for rows in TRIED if rows > 8})
+    assert speculation._best_count([sequence], [0.95**i for i in range(1, 40)]) == 7
+    assert speculation._best_count([sequence] * 4, [0.95**i for i in range(1, 40)]) == 4
+
+
+def test_a_cost_that_changed_is_learned_again():
+    cost = seconds_of({1: 1.0, 8: 2.0})
+    assert 1.0 <= cost.seconds(4) <= 2.0 <= cost.seconds(16)
+    for _ in range(2000):
+        cost.note(1, 1.0)
+    assert cost.seconds(8) < 1.0  # worth another look
+    cost.note(8, 50.0)  # another program had the CPU
+    assert cost.seconds(8) < 1.0
+    for _ in range(100):
+        cost.note(8, 3.0)
+    assert cost.seconds(8) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("name", ["", "ngram", True, 1])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -13,10 +14,13 @@ from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.prefix_store import PrefixStore
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence
+from codellama_rt.engine.structured_outputs import StructuredOutputs
 from codellama_rt.model.fingerprint import fingerprint
+from codellama_rt.text.tokenizer import load_tokenizer
 from helpers.builders import running_on
 from helpers.goldens import make_engine, tiny_golden
 from helpers.speculating import propose_right_and_wrong
+from helpers.tokenizer_files import model_file
 
 NUM_REQUESTS = 40
 LONGEST_PROMPT = 150
@@ -33,6 +37,12 @@ MODELS = {  # checkpoint; dtype of its floats, of the cache; quantization of its
 }
 
 SALTS = (None, None, "another user's")  # of requests in turn
+FORMS = [
+    StructuredOutputs(regex="[a-z ]{3,12}"),
+    StructuredOutputs(choice=["one", "another", "one more"]),
+    StructuredOutputs(json={"type": "array", "items": {"type": "integer"}, "maxItems": 3}),
+]
+
 Rows = dict[tuple[int, int], bytes]  # (sample, position of a token) -> the logits after it
 
 
@@ -50,7 +60,7 @@ class FixedRequest:
 
 @cache
 def fixed_requests() -> list[FixedRequest]:
-    """Prompts with common beginnings; greedy and seeded, one sample and several."""
+    """Prompts with common beginnings; greedy and seeded, one sample and several, some in a form."""
     rng = np.random.default_rng(7)
     texts = rng.integers(3, 500, (4, LONGEST_PROMPT))
     requests = []
@@ -62,6 +72,9 @@ def fixed_requests() -> list[FixedRequest]:
             n=int(rng.choice([1, 1, 1, 2, 3])), temperature=float(rng.choice([0.0, 0.8])),
             prompt_logprobs=0 if i % 5 == 0 else None,
         )  # fmt: skip
+        if i % 4 == 1:
+            form = FORMS[i // 4 % len(FORMS)]
+            params = replace(params, structured_outputs=form, ignore_eos=False)
         requests.append(FixedRequest(tuple(map(int, prompt)), params))
     return requests
 
@@ -94,6 +107,7 @@ class Recorder:
         fixed = fixed_requests()[request]
         self.requests.append(request)
         self.rows[request] = {}
+        self.counts["forms"] += fixed.params.structured_outputs is not None
         self.engine.add_request(
             str(request),
             fixed.prompt,
@@ -150,13 +164,21 @@ def model(name: str):
 
 
 @cache
+def tokenizer():
+    """One that names most of the models' ids."""
+    with TemporaryDirectory() as folder:
+        return load_tokenizer(model_file(Path(folder)), 512)
+
+
+@cache
 def undisturbed(name: str, isa: str, request: int) -> tuple[Rows, dict[int, list[int]]]:
     """The rows and tokens of a request that has the engine for itself."""
     recorder = Recorder(model(name))
     with running_on(isa, 1):
         engine = make_engine(
-            recorder, num_blocks=40, block_size=64, kv_dtype=MODELS[name][2], prefix_caching=False
-        )
+            recorder, num_blocks=40, block_size=64, kv_dtype=MODELS[name][2],
+            prefix_caching=False, tokenizer=tokenizer(),
+        )  # fmt: skip
         recorder.attach(engine)
         recorder.add(request)
         while engine.has_unfinished():
@@ -177,7 +199,7 @@ def run_schedule(name: str, isa: str, seed: int, folder: Path | None = None) -> 
         recorder, num_blocks=fewest + int(rng.integers(0, 3 * fewest)), block_size=block_size,
         kv_dtype=MODELS[name][2], prefix_caching=bool(rng.integers(2)) or folder is not None,
         max_num_seqs=int(rng.integers(1, 33)), max_num_batched_tokens=int(rng.integers(16, 513)),
-        max_step_seconds=[None, 1e-4, 1e-3, 1e-2][rng.integers(4)],
+        max_step_seconds=[None, 1e-4, 1e-3, 1e-2][rng.integers(4)], tokenizer=tokenizer(),
         speculation=None if seed % 2 else "suffix",
         prefix_store=None if folder is None else store_of(name, folder, block_size),
     )  # fmt: skip
