@@ -70,7 +70,7 @@ class AsyncEngine:
             prompt_token_ids: at least one token id.
             params: how to sample; None: greedy.
             request_id: unique among the unfinished requests; None: a new one.
-            options: priority and adapter, as `Engine.add_request` takes them.
+            options: priority, adapter and cache_salt, as `Engine.add_request` takes them.
 
         Raises:
             ValueError, TypeError: as there.
@@ -125,6 +125,10 @@ class AsyncEngine:
         stream = self._streams.get(request_id)
         if stream is not None:
             self._hand_over(lambda: self._abort(stream))
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes, after a step under way, as `Engine.reset_prefix_cache`."""
+        return await asyncio.to_thread(self.engine.reset_prefix_cache)
 
     @property
     def num_unfinished(self) -> int:

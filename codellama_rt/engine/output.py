@@ -73,3 +73,13 @@ def _joined(outputs: list[Output]) -> Output:
         logprobs=list(chain.from_iterable(logprobs)) if logprobs else None,
         prompt_logprobs=first.prompt_logprobs,
     )
+
+
+def extend_output(output: Output, later: Output) -> None:
+    """Add to an output what the same sample gained after it, in the same step."""
+    output.token_ids += later.token_ids
+    output.text += later.text
+    if later.logprobs is not None:
+        output.logprobs += later.logprobs
+    output.finished = later.finished
+    output.finish_reason, output.stop_reason = later.finish_reason, later.stop_reason
