@@ -38,7 +38,7 @@ INTERPRETER_BYTES = 43_200_000
 # A tokenizer, of whatever kind: measured at 25.2 MB with 32,016 pieces and 34.7 MB with 49,152.
 _TOKENIZER_BYTES, _PIECE_BYTES = 7_400_000, 554
 # The gguf package, which decodes blocks, and its work on some rows.
-_DECODER_BYTES = 11_000_000
+_DECODER_BYTES = 6_000_000
 # What the kernels keep for each token beside the activations: the input of the widest product in
 # bfloat16; and what stays of the first step's small things.
 _PACKED_ITEM_BYTES, _STEP_BYTES = 2, 4_500_000

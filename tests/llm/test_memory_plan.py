@@ -82,13 +82,15 @@ def test_the_real_model_is_within_3_percent(context, options):
     assert abs(said(name, context, options).added + interpreter - peak) < 0.03 * peak
 
 
+@pytest.mark.parametrize("repack", [False, True])
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 @pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", TINY_NAMES)
-def test_weights_are_those_that_are_loaded(name, dtype, quantization):
-    checkpoint = open_checkpoint(TINY / name, dtype=dtype, quantization=quantization)
+def test_weights_are_those_that_are_loaded(name, dtype, quantization, repack):
+    options = {"dtype": dtype, "quantization": quantization}
+    checkpoint = open_checkpoint(TINY / name, repack=repack, **options)
     opened = find_model(TINY / name)
-    found = estimate(opened, Plan(dtype=dtype, quantization=quantization), context=1)
+    found = estimate(opened, Plan(repack=repack, **options), context=1)
     weights = checkpoint.weights
     assert found.read_per_token == weight_bytes(weights)
     is_tied = weights.lm_head is weights.embedding
@@ -137,7 +139,9 @@ def test_llm_refuses_beforehand_with_these_figures(tmp_path, monkeypatch):
         require_memory(needed, 10**6)
     assert str(refused.value) == str(same.value)
     assert f"weights {needed.weights / 1e9:.2f}" in str(same.value)
-    assert "use quantization='int4'" in str(same.value)
+    assert "use repack=False, which leaves the weights in the file, quantization='int4'" in str(
+        same.value
+    )
     assert loaded == []
 
 
