@@ -39,7 +39,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         """Take an engine that nothing else steps; its thread starts with the first request."""
         self.engine = engine
-        self._streams: dict[str, _Stream] = {}  # unfinished; a key is taken and left by one call
+        self._streams: dict[str, OutputStream] = {}  # unfinished; one call takes and leaves a key
         self._tasks: deque[Callable[[], None]] = deque()  # for the thread, before its next step
         self._has_work = threading.Event()
         self._start = threading.Lock()
@@ -84,11 +84,17 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        ready: asyncio.Event | None = None,
         **options: Any,
-    ) -> AsyncIterator[Output]:
+    ) -> OutputStream:
         """Queue a request and return its outputs' iterator, for whom `generate` is too lazy.
 
         Arguments and errors are those of `generate`. Whoever drops the iterator calls `abort`.
+
+        Args:
+            prompt_token_ids, params, request_id, options: as for `generate`.
+            ready: set whenever the stream has something new; streams may share one event, so that
+                a task can wait for any of them. None: an event of its own.
         """
         if request_id is None:
             self._num_requests += 1
@@ -104,7 +110,7 @@ class AsyncEngine:
         )
         self.engine.check_queue(request.samples[0].sequence.prompt_len)
         self._check_open()
-        stream = _Stream(request, inbox, asyncio.get_running_loop())
+        stream = OutputStream(request, inbox, asyncio.get_running_loop(), ready)
         if self._streams.setdefault(request_id, stream) is not stream:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         self._hand_over(lambda: self._submit(stream))
@@ -118,6 +124,11 @@ class AsyncEngine:
         stream = self._streams.get(request_id)
         if stream is not None:
             self._hand_over(lambda: self._abort(stream))
+
+    def abort_all(self) -> None:
+        """Abort every unfinished request, as `abort` does."""
+        for request_id in list(self._streams):
+            self.abort(request_id)
 
     def stats(self) -> dict[str, Any]:
         """Return the engine's statistics; it does not wait for a step under way."""
@@ -194,19 +205,19 @@ class AsyncEngine:
                 self._abort(stream)
         self._deliver()
 
-    def _submit(self, stream: _Stream) -> None:
+    def _submit(self, stream: OutputStream) -> None:
         try:
             self.engine.submit(stream.request)
         except Exception as error:
             stream.error = error
 
-    def _abort(self, stream: _Stream) -> None:
+    def _abort(self, stream: OutputStream) -> None:
         self.engine.abort(stream.request.request_id)  # its last outputs are left in the inbox
         stream.is_over = True
 
     def _deliver(self) -> None:
         """Wake the tasks that have something to read, by one call per event loop."""
-        woken: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
+        woken: dict[asyncio.AbstractEventLoop, list[OutputStream]] = {}
         for request_id, stream in list(self._streams.items()):
             is_over = stream.is_over or stream.error is not None or stream.request.is_finished
             if is_over:
@@ -222,17 +233,21 @@ class AsyncEngine:
                     self._streams.pop(stream.request.request_id, None)
 
 
-class _Stream:
+class OutputStream:
     """The outputs of one request on their way to the task that reads them."""
 
     def __init__(
-        self, request: Request, inbox: deque[Output], loop: asyncio.AbstractEventLoop
+        self,
+        request: Request,
+        inbox: deque[Output],
+        loop: asyncio.AbstractEventLoop,
+        ready: asyncio.Event | None = None,
     ) -> None:
         """Start with nothing to read."""
         self.request, self.inbox, self.loop = request, inbox, loop
         self.error: Exception | None = None  # of all of it
         self.is_over = False  # nothing more is put into the inbox
-        self.is_ready = asyncio.Event()
+        self.is_ready = asyncio.Event() if ready is None else ready
         self._unfinished = request.params.n
 
     @property
@@ -240,7 +255,26 @@ class _Stream:
         """The request's name."""
         return self.request.request_id
 
-    def __aiter__(self) -> _Stream:
+    @property
+    def has_ended(self) -> bool:
+        """Whether every sample's last output has been read."""
+        return not self._unfinished
+
+    def take(self) -> list[Output]:
+        """Return all outputs that have come and have not been read, without waiting.
+
+        Raises:
+            Exception: what ended this request.
+        """
+        outputs = []
+        while self.inbox:
+            outputs.append(self._checked(self.inbox.popleft()))
+        if not outputs and self.error is not None and self._unfinished:
+            self._unfinished = 0
+            raise self.error
+        return outputs
+
+    def __aiter__(self) -> OutputStream:
         """Return itself."""
         return self
 
@@ -254,7 +288,10 @@ class _Stream:
             self.is_ready.clear()
             if not self.inbox and self.error is None:
                 await self.is_ready.wait()
-        output = self.inbox.popleft()
+        return self._checked(self.inbox.popleft())
+
+    def _checked(self, output: Output) -> Output:
+        """Return an output, counted if it is a last one; raise the error that it brings."""
         if output.error is not None:
             self._unfinished = 0
             raise output.error
@@ -262,6 +299,6 @@ class _Stream:
         return output
 
 
-def _wake(streams: list[_Stream]) -> None:
+def _wake(streams: list[OutputStream]) -> None:
     for stream in streams:
         stream.is_ready.set()
