@@ -59,7 +59,7 @@ class CompletionAnswer(Struct, kw_only=True):
     created: int
     model: str
     choices: list[Choice]
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
 def usage_of(generation: Generation) -> Usage:
@@ -79,7 +79,7 @@ class StreamUsage:
         self._always = bool(options and options.continuous_usage_stats)
         self._generation = generation
 
-    def of_event(self) -> Usage | None | UnsetType:
+    def of_event(self) -> Usage | UnsetType | None:
         """Return the usage of an event: where one comes at the end, OpenAI has null before."""
         if self._always:
             return usage_of(self._generation)

@@ -126,9 +126,7 @@ def structured_outputs(request: Sampling) -> StructuredOutputs | None:
     if wanted is None:
         return by_format
     if by_format is not None:
-        raise invalid(
-            "give response_format or structured_outputs, not both", "structured_outputs"
-        )
+        raise invalid("give response_format or structured_outputs, not both", "structured_outputs")
     if wanted.structural_tag is not None:
         raise ApiError(501, "structural_tag is not supported", param="structured_outputs")
     return _checked(wanted)

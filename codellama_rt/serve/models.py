@@ -12,14 +12,14 @@ from codellama_rt.serve.errors import ApiError
 from codellama_rt.serve.service import Service
 
 
-async def models(request: Request) -> JSONAnswer:
+async def model_list(request: Request) -> JSONAnswer:
     """List the model under each of its names, and the adapters."""
     service: Service = request.app.state.service
     listed = [_card(service, name) for name in (*service.names, *service.settings.adapters)]
     return JSONAnswer({"object": "list", "data": listed})
 
 
-async def model(request: Request) -> JSONAnswer:
+async def model_card(request: Request) -> JSONAnswer:
     """Describe one model."""
     service: Service = request.app.state.service
     name, _ = service.find(request.path_params["name"])

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from codellama_rt.engine.async_engine import AsyncEngine
 from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.errors import QueueFullError
 from codellama_rt.llm.llm import LLM
 from codellama_rt.llm.prompts import PromptEncoder
 from codellama_rt.model.lora import LoraAdapter
@@ -129,6 +130,7 @@ class Service:
             ValueError, TypeError, QueueFullError, RuntimeError: of the engine; nothing is queued.
         """
         if self.engine.num_unfinished + len(prompts) > self.settings.max_requests:
+            self.observed.rejections["requests"] += 1
             waiting = self.engine.engine.scheduler.backlog_seconds()
             raise unavailable(f"{self.engine.num_unfinished} requests are under way", waiting)
         for token_ids, params in prompts:
@@ -138,8 +140,10 @@ class Service:
         try:
             for token_ids, params in prompts:
                 await generation.add(f"serve-{next(self._numbers)}", token_ids, params, options)
-        except BaseException:
+        except BaseException as error:
             generation.abort()
+            if isinstance(error, QueueFullError):
+                self.observed.rejections["tokens"] += 1
             raise
         return generation
 
