@@ -13,7 +13,7 @@ from codellama_rt.serve.errors import ApiError, ClientLeftError, invalid
 
 T = TypeVar("T", bound=msgspec.Struct)
 _PLACE = re.compile(r" - at `\$\.?(.*)`$")
-_MISSING = re.compile(r"missing required field `(.*)`")
+_MISSING = re.compile(r"missing required field `([^`]*)`")
 _MAX_NAME = 64
 
 
@@ -94,7 +94,7 @@ def _with_integers(value: dict[str, Any]) -> dict[str, Any]:
 
 def _named(message: str) -> ApiError:
     missing, place = _MISSING.search(message), _PLACE.search(message)
-    name = missing[1] if missing else place[1] if place else None
+    name = place[1] if place else missing[1] if missing else None
     if name is None:
         return invalid(message)
     text = _PLACE.sub("", message)

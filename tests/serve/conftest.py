@@ -1,11 +1,6 @@
 """One server for most tests; those that change or break one make their own."""
 
 import pytest
-
-for name in ("starlette", "uvicorn", "h11", "msgspec", "prometheus_client"):
-    pytest.importorskip(name)
-
-from helpers.served import serving
 from helpers.tiny_llm import make_folder
 
 from codellama_rt import LLM
@@ -28,6 +23,8 @@ def open_llm(folder):
 
 @pytest.fixture(scope="session")
 def served(open_llm):
+    from helpers.served import serving  # which skips without the server's packages
+
     with open_llm() as llm, serving(llm, names=("codellama", "codellama:7b")) as server:
         yield server
 

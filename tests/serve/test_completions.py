@@ -102,8 +102,9 @@ def test_token_ids_are_taken_as_they_are(served, llm):
     several = served.post("/v1/completions", **{**GREEDY, "prompt": [ids, ids[1:]]}).json
     assert several["usage"]["prompt_tokens"] == 2 * len(ids) - 1
     without = {**GREEDY, "add_special_tokens": False, "return_token_ids": True}
-    assert served.post("/v1/completions", **without).json["choices"][0]["prompt_token_ids"] == (
-        ids[1:]
+    assert (
+        served.post("/v1/completions", **without).json["choices"][0]["prompt_token_ids"]
+        == (ids[1:])
     )
     cut = {**GREEDY, "truncate_prompt_tokens": 3, "return_token_ids": True}
     assert served.post("/v1/completions", **cut).json["choices"][0]["prompt_token_ids"] == ids[-3:]
@@ -113,7 +114,9 @@ def test_token_ids_are_taken_as_they_are(served, llm):
 def test_log_probabilities(served, llm, stream):
     params = SamplingParams(max_tokens=6, logprobs=3)
     expected = llm.generate(PROMPT, params)[0]
-    answer = served.post("/v1/completions", **{**GREEDY, "max_tokens": 6}, logprobs=3, stream=stream)
+    answer = served.post(
+        "/v1/completions", **{**GREEDY, "max_tokens": 6}, logprobs=3, stream=stream
+    )
     parts = answer.events[:-1] if stream else [answer.json]
     found = {name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
     for part in parts:
@@ -164,12 +167,12 @@ def test_names_of_tokens_by_id_and_prompt_logprobs(served, llm):
 
 def test_the_best_of_several(served, llm):
     params = SamplingParams(n=4, temperature=1.0, seed=9, max_tokens=6, logprobs=0)
-    scored = sorted(
-        llm.generate(PROMPT, params),
-        key=lambda one: -sum(row[i].logprob for i, row in zip(one.token_ids, one.logprobs))
-        / -len(one.token_ids),
-        reverse=True,
-    )
+
+    def mean(one):
+        rows = zip(one.token_ids, one.logprobs, strict=True)
+        return sum(row[i].logprob for i, row in rows) / len(one.token_ids)
+
+    scored = sorted(llm.generate(PROMPT, params), key=mean, reverse=True)
     body = {"prompt": PROMPT, "temperature": 1, "seed": 9, "max_tokens": 6, "best_of": 4, "n": 2}
     answer = served.post("/v1/completions", **body).json
     assert [choice["text"] for choice in answer["choices"]] == [one.text for one in scored[:2]]
@@ -208,7 +211,10 @@ FORMS = [
     ),
     ({"structured_outputs": {"choice": ["yes", "no"]}}, lambda text: text in ("yes", "no")),
     ({"structured_outputs": {"regex": "[0-9]{3}"}}, lambda text: text.isdecimal()),
-    ({"structured_outputs": {"json": {"type": "boolean"}}}, lambda t: t.strip() in ("true", "false")),
+    (
+        {"structured_outputs": {"json": {"type": "boolean"}}},
+        lambda t: t.strip() in ("true", "false"),
+    ),
     ({"structured_outputs": {"grammar": 'root ::= "a" "b"'}}, lambda text: text == "ab"),
 ]
 
@@ -216,7 +222,7 @@ FORMS = [
 @pytest.mark.parametrize(("form", "holds"), FORMS, ids=[str(form)[:60] for form, _ in FORMS])
 def test_forms_of_the_output(served, form, holds):
     pytest.importorskip("llguidance")
-    bias = {"response_format": {"type": "json_object"}} == form
+    bias = form == {"response_format": {"type": "json_object"}}
     extra = {"logit_bias": {"128": 100}} if bias else {}  # "}": an object that ends
     body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 200, **form, **extra}
     answer = served.post("/v1/completions", **body)
@@ -225,8 +231,7 @@ def test_forms_of_the_output(served, form, holds):
 
 
 def test_null_is_as_good_as_nothing(served):
-    from codellama_rt.serve.protocol import CompletionRequest
-
+    CompletionRequest = pytest.importorskip("codellama_rt.serve.protocol").CompletionRequest
     names = set(CompletionRequest.__struct_fields__) - GREEDY.keys()
     body = {**GREEDY, **dict.fromkeys(names), "unknown": {"a": [1]}, "guided_json": {}}
     assert text_of(served.post("/v1/completions", **body)) == text_of(
