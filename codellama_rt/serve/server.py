@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import socket
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -15,7 +16,6 @@ from codellama_rt.llm.llm import LLM
 from codellama_rt.serve.app import create_app
 from codellama_rt.serve.settings import Settings
 
-logger = logging.getLogger("codellama_rt.serve")
 MAX_HEADER_BYTES = 2**16
 
 
@@ -90,7 +90,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     drain_timeout_s: float = 60.0,
-    on_start: Any = None,
+    on_start: Callable[[str], None] | None = None,
 ) -> None:
     """Serve a model until SIGINT or SIGTERM.
 
@@ -130,14 +130,19 @@ def make_server(
     return Server(config, app, drain_timeout_s)
 
 
-async def run(server: Server, on_start: Any = None) -> None:
-    """Run a server to its end."""
-    config = server.config
-    socket = config.bind_socket()
+async def run(server: Server, on_start: Callable[[str], None] | None = None) -> None:
+    """Run a server to its end; `on_start` as for `serve`.
+
+    Raises:
+        OSError: the address is in use, or may not be used.
+    """
+    listener = _listen(server.config.host, server.config.port)
     if on_start is not None:
-        host, port = socket.getsockname()[:2]
+        host, port = listener.getsockname()[:2]
         on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    await server.serve(sockets=[socket])
+    await server.serve(sockets=[listener])
 
 
-__all__ = ["GuardedProtocol", "Server", "make_server", "run", "serve"]
+def _listen(host: str, port: int) -> socket.socket:
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(address[:2], family=family, backlog=1024)

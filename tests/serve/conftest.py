@@ -1,7 +1,10 @@
 """One server for most tests; those that change or break one make their own."""
 
+import numpy as np
 import pytest
+from helpers.checkpoint_files import mini_tensors, write_mini
 from helpers.tiny_llm import make_folder
+from helpers.tokenizer_files import model_file
 
 from codellama_rt import LLM
 
@@ -19,6 +22,18 @@ def open_llm(folder):
         return LLM(folder, **{"kv_memory": "4MB", "max_model_len": 2048, **options})
 
     return open_it
+
+
+@pytest.fixture(scope="session")
+def mini_folder(tmp_path_factory):
+    """A model of one layer and eight numbers a token, for prompts of a hundred thousand."""
+    tensors = mini_tensors()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = np.resize(tensors[name], (421, 8))
+    sizes = {"vocab_size": 421, "max_position_embeddings": 2**17}
+    folder = write_mini(tmp_path_factory.mktemp("served") / "mini", tensors, **sizes)
+    model_file(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
-from helpers.checkpoint_files import mini_tensors, write_mini
 from helpers.served import serving
-from helpers.tokenizer_files import model_file
 
 from codellama_rt import LLM, SamplingParams
 
@@ -166,17 +163,10 @@ def test_a_model_that_cannot_fill_in_says_so(tmp_path_factory):
             assert "cannot infill" in answer.json["error"]["message"]
 
 
-def test_a_hundred_thousand_tokens(tmp_path):
+def test_a_hundred_thousand_tokens(mini_folder):
     """Neither text is cut: one is before the hole, one behind."""
-    tensors = mini_tensors()
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = np.resize(tensors[name], (421, 8))
-    folder = write_mini(
-        tmp_path / "mini", tensors, **{"vocab_size": 421, "max_position_embeddings": 2**17}
-    )
-    model_file(folder)
     with (
-        LLM(folder, kv_memory="64MB", max_num_batched_tokens=8192) as llm,
+        LLM(mini_folder, kv_memory="64MB", max_num_batched_tokens=8192) as llm,
         serving(llm) as server,
     ):
         line = "def f(x):\n    return x\n"
