@@ -20,7 +20,7 @@ from codellama_rt.engine.sampling_params import (
     checked_processors,
 )
 from codellama_rt.engine.scheduler import Scheduler
-from codellama_rt.engine.sequence import Sequence
+from codellama_rt.engine.sequence import CacheSalt, Sequence
 from codellama_rt.engine.stop_strings import Tokenizer, end_token_ids
 from codellama_rt.model.interface import Decoder
 from codellama_rt.model.lora import LoraAdapter, check_adapter
@@ -62,6 +62,7 @@ class Admission:
         *,
         priority: int = 0,
         adapter: LoraAdapter | None = None,
+        cache_salt: str | None = None,
         inbox: deque[Output] | None = None,
     ) -> Request:
         """Check a request and return it for `Engine.submit`.
@@ -75,7 +76,7 @@ class Admission:
         token_ids = checked_prompt(prompt_token_ids, vocab_size)
         self.check_length(len(token_ids), generates=params.max_tokens != 0)
         self._scheduler.check_length(len(token_ids))
-        sequence = self.make_sequence(token_ids, (priority, 0, 0), adapter)
+        sequence = self.make_sequence(token_ids, (priority, 0, 0), adapter, cache_salt)
         if params.prompt_logprobs is not None:
             sequence.first_logit = 0
         wanted = params.structured_outputs
@@ -94,20 +95,26 @@ class Admission:
         )
 
     def make_sequence(
-        self, token_ids: array, order: tuple[int, int, int], adapter: LoraAdapter | None = None
+        self,
+        token_ids: array,
+        order: tuple[int, int, int],
+        adapter: LoraAdapter | None = None,
+        cache_salt: str | None = None,
     ) -> Sequence:
         """Return a prompt as a sequence whose last token's logits are needed.
 
         Raises:
-            ValueError: an adapter of another model.
+            ValueError: an adapter of another model, or an empty cache_salt.
+            TypeError: a cache_salt that is not a str.
             RuntimeError: a file with weights has changed.
         """
+        _check_salt(cache_salt)
         self.check_files()
-        salt = self._cache_salt(prompt_len := len(token_ids))
+        number = 0
         if adapter is not None:  # its keys and values differ from those of the plain model
             check_adapter(adapter, self._model)
             number = self._adapter_numbers.setdefault(adapter, next(self._numbers))
-            salt += number << 32
+        salt = CacheSalt(cache_salt, number, self._rope_class(prompt_len := len(token_ids)))
         return Sequence(token_ids, prompt_len, order, prompt_len - 1, salt, adapter)
 
     def check_length(self, prompt_len: int, *, generates: bool = True) -> None:
@@ -125,7 +132,7 @@ class Admission:
         limit = min(self.max_model_len, self._scheduler.max_computed_tokens + 1)
         return limit if params.max_tokens is None else min(limit, prompt_len + params.max_tokens)
 
-    def _cache_salt(self, prompt_len: int) -> int:
+    def _rope_class(self, prompt_len: int) -> int:
         # Under dynamic RoPE scaling the keys of a prompt longer than the trained length depend on
         # its length; such prompts share cached prefixes only with those that are rotated alike.
         return self._model.config.rope_class(prompt_len) if self.has_dynamic_rope else 0
@@ -136,6 +143,15 @@ def _check_names(request_id: object, priority: object) -> None:
         raise TypeError(f"request_id must be a non-empty str, got {request_id!r}")
     if not isinstance(priority, int) or isinstance(priority, bool):
         raise TypeError(f"priority must be an int, got {type(priority).__name__}")
+
+
+def _check_salt(cache_salt: object) -> None:
+    if cache_salt is None:
+        return
+    if not isinstance(cache_salt, str):
+        raise TypeError(f"cache_salt must be a str or None, got {type(cache_salt).__name__}")
+    if not cache_salt:
+        raise ValueError("cache_salt must not be empty; None shares with all that have none")
 
 
 def checked_seconds(name: str, seconds: object) -> float:

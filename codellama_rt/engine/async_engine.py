@@ -63,7 +63,7 @@ class AsyncEngine:
             prompt_token_ids: at least one token id.
             params: how to sample; None: greedy.
             request_id: unique among the unfinished requests; None: a new one.
-            options: priority and adapter, as `Engine.add_request` takes them.
+            options: priority, adapter and cache_salt, as `Engine.add_request` takes them.
 
         Raises:
             ValueError, TypeError: as there.
@@ -129,6 +129,10 @@ class AsyncEngine:
         """Abort every unfinished request, as `abort` does."""
         for request_id in list(self._streams):
             self.abort(request_id)
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes, after a step under way, as `Engine.reset_prefix_cache`."""
+        return await asyncio.to_thread(self.engine.reset_prefix_cache)
 
     def stats(self) -> dict[str, Any]:
         """Return the engine's statistics; it does not wait for a step under way."""

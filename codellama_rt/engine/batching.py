@@ -37,15 +37,15 @@ def build_batch(chunks: Collection[Chunk], block_size: int, *, rope_lengths: boo
     counts.cumsum(out=cu_seqlens_q[1:])
     rows = np.arange(num_seqs).repeat(counts)  # (num_tokens,) -> its chunk
     positions = np.arange(len(rows), dtype=np.int32) + (starts - cu_seqlens_q[:-1])[rows]
-    block_tables = _block_tables(chunks)
+    tables = block_tables(chunks)
     block_index, offset = np.divmod(positions, np.int32(block_size))
     return Batch(
         token_ids=_token_ids(chunks),
         positions=positions,
         cu_seqlens_q=cu_seqlens_q,
         seq_lens=seq_lens,
-        block_tables=block_tables,
-        slot_mapping=block_tables[rows, block_index] * np.int32(block_size) + offset,
+        block_tables=tables,
+        slot_mapping=tables[rows, block_index] * np.int32(block_size) + offset,
         logit_rows=_logit_rows(chunks),
         rope_lengths=_rope_lengths(chunks, rows, positions) if rope_lengths else None,
         adapted=_adapted(chunks, rows),
@@ -64,7 +64,8 @@ def _token_ids(chunks: Collection[Chunk]) -> np.ndarray:
     return np.frombuffer(token_ids, np.int32)
 
 
-def _block_tables(chunks: Collection[Chunk]) -> np.ndarray:
+def block_tables(chunks: Collection[Chunk]) -> np.ndarray:
+    """Return the blocks of each chunk's sequence, (num_seqs, max_blocks) int32; padding is -1."""
     tables = [chunk.sequence.block_ids for chunk in chunks]
     width = max(map(len, tables))
     table = int32_list()

@@ -9,21 +9,30 @@ knows of its own blocks, and which prefix a block holds, then stays valid: both 
 assignments, without a call between those that belong together. `recover` computes all else anew.
 
 The prefix cache is a trie stored as one dictionary: (name of the parent prefix, token ids of the
-next full block) -> block. The key holds the tokens themselves and the dictionary compares them, so
-two texts with equal hashes cannot be confused. A name is given once and never reused.
+next block) -> block. The key holds the tokens themselves and the dictionary compares them, so two
+texts with equal hashes cannot be confused. A name is given once and never reused.
+
+A sequence shares the full blocks that it finds. Of the next one it may have only the first tokens:
+then it gets a copy of that block and writes on behind the common head. Beside full blocks, the
+*tails* of prompts and of released sequences can be found: partly filled blocks, by the tokens they
+hold. What is behind the head of a tail is still written by its owner, and by nobody else; nothing
+follows a tail in the trie. The siblings behind one prefix are kept in order of their bytes, as the
+longest common head is always with a neighbour: a search costs O(log siblings), whatever the texts.
 """
 
+from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import NamedTuple
 
-from codellama_rt.engine.sequence import Sequence, int32_list
+from codellama_rt.engine.sequence import PrefixName, Sequence, int32_list
 
-PrefixKey = tuple[int, bytes]  # (prefix_id of the parent, int32 token ids of the block)
+PrefixKey = tuple[PrefixName, bytes]  # (name of the parent, int32 token ids of the block)
 
 
 class _CachedPrefix(NamedTuple):
-    key: PrefixKey
+    key: PrefixKey  # with fewer tokens than a block has: a tail
     prefix_id: int
 
 
@@ -54,13 +63,16 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self.num_queried_tokens = 0  # prompt tokens looked up in the prefix cache, and hits
-        self.num_hit_tokens = 0
+        self.num_queried_tokens = 0  # tokens looked up in the prefix cache
+        self.num_hit_tokens = 0  # of these, found there
+        self.num_partial_hit_tokens = 0  # of these, found as the head of a block
         self.copies: dict[int, int] = {}  # destination -> source: to be done before they are read
+        self.tables_version = 0  # another one whenever a block is given, shared or taken back
         self._owners = [0] * num_blocks  # block -> number of tables and of copies that read it
         self._free = list(range(num_blocks))[::-1]  # pop() gives block 0 first
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._index: dict[PrefixKey, int] = {}  # prefix -> block
+        self._siblings: dict[PrefixName, list[bytes]] = {}  # parent -> tokens of its keys, sorted
         self._cached: list[_CachedPrefix | None] = [None] * num_blocks  # block -> prefix
         self._next_prefix_id = 0
 
@@ -80,26 +92,44 @@ class BlockManager:
     def allocate(self, sequence: Sequence) -> bool:
         """Give a sequence without blocks room for all its tokens, sharing cached blocks.
 
+        A block whose head is shared is added to `copies`, unless it is an idle tail of which the
+        sequence has all tokens: then the sequence writes on in it.
+
         Returns:
             False if they do not fit now; nothing has changed then.
         """
         assert not sequence.block_ids
         hits = self._longest_cached_prefix(sequence)
-        if self._num_needed(sequence, hits) > self.num_free:
+        num_spare = self.num_free - self._num_needed(sequence, hits)
+        if num_spare < 0:
             return False
+        num_hits = len(hits)
+        prefix_id = self._cached[hits[-1]].prefix_id if hits else sequence.prefix_id
+        source, num_head = self._longest_head(sequence, prefix_id, num_hits * self.block_size)
         for block_id in hits:
             self._own(block_id)
-        block_ids, num_hits = int32_list(hits), len(hits)
-        missing = self._blocks_for(len(sequence.token_ids)) - num_hits
+        block_ids = int32_list(hits)
+        if source is not None:
+            if self._owners[source] == 0 and self._num_tokens(source) == num_head:
+                self._own(source)
+                block_ids.append(source)
+            elif self._owners[source] > 0 or num_spare > 0:
+                self._own(source)  # on behalf of the copy
+                destination = self._take()
+                block_ids.append(destination)
+                self.copies[destination] = source
+            else:
+                num_head = 0
+        missing = self._blocks_for(len(sequence.token_ids)) - len(block_ids)
         block_ids.extend([self._take() for _ in range(missing)])
         sequence.block_ids = block_ids
         sequence.num_indexed_blocks = num_hits
-        sequence.num_computed = num_hits * self.block_size
-        if hits:
-            sequence.prefix_id = self._cached[hits[-1]].prefix_id
+        sequence.num_computed = num_hits * self.block_size + num_head
+        sequence.prefix_id = prefix_id
         if self.prefix_caching:
             self.num_queried_tokens += len(sequence.token_ids)
             self.num_hit_tokens += sequence.num_computed
+            self.num_partial_hit_tokens += num_head
         return True
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -139,24 +169,25 @@ class BlockManager:
         self.copies = {}
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let `child`, which has the same computed tokens, share all blocks of `parent`."""
+        """Let `child`, which has the same computed tokens, share the blocks of these."""
         assert not child.block_ids
         parent.num_writable = child.num_writable = 0
-        for block_id in parent.block_ids:
+        block_ids = parent.block_ids[: self._blocks_for(parent.num_computed)]
+        for block_id in block_ids:
             self._owners[block_id] += 1
-        child.block_ids = parent.block_ids[:]
+        child.block_ids = block_ids
         child.num_computed = parent.num_computed
         child.num_indexed_blocks = parent.num_indexed_blocks
         child.prefix_id = parent.prefix_id
 
-    def index_full_blocks(self, sequence: Sequence) -> None:
-        """Enter the blocks filled since the last call into the prefix cache.
+    def index_blocks(self, sequence: Sequence) -> None:
+        """Enter the blocks filled since the last call into the prefix cache, and a prompt's tail.
 
         If another block already holds the same prefix, the sequence takes that one and returns its
         own: equal tokens have bitwise equal keys and values, whichever step computed them. So the
         parent of a cached block is always cached too, and becomes idle no earlier.
         """
-        if not self.prefix_caching:
+        if not self.prefix_caching or sequence.prefix_id is None:
             return
         size = self.block_size
         while (sequence.num_indexed_blocks + 1) * size <= sequence.num_computed:
@@ -165,24 +196,45 @@ class BlockManager:
             own = sequence.block_ids[i]
             block_id = self._index.get(key)
             if block_id is None:
-                block_id, prefix = own, _CachedPrefix(key, self._next_prefix_id)
-                self._next_prefix_id += 1
-                self._cached[own] = prefix
-                self._index[key] = own
+                block_id = own
+                self._enter(own, key)
             elif block_id != own:
+                if self._cached[own] is not None:  # a head of the other
+                    self._forget(own)
                 self._own(block_id)
                 self._disown(own)
                 sequence.block_ids[i] = block_id
             sequence.prefix_id = self._cached[block_id].prefix_id
             sequence.num_indexed_blocks += 1
+        if sequence.num_computed == sequence.prompt_len:
+            self._index_tail(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Take back all blocks; cached ones can still be found until their memory is needed."""
-        for block_id in reversed(sequence.block_ids):  # evict the end of a prefix first
+        self.index_blocks(sequence)
+        self._index_tail(sequence)
+        block_ids = sequence.block_ids
+        sequence.leave_cache()  # before a copy into one of the blocks is forgotten
+        for block_id in reversed(block_ids):  # evict the end of a prefix first
             self._disown(block_id)
             if (source := self.copies.pop(block_id, None)) is not None:
                 self._disown(source)
-        sequence.leave_cache()
+
+    def reset_prefix_cache(self, sequences: Iterable[Sequence]) -> bool:
+        """Forget all cached prefixes; what has been computed so far is not found any more.
+
+        Args:
+            sequences: all that have blocks; they keep them, and enter none until they are released.
+
+        Returns:
+            Whether none has.
+        """
+        holding = [sequence for sequence in sequences if sequence.block_ids]
+        for sequence in holding:
+            sequence.prefix_id = None
+        self._cached = [None] * self.num_blocks
+        self.recover(holding)
+        return not holding
 
     def recover(self, sequences: Iterable[Sequence]) -> None:
         """Compute owners, free blocks and the index anew, after an exception.
@@ -202,6 +254,9 @@ class BlockManager:
         # A prefix is named after the prefixes that it continues, so those are evicted later.
         self._idle = OrderedDict.fromkeys([*(i for i in self._idle if i in idle), *lost])
         self._index = {cached[i].key: i for i in range(self.num_blocks) if cached[i] is not None}
+        self._siblings = {}
+        for parent, tokens in sorted(self._index, key=lambda key: key[1]):
+            self._siblings.setdefault(parent, []).append(tokens)
 
     def _num_needed(self, sequence: Sequence, hits: list[int]) -> int:
         num_idle_hits = sum(self._owners[block_id] == 0 for block_id in hits)
@@ -223,13 +278,81 @@ class BlockManager:
             prefix_id = self._cached[block_id].prefix_id
         return hits
 
+    def _longest_head(
+        self, sequence: Sequence, parent: PrefixName, start: int
+    ) -> tuple[int | None, int]:
+        """Return the block that begins with most of a sequence's next tokens, and how many.
+
+        Args:
+            sequence: it has hits up to `start`, and needs the tokens from `first_logit` on.
+            parent: the prefix up to `start`.
+            start: position of the next token.
+
+        Returns:
+            (None, 0) if there is none.
+        """
+        stop = min(start + self.block_size, sequence.first_logit)
+        siblings = self._siblings.get(parent)
+        if siblings is None or stop <= start:
+            return None, 0
+        tokens = sequence.token_ids[start:stop].tobytes()
+        i = bisect_left(siblings, tokens)
+        heads = [(_num_common(tokens, one), one) for one in siblings[max(0, i - 1) : i + 1]]
+        num_head, found = max(heads)
+        return (self._index[parent, found], num_head) if num_head else (None, 0)
+
+    def _index_tail(self, sequence: Sequence) -> None:
+        """Let the partly filled block of a sequence, if any, be found by what it holds so far."""
+        i = sequence.num_indexed_blocks
+        tokens = sequence.token_ids[i * self.block_size : sequence.num_computed].tobytes()
+        parent = sequence.prefix_id
+        if not tokens or parent is None or not self.prefix_caching:
+            return
+        block_id = sequence.block_ids[i]
+        if block_id in self.copies:  # yet to be done
+            return
+        siblings = self._siblings.get(parent, [])
+        at = bisect_left(siblings, tokens)
+        if at == len(siblings) or not siblings[at].startswith(tokens):
+            self._enter(block_id, (parent, tokens))
+
+    def _num_tokens(self, block_id: int) -> int:
+        return len(self._cached[block_id].key[1]) // _ITEM_SIZE
+
+    def _enter(self, block_id: int, key: PrefixKey) -> None:
+        """Let a block be found by this key, and by no other."""
+        parent, tokens = key
+        prefix, old = _CachedPrefix(key, self._next_prefix_id), self._cached[block_id]
+        self._next_prefix_id += 1
+        self._cached[block_id] = prefix
+        if old is not None:
+            self._delist(old.key)
+        self._index[key] = block_id
+        insort(self._siblings.setdefault(parent, []), tokens)
+
+    def _forget(self, block_id: int) -> None:
+        """Let a block not be found any more."""
+        prefix = self._cached[block_id]
+        self._cached[block_id] = None
+        self._delist(prefix.key)
+
+    def _delist(self, key: PrefixKey) -> None:
+        parent, tokens = key
+        del self._index[key]
+        siblings = self._siblings[parent]
+        del siblings[bisect_left(siblings, tokens)]
+        if not siblings:
+            del self._siblings[parent]
+
     def _own(self, block_id: int) -> None:
+        self.tables_version += 1
         if self._owners[block_id] == 0:
             del self._idle[block_id]
         self._owners[block_id] += 1
 
     def _disown(self, block_id: int) -> None:
         assert self._owners[block_id] > 0, f"block {block_id} freed twice"
+        self.tables_version += 1
         self._owners[block_id] -= 1
         if self._owners[block_id] > 0:
             return
@@ -239,12 +362,21 @@ class BlockManager:
             self._idle[block_id] = None
 
     def _take(self) -> int:
+        self.tables_version += 1
         if self._free:
             block_id = self._free.pop()
         else:
             block_id = next(iter(self._idle))
+            self._forget(block_id)  # first, or `recover` would make it the last to be evicted
             del self._idle[block_id]
-            del self._index[self._cached[block_id].key]
-            self._cached[block_id] = None
         self._owners[block_id] = 1
         return block_id
+
+
+_ITEM_SIZE = int32_list().itemsize
+
+
+def _num_common(a: bytes, b: bytes) -> int:
+    """Return how many tokens two lists of int32 have in common at their beginnings."""
+    pairs = zip(memoryview(a).cast("i"), memoryview(b).cast("i"), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

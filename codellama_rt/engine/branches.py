@@ -56,12 +56,19 @@ class Branches:
         """Whether some branches have yet to be computed."""
         return any(logits is None for logits in self.live.values())
 
-    def add(self, prompt_token_ids: Collection[int], adapter: LoraAdapter | None = None) -> Branch:
+    def add(
+        self,
+        prompt_token_ids: Collection[int],
+        adapter: LoraAdapter | None = None,
+        *,
+        cache_salt: str | None = None,
+    ) -> Branch:
         """Start a branch from a prompt.
 
         Args:
             prompt_token_ids: at least one.
             adapter: applied to all its tokens.
+            cache_salt: as of `Engine.add_request`.
 
         Raises:
             TypeError, ValueError: as `Engine.add_request`.
@@ -70,7 +77,9 @@ class Branches:
         admission = self._engine.admission
         admission.check_length(len(token_ids))
         self._scheduler.check_length(len(token_ids))
-        branch = admission.make_sequence(token_ids, (0, 0, next(self._numbers)), adapter)
+        branch = admission.make_sequence(
+            token_ids, (0, 0, next(self._numbers)), adapter, cache_salt
+        )
         with self._engine.owner:
             self.live[branch] = None
             self._scheduler.add(branch)
@@ -175,7 +184,7 @@ class Branches:
                 self.live[branch] = last[0]
             branch.num_computed = chunk.stop
 
-            self._scheduler.blocks.index_full_blocks(branch)
+            self._scheduler.blocks.index_blocks(branch)
             if is_computed:
                 self._scheduler.running.remove(branch)
 

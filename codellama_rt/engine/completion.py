@@ -22,7 +22,8 @@ class Completion:
         prompt_logprobs: one per prompt token (None for the first), if requested.
         prompt_token_ids: the ids of the prompt.
         index: which of the prompt's n samples.
-        stats: prompt_tokens, generated_tokens, first_token_s and total_s (seconds from submission).
+        stats: prompt_tokens, cached_tokens (of these, how many the prefix cache had),
+            generated_tokens, first_token_s and total_s (seconds from submission).
     """
 
     text: str = ""
@@ -81,6 +82,7 @@ class Job:
             completion.stop_reason = output.stop_reason
             completion.stats |= {
                 "prompt_tokens": len(self.prompt_token_ids),
+                "cached_tokens": output.metrics.cached_tokens,
                 "generated_tokens": len(completion.token_ids),
                 "total_s": now,
             }

@@ -124,6 +124,7 @@ class Engine:
         *,
         priority: int = 0,
         adapter: LoraAdapter | None = None,
+        cache_salt: str | None = None,
         inbox: deque[Output] | None = None,
     ) -> None:
         """Queue a request; `step` returns its outputs.
@@ -134,6 +135,8 @@ class Engine:
             params: how to sample; None: greedy.
             priority: smaller goes first; equal priorities are served in order of arrival.
             adapter: applied to the tokens of this request only.
+            cache_salt: requests share cached prefixes only if their salts are equal, so that nobody
+                learns from an answer's time what others have asked; None: with all that have none.
             inbox: receives the outputs in place of `step`'s result.
 
         Raises:
@@ -146,7 +149,13 @@ class Engine:
             ImportError: `structured_outputs` without llguidance.
         """
         request = self.admission.make_request(
-            request_id, prompt_token_ids, params, priority=priority, adapter=adapter, inbox=inbox
+            request_id,
+            prompt_token_ids,
+            params,
+            priority=priority,
+            adapter=adapter,
+            cache_salt=cache_salt,
+            inbox=inbox,
         )
         self.submit(request)
 
@@ -240,6 +249,18 @@ class Engine:
             with self.owner:
                 self._drop_discarded()
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes, after a step under way.
+
+        Requests under way keep what they have computed, but nobody finds it any more.
+
+        Returns:
+            Whether the whole KV cache is free: no request holds a part of it.
+        """
+        with self.owner:
+            self._drop_discarded()
+            return self.steps.reset_prefix_cache()
+
     def has_unfinished(self) -> bool:
         """Return whether another step would compute something or return an output."""
         return bool(self.table.requests or self.table.outputs)
@@ -270,6 +291,7 @@ class Engine:
             "preemptions": self.scheduler.num_preemptions,
             "prefix_queried_tokens": blocks.num_queried_tokens,
             "prefix_hit_tokens": blocks.num_hit_tokens,
+            "prefix_partial_hit_tokens": blocks.num_partial_hit_tokens,
             **asdict(steps.totals),
             **steps.metrics.snapshot(),
         }
@@ -314,7 +336,7 @@ class Engine:
             return []
         outputs = request.end("abort")
         request.measure(outputs, perf_counter())
-        self.steps.metrics.count(outputs)
+        self.steps.metrics.count_finished(outputs)
         if request.inbox is not None:
             request.inbox += outputs
         self.table.remove(request)

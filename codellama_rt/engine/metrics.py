@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -85,13 +85,15 @@ class RequestClock:
         )
 
 
+# A clock, and the arguments of its `metrics`: one per token, so a plain tuple.
+Measured = tuple[RequestClock, float, float | None, int, int]
+
+
 class Output(Protocol):
     """What of `engine.Output` is counted."""
 
     finished: bool
     finish_reason: str | None
-    made: float
-    before: float | None
     metrics: RequestMetrics
 
 
@@ -144,11 +146,14 @@ class EngineMetrics:
     output_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
     finish_reasons: Counter[str] = field(default_factory=Counter)
 
-    def count(self, outputs: Collection[Output]) -> None:
-        """Count outputs of one step or abort; most have waited for the same time."""
-        gaps = Counter([one.made - one.before for one in outputs if one.before is not None])
-        for seconds, times in gaps.items():
-            self.inter_token_seconds.observe(seconds, times)
+    def count_tokens(self, now: float, last_tokens: Collection[float | None]) -> None:
+        """Count tokens chosen at `now`, by when their samples had the tokens before."""
+        for before, times in Counter(last_tokens).items():
+            if before is not None:
+                self.inter_token_seconds.observe(now - before, times)
+
+    def count_finished(self, outputs: Iterable[Output]) -> None:
+        """Count those outputs that are their samples' last ones."""
         for output in outputs:
             if output.finished:
                 self.finish_reasons[output.finish_reason] += 1

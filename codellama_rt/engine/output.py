@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from codellama_rt.engine.logprobs import Logprob, PromptLogprobs
-from codellama_rt.engine.metrics import RequestClock, RequestMetrics
+from codellama_rt.engine.metrics import Measured, RequestMetrics
 
 
 @dataclass(slots=True)
@@ -24,11 +24,7 @@ class Output:
         finish_reason: "stop" | "length" | "abort" | "error" when finished.
         stop_reason: the token id or the string that stopped it.
         error: the exception when `finish_reason` is "error".
-        clock: when things happened to the request.
-        made: when the output was, on that clock.
-        before: when the sample's token before was; None: no token before, or none now.
-        output_tokens: of the sample so far.
-        steps: in which tokens of the sample were computed so far.
+        measured: what `metrics` is made of.
     """
 
     request_id: str
@@ -41,16 +37,13 @@ class Output:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
-    clock: RequestClock | None = field(default=None, repr=False)
-    made: float = field(default=0.0, repr=False)
-    before: float | None = field(default=None, repr=False)
-    output_tokens: int = field(default=0, repr=False)
-    steps: int = field(default=0, repr=False)
+    measured: Measured | None = field(default=None, repr=False)
 
     @property
     def metrics(self) -> RequestMetrics:
         """Times and counts of the request and the sample so far, computed when asked for."""
-        return self.clock.metrics(self.made, self.before, self.output_tokens, self.steps)
+        clock, *measured = self.measured
+        return clock.metrics(*measured)
 
 
 def last_output(

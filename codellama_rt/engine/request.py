@@ -95,14 +95,13 @@ class Request:
             and len(self.samples) == self.params.n
         )
 
-    def take(self, sample: Sample, chunk: Chunk, logits: np.ndarray, now: float) -> list[Output]:
+    def take(self, sample: Sample, chunk: Chunk, logits: np.ndarray) -> list[Output]:
         """Use the logits of a chunk's last tokens.
 
         Args:
             sample: one of this request's; with its first token it creates the other samples.
             chunk: of the sample's sequence.
             logits: (chunk.num_logits, vocab_size) float32.
-            now: when they were computed.
 
         Returns:
             What the samples gained.
@@ -126,7 +125,7 @@ class Request:
         samples = [sample, *forks]
         samplers = [one.sampler for one in samples]
         choices = choose(samplers, logits[-1:], [chunk.stop] * len(samples), [0] * len(samples))
-        return [one.take(its, now) for one, its in zip(samples, choices, strict=True)]
+        return [one.accept(its) for one, its in zip(samples, choices, strict=True)]
 
     def _end_prompt(self, sample: Sample) -> list[Output]:
         """Return the outputs of a request that wanted nothing but its prompt computed."""
@@ -139,11 +138,11 @@ class Request:
         """Note of outputs that are made at `now` when that is, and how far their samples are."""
         for output in outputs:
             sample = self.samples[min(output.index, len(self.samples) - 1)]
+            last_token = sample.last_token if output.token_ids else None
+            num_tokens = sample.sequence.num_generated
+            output.measured = self.clock, now, last_token, num_tokens, sample.num_steps
             if output.token_ids:
                 sample.last_token = now
-            else:
-                output.clock, output.made, output.steps = self.clock, now, sample.num_steps
-                output.output_tokens = sample.sequence.num_generated
 
     def undo(self, sample: Sample, num_tokens: int, num_samples: int) -> None:
         """Go back to before `take`: to so many tokens of this sample, and so many samples."""

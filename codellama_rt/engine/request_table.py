@@ -56,7 +56,7 @@ class RequestTable:
             if sample.is_finished:
                 self._forget(sample)
         if request.is_finished:
-            del self.requests[request.request_id]
+            self.requests.pop(request.request_id, None)  # another sample may have ended beside it
 
     def remove(self, request: Request) -> None:
         """Drop a request with all its samples."""

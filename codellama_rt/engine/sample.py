@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from codellama_rt.engine.grammar import Grammar
-from codellama_rt.engine.logprobs import Logprob, PromptLogprobs
+from codellama_rt.engine.logprobs import PromptLogprobs
 from codellama_rt.engine.metrics import RequestClock
 from codellama_rt.engine.output import Output, last_output
 from codellama_rt.engine.sampler import Choice, TokenSampler
@@ -88,50 +88,31 @@ class Sample:
         """Whether a grammar constrains its tokens."""
         return self.request.grammar is not None
 
-    def take(self, choice: Choice | Exception, now: float) -> Output:
-        """Accept what `choose` has chosen; raise it if it is an exception."""
-        if isinstance(choice, Exception):
-            raise choice
-        return self.accept(choice.token_id, now, choice.logprobs)
+    @property
+    def has_text(self) -> bool:
+        """Whether its tokens become text."""
+        return self._stream is not None
 
-    def accept(
-        self, token_id: int, now: float, logprobs: dict[int, Logprob] | None = None
-    ) -> Output:
-        """Append a chosen token.
-
-        Args:
-            token_id: the token.
-            now: when it was chosen.
-            logprobs: if asked for.
+    def accept(self, choice: Choice | Exception) -> Output:
+        """Append a token that `choose` has chosen.
 
         Returns:
             The token, its text, and whether and why it was the last one.
 
         Raises:
-            Exception: of the grammar or the tokenizer.
+            Exception: there is no token, for this reason; or of the grammar or the tokenizer.
         """
-        request, sequence = self.request, self.sequence
+        if isinstance(choice, Exception):
+            raise choice
+        request, sequence, token_id = self.request, self.sequence, choice.token_id
         sequence.token_ids.append(token_id)
-        length = len(sequence.token_ids)
-        if self.sampler.has_memory:
-            self.sampler.record(token_id)
-        output = Output(
-            request.request_id,
-            self.index,
-            [token_id],
-            "",
-            None if logprobs is None else [logprobs],
-            clock=request.clock,
-            made=now,
-            before=self.last_token,
-            output_tokens=length - sequence.prompt_len,
-            steps=self.num_steps,
-        )
-        if length == sequence.prompt_len + 1:
+        self.sampler.record(token_id)
+        output = Output(request.request_id, self.index, [token_id], "")
+        if choice.logprobs is not None:
+            output.logprobs = [choice.logprobs]
+        if sequence.num_generated == 1:
             output.prompt_logprobs = request.prompt_logprobs
-        if self._stream is not None or length >= request.max_len or token_id in request.end_ids:
-            self._read(token_id, output.output_tokens >= request.params.min_tokens, output)
-            self.is_finished = output.finished
+        self.read(token_id, output)
         return output
 
     def end(self, reason: str, error: Exception | None = None) -> Output:
@@ -139,24 +120,30 @@ class Sample:
         text = "" if error is not None or self._stream is None else self._stream.flush()
         return last_output(self.request.request_id, self.index, reason, text, error)
 
-    def _read(self, token_id: int, may_stop: bool, output: Output) -> None:
-        """Fill in the text of a new token, and whether it ends the output."""
-        if token_id in self.request.end_ids and may_stop:
-            name = self.request.stop_names.get(token_id)
+    def read(self, token_id: int, output: Output) -> bool:
+        """Fill in the text of a token that was appended, and whether it ends the output."""
+        request, stream, sequence = self.request, self._stream, self.sequence
+        stop = None
+        if token_id in request.end_ids and self._may_stop():
+            name = request.stop_names.get(token_id)
             output.finish_reason, output.stop_reason = "stop", token_id if name is None else name
-            if self.request.params.include_stop_str_in_output and self._stream is not None:
+            if request.params.include_stop_str_in_output and stream is not None:
                 if name is None:
-                    output.text, _ = self._stream.push(token_id, may_stop=False)
+                    output.text, _ = stream.push(token_id, may_stop=False)
                 else:  # as the caller has written it
-                    output.text = self._stream.flush() + name
-        elif self._stream is not None:
-            output.text, stop = self._stream.push(token_id, may_stop=may_stop)
+                    output.text = stream.flush() + name
+        elif stream is not None:
+            output.text, stop = stream.push(token_id, may_stop=self._may_stop())
             if stop is not None:
-                output.finish_reason, output.stop_reason, output.finished = "stop", stop, True
-                return  # nothing after a stop string is part of the text
-        if output.finish_reason is None and len(self.sequence.token_ids) >= self.request.max_len:
+                output.finish_reason, output.stop_reason = "stop", stop
+        if output.finish_reason is None:
+            if len(sequence.token_ids) < request.max_len:
+                return False
             output.finish_reason = "length"
-        if output.finish_reason is not None:
-            output.finished = True
-            if self._stream is not None:
-                output.text += self._stream.flush()
+        output.finished = self.is_finished = True
+        if stream is not None and stop is None:  # nothing after a stop string is part of the text
+            output.text += stream.flush()
+        return True
+
+    def _may_stop(self) -> bool:
+        return self.sequence.num_generated >= self.request.params.min_tokens

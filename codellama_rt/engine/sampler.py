@@ -258,6 +258,7 @@ class SamplerRows:
         self._has_masks = any(s.has_mask for s in samplers)
         self._has_counts = any(s.counts is not None for s in samplers)
         self._has_processors = any(s.processors for s in samplers)
+        self._rows = np.arange(len(self.samplers), dtype=np.int32)
         self._asked = [i for i, s in enumerate(samplers) if s.params.logprobs is not None]
 
     def choose(
@@ -278,14 +279,15 @@ class SamplerRows:
         samplers, failed = self.samplers, {}
         if not samplers:
             return Chosen([], {}, {})
-        rows = range(len(samplers)) if rows is None else rows
+        rows = self._rows if rows is None else np.array(rows, np.int32)
         sources, source_rows = logits, rows
         if self._has_processors:
-            sources, source_rows = _processed(samplers, logits, positions, list(rows), failed)
+            sources = _processed(samplers, logits, positions, rows, failed)
+            source_rows = self._rows
         masks, mask_rows = _masks(samplers, failed) if self._has_masks else (None, None)
         sampled = ops.sample(
             sources,
-            rows=np.array(source_rows, np.int32),
+            rows=source_rows,
             position=np.array(positions, np.uint64),
             seen=self._seen(),
             bias=self._bias(),
@@ -317,7 +319,7 @@ class SamplerRows:
         self,
         logits: np.ndarray,
         token_ids: list[int],
-        rows: Sequence[int],
+        rows: np.ndarray,
         failed: dict[int, Exception],
     ) -> dict[int, dict[int, Logprob]]:
         """Return what was asked for by sampler; of the raw logits."""
@@ -326,7 +328,7 @@ class SamplerRows:
             return {}
         num_top = [self.samplers[i].params.logprobs for i in asked]
         chosen = [token_ids[i] for i in asked]
-        ranked = rank_tokens(logits, chosen, num_top, [rows[i] for i in asked])
+        ranked = rank_tokens(logits, chosen, num_top, rows[asked])
         return {i: tokens.as_dict() for i, tokens in zip(asked, ranked, strict=True)}
 
 
@@ -352,10 +354,10 @@ def _processed(
     samplers: Sequence[TokenSampler],
     logits: np.ndarray,
     positions: Sequence[int],
-    rows: list[int],
+    rows: np.ndarray,
     failed: dict[int, Exception],
-) -> tuple[np.ndarray, list[int]]:
-    """Apply the caller's processors: return logits, and each sampler's row."""
+) -> np.ndarray:
+    """Apply the caller's processors: return a row of logits per sampler."""
     changed = logits[rows]
     for i, sampler in enumerate(samplers):
         processors = sampler.processors
@@ -369,7 +371,7 @@ def _processed(
             changed[i] = apply_processors(processors, sampler.output_ids, changed[i])
         except Exception as error:
             failed[i] = error
-    return changed, list(range(len(rows)))
+    return changed
 
 
 def _masks(

@@ -1,7 +1,29 @@
 """One sequence being generated: its tokens, its place in the queue and in the KV cache."""
 
 from array import array
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+# Of a cached prefix; a tuple is the empty prefix of its cache_salt.
+PrefixName = int | tuple[Hashable]
+
+
+class CacheSalt(NamedTuple):
+    """What tells sequences apart that must not share cached prefixes, equal tokens or not.
+
+    Args:
+        caller: as given with the request, or None.
+        adapter: number of the LoRA adapter; 0: none.
+        rope: which rotations long prompts have, under RoPE scaling that depends on the length.
+    """
+
+    caller: str | None = None
+    adapter: int = 0
+    rope: int = 0
+
+
+_NO_SALT = CacheSalt()
 
 
 def int32_list(values: object = ()) -> array:
@@ -22,7 +44,7 @@ class Sequence:
         order: (priority, arrival, sample index); the smallest goes first and is preempted last.
         first_logit: position of the first token whose logits (of the next token) are needed; they
             are used as soon as they are computed.
-        cache_salt: sequences share cached prefixes only if their salt (>= 0) is equal.
+        cache_salt: sequences share cached prefixes only if their salts are equal.
         adapter: a LoraAdapter applied to all its tokens, or None.
     """
 
@@ -30,14 +52,16 @@ class Sequence:
     prompt_len: int
     order: tuple[int, int, int]
     first_logit: int
-    cache_salt: int = 0
+    cache_salt: Hashable = _NO_SALT
     adapter: object | None = None
     # Place in the KV cache, managed by BlockManager; empty while the sequence waits.
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_ids: array = field(default_factory=int32_list)
     num_writable: int = 0  # tokens that fit its blocks, and no other sequence reads the last one
     num_indexed_blocks: int = 0  # leading full blocks known to the prefix cache
-    prefix_id: int = field(init=False)  # the prefix cache's name for the text of those blocks
+    # The prefix cache's name for the text of those blocks; None: it was reset, and this sequence
+    # enters nothing computed before into the new one.
+    prefix_id: PrefixName | None = field(init=False)
 
     def __post_init__(self) -> None:
         """Start outside the KV cache."""
@@ -54,7 +78,7 @@ class Sequence:
         self.num_computed = 0
         self.num_writable = 0
         self.num_indexed_blocks = 0
-        self.prefix_id = -1 - self.cache_salt  # the empty prefix of this salt
+        self.prefix_id = (self.cache_salt,)
 
     def fork(self, index: int, *, first_logit: int | None = None) -> "Sequence":
         """Return a sample with the same tokens and no place in the KV cache yet."""

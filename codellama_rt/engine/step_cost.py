@@ -10,8 +10,7 @@ that took ten times as long, because a file was read for the first time, counts 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from operator import mul
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +29,7 @@ class Tokens(Protocol):
 _BYTES_PER_SECOND, _FLOPS_PER_SECOND, _CALL_SECONDS = 20e9, 100e9, 1e-3
 _TRUST = 1e-3  # in those numbers, as a part of what one step weighs
 _KEPT = 0.98  # of older steps' weight per step: the last 50 count
+_MOST_LEARNED = 64  # steps at a time: most of them are followed by none that asks for a cost
 _LEAST = 1e-3  # of the starting number: no part of a step is for nothing
 
 
@@ -61,22 +61,34 @@ class StepCost:
         self._products = np.zeros((4, 4))  # of rows with one another, as far as they count
         self._sums = np.zeros(4)  # of rows
         self._is_fitted = True
+        self._learned: list[tuple[np.ndarray, np.ndarray, float]] = []  # not yet in the sums
 
     @property
     def fixed(self) -> float:
         """Seconds of a step, however few tokens it has."""
         return float(self._coefficients()[0])
 
-    def learn(self, chunks: Collection[Tokens], seconds: float) -> None:
-        """Take a step that has been computed into account."""
-        row = self._features(chunks) * self._unit / seconds
-        self._products = self._products * _KEPT + np.outer(row, row)
-        self._sums = self._sums * _KEPT + row  # each row's target is 1: its seconds over themselves
-        self._is_fitted = False
+    def learn(self, positions: np.ndarray, seq_lens: np.ndarray, seconds: float) -> None:
+        """Take a step that has been computed into account.
 
-    def seconds(self, chunks: Collection[Tokens]) -> float:
+        Args:
+            positions: (num_tokens,) integers, of each token in its sequence; kept for a while.
+            seq_lens: (num_seqs,) integers, the tokens of each sequence up to its last one here.
+            seconds: how long it took.
+        """
+        self._learned.append((positions, seq_lens, seconds))
+        if len(self._learned) == _MOST_LEARNED:
+            self._learn()
+
+    def seconds(self, chunks: Iterable[Tokens]) -> float:
         """Return how long a step of these chunks takes, the fixed part included."""
-        return float(self._features(chunks) @ self._coefficients())
+        tokens = pairs = keys = 0.0
+        for chunk in chunks:
+            count = chunk.stop - chunk.start
+            tokens += count
+            pairs += count * (chunk.start + chunk.stop + 1) / 2
+            keys += chunk.stop
+        return float(np.array([1.0, tokens, pairs, keys]) @ self._coefficients())
 
     def num_tokens(self, seconds: float, start: int) -> int:
         """Return how many tokens from position `start` on take that long; at least 1.
@@ -93,15 +105,26 @@ class StepCost:
         return max(1, int(2.0 * left / (slope + root)))
 
     def _coefficients(self) -> np.ndarray:
+        self._learn()
         if not self._is_fitted:
             factors = np.linalg.solve(self._products + _TRUST * np.eye(4), self._sums + _TRUST)
             self._factors = np.maximum(factors, _LEAST)
             self._is_fitted = True
         return self._unit * self._factors
 
-    def _features(self, chunks: Collection[Tokens]) -> np.ndarray:
-        starts, stops = [chunk.start for chunk in chunks], [chunk.stop for chunk in chunks]
-        keys = sum(stops)
-        # A token sees the keys up to its own: start + 1 to stop of them, added up by both ends.
-        pairs = sum(map(mul, stops, stops)) + keys - sum(map(mul, starts, starts)) - sum(starts)
-        return np.array([1.0, keys - sum(starts), pairs / 2, keys])
+    def _learn(self) -> None:
+        learned, self._learned = self._learned, []  # others may ask for a cost beside a step
+        if not learned:
+            return
+        features = [
+            (1, len(positions), (positions + 1).sum(), seq_lens.sum())  # a token sees itself
+            for positions, seq_lens, _ in learned
+        ]
+        seconds = np.array([its for *_, its in learned])
+        rows = np.array(features) * self._unit / seconds[:, None]
+        weights = _KEPT ** np.arange(len(rows))[::-1]
+        kept = _KEPT ** len(rows)
+        self._products = self._products * kept + (weights * rows.T) @ rows
+        # Each row's target is 1: its seconds over themselves.
+        self._sums = self._sums * kept + weights @ rows
+        self._is_fitted = False

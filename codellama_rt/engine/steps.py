@@ -1,9 +1,4 @@
-"""The engine's steps: schedule, compute, choose, and give each sample what it has gained.
-
-Whatever is raised in a step, nothing is lost: what is known of a request are its tokens, which of
-them are in the cache, and its outputs. They change together, by plain assignments; everything else
-is computed anew from them (`recover`).
-"""
+"""The engine's steps: schedule, compute, choose, and give each sample what it has gained."""
 
 from __future__ import annotations
 
@@ -18,15 +13,15 @@ from weakref import WeakSet
 import numpy as np
 
 from codellama_rt.engine.batching import build_batch
-from codellama_rt.engine.logprobs import Logprob
+from codellama_rt.engine.delivery import Delivery
+from codellama_rt.engine.lineup import Lineup
 from codellama_rt.engine.metrics import EngineMetrics, StepRecord
-from codellama_rt.engine.output import Output
 from codellama_rt.engine.request_table import RequestTable
-from codellama_rt.engine.sample import Sample
-from codellama_rt.engine.sampler import SamplerRows
+from codellama_rt.engine.sampler import Chosen
 from codellama_rt.engine.scheduler import Scheduler
 from codellama_rt.engine.sequence import Chunk
 from codellama_rt.engine.sequence import Sequence as Tokens
+from codellama_rt.model.batch import Batch
 from codellama_rt.model.interface import Decoder, KVCache
 
 logger = logging.getLogger(__name__)
@@ -67,16 +62,17 @@ class _Computed(NamedTuple):
     """What a step has for its chunks.
 
     Attributes:
-        logits: per chunk (num_logits, vocab_size) float32, or what the model raised over it.
-        token_ids: per chunk, where all sequences have chosen together.
-        failed: numbers of the chunks for which that has failed.
-        logprobs: of chosen tokens, where asked for, by the numbers of their chunks.
+        logits: (sum of num_logits, vocab_size) float32, chunk after chunk; or per chunk its own, or
+            what the model raised over it.
+        chosen: the tokens that the lineup has chosen; None: each sample chooses alone.
     """
 
-    logits: Sequence[np.ndarray | Exception]
-    token_ids: Sequence[int | None]
-    failed: Collection[int] = ()
-    logprobs: Mapping[int, dict[int, Logprob]] = {}
+    logits: np.ndarray | list[np.ndarray | Exception]
+    chosen: Chosen | None = None
+
+    def by_chunk(self, chunks: Collection[Chunk]) -> Sequence[np.ndarray | Exception]:
+        """Return the logits per chunk."""
+        return self.logits if isinstance(self.logits, list) else _by_chunk(chunks, self.logits)
 
 
 class Steps:
@@ -103,9 +99,8 @@ class Steps:
         self.metrics = EngineMetrics()
         self._model, self._kv_cache, self._has_dynamic_rope = model, kv_cache, has_dynamic_rope
         self._scheduler, self._table = scheduler, table
-        # The sample that is taking its logits; its tokens, and the samples of its request, before.
-        self._in_flight: tuple[Sample, int, int] | None = None
-        self._rows = SamplerRows([])  # of the last step
+        self._delivery = Delivery(table, scheduler.blocks, self.metrics)
+        self._lineup = Lineup([], [])  # of the last step
 
     def advance(self, on_step: Callable[[StepRecord], None] | None) -> None:
         """Make a step; its outputs go to where they are waited for.
@@ -114,30 +109,27 @@ class Steps:
             Exception: it was interrupted, or blocks could not be copied; it can be repeated.
         """
         totals, started = self.totals, perf_counter()
-        before = totals.schedule_seconds, totals.model_seconds
+        schedule_seconds, model_seconds = totals.schedule_seconds, totals.model_seconds
         self.copy_blocks()  # of a step that was interrupted
         chunks = self._scheduler.schedule()
         if not chunks:
             self._make_room()
         self.copy_blocks()
-        samples = [self._table.samples[chunk.sequence] for chunk in chunks]
-        for chunk, sample in zip(chunks, samples, strict=True):
-            if sample.has_grammar and chunk.samples:
-                sample.sampler.prepare()
+        others = self._line_up(chunks)
+        parts = self._names(chunks) if on_step is not None else ()
         totals.schedule_seconds += perf_counter() - started
-        found = self._computed(chunks, samples)
-        computed = perf_counter()
-        self._deliver(chunks, samples, found, started, computed)
-        ended = perf_counter()
-        schedule_seconds = totals.schedule_seconds - before[0]
-        model_seconds = totals.model_seconds - before[1]
-        sample_seconds = ended - started - schedule_seconds - model_seconds
+        if chunks:
+            found = self._computed(chunks, others)
+            self._deliver(chunks, others, found, started)
+        seconds = perf_counter() - started
+        schedule_seconds = totals.schedule_seconds - schedule_seconds
+        model_seconds = totals.model_seconds - model_seconds
+        sample_seconds = seconds - schedule_seconds - model_seconds
         totals.sample_seconds += sample_seconds
-        self.metrics.step_seconds.observe(ended - started)
+        self.metrics.step_seconds.observe(seconds)
         if on_step is not None:
-            self._report(
-                on_step, started, (schedule_seconds, model_seconds, sample_seconds), chunks, samples
-            )
+            times = started, schedule_seconds, model_seconds, sample_seconds
+            self._report(on_step, times, parts)
 
     def compute(self, chunks: Collection[Chunk]) -> list[np.ndarray]:
         """Run the model once. Blocks to be copied have been.
@@ -148,7 +140,9 @@ class Steps:
         Returns:
             Per chunk (num_logits, vocab_size) float32.
         """
-        return _by_chunk(chunks, self._compute(chunks))
+        started = perf_counter()
+        batch = build_batch(chunks, self._kv_cache.block_size, rope_lengths=self._has_dynamic_rope)
+        return _by_chunk(chunks, self._forward(batch, started))
 
     def copy_blocks(self) -> None:
         """Copy the blocks that forks are about to write."""
@@ -160,22 +154,55 @@ class Steps:
 
     def recover(self) -> None:
         """Make good what an exception has left half done."""
-        if self._in_flight is not None:
-            self._undo()
-            self._in_flight = None
+        self._delivery.recover()
+        self._lineup = Lineup([], [])
         self._table.recover()
-        searches = list(self.searches)
-        branches = [branch for search in searches for branch in search.live]
-        self._scheduler.blocks.recover([*self._table.samples, *branches])
+        self._scheduler.blocks.recover(self._sequences())
         self._scheduler.recover(self._table.samples)
-        for search in searches:
+        for search in list(self.searches):
             search.recover()
 
-    def _compute(self, chunks: Collection[Chunk]) -> np.ndarray:
-        """Run the model once; return (sum of num_logits, vocab_size) float32, chunk after chunk."""
-        started = perf_counter()
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes, and return whether no sequence has blocks."""
+        return self._scheduler.blocks.reset_prefix_cache(self._sequences())
+
+    def _sequences(self) -> list[Tokens]:
+        """Return all that have or want blocks."""
+        branches = [branch for search in list(self.searches) for branch in search.live]
+        return [*self._table.samples, *branches]
+
+    def _line_up(self, chunks: list[Chunk]) -> list[int]:
+        """Line up the samples that choose one token; return the numbers of the other chunks."""
+        others = []
+        if not self._lineup.goes_on(chunks):
+            samples = [self._table.samples[chunk.sequence] for chunk in chunks]
+            together = [
+                sample.request.takes_one_token(chunk)
+                for chunk, sample in zip(chunks, samples, strict=True)
+            ]
+            others = [i for i, is_one in enumerate(together) if not is_one]
+            self._lineup = Lineup(
+                list(itertools.compress(samples, together)),
+                list(itertools.compress(chunks, together)),
+                self._lineup.rows,
+            )
+        self._lineup.prepare()
+        return others
+
+    def _batch(self, chunks: list[Chunk], others: list[int]) -> Batch:
+        """Return the batch of a step."""
         size, has_lengths = self._kv_cache.block_size, self._has_dynamic_rope
-        batch = build_batch(chunks, size, rope_lengths=has_lengths)
+        if others:
+            return build_batch(chunks, size, rope_lengths=has_lengths)
+        version = self._scheduler.blocks.tables_version
+        return self._lineup.next_batch(chunks, size, version, rope_lengths=has_lengths)
+
+    def _forward(self, batch: Batch, started: float) -> np.ndarray:
+        """Run the model on a batch that was begun at `started`.
+
+        Returns:
+            (sum of num_logits, vocab_size) float32, chunk after chunk.
+        """
         scheduled = perf_counter()
         logits = self._model.forward(batch, self._kv_cache)
         seconds = perf_counter() - scheduled
@@ -185,24 +212,26 @@ class Steps:
         totals.schedule_seconds += scheduled - started
         totals.model_seconds += seconds
         if self._scheduler.cost is not None:
-            self._scheduler.cost.learn(chunks, seconds)
+            self._scheduler.cost.learn(batch.positions, batch.seq_lens, seconds)
         return logits
 
-    def _computed(self, chunks: list[Chunk], samples: list[Sample]) -> _Computed:
-        """Run the model, and choose the tokens that can be chosen together."""
-        if not chunks:
-            return _Computed((), ())
+    def _computed(self, chunks: list[Chunk], others: list[int]) -> _Computed:
+        """Run the model, and choose the tokens of the lineup."""
+        started = perf_counter()
         try:
-            logits = self._compute(chunks)
+            logits = self._forward(self._batch(chunks, others), started)
         except Exception as error:  # of one of them, or a passing one
             logger.warning("a step failed and is repeated sequence by sequence: %r", error)
-            return _Computed([self._result(chunk) for chunk in chunks], [None] * len(chunks))
-        rows = _by_chunk(chunks, logits)
+            return _Computed([self._result(chunk) for chunk in chunks])
+        rows = None
+        if others:
+            ends = itertools.accumulate(chunk.num_logits for chunk in chunks)
+            rows = [end - 1 for i, end in enumerate(ends) if i not in others]
         try:
-            return self._choose(chunks, samples, logits, rows)
+            return _Computed(logits, self._lineup.rows.choose(logits, self._lineup.stops, rows))
         except Exception as error:  # perhaps a passing one: each will choose alone
             logger.warning("tokens could not be chosen together: %r", error)
-            return _Computed(rows, [None] * len(chunks))
+            return _Computed(logits)
 
     def _result(self, chunk: Chunk) -> np.ndarray | Exception:
         try:
@@ -211,34 +240,26 @@ class Steps:
             return error
         return logits
 
-    def _choose(
-        self,
-        chunks: list[Chunk],
-        samples: list[Sample],
-        logits: np.ndarray,
-        rows: list[np.ndarray],
-    ) -> _Computed:
-        """Choose for the chunks whose last logits only choose a token."""
-        together = [
-            i
-            for i, (chunk, sample) in enumerate(zip(chunks, samples, strict=True))
-            if sample.request.takes_one_token(chunk)
-        ]
-        samplers = [samples[i].sampler for i in together]
-        if samplers != self._rows.samplers:
-            self._rows = SamplerRows(samplers)
-        ends = list(itertools.accumulate(chunk.num_logits for chunk in chunks))
-        chosen = self._rows.choose(
-            logits, [chunks[i].stop for i in together], [ends[i] - 1 for i in together]
-        )
-        token_ids: list[int | None] = [None] * len(chunks)
-        for i, token_id in zip(together, chosen.token_ids, strict=True):
-            token_ids[i] = token_id
-        failed = {together[k] for k in chosen.failed}
-        for i in failed:
-            token_ids[i] = None
-        logprobs = {together[k]: its for k, its in chosen.logprobs.items()}
-        return _Computed(rows, token_ids, failed, logprobs)
+    def _deliver(
+        self, chunks: list[Chunk], others: list[int], found: _Computed, started: float
+    ) -> None:
+        """Give each sample what a step from `started` until now has for it."""
+        lineup, chosen, now = self._lineup, found.chosen, perf_counter()
+        left: Collection[int] = others
+        failed = () if chosen is None else chosen.failed
+        if chosen is None or failed or not self._delivery.give_all(lineup, chosen, started, now):
+            left, self._lineup = range(len(chunks)), Lineup([], [])
+        else:
+            self.totals.generated_tokens += len(lineup.samples)
+        if not left:
+            return
+        logits = found.by_chunk(chunks)
+        have_failed = {lineup.samples[i] for i in failed}
+        for i in left:
+            sample = self._table.samples[chunks[i].sequence]
+            tries = 1 if sample in have_failed else 2
+            gained = self._delivery.give(sample, chunks[i], logits[i], started, now, tries)
+            self.totals.generated_tokens += gained
 
     def _make_room(self) -> None:
         """Have searches give up blocks they can do without; they compute them again."""
@@ -246,119 +267,23 @@ class Steps:
         if not any(search.give_way() or search.is_computing for search in searches):
             raise RuntimeError("the scheduler found nothing to do for unfinished requests")
 
-    def _deliver(
-        self,
-        chunks: list[Chunk],
-        samples: list[Sample],
-        found: _Computed,
-        started: float,
-        now: float,
-    ) -> None:
-        """Give each sequence what a step from `started` to `now` has for it."""
-        gained: list[Output] = []
-        block_size = self._kv_cache.block_size
-        for i, (chunk, sample, token_id) in enumerate(
-            zip(chunks, samples, found.token_ids, strict=True)
-        ):
-            sequence, request = chunk.sequence, sample.request
-            sample.num_steps += 1
-            if request.clock.first_token is None:
-                has_token = chunk.samples
-                request.clock.note(chunk.start, started, now, has_token=has_token)
-            output = None
-            if token_id is not None:
-                self._in_flight = sample, chunk.stop, request.params.n
-                try:
-                    output = sample.accept(token_id, now, found.logprobs.get(i))
-                except Exception:  # perhaps a passing one
-                    self._undo()
-            if output is None:
-                tries = 1 if token_id is not None or i in found.failed else 2
-                gained += self._take(chunk, sample, found.logits[i], now, tries)
-                continue
-            # No call stands between these lines, so that no exception can.
-            if request.inbox is None:
-                self._table.outputs += (output,)
-            else:
-                request.inbox += (output,)
-            sequence.num_computed = chunk.stop
-            self._in_flight = None
-
-            gained += (output,)
-            sample.last_token = now
-            if chunk.stop // block_size > sequence.num_indexed_blocks:
-                self._scheduler.blocks.index_full_blocks(sequence)
-            if output.finished:
-                self._table.settle(request, [sample])
-        self.totals.generated_tokens += sum([len(output.token_ids) for output in gained])
-        self.metrics.count(gained)
-
-    def _take(
-        self,
-        chunk: Chunk,
-        sample: Sample,
-        logits: np.ndarray | Exception,
-        now: float,
-        tries: int,
-    ) -> list[Output]:
-        """Give one sequence its logits, or end it with an error; return what comes of it."""
-        request, sequence, num_samples = sample.request, chunk.sequence, len(sample.request.samples)
-        self._in_flight = sample, len(sequence.token_ids), num_samples
-        result: Any = logits
-        if not isinstance(result, Exception):
-            result = self._gained(chunk, sample, logits, now, tries)
-        if isinstance(result, Exception):
-            gained, num_computed = request.fail(sample, result), sequence.num_computed
-        else:
-            gained, num_computed = result, chunk.stop
-        request.measure(gained, now)
-        # No call stands between these lines, so that no exception can.
-        if request.inbox is None:
-            self._table.outputs += gained
-        else:
-            request.inbox += gained
-        sequence.num_computed = num_computed
-        self._in_flight = None
-
-        self._scheduler.blocks.index_full_blocks(sequence)
-        forks = request.samples[num_samples:]
-        self._table.add_forks(sample, forks)
-        self._table.settle(request, [sample, *forks])
-        return gained
-
-    def _gained(
-        self, chunk: Chunk, sample: Sample, logits: np.ndarray, now: float, tries: int
-    ) -> list[Output] | Exception:
-        """Return what a request gains by its logits, or what was raised over them at last."""
-        for _ in range(tries):
-            try:
-                return sample.request.take(sample, chunk, logits, now)
-            except Exception as error:  # perhaps a passing one
-                self._undo()
-                raised = error
-        return raised
-
-    def _undo(self) -> None:
-        """Go back to before the sample in flight took its logits."""
-        sample, num_tokens, num_samples = self._in_flight
-        sample.request.undo(sample, num_tokens, num_samples)
+    def _names(self, chunks: list[Chunk]) -> tuple[tuple[str, int, int, int], ...]:
+        samples = [self._table.samples[chunk.sequence] for chunk in chunks]
+        return tuple(
+            (sample.request.request_id, sample.index, chunk.start, chunk.stop)
+            for chunk, sample in zip(chunks, samples, strict=True)
+        )
 
     def _report(
         self,
         on_step: Callable[[StepRecord], None],
-        started: float,
-        seconds: tuple[float, float, float],
-        chunks: list[Chunk],
-        samples: list[Sample],
+        times: tuple[float, float, float, float],
+        parts: tuple[tuple[str, int, int, int], ...],
     ) -> None:
-        """Tell `on_step` of the step that began at `started`."""
-        parts = tuple(
-            (sample.request.request_id, sample.index, chunk.start, chunk.stop)
-            for chunk, sample in zip(chunks, samples, strict=True)
-        )
+        """Tell `on_step` of a step."""
         running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
         try:
-            on_step(StepRecord(started, *seconds, parts, running, waiting))
+            on_step(StepRecord(*times, parts, running, waiting))
         except Exception:
             logger.exception("on_step raised; the engine goes on")
 

@@ -124,17 +124,18 @@ class TextStream:
         Returns:
             The text that is now final, and the stop string that ends it or follows it, if any.
         """
-        return self._release(self._detokenizer.push(token_id), may_stop)
+        text = self._detokenizer.push(token_id)
+        return self._release(text, may_stop) if self._stop else (text, None)
 
     def flush(self) -> str:
         """Return the text left when the sequence has ended."""
-        text, _ = self._release(self._detokenizer.flush(), may_stop=True)
+        text = self._detokenizer.flush()
+        if self._stop:
+            text, _ = self._release(text, may_stop=True)
         text, self._held = text + self._held, ""
         return text
 
     def _release(self, new_text: str, may_stop: bool) -> tuple[str, str | None]:
-        if not self._stop:
-            return new_text, None
         text = self._held + new_text
         found = [(text.find(stop), stop) for stop in self._stop if stop in text] if may_stop else []
         if found:

@@ -217,6 +217,7 @@ class LLM:
         *,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         adapter: LoraAdapter | None = None,
+        cache_salt: str | None = None,
     ) -> list[Completion]:
         """Complete prompts, all together; a str with <FILL_ME> is filled in.
 
@@ -227,6 +228,8 @@ class LLM:
             params: for all, or one a prompt; None: `default_params()`.
             sampling_params: vLLM's name of `params`.
             adapter: applied to these prompts; from `load_adapter`.
+            cache_salt: these prompts share cached prefixes only with others of an equal salt; None:
+                with all that have none.
 
         Returns:
             params.n completions a prompt, in the order of the prompts.
@@ -244,7 +247,7 @@ class LLM:
         jobs: list[Job] = []
         try:
             for prompt, its_params in zip(prompts, params, strict=True):
-                jobs.append(self._submit(prompt, its_params, adapter))
+                jobs.append(self._submit(prompt, its_params, adapter, cache_salt))
             self.jobs.finish(jobs)
         finally:
             for job in jobs:
@@ -257,6 +260,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         adapter: LoraAdapter | None = None,
+        cache_salt: str | None = None,
     ) -> Iterator[str]:
         """Complete one prompt and yield its text as it comes; closing the iterator aborts it.
 
@@ -267,7 +271,7 @@ class LLM:
         params = self._checked(params)
         if params.n != 1:
             raise ValueError(f"a stream has one sample, got params.n={params.n}")
-        return self.jobs.stream(self._submit(prompt, params, adapter))
+        return self.jobs.stream(self._submit(prompt, params, adapter, cache_salt))
 
     def infill(
         self,
@@ -277,6 +281,7 @@ class LLM:
         *,
         suffix_first: bool = False,
         adapter: LoraAdapter | None = None,
+        cache_salt: str | None = None,
     ) -> Completion:
         """Fill the gap between `prefix` and `suffix`; the text is the filling alone.
 
@@ -284,8 +289,11 @@ class LLM:
             prefix: text before the gap.
             suffix: text after it.
             params: as in `generate`; params.n must be 1.
-            suffix_first: the SPM order of the prompt instead of PSM.
+            suffix_first: the SPM order of the prompt instead of PSM. Both are Meta's, and their
+                fillings differ. A cached prefix reaches to the first token that has changed: SPM is
+                right where one types at the gap, PSM where the gap moves on through the text.
             adapter: as in `generate`.
+            cache_salt: as in `generate`.
 
         Raises:
             ValueError: the model has no infilling tokens (34B and Python models have none),
@@ -298,7 +306,8 @@ class LLM:
                 "for more give generate a prompt with <FILL_ME>"
             )
         request = self.prompt_encoder.infilling(prefix, suffix, params, suffix_first=suffix_first)
-        return self.generate([request[0]], request[1], adapter=adapter)[0]
+        [filling] = self.generate([request[0]], request[1], adapter=adapter, cache_salt=cache_salt)
+        return filling
 
     def chat(
         self,
@@ -308,6 +317,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         chat_template: str | None = None,
         adapter: LoraAdapter | None = None,
+        cache_salt: str | None = None,
     ) -> Completion:
         """Answer a conversation; the text is the assistant's next message.
 
@@ -317,6 +327,7 @@ class LLM:
             sampling_params: vLLM's name of `params`.
             chat_template: "code-llama", "code-llama-70b" or Jinja; the checkpoint's own if None.
             adapter: as in `generate`.
+            cache_salt: as in `generate`.
 
         Raises:
             ValueError, TypeError: as `chat_prompt`; also params.n is not 1.
@@ -325,7 +336,7 @@ class LLM:
         prompt, params = self.chat_prompt(messages, params, chat_template=chat_template)
         if params.n != 1:
             raise ValueError(f"chat gives one answer, got params.n={params.n}")
-        return self.generate([prompt], params, adapter=adapter)[0]
+        return self.generate([prompt], params, adapter=adapter, cache_salt=cache_salt)[0]
 
     def chat_prompt(
         self,
@@ -435,6 +446,20 @@ class LLM:
         states = (self._hidden_states(one, adapter, last_only=True)[0] for one in ids)
         return pooled(states, len(ids), self.config.dim, pooling, normalize)
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes, as vLLM's method of this name; outputs do not change by it.
+
+        Requests under way in other threads keep what they have computed, but nobody finds it.
+
+        Returns:
+            Whether the whole KV cache is free now: no request holds a part of it.
+
+        Example:
+            >>> llm.reset_prefix_cache()  # doctest: +SKIP
+            True
+        """
+        return self.engine.reset_prefix_cache()
+
     def default_params(self) -> SamplingParams:
         """Greedy, or what the checkpoint's generation_config.json says."""
         return default_params(self.generation_config)
@@ -473,10 +498,14 @@ class LLM:
         )
 
     def _submit(
-        self, prompt: Prompt, params: SamplingParams | None, adapter: LoraAdapter | None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        adapter: LoraAdapter | None,
+        cache_salt: str | None,
     ) -> Job:
         prompt, params = self.prompt_encoder.completion(prompt, self._checked(params))
-        return self.jobs.submit(prompt, params, adapter=adapter)
+        return self.jobs.submit(prompt, params, adapter=adapter, cache_salt=cache_salt)
 
     def _checked(self, params: SamplingParams | None) -> SamplingParams:
         params = self.default_params() if params is None else params

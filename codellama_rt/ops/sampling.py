@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -123,8 +124,7 @@ def sample(
         return np.full(num_samples, value, dtype) if isinstance(value, (int, float)) else value
 
     if masks is None:
-        masks = np.empty((0, -(-axis_size(logits, 1) // 32)), np.uint32)
-        default_rows = np.full(num_samples, -1, np.int32)
+        masks, default_rows = _no_masks(num_samples, -(-axis_size(logits, 1) // 32))
     else:
         default_rows = np.arange(num_samples, dtype=np.int32)
     result = Sampled(
@@ -190,6 +190,13 @@ def token_logprobs(
     return result
 
 
+# A step without penalties, bias and masks asks for these again and again; nobody writes to them.
+@lru_cache(maxsize=64)
 def _no_lists(num_samples: int, dtype: type) -> TokenLists:
     offsets = np.zeros(num_samples + 1, np.int32)
     return TokenLists(offsets, np.empty(0, np.int32), np.empty(0, dtype))
+
+
+@lru_cache(maxsize=64)
+def _no_masks(num_samples: int, words: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.empty((0, words), np.uint32), np.full(num_samples, -1, np.int32)

@@ -266,8 +266,8 @@ def test_stats_and_progress():
     stats = engine.stats()
     assert (stats["running"], stats["waiting"], stats["kv_usage"]) == (0, 0, 0.0)
     assert (stats["prompt_tokens"], stats["generated_tokens"]) == (12, 6)
-    assert stats["computed_tokens"] == 6 + 2 + 2 + 2  # the second finds a block of four
-    assert (stats["prefix_queried_tokens"], stats["prefix_hit_tokens"]) == (12, 4)
+    assert stats["computed_tokens"] == 6 + 1 + 2 + 2  # the second finds five of its six
+    assert (stats["prefix_queried_tokens"], stats["prefix_hit_tokens"]) == (12, 5)
     assert min(stats[f"{part}_seconds"] for part in ("schedule", "model", "sample")) > 0
 
 
@@ -293,7 +293,7 @@ def test_max_tokens_0_computes_the_prompt(n, prompt_logprobs):
         assert len(logprobs) == len(PROMPT)
     assert engine.stats()["kv_blocks_free"] == engine.stats()["kv_blocks"]
     engine.add_request("b", PROMPT, SamplingParams(max_tokens=1))
-    assert engine.step()[0].metrics.cached_tokens == 4  # all whole blocks before the last token
+    assert engine.step()[0].metrics.cached_tokens == 5  # all but the last token
 
 
 def test_a_prompt_of_the_whole_length_may_be_computed_only():
@@ -323,7 +323,7 @@ def test_outputs_carry_times_and_counts():
     assert third.total_seconds >= second.token_seconds + third.token_seconds > 0
     waited = outputs[-1].metrics
     assert waited.queue_seconds >= third.total_seconds - third.queue_seconds > 0
-    assert waited.cached_tokens == 4
+    assert waited.cached_tokens == 5
     stats = engine.stats()
     assert stats["finish_reasons"] == {"length": 2}
     assert stats["histograms"]["inter_token_seconds"]["count"] == 4

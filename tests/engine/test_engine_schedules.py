@@ -69,9 +69,14 @@ def test_outputs_do_not_depend_on_the_schedule(requests, seed):
         while pending and rng.random() < arrival_rate:
             i = pending.pop()
             prompt, params, _ = requests[i]
-            engine.add_request(str(i), prompt, params, priority=int(rng.integers(3)))
+            salt = [None, "a", "b"][rng.integers(3)]
+            engine.add_request(
+                str(i), prompt, params, priority=int(rng.integers(3)), cache_salt=salt
+            )
         if engine.scheduler.running and rng.random() < 0.2:
             engine.scheduler.preempt(rng.choice(engine.scheduler.running))
+        if rng.random() < 0.02:
+            engine.reset_prefix_cache()
         if engine.table.requests and rng.random() < 0.02:
             name = str(rng.choice(list(engine.table.requests)))
             unwanted.add(name)
@@ -119,4 +124,4 @@ def test_under_dynamic_rope_only_prompts_of_one_length_share_long_prefixes():
         engine.add_request(str(i), prompt, params)
         gained = drain(engine)
         assert gained[str(i), 0].token_ids == expected[i]
-    assert engine.stats()["prefix_hit_tokens"] == 36 + 16  # the third of the first, the fifth
+    assert engine.stats()["prefix_hit_tokens"] == 39 + 19  # the third of the first, the fifth

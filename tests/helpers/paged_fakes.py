@@ -185,6 +185,7 @@ def collect(gained, outputs):
         total.text += output.text
         total.logprobs += output.logprobs or []
         total.prompt_logprobs = total.prompt_logprobs or output.prompt_logprobs
+        total.metrics = output.metrics
         assert output.finished == (output.finish_reason is not None)
         if output.finished:
             total.end = (output.finish_reason, output.stop_reason)

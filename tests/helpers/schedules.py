@@ -27,6 +27,7 @@ MODELS = {  # checkpoint; dtype of its floats, of the cache; quantization of its
     "int4 both": ("mqa_fp16_sharded", "float16", "int4", "int4"),
 }
 
+SALTS = (None, None, "another user's")  # of requests in turn
 Rows = dict[tuple[int, int], bytes]  # (sample, position of a token) -> the logits after it
 
 
@@ -87,7 +88,13 @@ class Recorder:
         fixed = fixed_requests()[request]
         self.requests.append(request)
         self.rows[request] = {}
-        self.engine.add_request(str(request), fixed.prompt, fixed.params, priority=priority)
+        self.engine.add_request(
+            str(request),
+            fixed.prompt,
+            fixed.params,
+            priority=priority,
+            cache_salt=SALTS[request % 3],
+        )
 
     def forward(self, batch, kv_cache) -> np.ndarray:
         logits = self.model.forward(batch, kv_cache)
@@ -115,6 +122,7 @@ class Recorder:
         assert stats["kv_blocks_free"] == stats["kv_blocks"], "pages leaked"
         self.counts["preemptions"] += stats["preemptions"]
         self.counts["hits"] += stats["prefix_hit_tokens"]
+        self.counts["partial hits"] += stats["prefix_partial_hit_tokens"]
 
 
 @cache
@@ -167,7 +175,9 @@ def run_schedule(name: str, isa: str, seed: int) -> Recorder:
 
 
 def disturb(engine: Engine, rng: np.random.Generator) -> None:
-    """Now and then a running sequence, not the last in order, loses its blocks."""
+    """Now and then a running sequence, not the last, loses its blocks, or all prefixes go."""
     running = engine.scheduler.running
+    if rng.random() < 0.02:
+        engine.reset_prefix_cache()
     if running and rng.random() < 0.05:
         engine.scheduler.preempt(running[rng.integers(len(running))])

@@ -48,6 +48,8 @@ class Tokenizer:
         adds_eos: whether Transformers puts `eos_id` after a text; a prompt goes on without it.
         end_ids: ids that end every answer.
         num_rows: ids that the model has rows for.
+        whole_texts: texts of tokens that are whole characters, as `IncrementalDetokenizer` has met
+            them.
     """
 
     decode_errors = "replace"  # how invalid UTF-8 decodes; SentencePiece differs
@@ -71,6 +73,7 @@ class Tokenizer:
         self.adds_eos = config.adds_eos and self.eos_id is not None
         self._piece_bytes = list(piece_bytes)
         self.num_rows = len(self.pieces)
+        self.whole_texts: dict[int, str] = {}
         self._id_of = {piece: token_id for token_id, piece in enumerate(self.pieces) if piece}
         self.end_ids = find_end_ids(self.pieces, (self.eos_id, *config.end_ids))
         plain = [token for token in config.added if token.id not in self.special_ids]
