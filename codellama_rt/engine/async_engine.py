@@ -2,25 +2,29 @@
 
 Nothing that a task does waits for a step, and nothing that a step does waits for a task: requests
 and aborts are left for the thread, which takes them up before its next step, and outputs are left
-for the tasks.
+for the loops. A loop sorts its mail and wakes its readers together, and seldom: only one thread at
+a time runs Python, and a step of a small model takes less time than waking every reader.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
 from codellama_rt.engine.engine import Engine
-from codellama_rt.engine.output import Output
+from codellama_rt.engine.output import Output, joined
 from codellama_rt.engine.request import Request
 from codellama_rt.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 _DRAIN_POLL_S = 0.02
+_WAKE_INTERVAL_S = 0.01  # outputs of so long may come together, but for the first and the last
+_SHORT_PROMPT = 2048  # tokens that are checked within a millisecond
 
 
 class AsyncEngine:
@@ -39,7 +43,11 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         """Take an engine that nothing else steps; its thread starts with the first request."""
         self.engine = engine
-        self._streams: dict[str, OutputStream] = {}  # unfinished; one call takes and leaves a key
+        self._streams: dict[
+            str, OutputStream
+        ] = {}  # unfinished; a key is taken and left by one call
+        self._bells: dict[asyncio.AbstractEventLoop, _Bell] = {}  # the same
+        self._beginning: list[OutputStream] = []  # of the thread: queued, without a token so far
         self._tasks: deque[Callable[[], None]] = deque()  # for the thread, before its next step
         self._has_work = threading.Event()
         self._start = threading.Lock()
@@ -57,13 +65,14 @@ class AsyncEngine:
     ) -> AsyncIterator[Output]:
         """Yield a request's outputs as they are computed.
 
-        When the task is cancelled, or the iterator closed, the request ends before the next step.
+        What a sample has gained since the task last looked comes as one output. When the task is
+        cancelled, or the iterator closed, the request ends before the next step.
 
         Args:
             prompt_token_ids: at least one token id.
             params: how to sample; None: greedy.
             request_id: unique among the unfinished requests; None: a new one.
-            options: priority, adapter and cache_salt, as `Engine.add_request` takes them.
+            options: priority and adapter, as `Engine.add_request` takes them.
 
         Raises:
             ValueError, TypeError: as there.
@@ -94,25 +103,25 @@ class AsyncEngine:
         Args:
             prompt_token_ids, params, request_id, options: as for `generate`.
             ready: set whenever the stream has something new; streams may share one event, so that
-                a task can wait for any of them. None: an event of its own.
+                a task can wait for any of them.
         """
         if request_id is None:
             self._num_requests += 1
             request_id = f"async-{self._num_requests}"
-        inbox: deque[Output] = deque()
-        request = await asyncio.to_thread(  # a prompt of 100k tokens takes some milliseconds
-            self.engine.admission.make_request,
-            request_id,
-            prompt_token_ids,
-            params,
-            inbox=inbox,
-            **options,
-        )
+        make, loop = self.engine.admission.make_request, asyncio.get_running_loop()
+        is_quick = params is None or params.structured_outputs is None
+        if is_quick and len(prompt_token_ids) <= _SHORT_PROMPT:
+            request = make(request_id, prompt_token_ids, params, **options)
+        else:
+            request = await asyncio.to_thread(make, request_id, prompt_token_ids, params, **options)
         self.engine.check_queue(request.samples[0].sequence.prompt_len)
         self._check_open()
-        stream = OutputStream(request, inbox, asyncio.get_running_loop(), ready)
+        for other in [other for other in self._bells if other.is_closed()]:
+            self._bells.pop(other, None)
+        stream = OutputStream(request, self._bells.setdefault(loop, _Bell(loop)), ready)
         if self._streams.setdefault(request_id, stream) is not stream:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+        stream.bell.add(stream)
         self._hand_over(lambda: self._submit(stream))
         return stream
 
@@ -133,10 +142,6 @@ class AsyncEngine:
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes, after a step under way, as `Engine.reset_prefix_cache`."""
         return await asyncio.to_thread(self.engine.reset_prefix_cache)
-
-    def stats(self) -> dict[str, Any]:
-        """Return the engine's statistics; it does not wait for a step under way."""
-        return self.engine.stats()
 
     @property
     def num_unfinished(self) -> int:
@@ -186,78 +191,162 @@ class AsyncEngine:
 
     def _run(self) -> None:
         while not self._is_closed:
-            self._has_work.clear()
             while self._tasks:
                 self._tasks.popleft()()
             if self._streams:
                 self._step()
             else:
                 self._has_work.wait()
+                self._has_work.clear()  # before the tasks are looked at
         while self._tasks:  # whoever comes too late is told so
             self._tasks.popleft()()
         for stream in list(self._streams.values()):
             self._abort(stream)
-        self._deliver()
 
     def _step(self) -> None:
         try:
-            self.engine.step()
+            outputs = self.engine.step()
         except Exception as error:
             logger.exception("a step failed; the unfinished requests end with its error")
             for stream in list(self._streams.values()):
-                stream.error = error
-                self._abort(stream)
-        self._deliver()
+                self._abort(stream, error)
+        else:
+            self._deliver(outputs)
 
     def _submit(self, stream: OutputStream) -> None:
         try:
             self.engine.submit(stream.request)
         except Exception as error:
-            stream.error = error
+            self._end(stream, error)
+        else:
+            self._beginning.append(stream)
 
-    def _abort(self, stream: OutputStream) -> None:
-        self.engine.abort(stream.request.request_id)  # its last outputs are left in the inbox
-        stream.is_over = True
+    def _abort(self, stream: OutputStream, error: Exception | None = None) -> None:
+        """End a stream by an error, or with its request's last outputs."""
+        if self._streams.get(stream.request_id) is stream:
+            stream.bell.post(self.engine.abort(stream.request_id))
+            self._end(stream, error)
 
-    def _deliver(self) -> None:
-        """Wake the tasks that have something to read, by one call per event loop."""
-        woken: dict[asyncio.AbstractEventLoop, list[OutputStream]] = {}
-        for request_id, stream in list(self._streams.items()):
-            is_over = stream.is_over or stream.error is not None or stream.request.is_finished
-            if is_over:
-                del self._streams[request_id]
-            if is_over or stream.inbox:
-                woken.setdefault(stream.loop, []).append(stream)
-        for loop, streams in woken.items():
-            try:
-                loop.call_soon_threadsafe(_wake, streams)
-            except RuntimeError:  # that loop is closed, so nobody reads these any more
-                for stream in streams:
-                    self._abort(stream)
-                    self._streams.pop(stream.request.request_id, None)
+    def _end(self, stream: OutputStream, error: Exception | None = None) -> None:
+        """Let a stream's reader know that nothing more comes; from now on the name is free."""
+        stream.bell.post((stream, error))
+        del self._streams[stream.request_id]
+        self._ring(stream.bell, is_urgent=True)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        """Post the outputs of a step to the loops of their readers."""
+        bells = set(self._bells.values())
+        if len(bells) == 1:
+            [bell] = bells
+            bell.post(outputs)
+        else:
+            names = {output.request_id for output in outputs}
+            bells = {stream.bell for name, stream in self._streams.items() if name in names}
+            for bell in bells:
+                bell.post(outputs)
+        if len(self._streams) != len(self.engine.table.requests):
+            for stream in [s for s in self._streams.values() if s.request.is_finished]:
+                if stream.request_id in self._streams:
+                    self._end(stream)
+        urgent = set()
+        if self._beginning:
+            begun = [s for s in self._beginning if s.request.clock.first_token is not None]
+            urgent = {stream.bell for stream in begun}
+            unfinished = set(self._streams.values()).difference(begun)
+            self._beginning = [s for s in self._beginning if s in unfinished]
+        for bell in bells:
+            self._ring(bell, is_urgent=bell in urgent)
+
+    def _ring(self, bell: _Bell, *, is_urgent: bool) -> None:
+        try:
+            bell.ring(is_urgent=is_urgent)
+        except RuntimeError:  # the loop is closed, so nobody reads its streams any more
+            self._bells.pop(bell.loop, None)
+            for stream in [s for s in self._streams.values() if s.bell is bell]:
+                self.engine.abort(stream.request_id)
+                del self._streams[stream.request_id]
+
+
+Mail = list[Output] | tuple["OutputStream", Exception | None]  # or the end of a stream
+
+
+class _Bell:
+    """Brings the outputs of a step to the streams of one event loop, and wakes their readers."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start with no streams."""
+        self.loop = loop
+        self._mail: deque[Mail] = deque()  # from the thread
+        self._is_rung = False
+        self._last = -math.inf  # when the mail was last sorted
+        self._streams: dict[
+            str, OutputStream
+        ] = {}  # for which mail may come; used in the loop alone
+
+    def post(self, mail: Mail) -> None:
+        """Leave something; `ring` has it looked at."""
+        self._mail.append(mail)
+
+    def ring(self, *, is_urgent: bool) -> None:
+        """Have the mail sorted: at once, or when the last time is long enough ago.
+
+        Raises:
+            RuntimeError: the loop is closed.
+        """
+        if is_urgent:
+            self.loop.call_soon_threadsafe(self._sort)
+        elif not self._is_rung:
+            self._is_rung = True
+            self.loop.call_soon_threadsafe(self._wait)
+
+    def add(self, stream: OutputStream) -> None:
+        """Take a stream whose name nobody else has; mail for one of the same name comes first."""
+        self._sort()
+        self._streams[stream.request_id] = stream
+
+    def _wait(self) -> None:
+        due = self._last + _WAKE_INTERVAL_S
+        if self.loop.time() >= due:
+            self._sort()
+        else:
+            self.loop.call_at(due, self._sort)
+
+    def _sort(self) -> None:
+        self._is_rung = False  # first, for what comes later rings again
+        self._last = self.loop.time()
+        streams, woken = self._streams, set()
+        while self._mail:
+            mail = self._mail.popleft()
+            if isinstance(mail, tuple):
+                stream, stream.error = mail
+                stream.is_over = True
+                if streams.get(stream.request_id) is stream:
+                    del streams[stream.request_id]
+                woken.add(stream)
+                continue
+            for output in mail:
+                stream = streams.get(output.request_id)
+                if stream is not None:
+                    stream.inbox.append(output)
+                    woken.add(stream)
+        for stream in woken:
+            stream.wake()
 
 
 class OutputStream:
     """The outputs of one request on their way to the task that reads them."""
 
-    def __init__(
-        self,
-        request: Request,
-        inbox: deque[Output],
-        loop: asyncio.AbstractEventLoop,
-        ready: asyncio.Event | None = None,
-    ) -> None:
-        """Start with nothing to read."""
-        self.request, self.inbox, self.loop = request, inbox, loop
+    def __init__(self, request: Request, bell: _Bell, ready: asyncio.Event | None = None) -> None:
+        """Start with nothing to read; `ready` is set when that changes."""
+        self.request, self.bell = request, bell
+        self.request_id = request.request_id
+        self.inbox: list[Output] = []
         self.error: Exception | None = None  # of all of it
-        self.is_over = False  # nothing more is put into the inbox
-        self.is_ready = asyncio.Event() if ready is None else ready
+        self.is_over = False  # nothing more comes into the inbox
+        self._taken: deque[Output] = deque()  # from the inbox, at most one per sample
         self._unfinished = request.params.n
-
-    @property
-    def request_id(self) -> str:
-        """The request's name."""
-        return self.request.request_id
+        self._reader: asyncio.Future | None = None  # that waits
+        self._ready = ready
 
     @property
     def has_ended(self) -> bool:
@@ -265,44 +354,50 @@ class OutputStream:
         return not self._unfinished
 
     def take(self) -> list[Output]:
-        """Return all outputs that have come and have not been read, without waiting.
+        """Return what the samples have gained, joined per sample, without waiting.
 
         Raises:
             Exception: what ended this request.
         """
-        outputs = []
-        while self.inbox:
-            outputs.append(self._checked(self.inbox.popleft()))
-        if not outputs and self.error is not None and self._unfinished:
+        outputs = list(joined(self.inbox)) if self.inbox else []
+        self.inbox = []
+        for output in outputs:
+            self._count(output)
+        if not outputs and self.is_over and self._unfinished:
             self._unfinished = 0
-            raise self.error
+            if self.error is not None:
+                raise self.error
         return outputs
+
+    def wake(self) -> None:
+        """Let the reader look."""
+        if self._ready is not None:
+            self._ready.set()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def __aiter__(self) -> OutputStream:
         """Return itself."""
         return self
 
     async def __anext__(self) -> Output:
-        """Return the next output."""
-        while not self.inbox:
-            if self.error is not None:
+        """Return what a sample has gained."""
+        while not self._taken:
+            if self.inbox:
+                self._taken += joined(self.inbox)
+                self.inbox = []
+            elif self.error is not None:
                 raise self.error
-            if not self._unfinished:
+            elif not self._unfinished or self.is_over:
                 raise StopAsyncIteration
-            self.is_ready.clear()
-            if not self.inbox and self.error is None:
-                await self.is_ready.wait()
-        return self._checked(self.inbox.popleft())
+            else:
+                self._reader = self.bell.loop.create_future()
+                await self._reader
+        return self._count(self._taken.popleft())
 
-    def _checked(self, output: Output) -> Output:
-        """Return an output, counted if it is a last one; raise the error that it brings."""
+    def _count(self, output: Output) -> Output:
         if output.error is not None:
             self._unfinished = 0
             raise output.error
         self._unfinished -= output.finished
         return output
-
-
-def _wake(streams: list[OutputStream]) -> None:
-    for stream in streams:
-        stream.is_ready.set()

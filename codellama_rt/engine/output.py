@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from codellama_rt.engine.logprobs import Logprob, PromptLogprobs
 from codellama_rt.engine.metrics import Measured, RequestMetrics
@@ -51,3 +52,24 @@ def last_output(
 ) -> Output:
     """Return an output without tokens that ends its sample."""
     return Output(request_id, index, [], text, finished=True, finish_reason=reason, error=error)
+
+
+def joined(outputs: list[Output]) -> list[Output]:
+    """Return outputs of one request in their order, those of a sample as one."""
+    by_sample: dict[int, list[Output]] = {}
+    for output in outputs:
+        by_sample.setdefault(output.index, []).append(output)
+    return [its[0] if len(its) == 1 else _joined(its) for its in by_sample.values()]
+
+
+def _joined(outputs: list[Output]) -> Output:
+    """Return what one sample gained in several steps."""
+    first, last = outputs[0], outputs[-1]
+    logprobs = [output.logprobs for output in outputs if output.logprobs is not None]
+    return replace(
+        last,
+        token_ids=[token_id for output in outputs for token_id in output.token_ids],
+        text="".join([output.text for output in outputs]),
+        logprobs=list(chain.from_iterable(logprobs)) if logprobs else None,
+        prompt_logprobs=first.prompt_logprobs,
+    )

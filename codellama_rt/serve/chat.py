@@ -32,7 +32,7 @@ async def chat_completions(request: Request) -> Any:
         size + 2**20,  # a template may run for a while
         lambda: encode_messages(service, wanted.messages, params),
     )
-    generation = await service.start([prompt], adapter=adapter, priority=wanted.priority)
+    generation = await service.start([prompt], adapter=adapter, wanted=wanted)
     form = ChatForm(
         wanted,
         service.tokenizer,

@@ -32,7 +32,7 @@ async def completions(request: Request) -> Any:
     prompts = await service.encode(
         size, lambda: [_encode(service, wanted, text, params) for text in texts]
     )
-    generation = await service.start(prompts, adapter=adapter, priority=wanted.priority)
+    generation = await service.start(prompts, adapter=adapter, wanted=wanted)
     form = CompletionForm(
         wanted,
         service.tokenizer,

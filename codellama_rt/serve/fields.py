@@ -93,6 +93,22 @@ def seed(value: int | None) -> int | None:
     return value % 2**64
 
 
+def cache_salt(salt: str | None) -> str | None:
+    """Return a salt, checked: vLLM's rules.
+
+    Raises:
+        ApiError: 400.
+    """
+    if salt is None:
+        return None
+    if not 0 < len(salt) <= MAX_CACHE_SALT or any(one in salt for one in "@/\\\0"):
+        raise invalid(
+            f"cache_salt must have 1 to {MAX_CACHE_SALT} characters, none of @, /, \\ and NUL",
+            "cache_salt",
+        )
+    return salt
+
+
 def token_biases(biases: dict[str, float] | None) -> dict[int, float] | None:
     """Return OpenAI's biases with the token ids that its JSON has as strings."""
     if biases is None:

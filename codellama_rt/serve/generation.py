@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from codellama_rt.engine.async_engine import AsyncEngine, OutputStream
-from codellama_rt.engine.output import Output
+from codellama_rt.engine.output import Output, joined
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.serve.errors import ClientLeftError
 
@@ -95,7 +94,7 @@ class Generation:
         while gained := await self.take():
             for key, output in gained.items():
                 parts.setdefault(key, []).append(output)
-        return {key: joined(outputs) for key, outputs in sorted(parts.items())}
+        return {key: joined(outputs)[0] for key, outputs in sorted(parts.items())}
 
     def abort(self) -> None:
         """End what is unfinished; it does not wait."""
@@ -127,41 +126,17 @@ class Generation:
     def _gained(self) -> Gained:
         gained: Gained = {}
         for i, stream in enumerate(self.streams):
-            outputs = stream.take()
-            if len(outputs) == 1:
-                gained[i, outputs[0].index] = outputs[0]
-            elif outputs:
-                for index in sorted({output.index for output in outputs}):
-                    gained[i, index] = joined([one for one in outputs if one.index == index])
-        for output in gained.values():
-            self.num_output_tokens += len(output.token_ids)
-            if output.finished:
-                self._end(output)
+            for output in stream.take():
+                gained[i, output.index] = output
+                self.num_output_tokens += len(output.token_ids)
+                if output.finished:
+                    self._end(output)
         return gained
 
     def _end(self, output: Output) -> None:
         if output.index == 0:
             self.num_cached_tokens += output.metrics.cached_tokens
         self._observer.end(output)
-
-
-def joined(outputs: Sequence[Output]) -> Output:
-    """Return consecutive outputs of one sample as one."""
-    if len(outputs) == 1:
-        return outputs[0]
-    prompts = [one.prompt_logprobs for one in outputs if one.prompt_logprobs is not None]
-    has_logprobs = any(one.logprobs is not None for one in outputs)
-    return replace(
-        outputs[-1],
-        token_ids=[token_id for one in outputs for token_id in one.token_ids],
-        text="".join([one.text for one in outputs]),
-        logprobs=_chained(one.logprobs for one in outputs) if has_logprobs else None,
-        prompt_logprobs=prompts[0] if prompts else None,
-    )
-
-
-def _chained(lists: Iterable[list | None]) -> list:
-    return [item for one in lists for item in one or ()]
 
 
 async def _is_set(event: asyncio.Event, seconds: float | None) -> bool:

@@ -30,7 +30,7 @@ async def fim_completions(request: Request) -> Any:
         len(wanted.prompt) + len(suffix),
         lambda: fill(service, wanted.prompt, suffix, wanted.suffix_first, params),
     )
-    generation = await service.start([prompt], adapter=adapter, priority=wanted.priority)
+    generation = await service.start([prompt], adapter=adapter, wanted=wanted)
     head = {"id": answer_id("fim", request, wanted.request_id), "model": name}
     form = ChatForm(wanted, service.tokenizer, generation, **head, created=int(time()))
     if wanted.stream:

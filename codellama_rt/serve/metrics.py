@@ -68,7 +68,7 @@ class _Collector:
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric."""
-        stats = self._service.engine.stats()
+        stats = self._service.engine.engine.stats()
         for name, (entry, text) in _GAUGES.items():
             yield self._family(GaugeMetricFamily, name, text, [({}, stats[entry])])
         for name, (entry, text) in _COUNTERS.items():

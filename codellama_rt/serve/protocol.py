@@ -75,6 +75,7 @@ class Sampling(Struct, kw_only=True):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutput | None = None
     priority: int | None = None
+    cache_salt: str | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None

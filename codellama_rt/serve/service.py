@@ -23,8 +23,10 @@ from codellama_rt.llm.prompts import PromptEncoder
 from codellama_rt.model.lora import LoraAdapter
 from codellama_rt.serve.body import read_body
 from codellama_rt.serve.errors import ApiError, invalid, unavailable
+from codellama_rt.serve.fields import cache_salt
 from codellama_rt.serve.generation import Generation
 from codellama_rt.serve.observed import Observed
+from codellama_rt.serve.protocol import Sampling
 from codellama_rt.serve.settings import Settings
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -116,14 +118,14 @@ class Service:
         prompts: Sequence[tuple[Sequence[int], SamplingParams]],
         *,
         adapter: LoraAdapter | None = None,
-        priority: int | None = None,
+        wanted: Sampling | None = None,
     ) -> Generation:
         """Queue the prompts of a request.
 
         Args:
             prompts: (token ids, parameters) each.
             adapter: applied to all.
-            priority: smaller goes first; None: 0.
+            wanted: has the priority and the salt of the prefix cache; None: neither.
 
         Raises:
             ApiError: 400: too long; 503: too many requests.
@@ -135,7 +137,10 @@ class Service:
             raise unavailable(f"{self.engine.num_unfinished} requests are under way", waiting)
         for token_ids, params in prompts:
             self.check_length(token_ids, generates=params.max_tokens != 0)
-        options: dict[str, Any] = {"adapter": adapter, "priority": priority or 0}
+        options: dict[str, Any] = {"adapter": adapter}
+        if wanted is not None:
+            options["priority"] = wanted.priority or 0
+            options["cache_salt"] = cache_salt(wanted.cache_salt)
         generation = Generation(self.engine, self.observed)
         try:
             for token_ids, params in prompts:

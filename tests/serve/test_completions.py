@@ -283,6 +283,10 @@ REFUSED = [
     ("structured_outputs", {"structured_outputs": {"regex": "a", "choice": ["b"]}}),
     ("stream_options", {"stream_options": 1}),
     ("request_id", {"request_id": "x" * 129}),
+    ("priority", {"priority": 1.5}),
+    ("cache_salt", {"cache_salt": ""}),
+    ("cache_salt", {"cache_salt": "a/b"}),
+    ("cache_salt", {"cache_salt": "x" * 129}),
     ("truncate_prompt_tokens", {"truncate_prompt_tokens": 0}),
 ]
 
@@ -320,3 +324,14 @@ def test_an_unknown_model(served):
 def test_what_is_not_supported(served):
     answer = served.post("/v1/completions", **GREEDY, structured_outputs={"structural_tag": "x"})
     assert answer.status == 501
+
+
+def test_salts_keep_prefixes_apart(served):
+    def cached(**fields):
+        body = {"prompt": [7] * 300, "max_tokens": 1, **fields}
+        usage = served.post("/v1/completions", **body).json["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached(cache_salt="mine") == 0
+    assert cached(cache_salt="yours") == 0
+    assert cached(cache_salt="mine") > 200
