@@ -45,7 +45,7 @@ class AsyncEngine:
         self.engine = engine
         self._streams: dict[
             str, OutputStream
-        ] = {}  # unfinished; a key is taken and left by one call
+        ] = {}  # unfinished; one call takes and leaves a key
         self._bells: dict[asyncio.AbstractEventLoop, _Bell] = {}  # the same
         self._beginning: list[OutputStream] = []  # of the thread: queued, without a token so far
         self._tasks: deque[Callable[[], None]] = deque()  # for the thread, before its next step
@@ -281,7 +281,7 @@ class _Bell:
         self._last = -math.inf  # when the mail was last sorted
         self._streams: dict[
             str, OutputStream
-        ] = {}  # for which mail may come; used in the loop alone
+        ] = {}  # mail may come for them; of the loop alone
 
     def post(self, mail: Mail) -> None:
         """Leave something; `ring` has it looked at."""
