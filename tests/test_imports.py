@@ -25,7 +25,7 @@ ROOMS = [
 ]
 STEP = {room: step for step, rooms in enumerate(ROOMS) for room in rooms}
 MAX_TOP_LEVEL_ENTRIES = 12
-MAX_MODULES_OF_ENGINE = 43
+MAX_MODULES_OF_ENGINE = 46
 DEVICES = ("codellama_rt.model.cuda", "codellama_rt.model.ascend", "codellama_rt.model.llama_graph")
 WITHOUT_TENSORS = ["scheduler", "block_manager", "sequence"]
 HEAVY = [

@@ -69,14 +69,18 @@ class LlamaCpp:
         llama.llama_memory_seq_rm(llama.llama_get_memory(context), 0, depth, -1)
         return {"seconds": seconds}
 
-    def batch(self, num_seqs: int, depth: int, steps: int) -> dict:
-        """Return the median seconds of a step of all sequences, each after `depth` tokens."""
+    def batch(self, num_seqs: int, depth: int, steps: int, shared: bool = False) -> dict:
+        """Return the median seconds of a step of all sequences, each after `depth` tokens.
+
+        Each has a cache of its own, or, with `shared`, all share the cells of those tokens.
+        """
         name = f"{num_seqs} sequences of {depth}"
         if name not in self.contexts:
-            context = self._context((depth + steps + 1) * num_seqs, num_seqs)
+            own = steps + 1 if shared else depth + steps + 1
+            context = self._context(own * num_seqs + shared * (depth + BATCH), num_seqs, shared)
             memory = llama.llama_get_memory(context)
-            self._prompt(context, depth)
-            for seq in range(1, num_seqs):  # each has a cache of its own
+            self._fill(context, depth) if shared else self._prompt(context, depth)
+            for seq in range(1, num_seqs):
                 llama.llama_memory_seq_cp(memory, 0, seq, -1, -1)
             self.contexts[name] = context
         context = self.contexts[name]
@@ -114,10 +118,10 @@ class LlamaCpp:
         llama.llama_memory_clear(llama.llama_get_memory(self.contexts[name]), True)
         return self.contexts[name]
 
-    def _context(self, num_tokens: int, num_seqs: int = 1) -> object:
+    def _context(self, num_tokens: int, num_seqs: int = 1, unified: bool = False) -> object:
         params = llama.llama_context_default_params()
         params.n_ctx = -(-num_tokens // 256 // num_seqs) * 256 * num_seqs
-        params.n_seq_max = num_seqs
+        params.n_seq_max, params.kv_unified = num_seqs, unified
         params.n_batch = params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = self.threads
         for name, value in self.settings.items():

@@ -59,6 +59,7 @@ DeviceName = Literal["cpu", "cuda", "ascend"]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 QuantizationName = Literal["int8", "int4"]
 RuntimeName = Literal["direct", "graph"]
+SpeculationName = Literal["suffix"]
 KvDtypeName = Literal["auto", "float32", "float16", "bfloat16", "int8", "int4", "fp8"]
 
 DeviceOption = Annotated[
@@ -122,7 +123,23 @@ class ModelOptions:
     num_threads: Annotated[
         int | None, typer.Option(help="Threads per operator (default: all CPUs).")
     ] = None
+    prefix_cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            file_okay=False,
+            help="Keep the keys and values of prompts there, for later runs.",
+        ),
+    ] = None
+    prefix_cache_bytes: Annotated[
+        str,
+        typer.Option(metavar="SIZE", callback=checked_size, help="Most that it may take."),
+    ] = "16GB"
     runtime: RuntimeOption = "direct"
+    speculation: Annotated[
+        SpeculationName | None,
+        typer.Option(help="Propose what followed the same text before: the same tokens, sooner."),
+    ] = None
     adapter: Annotated[
         Path | None,
         typer.Option(

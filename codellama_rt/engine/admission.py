@@ -51,6 +51,8 @@ class Admission:
         self._grammars = Grammars(tokenizer, model.config.vocab_size)
         self._adapter_numbers: dict[LoraAdapter, int] = {}  # never reused: blocks outlive requests
         self._numbers = itertools.count(1)
+        # How many leading blocks of a sequence are on disk; None: prefixes are not kept there.
+        self.num_stored_blocks: Callable[[Sequence], int] | None = None
         scaling = model.config.rope_scaling
         self.has_dynamic_rope = scaling is not None and scaling.depends_on_length
 
@@ -79,6 +81,8 @@ class Admission:
         sequence = self.make_sequence(token_ids, (priority, 0, 0), adapter, cache_salt)
         if params.prompt_logprobs is not None:
             sequence.first_logit = 0
+        if self.num_stored_blocks is not None:
+            sequence.num_stored_blocks = self.num_stored_blocks(sequence)
         wanted = params.structured_outputs
         return Request(
             request_id,

@@ -61,6 +61,7 @@ def _token_ids(chunks: Collection[Chunk]) -> np.ndarray:
             token_ids.append(chunk.sequence.token_ids[chunk.start])
         else:
             token_ids.extend(chunk.sequence.token_ids[chunk.start : chunk.stop])
+            token_ids.extend(chunk.draft)
     return np.frombuffer(token_ids, np.int32)
 
 

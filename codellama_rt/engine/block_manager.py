@@ -22,7 +22,7 @@ longest common head is always with a neighbour: a search costs O(log siblings), 
 
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -66,6 +66,8 @@ class BlockManager:
         self.num_queried_tokens = 0  # tokens looked up in the prefix cache
         self.num_hit_tokens = 0  # of these, found there
         self.num_partial_hit_tokens = 0  # of these, found as the head of a block
+        # Told of each full block that is entered: in whose table, where, and which prefix it holds.
+        self.on_full_block: Callable[[Sequence, int, object], None] | None = None
         self.copies: dict[int, int] = {}  # destination -> source: to be done before they are read
         self.tables_version = 0  # another one whenever a block is given, shared or taken back
         self._owners = [0] * num_blocks  # block -> number of tables and of copies that read it
@@ -89,11 +91,26 @@ class BlockManager:
         """Return how many of the free blocks `allocate` would take for a sequence."""
         return self._num_needed(sequence, self._longest_cached_prefix(sequence))
 
-    def allocate(self, sequence: Sequence) -> bool:
+    def num_cached_blocks(self, sequence: Sequence) -> int:
+        """Return how many leading full blocks of a sequence `allocate` would find."""
+        return len(self._longest_cached_prefix(sequence))
+
+    def holds(self, block_id: int, prefix: object) -> bool:
+        """Return whether a block still holds what `on_full_block` was told; in any thread.
+
+        Nobody writes into it before this is False, and it never becomes True again.
+        """
+        return self._cached[block_id] is prefix
+
+    def allocate(self, sequence: Sequence, *, is_request: bool = True) -> bool:
         """Give a sequence without blocks room for all its tokens, sharing cached blocks.
 
         A block whose head is shared is added to `copies`, unless it is an idle tail of which the
         sequence has all tokens: then the sequence writes on in it.
+
+        Args:
+            sequence: as said.
+            is_request: whether hits are counted.
 
         Returns:
             False if they do not fit now; nothing has changed then.
@@ -126,7 +143,7 @@ class BlockManager:
         sequence.num_indexed_blocks = num_hits
         sequence.num_computed = num_hits * self.block_size + num_head
         sequence.prefix_id = prefix_id
-        if self.prefix_caching:
+        if self.prefix_caching and is_request:
             self.num_queried_tokens += len(sequence.token_ids)
             self.num_hit_tokens += sequence.num_computed
             self.num_partial_hit_tokens += num_head
@@ -198,6 +215,8 @@ class BlockManager:
             if block_id is None:
                 block_id = own
                 self._enter(own, key)
+                if self.on_full_block is not None:
+                    self.on_full_block(sequence, i, self._cached[own])
             elif block_id != own:
                 if self._cached[own] is not None:  # a head of the other
                     self._forget(own)

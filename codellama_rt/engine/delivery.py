@@ -18,10 +18,12 @@ from codellama_rt.engine.block_manager import BlockManager
 from codellama_rt.engine.lineup import Lineup
 from codellama_rt.engine.metrics import EngineMetrics
 from codellama_rt.engine.output import Output
+from codellama_rt.engine.request import Request
 from codellama_rt.engine.request_table import RequestTable
 from codellama_rt.engine.sample import Sample
 from codellama_rt.engine.sampler import Chosen
 from codellama_rt.engine.sequence import Chunk
+from codellama_rt.engine.speculation import Speculation
 
 
 @dataclass(slots=True)
@@ -50,9 +52,16 @@ class _InFlight:
 class Delivery:
     """Give samples their tokens; for the engine's owner only."""
 
-    def __init__(self, table: RequestTable, blocks: BlockManager, metrics: EngineMetrics) -> None:
+    def __init__(
+        self,
+        table: RequestTable,
+        blocks: BlockManager,
+        metrics: EngineMetrics,
+        speculation: Speculation | None = None,
+    ) -> None:
         """Take the engine's parts."""
         self._table, self._blocks, self._metrics = table, blocks, metrics
+        self._speculation = speculation
         self._in_flight: _InFlight | None = None
 
     def recover(self) -> None:
@@ -98,7 +107,7 @@ class Delivery:
         for sample in (*(samples[i] for i in with_full_block), *lineup.newcomers()):
             self._blocks.index_blocks(sample.sequence)
         for sample in ended:
-            self._table.settle(sample.request, [sample])
+            self._settle(sample.request, [sample])
         if ended:
             self._metrics.count_finished(outputs)
         return True
@@ -136,6 +145,8 @@ class Delivery:
             gained, num_computed = request.fail(sample, result), sequence.num_computed
         else:
             gained, num_computed = result, chunk.stop
+            if chunk.draft:
+                num_computed = len(sequence.token_ids) - 1  # behind it is what was not accepted
         request.clock.note(chunk.start, started, now, has_token=bool(gained))
         last_tokens = [sample.last_token for output in gained if output.token_ids]
         request.measure(gained, now)
@@ -152,8 +163,16 @@ class Delivery:
         self._blocks.index_blocks(sequence)
         forks = request.samples[num_samples:]
         self._table.add_forks(sample, forks)
-        self._table.settle(request, [sample, *forks])
-        return len(last_tokens)
+        self._settle(request, [sample, *forks])
+        return sum(len(output.token_ids) for output in gained)
+
+    def _settle(self, request: Request, samples: Sequence[Sample]) -> None:
+        """Drop samples that have ended; others may copy what they have written."""
+        if self._speculation is not None:
+            for sample in samples:
+                if sample.is_finished:
+                    self._speculation.remember(sample.sequence)
+        self._table.settle(request, samples)
 
     def _gained(
         self, sample: Sample, chunk: Chunk, logits: np.ndarray, tries: int
@@ -165,6 +184,8 @@ class Delivery:
             except Exception as error:  # perhaps a passing one
                 self._undo()
                 raised = error
+                logits = logits[: len(logits) - len(chunk.draft)]
+                chunk.drop_draft()
         return raised
 
     def _hand_over(self) -> None:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from codellama_rt.engine.request import Request
 from codellama_rt.engine.request_table import RequestTable
 from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
 from codellama_rt.engine.scheduler import Scheduler
+from codellama_rt.engine.speculation import Speculation, check_speculation
 from codellama_rt.engine.step_cost import StepCost
 from codellama_rt.engine.steps import Steps
 from codellama_rt.engine.stop_strings import Tokenizer
@@ -32,6 +33,9 @@ from codellama_rt.errors import QueueFullError
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.interface import Decoder, KVCache
 from codellama_rt.model.lora import LoraAdapter
+
+if TYPE_CHECKING:
+    from codellama_rt.engine.prefix_store import PrefixStore
 
 
 class Engine:
@@ -64,6 +68,8 @@ class Engine:
         max_queued_tokens: int | None = None,
         check_files: Callable[[], None] | None = None,
         logits_processors: Collection[LogitsProcessor] = (),
+        speculation: str | None = None,
+        prefix_store: PrefixStore | None = None,
     ) -> None:
         """Start with nothing queued and an empty prefix cache.
 
@@ -83,7 +89,13 @@ class Engine:
             max_queued_tokens: prompt tokens that may wait to be computed; None: any number.
             check_files: called before each request; raises if a file with weights has changed.
             logits_processors: as those of `SamplingParams`, for every request, before its own.
+            speculation: "suffix" computes tokens that followed the same text before together with
+                the next one, and takes those that would have come; None: one token at a time. It
+                changes how fast tokens come and no bit of them.
+            prefix_store: where prefixes are kept beyond this engine's life; needs prefix_caching,
+                and a KV cache in host memory.
         """
+        check_speculation(speculation)
         self.model, self.kv_cache, self.tokenizer = model, kv_cache, tokenizer
         blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
         self.scheduler = Scheduler(
@@ -111,10 +123,17 @@ class Engine:
             self.scheduler,
             self.table,
             has_dynamic_rope=self.admission.has_dynamic_rope,
+            speculation=Speculation(model.config, self.scheduler.cost) if speculation else None,
         )
         self.owner = Owner(self.steps.recover)
         self._discarded: deque[str] = deque()  # requests to end before anything else
         self._closed = False
+        self._persistence = None
+        if prefix_store is not None:
+            from codellama_rt.engine.persistence import Persistence  # most engines have none
+
+            self._persistence = Persistence(prefix_store, kv_cache, self.scheduler, self.admission)
+            self.steps.searches.add(self._persistence.restorer)
 
     def add_request(
         self,
@@ -252,7 +271,8 @@ class Engine:
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes, after a step under way.
 
-        Requests under way keep what they have computed, but nobody finds it any more.
+        Requests under way keep what they have computed, but nobody finds it any more. What has been
+        written is not proposed any more to requests that come (`speculation`).
 
         Returns:
             Whether the whole KV cache is free: no request holds a part of it.
@@ -292,6 +312,7 @@ class Engine:
             "prefix_queried_tokens": blocks.num_queried_tokens,
             "prefix_hit_tokens": blocks.num_hit_tokens,
             "prefix_partial_hit_tokens": blocks.num_partial_hit_tokens,
+            **({} if self._persistence is None else self._persistence.stats()),
             **asdict(steps.totals),
             **steps.metrics.snapshot(),
         }
@@ -307,6 +328,8 @@ class Engine:
             self._closed = True
             for request_id in list(self.table.requests):
                 self._abort(request_id)
+            if self._persistence is not None:
+                self._persistence.close()
 
     def _reason_to_refuse(self, request: Request) -> Exception | None:
         try:

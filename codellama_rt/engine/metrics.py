@@ -21,12 +21,15 @@ class RequestMetrics(NamedTuple):
         queue_seconds: until its first tokens were computed.
         prefill_seconds: from then on until the first output token of its first sample.
         first_token_seconds: from arrival to that token; None before it.
-        token_seconds: from the sample's token before to this one; None for the first, or none.
+        token_seconds: from the sample's token before to this one, or to these, if a step gave
+            several; None for the first, or none.
         total_seconds: from arrival to this output.
         prompt_tokens: of the request.
         cached_tokens: of these, how many the prefix cache had.
         output_tokens: of this sample so far.
         steps: in which tokens of this sample were computed.
+        draft_tokens: that speculation has proposed for the request so far, for all its samples.
+        accepted_tokens: of these, how many came besides the one token that each step gives.
     """
 
     arrival: float
@@ -39,17 +42,21 @@ class RequestMetrics(NamedTuple):
     cached_tokens: int
     output_tokens: int
     steps: int
+    draft_tokens: int
+    accepted_tokens: int
 
 
 @dataclass(slots=True)
 class RequestClock:
-    """When things happened to one request; plain facts, set once each."""
+    """When things happened to one request, and what was proposed for it; plain facts."""
 
     arrival: float
     prompt_tokens: int = 0
     first_step: float | None = None
     first_token: float | None = None
     cached_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     def note(self, start: int, started: float, now: float, *, has_token: bool) -> None:
         """Note a step from `started` to `now`, whose tokens of this request began at `start`."""
@@ -82,6 +89,8 @@ class RequestClock:
             self.cached_tokens,
             output_tokens,
             steps,
+            self.draft_tokens,
+            self.accepted_tokens,
         )
 
 

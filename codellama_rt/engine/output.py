@@ -40,6 +40,15 @@ class Output:
     error: Exception | None = None
     measured: Measured | None = field(default=None, repr=False)
 
+    def add(self, later: Output) -> None:
+        """Take in what the same sample gained after this, in the same step."""
+        self.token_ids += later.token_ids
+        self.text += later.text
+        if later.logprobs is not None:
+            self.logprobs += later.logprobs
+        self.finished = later.finished
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+
     @property
     def metrics(self) -> RequestMetrics:
         """Times and counts of the request and the sample so far, computed when asked for."""

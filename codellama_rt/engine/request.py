@@ -17,6 +17,7 @@ from codellama_rt.engine.sampler import choose
 from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence
 from codellama_rt.engine.stop_strings import Tokenizer, bad_word_runs, control_tokens
+from codellama_rt.ops.suffixes import SuffixAutomaton
 
 
 class Request:
@@ -79,12 +80,21 @@ class Request:
             )
         self.samples = [Sample(self, sequence)]
         self._has_ended = False
+        self._prompt_text: SuffixAutomaton | None = None
 
     @property
     def is_finished(self) -> bool:
         """Whether every sample has had its last output."""
         is_forked = len(self.samples) == self.params.n
         return self._has_ended or (is_forked and all(s.is_finished for s in self.samples))
+
+    def prompt_text(self) -> SuffixAutomaton:
+        """Return the prompt as a text in which suffixes are looked for; one for all samples."""
+        if self._prompt_text is None:
+            sequence, text = self.samples[0].sequence, SuffixAutomaton()
+            text.extend(sequence.token_ids[: sequence.prompt_len])
+            self._prompt_text = text
+        return self._prompt_text
 
     def takes_one_token(self, chunk: Chunk) -> bool:
         """Whether the only thing to do with a chunk's logits is to choose a token."""
@@ -109,12 +119,14 @@ class Request:
         Raises:
             Exception: of sampling or decoding; the caller goes back by `undo`.
         """
-        num_prompt_logits = len(logits) - chunk.samples
+        num_prompt_logits = len(logits) - len(chunk.draft) - chunk.samples
         if num_prompt_logits:
             first = chunk.stop - len(logits)
             self._take_prompt_logits(logits[:num_prompt_logits], first)
         if not chunk.samples:
             return []
+        if chunk.draft:
+            return [sample.accept_draft(chunk.draft, logits)]
         if self.params.max_tokens == 0:
             return self._end_prompt(sample)
         forks = [

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
+import numpy as np
+
 from codellama_rt.engine.grammar import Grammar
 from codellama_rt.engine.logprobs import PromptLogprobs
 from codellama_rt.engine.metrics import RequestClock
 from codellama_rt.engine.output import Output, last_output
-from codellama_rt.engine.sampler import Choice, TokenSampler
+from codellama_rt.engine.sampler import Choice, TokenSampler, choose
 from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
 from codellama_rt.engine.sequence import Sequence
+from codellama_rt.engine.speculation import Drafter
 from codellama_rt.engine.stop_strings import TextStream, Tokenizer
 
 
@@ -48,6 +51,7 @@ class Sample:
         self.index = sequence.order[-1]
         self.num_steps = 0
         self.last_token: float | None = None  # when it was chosen
+        self.drafter: Drafter | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -114,6 +118,36 @@ class Sample:
             output.prompt_logprobs = request.prompt_logprobs
         self.read(token_id, output)
         return output
+
+    def accept_draft(self, draft: Collection[int], logits: np.ndarray) -> Output:
+        """Choose a token after the last one, and further ones for as long as they were proposed.
+
+        Args:
+            draft: the tokens that were proposed.
+            logits: (1 + len(draft), vocab_size) float32 after the sample's last token and those.
+
+        Returns:
+            All of them as one output; each is the token that would come without a draft.
+
+        Raises:
+            Exception: of the first token, or in taking any; the caller goes back by `undo`.
+        """
+        first, gained, choices = len(self.sequence.token_ids), None, []
+        if not self.sampler.has_memory:  # else what comes after a token depends on it
+            count = len(logits)
+            choices = choose([self.sampler] * count, logits, range(first, first + count))
+        for i, proposed in enumerate([*draft, None]):
+            choice = choices[i] if choices else choose([self.sampler], logits, [first + i], [i])[0]
+            if gained is not None and isinstance(choice, Exception):
+                break  # it is met again as a first one
+            output = self.accept(choice)
+            if gained is None:
+                gained = output
+            else:
+                gained.add(output)
+            if output.finished or choice.token_id != proposed:
+                break
+        return gained
 
     def end(self, reason: str, error: Exception | None = None) -> Output:
         """Return the last output of a sample that is ended from outside: "abort" or "error"."""

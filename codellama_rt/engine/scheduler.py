@@ -14,10 +14,12 @@ So do sequences of less priority than one that waits and would then fit.
 """
 
 import math
+from array import array
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Protocol
 
 from codellama_rt.engine.block_manager import BlockManager
 from codellama_rt.engine.sequence import Chunk, Sequence
@@ -29,6 +31,28 @@ _OLDEST_SHARE = 8  # the oldest prompt gets at least one token in so many of tho
 # they run at about that part of their speed, since each step reads the weights for both.
 _MOST_SLOWDOWN = 3
 _FIXED_SHARE = 10  # a prompt that is alone gives at most a tenth of its time to reading weights
+
+
+class PrefixReader(Protocol):
+    """What reads prefixes from disk: `Restorer`.
+
+    Attributes:
+        held: waiting sequences that must not be admitted, as theirs are being read.
+    """
+
+    held: Container[Sequence]
+
+    def start(self, sequence: Sequence) -> bool:
+        """Begin to read a waiting sequence's prefix, and return whether there is one to read."""
+
+    def collect(self) -> None:
+        """Enter what has been read into the prefix cache."""
+
+    def wait(self) -> bool:
+        """Wait a little for what is being read, and return whether there was anything."""
+
+    def give_way(self) -> bool:
+        """Free blocks that are being read into, and return whether there were any."""
 
 
 @dataclass(slots=True)
@@ -70,6 +94,8 @@ class Budget:
 
 
 _NOTHING = Budget(0, 0.0)
+# Of the sequences that decode, and at most so many tokens in all: those of each, maybe none.
+Propose = Callable[[list[Sequence], int], list[array]]
 
 
 class Scheduler:
@@ -115,6 +141,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # have blocks; both lists are in order
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
+        self.propose: Propose | None = None  # tokens for decodes to compute besides
+        self.prefix_reader: PrefixReader | None = None
 
     def backlog_seconds(self) -> float | None:
         """Return how long the pending tokens take in full steps, or None if that is unknown."""
@@ -166,6 +194,7 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it keeps its place in the queue and is recomputed."""
         self.running.remove(sequence)
+        sequence.num_stored_blocks = sequence.num_indexed_blocks
         self.blocks.release(sequence)
         insort(self.waiting, sequence, key=_by_order)
         self.num_preemptions += 1
@@ -176,13 +205,19 @@ class Scheduler:
         Blocks in `blocks.copies` must be copied before the chunks are computed.
         """
         chunks: list[Chunk] = []
+        if self.prefix_reader is not None:
+            self.prefix_reader.collect()
         self._make_room_for_first()
         num_preemptions = self.num_preemptions
         self._schedule_decodes(chunks)
+        has_others = len(chunks) < len(self.running) + len(self.waiting)
+        num_tokens = len(chunks)
+        if self.propose is not None and chunks:
+            num_tokens += self._add_drafts(chunks, has_others)
         # A sequence admitted after a preemption would take back what was just freed.
         may_admit = self.num_preemptions == num_preemptions
-        if len(chunks) < len(self.running) + len(self.waiting):
-            budget = Budget(self.max_num_batched_tokens - len(chunks))
+        if has_others:
+            budget = Budget(self.max_num_batched_tokens - num_tokens)
             if self.cost is not None:
                 budget.seconds, budget.cost = self.prompt_seconds(chunks), self.cost
             self._schedule_prompts(chunks, budget, may_admit)
@@ -223,17 +258,38 @@ class Scheduler:
             if len(sequence.token_ids) > start + 1:
                 continue
             while start >= sequence.num_writable and not self.blocks.grow(sequence, 1):
+                if self.prefix_reader is not None and self.prefix_reader.give_way():
+                    continue
                 victim = self.running[-1]
                 self.preempt(victim)
                 if victim is sequence:
                     return
             chunks.append(Chunk(sequence, start, start + 1, 1))
 
+    def _add_drafts(self, chunks: list[Chunk], has_others: bool) -> int:
+        """Add proposed tokens to decodes, as far as there is room; return how many.
+
+        They take no block that a running sequence may need next, and leave half of the tokens to
+        prompts.
+        """
+        most = (self.max_num_batched_tokens - len(chunks)) // (2 if has_others else 1)
+        added = 0
+        for chunk, draft in zip(
+            chunks, self.propose([c.sequence for c in chunks], most), strict=True
+        ):
+            if not draft or self.blocks.num_free <= len(self.running):
+                continue
+            if self.blocks.grow(chunk.sequence, 1 + len(draft)):
+                chunk.propose(draft)
+                added += len(draft)
+        return added
+
     def _make_room_for_first(self) -> None:
         """Preempt sequences of less priority than the first that waits, if it then can run."""
-        if not self.waiting:
+        waiting = self._admissible()
+        if not waiting:
             return
-        first = self.waiting[0]
+        first = waiting[0]
         lower = [one for one in self.running if one.order[0] > first.order[0]]
         while lower:
             needed = self.blocks.num_needed(first)
@@ -248,8 +304,10 @@ class Scheduler:
         prompts = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         queue, kept = [], 0
         if may_admit and self.waiting and len(self.running) < self.max_num_running:
-            kept = self.blocks.num_needed(self.waiting[0])
-            queue = self.waiting[:] if kept <= self.blocks.num_free else []
+            queue = self._admissible()
+            kept = self.blocks.num_needed(queue[0]) if queue else 0
+            if kept > self.blocks.num_free:
+                queue = []
         if not prompts and not queue:
             return
         oldest = min([*prompts, *queue[:1]], key=_by_arrival)
@@ -265,8 +323,14 @@ class Scheduler:
                 kept = 0 if queue[0].block_ids else self.blocks.num_needed(queue[0])
             chunks.append(budget.take(sequence, reserved))
 
+    def _admissible(self) -> list[Sequence]:
+        """Return the waiting sequences but those whose prefixes are being read."""
+        if self.prefix_reader is None:
+            return self.waiting[:]
+        return [one for one in self.waiting if one not in self.prefix_reader.held]
+
     def _admit(self, sequence: Sequence, kept: int) -> bool:
-        """Let a waiting sequence run if there is room.
+        """Let a waiting sequence run if there is room, and nothing of it to read from disk first.
 
         Args:
             sequence: one that waits.
@@ -278,6 +342,8 @@ class Scheduler:
         if len(self.running) + places > self.max_num_running:
             return False
         if self.blocks.num_needed(sequence) + kept > self.blocks.num_free:
+            return False
+        if self.prefix_reader is not None and self.prefix_reader.start(sequence):
             return False
         self.blocks.allocate(sequence)
         self.waiting.remove(sequence)

@@ -54,6 +54,7 @@ class Sequence:
     first_logit: int
     cache_salt: Hashable = _NO_SALT
     adapter: object | None = None
+    num_stored_blocks: int = 0  # leading full blocks that are on disk, as far as known
     # Place in the KV cache, managed by BlockManager; empty while the sequence waits.
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_ids: array = field(default_factory=int32_list)
@@ -91,6 +92,17 @@ class Sequence:
             adapter=self.adapter,
         )
 
+    def prefix(self, num_tokens: int) -> "Sequence":
+        """Return the first tokens as a sequence without place in the KV cache, and no logits."""
+        return Sequence(
+            token_ids=self.token_ids[:num_tokens],
+            prompt_len=num_tokens,
+            order=self.order,
+            first_logit=num_tokens,
+            cache_salt=self.cache_salt,
+            adapter=self.adapter,
+        )
+
     @property
     def num_uncomputed(self) -> int:
         """Number of tokens to compute before the next one can be sampled: 1 while decoding."""
@@ -111,14 +123,28 @@ class Chunk:
         start: position of the first.
         stop: position after the last.
         num_logits: how many of the last tokens need logits: 0 in the middle of a prompt.
+        draft: the last of these tokens, if they are only proposed, and not the sequence's yet.
     """
 
     sequence: Sequence
     start: int
     stop: int
     num_logits: int
+    draft: array | tuple[()] = ()
 
     @property
     def samples(self) -> bool:
-        """Whether the last row of the logits is used to sample a token."""
-        return self.stop == len(self.sequence.token_ids)
+        """Whether the logits after the sequence's last token are used to sample a token."""
+        return self.stop - len(self.draft) == len(self.sequence.token_ids)
+
+    def propose(self, draft: array) -> None:
+        """Compute tokens as well that may follow the sequence's last one."""
+        self.draft = draft
+        self.stop += len(draft)
+        self.num_logits += len(draft)
+
+    def drop_draft(self) -> None:
+        """Compute the sequence's own tokens alone."""
+        self.stop -= len(self.draft)
+        self.num_logits -= len(self.draft)
+        self.draft = ()

@@ -68,6 +68,11 @@ class StepCost:
         """Seconds of a step, however few tokens it has."""
         return float(self._coefficients()[0])
 
+    def parts(self) -> tuple[float, float, float, float]:
+        """Return the seconds of a step, of a token's products, of a token and a key, of a key."""
+        fixed, token, pair, key = self._coefficients().tolist()
+        return fixed, token, pair, key
+
     def learn(self, positions: np.ndarray, seq_lens: np.ndarray, seconds: float) -> None:
         """Take a step that has been computed into account.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -21,6 +22,7 @@ from codellama_rt.engine.sampler import Chosen
 from codellama_rt.engine.scheduler import Scheduler
 from codellama_rt.engine.sequence import Chunk
 from codellama_rt.engine.sequence import Sequence as Tokens
+from codellama_rt.engine.speculation import Speculation
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.interface import Decoder, KVCache
 
@@ -53,6 +55,8 @@ class Totals:
     prompt_tokens: int = 0
     computed_tokens: int = 0
     generated_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     schedule_seconds: float = 0.0
     model_seconds: float = 0.0
     sample_seconds: float = 0.0
@@ -82,6 +86,7 @@ class Steps:
         searches: others that use the same blocks.
         totals: what the steps have done.
         metrics: histograms of it.
+        speculation: what proposes tokens for them; None: nothing does.
     """
 
     def __init__(
@@ -92,14 +97,17 @@ class Steps:
         table: RequestTable,
         *,
         has_dynamic_rope: bool,
+        speculation: Speculation | None = None,
     ) -> None:
         """Take the engine's parts; `table` holds the scheduler's requests."""
         self.searches: WeakSet[Search] = WeakSet()
         self.totals = Totals()
         self.metrics = EngineMetrics()
         self._model, self._kv_cache, self._has_dynamic_rope = model, kv_cache, has_dynamic_rope
-        self._scheduler, self._table = scheduler, table
-        self._delivery = Delivery(table, scheduler.blocks, self.metrics)
+        self._scheduler, self._table, self.speculation = scheduler, table, speculation
+        if speculation is not None:
+            scheduler.propose = self._propose
+        self._delivery = Delivery(table, scheduler.blocks, self.metrics, speculation)
         self._lineup = Lineup([], [])  # of the last step
 
     def advance(self, on_step: Callable[[StepRecord], None] | None) -> None:
@@ -163,7 +171,9 @@ class Steps:
             search.recover()
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes, and return whether no sequence has blocks."""
+        """Forget prefixes, and outputs to be copied; return whether no sequence has blocks."""
+        if self.speculation is not None:
+            self.speculation.corpora.clear()
         return self._scheduler.blocks.reset_prefix_cache(self._sequences())
 
     def _sequences(self) -> list[Tokens]:
@@ -189,6 +199,16 @@ class Steps:
         self._lineup.prepare()
         return others
 
+    def _propose(self, sequences: list[Tokens], most: int) -> list[array]:
+        """Return the tokens that decodes compute besides, at most so many."""
+        samples = [self._table.samples[sequence] for sequence in sequences]
+        for sample in samples:
+            sequence, request = sample.sequence, sample.request
+            if sample.drafter is None and sequence.num_generated:  # before, it may fork
+                text = request.prompt_text()
+                sample.drafter = self.speculation.drafter(sequence, request.max_len, text)
+        return self.speculation.propose(sequences, [one.drafter for one in samples], most)
+
     def _batch(self, chunks: list[Chunk], others: list[int]) -> Batch:
         """Return the batch of a step."""
         size, has_lengths = self._kv_cache.block_size, self._has_dynamic_rope
@@ -213,6 +233,8 @@ class Steps:
         totals.model_seconds += seconds
         if self._scheduler.cost is not None:
             self._scheduler.cost.learn(batch.positions, batch.seq_lens, seconds)
+        if self.speculation is not None:
+            self.speculation.learn(batch, seconds)
         return logits
 
     def _computed(self, chunks: list[Chunk], others: list[int]) -> _Computed:
@@ -234,6 +256,7 @@ class Steps:
             return _Computed(logits)
 
     def _result(self, chunk: Chunk) -> np.ndarray | Exception:
+        chunk.drop_draft()  # it may be what has failed
         try:
             [logits] = self.compute([chunk])
         except Exception as error:
@@ -260,9 +283,16 @@ class Steps:
             tries = 1 if sample in have_failed else 2
             gained = self._delivery.give(sample, chunks[i], logits[i], started, now, tries)
             self.totals.generated_tokens += gained
+            if num_drafted := len(chunks[i].draft):
+                for counts in (self.totals, sample.request.clock):
+                    counts.draft_tokens += num_drafted
+                    counts.accepted_tokens += gained - 1
 
     def _make_room(self) -> None:
-        """Have searches give up blocks they can do without; they compute them again."""
+        """Wait for prefixes being read, or have searches give up blocks they can do without."""
+        reader = self._scheduler.prefix_reader
+        if reader is not None and reader.wait():
+            return
         searches = list(self.searches)
         if not any(search.give_way() or search.is_computing for search in searches):
             raise RuntimeError("the scheduler found nothing to do for unfinished requests")

@@ -36,7 +36,7 @@ GENERATE = Arguments(
         "cache_implementation": (_CACHES, "open the model with kv_dtype='int8' or 'int4'"),
         "assistant_model": ((), "speculative decoding is not supported"),
         "assistant_tokenizer": ((), "speculative decoding is not supported"),
-        "prompt_lookup_num_tokens": ((), "speculative decoding is not supported"),
+        "prompt_lookup_num_tokens": ((), "open the model with speculation='suffix'"),
         "num_beam_groups": ((1,), "use num_beams"),
         "diversity_penalty": ((0.0,), "use num_beams"),
         "constraints": ((), "use prefix_allowed_tokens_fn"),

@@ -17,12 +17,14 @@ from codellama_rt.checkpoint.open import resolve
 from codellama_rt.engine.completion import Completion, Job
 from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.follow import Jobs
+from codellama_rt.engine.prefix_transfer import export_prefix, import_prefix
 from codellama_rt.engine.request_checks import check_params
 from codellama_rt.engine.sampling_params import (
     LogitsProcessor,
     SamplingParams,
     checked_processors,
 )
+from codellama_rt.engine.speculation import check_speculation
 from codellama_rt.llm.arguments import (
     Prompt,
     as_prompts,
@@ -34,6 +36,7 @@ from codellama_rt.llm.arguments import (
 from codellama_rt.llm.memory_plan import settle
 from codellama_rt.llm.placement import default_block_size, place, require_runtime
 from codellama_rt.llm.plan import Plan
+from codellama_rt.llm.prefix_cache import PrefixFiles, require_prefix_cache
 from codellama_rt.llm.prompts import PromptEncoder
 from codellama_rt.llm.scoring import pooled, sequence_hidden_states, sequence_logits
 from codellama_rt.llm.variants import find_variant, require_length
@@ -70,6 +73,8 @@ class LLM:
         max_num_batched_tokens: int = 512,
         num_threads: int | None = None,
         prefix_caching: bool = True,
+        prefix_cache_dir: str | os.PathLike[str] | None = None,
+        prefix_cache_bytes: int | str = "16GB",
         adapter: str | os.PathLike[str] | None = None,
         rope_theta: float | None = None,
         rope_scaling: Mapping[str, Any] | None = None,
@@ -79,6 +84,7 @@ class LLM:
         progress: Callable[[int, int, str], None] | None = None,
         max_step_seconds: float | None = 1.0,
         logits_processors: Sequence[LogitsProcessor] = (),
+        speculation: str | None = None,
     ) -> None:
         """Open a checkpoint; weights are mapped, not copied, but for GGUF's and what is asked for.
 
@@ -106,6 +112,11 @@ class LLM:
             num_threads: threads per op, for the whole process; by default what the environment
                 says, else the CPUs within the quota of the container.
             prefix_caching: whether equal prefixes are computed once.
+            prefix_cache_dir: directory in which keys and values are kept beyond this process, for
+                it and others; they are restored with the bits that computing them would give. It
+                holds the prompts, too, and may be deleted at any time.
+            prefix_cache_bytes: bytes, or a str like "16GB", that all files in it may take; what was
+                not used for longest is deleted.
             attention: on Ascend "custom" (this project's kernels) or "vendor" (MindSpore's).
             runtime: "direct" calls the kernels one after another; "graph" runs the model as a
                 MindSpore cell of the graph ops under `@ms.jit`, with the same bits (CPU only, and
@@ -122,6 +133,9 @@ class LLM:
             max_step_seconds: how long a step with prompts may take while others wait, as for
                 `Engine`; None: `max_num_batched_tokens` alone bounds it.
             logits_processors: as those of `SamplingParams`, for every request, before its own.
+            speculation: "suffix" computes tokens that followed the same text before together with
+                the next one, and takes those that would have come (docs/speculation.md): the same
+                tokens, sooner, where an output copies. None: one token at a time.
 
         Raises:
             CheckpointError: the checkpoint cannot be used.
@@ -140,7 +154,11 @@ class LLM:
             num_threads=num_threads,
         )
         require_runtime(runtime, device)
+        require_prefix_cache(
+            prefix_cache_dir, prefix_cache_bytes, device=device, prefix_caching=prefix_caching
+        )
         checked_processors(logits_processors)
+        check_speculation(speculation)
         if num_threads is not None:
             ops.set_num_threads(num_threads)
         opened = resolve(model)
@@ -195,6 +213,7 @@ class LLM:
             self.config = merged_config(self.config, weights, change)
         self.model, self.kv_cache = place(plan, self.config, weights)
         checkpoint.files.check()  # the device may have copied what was just being written
+        self._prefix_files = PrefixFiles(self.config, weights, self.kv_cache)
         self.engine = Engine(
             self.model,
             self.kv_cache,
@@ -207,6 +226,8 @@ class LLM:
             max_step_seconds=max_step_seconds,
             check_files=checkpoint.files.check,
             logits_processors=logits_processors,
+            speculation=speculation,
+            prefix_store=self._prefix_files.open_store(prefix_cache_dir, prefix_cache_bytes),
         )
         self.jobs = Jobs(self.engine)
 
@@ -445,6 +466,55 @@ class LLM:
         ids = [self.prompt_encoder.tokens(prompt) for prompt in prompts]
         states = (self._hidden_states(one, adapter, last_only=True)[0] for one in ids)
         return pooled(states, len(ids), self.config.dim, pooling, normalize)
+
+    def export_prefix(
+        self,
+        prompt: Prompt,
+        path: str | os.PathLike[str],
+        *,
+        adapter: LoraAdapter | None = None,
+    ) -> int:
+        """Write the keys and values of a prompt to a file, for `import_prefix`; compute them first.
+
+        Args:
+            prompt: as in `generate`; of its tokens, those that fill whole blocks are written.
+            path: of the file, which appears when it is complete.
+            adapter: as in `generate`.
+
+        Returns:
+            The number of tokens in the file.
+
+        Raises:
+            ValueError, TypeError: as `generate`; the prompt is shorter than a block; or the KV
+                cache is not in host memory.
+            RuntimeError: other requests took the memory of the KV cache meanwhile.
+            OSError: the file cannot be written.
+        """
+        identity = self._prefix_files.identity
+        prompt, params = self.prompt_encoder.completion(
+            prompt_content(prompt), SamplingParams(max_tokens=0)
+        )
+        self.generate([prompt], params, adapter=adapter)
+        return export_prefix(self.engine, identity, prompt, path, adapter)
+
+    def import_prefix(
+        self, path: str | os.PathLike[str], *, adapter: LoraAdapter | None = None
+    ) -> int:
+        """Read a file of `export_prefix` into the prefix cache.
+
+        Args:
+            path: of the file.
+            adapter: of the requests that are to find it there.
+
+        Returns:
+            The number of tokens that the cache has now: fewer than in the file if it is too small.
+
+        Raises:
+            ValueError: the file is damaged; or other kernels, weights or options than these have
+                computed it, so that its bits might differ; or the KV cache is not in host memory.
+            OSError: the file cannot be read.
+        """
+        return import_prefix(self.engine, self._prefix_files.identity, path, adapter)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes, as vLLM's method of this name; outputs do not change by it.

@@ -20,6 +20,8 @@ class KVCache(Protocol):
         num_bytes: of all blocks.
         layers: a pair (key_cache, value_cache) per layer, each
             (num_blocks, n_kv_heads, block_size, head_dim); arrays, tensors or `ops.Quantized`.
+        in_host_memory: whether it has `block_buffers`, as `model.kv_cache.KVCache` has it: only
+            then prefixes can be kept on disk.
     """
 
     num_blocks: int
@@ -27,6 +29,7 @@ class KVCache(Protocol):
     dtype: str
     num_bytes: int
     layers: list[tuple[Any, Any]]
+    in_host_memory: bool
 
     def copy_blocks(self, block_pairs: np.ndarray) -> None:
         """Copy blocks source -> destination in every layer; block_pairs is (n, 2) int32."""

@@ -29,6 +29,8 @@ class KVCache:
             payload is uint8 (num_blocks, n_kv_heads, bytes of a block of keys or of values).
     """
 
+    in_host_memory = True
+
     def __init__(
         self, config: ModelConfig, *, num_blocks: int, block_size: int = 64, dtype: str = "float32"
     ) -> None:
@@ -54,6 +56,12 @@ class KVCache:
             )
             for blocks in layers
         ]
+        parts = [part for one in layers for part in (one[:key_bytes], one[key_bytes:])]
+        self._bytes = [part.reshape(num_blocks, -1) for part in parts]
+
+    def block_buffers(self, block_id: int) -> list[memoryview]:
+        """Return the memory of a block: its keys and its values, layer after layer."""
+        return [memoryview(part[block_id]) for part in self._bytes]
 
     def copy_blocks(self, block_pairs: np.ndarray) -> None:
         """Copy blocks source -> destination in every layer; block_pairs is (n, 2) int32."""
@@ -62,7 +70,7 @@ class KVCache:
 
     def close(self) -> None:
         """Forget the blocks; the memory is freed with the last array that views it."""
-        self.layers = []
+        self.layers, self._bytes = [], []
 
 
 def check_blocks(num_blocks: int, block_size: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import hashlib
 import importlib
 import os
 import re
@@ -59,6 +61,15 @@ def set_isa(name: str) -> None:
         ValueError: this CPU or this build does not support it.
     """
     _core.set_isa(name)
+
+
+@functools.cache
+def build_digest() -> str:
+    """Return a digest of the compiled kernels: another build may round differently."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for path in sorted([Path(_core.__file__), *_PACKAGE.glob("libcodellama_rt_cpu.*")]):
+        hasher.update(path.read_bytes())
+    return hasher.hexdigest()
 
 
 def num_threads() -> int:

@@ -32,6 +32,7 @@
 #include "cpu/runtime/control_group.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/parallel.h"
+#include "suffix/drafter.h"
 #endif
 
 namespace py = pybind11;
@@ -397,6 +398,46 @@ void choose_num_threads(int64_t n) {
   }
   set_num_threads(int(n));
 }
+
+void append_tokens(SuffixAutomaton& text, const py::buffer& tokens) {
+  const py::buffer_info info = tokens.request();
+  if (info.ndim != 1 || !info.item_type_is_equivalent_to<int32_t>() ||
+      info.strides[0] != info.itemsize) {
+    throw std::invalid_argument("SuffixAutomaton.extend: tokens must be contiguous int32");
+  }
+  const auto* begin = static_cast<const int32_t*>(info.ptr);
+  for (py::ssize_t i = 0; i < info.size; ++i) text.append(begin[i]);
+}
+
+void add_suffixes(py::module_& m) {
+  py::class_<SuffixAutomaton, std::shared_ptr<SuffixAutomaton>>(m, "SuffixAutomaton")
+      .def(py::init<>())
+      .def("extend", append_tokens, py::arg("tokens"))
+      .def("__len__", &SuffixAutomaton::size)
+      .def_property_readonly("num_bytes", &SuffixAutomaton::num_bytes);
+  py::class_<SuffixDrafter>(m, "SuffixDrafter")
+      .def(py::init([](std::shared_ptr<SuffixAutomaton> prompt,
+                       const std::vector<std::shared_ptr<SuffixAutomaton>>& others) {
+             const std::vector<SuffixDrafter::Text> texts(others.begin(), others.end());
+             return std::make_unique<SuffixDrafter>(std::move(prompt), texts);
+           }),
+           py::arg("prompt"), py::arg("others"))
+      .def("__len__", &SuffixDrafter::size)
+      .def(
+          "push",
+          [](SuffixDrafter& drafter, int32_t token_id) {
+            const SuffixDrafter::Outcome outcome = drafter.push(token_id);
+            return py::make_tuple(outcome.length, outcome.is_hit);
+          },
+          py::arg("token_id"))
+      .def(
+          "propose",
+          [](const SuffixDrafter& drafter, int32_t most) {
+            const SuffixDrafter::Draft draft = drafter.propose(most);
+            return py::make_tuple(draft.length, py::cast(draft.tokens));
+          },
+          py::arg("most"));
+}
 #endif
 
 }  // namespace
@@ -438,6 +479,7 @@ PYBIND11_MODULE(CLRT_MODULE, m) {
   m.def("cpu_quota", cpu_quota, py::arg("root") = "");
   m.def("num_threads", num_threads);
   m.def("set_num_threads", choose_num_threads);
+  add_suffixes(m);
 #endif
 }
 

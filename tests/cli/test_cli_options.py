@@ -16,6 +16,7 @@ from codellama_rt.cli import options
 from codellama_rt.cli import run as cli_run
 from codellama_rt.cli.errors import _OPTIONS, in_options
 from codellama_rt.cli.options import ModelOptions, SamplingOptions
+from codellama_rt.engine.speculation import SPECULATIONS
 from codellama_rt.llm.llm import LLM
 from codellama_rt.llm.placement import RUNTIMES
 from codellama_rt.model.kv_cache import KV_DTYPES
@@ -36,6 +37,7 @@ def test_the_choices_are_those_of_the_runtime():
     assert get_args(options.QuantizationName) == QUANTIZATIONS
     assert set(get_args(options.KvDtypeName)) == {"auto", *KV_DTYPES, "fp8"}  # that of cuda
     assert get_args(options.RuntimeName) == RUNTIMES
+    assert get_args(options.SpeculationName) == SPECULATIONS
     for device in get_args(options.DeviceName):
         ops.available(device)
 

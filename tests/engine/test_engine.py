@@ -156,6 +156,16 @@ def test_logprobs_of_prompt_and_output(chunk):
         assert total.logprobs == expected
 
 
+def test_a_prompt_is_cached_as_soon_as_it_is_computed():
+    """Its blocks, although the step that computed them ends within another one."""
+    engine = engine_of(block_size=4)
+    prompt = [1, *range(10, 19)]
+    for name in ("first", "second"):
+        engine.add_request(name, prompt, SamplingParams(max_tokens=1))
+        drain(engine)
+    assert engine.stats()["prefix_hit_tokens"] == 8
+
+
 def test_prompt_logprobs_of_a_cached_prompt_are_complete():
     engine = engine_of()
     for name in "ab":

@@ -15,6 +15,7 @@ import pytest
 from helpers.faults import Faults
 from helpers.paged_fakes import PROMPT, FakeKVCache, HashModel, drain, drain_interrupted, engine_of
 from helpers.random_schemas import random_schema
+from helpers.speculating import propose_right_and_wrong
 from helpers.tokenizer_files import bpe_fields, gguf_file, model_file
 
 from codellama_rt.engine import grammar as grammars
@@ -444,3 +445,34 @@ def test_hostile_specifications_are_bounded(tmp_path):
     command = [sys.executable, str(HOSTILE), str(model_file(tmp_path))]
     found = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+
+
+# With speculation
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_outputs_are_the_same_with_proposed_tokens(tokenizer, seed):
+    rng = np.random.default_rng(seed)
+    forms = [
+        StructuredOutputs(json=random_schema(seed)),
+        StructuredOutputs(json=SHORT),
+        StructuredOutputs(regex="(ab|cd){2,40}x"),
+        StructuredOutputs(choice=("abcabc", "abcabd", "xyz")),
+    ]
+    requests = {str(i): params_of(form, n=2, seed=seed) for i, form in enumerate(forms)}
+    expected = {}
+    for name, params in requests.items():
+        engine = make_engine(tokenizer)
+        engine.add_request(name, PROMPT, params)
+        expected |= {key: (t.token_ids, t.text, t.end) for key, t in drain(engine).items()}
+    engine = make_engine(tokenizer, speculation="suffix")
+
+    def outputs(sequence):
+        return expected[str(sequence.order[1]), sequence.order[2]][0]
+
+    propose_right_and_wrong(engine, rng, outputs)
+    for name, params in requests.items():
+        engine.add_request(name, PROMPT, params)
+    gained = {key: (t.token_ids, t.text, t.end) for key, t in drain(engine).items()}
+    assert gained == expected
+    assert 0 < engine.stats()["accepted_tokens"] < engine.stats()["draft_tokens"]

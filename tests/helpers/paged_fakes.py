@@ -19,6 +19,8 @@ PROMPT = [1, 10, 11, 12, 13, 14]
 
 
 class FakeKVCache:
+    in_host_memory = True
+
     def __init__(self, num_blocks, block_size):
         self.num_blocks, self.block_size = num_blocks, block_size
         self.slots = np.zeros(num_blocks * block_size, np.uint64)
@@ -28,6 +30,10 @@ class FakeKVCache:
         pages = self.slots.reshape(self.num_blocks, self.block_size)
         for source, destination in pairs:
             pages[destination] = pages[source]
+
+    def block_buffers(self, block_id):
+        page = self.slots.reshape(self.num_blocks, self.block_size)[block_id]
+        return [memoryview(page.view(np.uint8))]
 
 
 class HashModel:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from codellama_rt.engine.engine import Engine
+from codellama_rt.engine.prefix_store import PrefixStore
 from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.engine.sequence import Chunk, Sequence
+from codellama_rt.engine.structured_outputs import StructuredOutputs
+from codellama_rt.model.fingerprint import fingerprint
+from codellama_rt.text.tokenizer import load_tokenizer
 from helpers.builders import running_on
 from helpers.goldens import make_engine, tiny_golden
+from helpers.speculating import propose_right_and_wrong
+from helpers.tokenizer_files import model_file
 
 NUM_REQUESTS = 40
 LONGEST_PROMPT = 150
@@ -28,6 +37,12 @@ MODELS = {  # checkpoint; dtype of its floats, of the cache; quantization of its
 }
 
 SALTS = (None, None, "another user's")  # of requests in turn
+FORMS = [
+    StructuredOutputs(regex="[a-z ]{3,12}"),
+    StructuredOutputs(choice=["one", "another", "one more"]),
+    StructuredOutputs(json={"type": "array", "items": {"type": "integer"}, "maxItems": 3}),
+]
+
 Rows = dict[tuple[int, int], bytes]  # (sample, position of a token) -> the logits after it
 
 
@@ -45,7 +60,7 @@ class FixedRequest:
 
 @cache
 def fixed_requests() -> list[FixedRequest]:
-    """Prompts with common beginnings; greedy and seeded, one sample and several."""
+    """Prompts with common beginnings; greedy and seeded, one sample and several, some in a form."""
     rng = np.random.default_rng(7)
     texts = rng.integers(3, 500, (4, LONGEST_PROMPT))
     requests = []
@@ -57,6 +72,9 @@ def fixed_requests() -> list[FixedRequest]:
             n=int(rng.choice([1, 1, 1, 2, 3])), temperature=float(rng.choice([0.0, 0.8])),
             prompt_logprobs=0 if i % 5 == 0 else None,
         )  # fmt: skip
+        if i % 4 == 1:
+            form = FORMS[i // 4 % len(FORMS)]
+            params = replace(params, structured_outputs=form, ignore_eos=False)
         requests.append(FixedRequest(tuple(map(int, prompt)), params))
     return requests
 
@@ -69,6 +87,7 @@ class Recorder:
         self.model = model
         self.rows: dict[int, Rows] = {}
         self.token_ids: dict[tuple[int, int], list[int]] = {}
+        self.proposed: list[tuple[Chunk, Rows]] = []  # rows of the last step behind known tokens
         self.counts = Counter()
 
     def attach(self, engine: Engine) -> None:
@@ -88,6 +107,7 @@ class Recorder:
         fixed = fixed_requests()[request]
         self.requests.append(request)
         self.rows[request] = {}
+        self.counts["forms"] += fixed.params.structured_outputs is not None
         self.engine.add_request(
             str(request),
             fixed.prompt,
@@ -98,20 +118,29 @@ class Recorder:
 
     def forward(self, batch, kv_cache) -> np.ndarray:
         logits = self.model.forward(batch, kv_cache)
-        row = 0
+        row, self.proposed = 0, []
         for chunk in self.chunks:
-            _, arrival, sample = chunk.sequence.order
-            rows = self.rows[self.requests[arrival]]
+            rows, known = {}, chunk.stop - len(chunk.draft)
             for position in range(chunk.stop - chunk.num_logits, chunk.stop):
-                key = sample, position
-                bits = logits[row].tobytes()
-                assert rows.setdefault(key, bits) == bits, f"recomputed otherwise: {key}"
+                rows[chunk.sequence.order[-1], position] = logits[row].tobytes()
                 row += 1
+            self._keep(chunk, {key: bits for key, bits in rows.items() if key[1] < known})
+            self.proposed.append((chunk, {k: bits for k, bits in rows.items() if k[1] >= known}))
         assert row == len(logits)
         return logits
 
+    def _keep(self, chunk: Chunk, rows: Rows) -> None:
+        kept = self.rows[self.requests[chunk.sequence.order[1]]]
+        for key, bits in rows.items():
+            assert kept.setdefault(key, bits) == bits, f"recomputed otherwise: {key}"
+
     def step(self) -> None:
-        for output in self.engine.step():
+        outputs = self.engine.step()
+        for chunk, rows in self.proposed:  # those after tokens that were accepted, and went on
+            used = len(chunk.sequence.token_ids) - 1
+            self._keep(chunk, {key: bits for key, bits in rows.items() if key[1] < used})
+        self.proposed = []
+        for output in outputs:
             assert output.error is None, output.error
             key = int(output.request_id), output.index
             self.token_ids.setdefault(key, []).extend(output.token_ids)
@@ -122,7 +151,10 @@ class Recorder:
         assert stats["kv_blocks_free"] == stats["kv_blocks"], "pages leaked"
         self.counts["preemptions"] += stats["preemptions"]
         self.counts["hits"] += stats["prefix_hit_tokens"]
+        self.counts["restored"] += stats.get("prefix_restored_tokens", 0)
         self.counts["partial hits"] += stats["prefix_partial_hit_tokens"]
+        self.counts["accepted"] += stats["accepted_tokens"]
+        self.counts["rejected"] += stats["draft_tokens"] - stats["accepted_tokens"]
 
 
 @cache
@@ -132,13 +164,21 @@ def model(name: str):
 
 
 @cache
+def tokenizer():
+    """One that names most of the models' ids."""
+    with TemporaryDirectory() as folder:
+        return load_tokenizer(model_file(Path(folder)), 512)
+
+
+@cache
 def undisturbed(name: str, isa: str, request: int) -> tuple[Rows, dict[int, list[int]]]:
     """The rows and tokens of a request that has the engine for itself."""
     recorder = Recorder(model(name))
     with running_on(isa, 1):
         engine = make_engine(
-            recorder, num_blocks=40, block_size=64, kv_dtype=MODELS[name][2], prefix_caching=False
-        )
+            recorder, num_blocks=40, block_size=64, kv_dtype=MODELS[name][2],
+            prefix_caching=False, tokenizer=tokenizer(),
+        )  # fmt: skip
         recorder.attach(engine)
         recorder.add(request)
         while engine.has_unfinished():
@@ -148,8 +188,8 @@ def undisturbed(name: str, isa: str, request: int) -> tuple[Rows, dict[int, list
     return recorder.rows[request], tokens
 
 
-def run_schedule(name: str, isa: str, seed: int) -> Recorder:
-    """One random schedule from beginning to end."""
+def run_schedule(name: str, isa: str, seed: int, folder: Path | None = None) -> Recorder:
+    """One random schedule from beginning to end, perhaps with prefixes of earlier ones on disk."""
     rng = np.random.default_rng(seed)
     requests = rng.permutation(NUM_REQUESTS)[: rng.integers(1, 33)].tolist()
     block_size = int(rng.choice([16, 32, 64]))
@@ -157,10 +197,14 @@ def run_schedule(name: str, isa: str, seed: int) -> Recorder:
     recorder = Recorder(model(name))
     engine = make_engine(
         recorder, num_blocks=fewest + int(rng.integers(0, 3 * fewest)), block_size=block_size,
-        kv_dtype=MODELS[name][2], prefix_caching=bool(rng.integers(2)),
+        kv_dtype=MODELS[name][2], prefix_caching=bool(rng.integers(2)) or folder is not None,
         max_num_seqs=int(rng.integers(1, 33)), max_num_batched_tokens=int(rng.integers(16, 513)),
-        max_step_seconds=[None, 1e-4, 1e-3, 1e-2][rng.integers(4)],
+        max_step_seconds=[None, 1e-4, 1e-3, 1e-2][rng.integers(4)], tokenizer=tokenizer(),
+        speculation=None if seed % 2 else "suffix",
+        prefix_store=None if folder is None else store_of(name, folder, block_size),
     )  # fmt: skip
+    if seed % 2 == 0:
+        propose_right_and_wrong(engine, rng, partial(output_of, name, isa, recorder))
     rng.shuffle(engine.scheduler.blocks._free)
     recorder.attach(engine)
     recorder.add(requests.pop())
@@ -170,8 +214,22 @@ def run_schedule(name: str, isa: str, seed: int) -> Recorder:
                 recorder.add(requests.pop(), int(rng.integers(3)))
             disturb(engine, rng)
             recorder.step()
+    engine.close()
     recorder.finish()
     return recorder
+
+
+def output_of(name: str, isa: str, recorder: Recorder, sequence: Sequence) -> list[int]:
+    """What a sequence will have written in the end."""
+    _, arrival, sample = sequence.order
+    return undisturbed(name, isa, recorder.requests[arrival])[1][sample]
+
+
+def store_of(name: str, folder: Path, block_size: int) -> PrefixStore:
+    """The prefixes of one of the models in a folder."""
+    sizes = {"kv_dtype": MODELS[name][2], "block_size": block_size}
+    identity = fingerprint(model(name).config, model(name).weights, **sizes)
+    return PrefixStore(str(folder), 10**7, identity, block_size=block_size)
 
 
 def disturb(engine: Engine, rng: np.random.Generator) -> None:

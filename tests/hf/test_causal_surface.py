@@ -128,6 +128,7 @@ def test_options_that_cannot_be(tmp_path):
     ("options", "error", "words"),
     [
         ({"assistant_modell": 1}, TypeError, "no argument assistant_modell"),
+        ({"prompt_lookup_num_tokens": 4}, TypeError, "open the model with speculation='suffix'"),
         ({"assistant_model": 1}, TypeError, "support assistant_model: speculative decoding"),
         ({"guidance_scale": 1.5}, TypeError, "does not support guidance_scale: combine"),
         ({"output_attentions": True}, TypeError, "does not support output_attentions"),

@@ -38,6 +38,8 @@ class AscendKVCache:
             (num_blocks, n_kv_heads, block_size, head_dim).
     """
 
+    in_host_memory = False
+
     def __init__(
         self,
         config: ModelConfig,

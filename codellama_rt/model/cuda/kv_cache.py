@@ -24,6 +24,8 @@ class DeviceKVCache:
         layers: n_layers pairs (key_cache, value_cache): DeviceTensors, or Quantized for int8, fp8.
     """
 
+    in_host_memory = False
+
     def __init__(
         self, config: ModelConfig, *, num_blocks: int, block_size: int = 64, dtype: str = "bfloat16"
     ) -> None:

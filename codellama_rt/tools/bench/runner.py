@@ -27,8 +27,13 @@ MAX_STEPS = 256  # maximum decode steps per request
 class Runner:
     """Run steps of the engine: scheduling, the model and greedy sampling together."""
 
-    def __init__(self, checkpoint: Checkpoint, max_depth: int, kv_dtype: str = "auto") -> None:
-        """Create an engine with a cache of max_depth + MAX_STEPS tokens, full of noise."""
+    def __init__(
+        self, checkpoint: Checkpoint, max_depth: int, kv_dtype: str = "auto", samples: int = 1
+    ) -> None:
+        """Create an engine for `samples` of one prompt, its cache full of noise.
+
+        The cache has room for max_depth tokens, which the samples share, and MAX_STEPS of each.
+        """
         self.config = checkpoint.config
         self.kv_dtype = self.config.dtype if kv_dtype == "auto" else kv_dtype
         projection = checkpoint.weights.layers[0].q_proj.dtype
@@ -37,7 +42,7 @@ class Runner:
         max_len = max_depth + MAX_STEPS
         cache = KVCache(
             self.config,
-            num_blocks=-(-max_len // BLOCK_SIZE),
+            num_blocks=-(-max_depth // BLOCK_SIZE) + samples * (1 + MAX_STEPS // BLOCK_SIZE),
             block_size=BLOCK_SIZE,
             dtype=self.kv_dtype,
         )
@@ -46,8 +51,9 @@ class Runner:
             fill_caches(*caches, rng)
         self.model = _SkippableModel(Llama(self.config, checkpoint.weights))
         self.engine = Engine(
-            self.model, cache, max_num_seqs=1, max_model_len=max_len, prefix_caching=False
+            self.model, cache, max_num_seqs=samples, max_model_len=max_len, prefix_caching=False
         )
+        self._samples = samples
         self._rng = np.random.default_rng(0)
 
     @contextlib.contextmanager
@@ -58,7 +64,7 @@ class Runner:
         """
         if steps + 1 > MAX_STEPS:
             raise ValueError(f"steps must be under {MAX_STEPS}, got {steps}")
-        params = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
+        params = SamplingParams(n=self._samples, max_tokens=steps + 2, ignore_eos=True)
         self.engine.add_request("bench", self._prompt(depth), params)
         self.model.is_skipping = True
         while not self.engine.step():

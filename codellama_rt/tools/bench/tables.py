@@ -198,6 +198,18 @@ _SMALL: list[Column] = [
     ("ratio", _decimals("ratio", 2)),
     ("steady", lambda r: f"{r['steady']}/{r['rounds']}"),
 ]
+_SHARED: list[Column] = [
+    *_MODEL,
+    ("work", lambda r: f"{r['part']}, {r['sequences']} over {r['depth']}"),
+    ("one ms", _number("one_us", 1e-3)),
+    ("shared", _number("median_us", 1e-3)),
+    ("of one", _decimals("times_one", 2)),
+    ("apart", _number("apart_us", 1e-3)),
+    ("gain", _decimals("gain", 2)),
+    ("peer's", _number("peer_median_us", 1e-3)),
+    ("ratio", _decimals("ratio", 2)),
+    ("steady", lambda r: f"{r['steady']}/{r['rounds']}"),
+]
 _LINEAR: list[Column] = [
     ("dtype", _text("dtype")),
     ("shape", _text("shape")),
@@ -209,7 +221,22 @@ _LINEAR: list[Column] = [
     ("ratio", _decimals("ratio", 2)),
     ("steady", lambda r: f"{r['steady']}/{r['rounds']}"),
 ]
+_SPECULATION: list[Column] = [
+    ("task", _text("task")),
+    ("tasks", _text("tasks")),
+    ("tokens/s", _number("tokens_per_s")),
+    ("without", _number("without")),
+    ("ratio", _decimals("ratio", 2)),
+    ("least", _decimals("least_ratio", 2)),
+    ("tokens per step", _decimals("tokens_per_step", 1)),
+    ("accepted", lambda r: f"{r['accepted']:.0%}"),
+]
 _KINDS = (
+    _Kind(
+        lambda r: f"Speculation, in turn with one token at a time: {r['model']}",
+        _SPECULATION,
+        lambda r: r["what"] == "speculation",
+    ),
     _Kind(
         lambda r: f"Operators: {r['model']}, {r['dtype']}, {_machine(r)}",
         _OPS,
@@ -219,6 +246,11 @@ _KINDS = (
         lambda r: f"Products, in turn with {r['peer']}: {r['model']}, {_machine(r)}",
         _LINEAR,
         lambda r: r["what"] == "linear",
+    ),
+    _Kind(
+        lambda r: f"Sequences over one prefix: {r['model']}, {_machine(r)}",
+        _SHARED,
+        lambda r: r["what"] == "shared",
     ),
     _Kind(
         lambda r: f"Sequences at once, in turn with peers: {r['model']}",

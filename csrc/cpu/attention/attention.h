@@ -2,14 +2,17 @@
 //            one kernel for decoding and prefill          (arXiv:2205.14135, arXiv:2309.06180)
 // Shapes   q, out (num_tokens, n_heads, head_dim); keys and values as in ops.h
 // Traffic  2 * sum(keys) * n_kv_heads * head_dim * itemsize bytes read (quantised pages: as many as
-//          quantized.h says), once each, for up to kRows rows (queries x heads of the group) a
-//          sequence
-// Limit    memory read up to about 8 rows (bf16, Zen 5); then multiply-adds, of which the half
-//          of q . K runs in bfloat16 pairs where the CPU has them; over quantised keys and values
-//          all of them run in bytes on CPUs with AVX512-VNNI (byte_tile.h)
-// Tiling   one task = (sequence, queries of up to kRows rows a kv head, some kv heads in turn, a
-//          run of splits of kSplit keys); a kv head's rows share each tile of kTile keys; tiles
-//          above the diagonal are skipped
+//          quantized.h says), once each, for up to kRows rows (queries x heads of the group) of a
+//          sequence, or of all sequences whose tables name the same blocks (plan.h); of sequences
+//          that share, also their states: 2 * rows * splits * (head_dim + 32) floats
+// Limit    memory read up to about 8 rows (bf16, Zen 4 and 5); then multiply-adds, of which the
+//          half of q . K runs in bfloat16 pairs where the CPU has them; over quantised keys and
+//          values all of them run in bytes on CPUs with AVX512-VNNI (byte_tile.h). A row more
+//          takes the same time from 8 rows on to 96, so that blocks of fewer gain nothing
+// Tiling   one task = (queries of up to kRows rows a kv head, some kv heads in turn, a run of
+//          splits of kSplit keys); a kv head's rows share each tile of kTile keys; tiles above the
+//          diagonal are skipped. The queries are of one sequence, or, over the whole splits that
+//          the tables of several begin with, of all these
 // Numerics fp32 scores, softmax and sums (one a tile, added up a split); over quantised keys the
 //          query is int16 with one scale, its products exact sums; with AVX512-VNNI a tile's
 //          weights are 16 bits, their products with values exact sums too; a query without keys
@@ -17,9 +20,9 @@
 //          are never multiplied: NaN in unused slots or in later tokens stays there
 //
 // Determinism: tiles and splits start at multiples of kTile and kSplit in the sequence; a row's
-// splits are folded in ascending order. What a row computes is therefore a function of its query
-// and of the keys it sees alone; how rows share tiles and splits are dealt to tasks only decides
-// when.
+// splits are folded in ascending order, those of shared blocks as well. What a row computes is
+// therefore a function of its query and of the keys it sees alone; how rows share tiles and splits
+// are dealt to tasks only decides when.
 #pragma once
 
 #include <cmath>
@@ -302,6 +305,7 @@ void run_task(const Attention& a, const Task& task) {
   const int64_t num_heads = task.end_head - task.first_head;
   const int64_t rows = task.num_queries * a.group_size(), states = rows * a.state_floats();
   const Workspace work(a, num_heads, rows);
+  const Block first{a, task, task.first_head};
   const auto for_heads = [&](const auto& body) {
     for (int64_t h = 0; h < num_heads; ++h) body(h, Block{a, task, task.first_head + h});
   };
@@ -324,30 +328,50 @@ void run_task(const Attention& a, const Task& task) {
       } else {
         layout.lay(row, work.keys, head_query);
       }
-      clear(block.state(work.total + h * states, row));
     }
   });
+  float* const total = task.states && task.folds ? first.left(0) : work.total;
+  for_heads([&](int64_t h, const Block& block) {
+    for (int64_t row = 0; row < rows; ++row) clear(block.state(total + h * states, row));
+  });
   for (int64_t split = task.first_split; split < task.end_split; ++split) {
-    if (task.partials) {
-      attend_split<T>(a, task, split, work, Block{a, task, task.first_head}.partial(split));
+    if (!task.folds) {
+      attend_split<T>(a, task, split, work, first.left(split));
       continue;
     }
     attend_split<T>(a, task, split, work, work.split);
     for_heads([&](int64_t h, const Block& block) {
-      fold_rows(block, split, work.split + h * states, work.total + h * states);
+      fold_rows(block, split, work.split + h * states, total + h * states);
     });
   }
-  if (task.partials) return;
-  for_heads([&](int64_t h, const Block& block) { write_rows<Q>(block, work.total + h * states); });
+  if (task.states) return;
+  for_heads([&](int64_t h, const Block& block) { write_rows<Q>(block, total + h * states); });
+}
+
+// What `shared`, and those before it, attended for the block's rows among others.
+inline void fold_shared(const Block& block, const Task* shared, float* totals) {
+  if (!shared) return;
+  fold_shared(block, shared->shared, totals);
+  const Block all{block.a, *shared, block.kv_head};
+  const int64_t row_floats = block.a.state_floats();
+  const int64_t first = (block.task.queries - shared->queries) * block.group_size * row_floats;
+  if (shared->folds) {
+    std::memcpy(totals, all.left(0) + first, block.num_rows * row_floats * sizeof(float));
+    return;
+  }
+  for (int64_t split = shared->first_split; split < shared->end_split; ++split) {
+    fold_rows(block, split, all.left(split) + first, totals);
+  }
 }
 
 template <typename Q>
-void join_partials(const Attention& a, const Task& task) {
+void join_states(const Attention& a, const Task& task) {
   const Block block{a, task, task.first_head};
   const Workspace work(a, 1, block.num_rows);
   for (int64_t row = 0; row < block.num_rows; ++row) clear(block.state(work.total, row));
-  for (int64_t split = 0; split < task.end_split; ++split) {
-    fold_rows(block, split, block.partial(split), work.total);
+  fold_shared(block, task.shared, work.total);
+  for (int64_t split = task.first_split; split < task.end_split; ++split) {
+    fold_rows(block, split, block.left(split), work.total);
   }
   write_rows<Q>(block, work.total);
 }
@@ -369,7 +393,7 @@ void attend(const Attention& a) {
       using T = decltype(cache_type);
       for_each_task(plan.num_tasks, [&](int64_t i) { run_task<T, Q>(a, plan.tasks[i]); });
     });
-    for_each_task(plan.num_joins, [&](int64_t i) { join_partials<Q>(a, plan.joins[i]); });
+    for_each_task(plan.num_joins, [&](int64_t i) { join_states<Q>(a, plan.joins[i]); });
   });
 }
 

@@ -3,8 +3,9 @@
 // Traffic  num_samples * vocab_size * 4 bytes read; a draw works on a float64 copy in the cache
 // Limit    greedy: memory; a draw: float64 arithmetic, one exp per token that top-k leaves
 // Tiling   one task = one sample; a row is looked at in blocks of 64 tokens, and what cannot hold
-//          a candidate (its greatest element is too small) is skipped. Nothing is sorted: top-k
-//          and top-p look for their last token by selection
+//          a candidate (its greatest element is too small) is skipped. A block gets scores of its
+//          own, in float64, only if penalties, bias or the mask change it, or something selects
+//          from it. Nothing is sorted: top-k and top-p look for their last token by selection
 // Numerics float64. A block is summed by halves, then blocks in order: one fixed order. No
 //          multiplication is fused with an addition (CMakeLists.txt), so every instruction set
 //          gives the same bits. Draws: Philox4x64-10 (Salmon et al., SC 2011) of seed, sample
@@ -22,76 +23,116 @@ namespace {
 constexpr double kMost = std::numeric_limits<double>::max();
 constexpr double kNone = -std::numeric_limits<double>::infinity();  // of a token that cannot come
 
+enum class Source : uint8_t { kLogits, kValues, kNothing };  // where the scores of a block are
+
 // The scores of a sample, later its weights: e^(score - highest), proportional to probabilities.
 struct Row {
-  double* values;      // (size padded to blocks), ascending tokens; padding: kNone, later 0
-  double* block_max;   // (num_blocks)
-  double* block_sum;   // (num_blocks) of weights
-  int32_t* token_ids;  // (size) after top-k; null: value i is that of token i
-  double* candidates;  // (vocab_size) room for selections
-  double* selected;    // (vocab_size) the same
+  const float* logits;  // (size) at first
+  double* values;       // (size padded to blocks), ascending tokens; padding: kNone, later 0
+  Source* sources;      // (num_blocks)
+  double* block_max;    // (num_blocks) of scores
+  double* block_sum;    // (num_blocks) of weights
+  int32_t* token_ids;   // (size) after top-k; null: value i is that of token i
+  double* candidates;   // (vocab_size) room for selections
+  double* selected;     // (vocab_size) the same
   int64_t size;
 
   int64_t num_blocks() const { return ceil_div(size, kBlock); }
+  int64_t block_size(int64_t b) const { return smaller(kBlock, size - b * kBlock); }
   double highest() const {
     double best = block_max[0];
     for (int64_t b = 1; b < num_blocks(); ++b) best = block_max[b] > best ? block_max[b] : best;
     return best;
   }
   int32_t token(int64_t i) const { return token_ids ? token_ids[i] : int32_t(i); }
+
+  // The scores of a block as its own values.
+  double* own(int64_t b) const {
+    double* own_values = values + b * kBlock;
+    if (sources[b] != Source::kLogits) return own_values;
+    const float* from = logits + b * kBlock;
+    const int64_t count = block_size(b);
+    if (count == kBlock) {
+      for (int i = 0; i < kBlock; ++i) own_values[i] = from[i];
+    } else {
+      for (int64_t i = 0; i < kBlock; ++i) own_values[i] = i < count ? from[i] : kNone;
+    }
+    sources[b] = Source::kValues;
+    return own_values;
+  }
 };
 
 size_t room(int64_t vocab_size) {
   const int64_t blocks = ceil_div(vocab_size, kBlock);
-  return size_t(blocks * kBlock * 3 + blocks * 2) * sizeof(double) + vocab_size * sizeof(int32_t);
+  return size_t(blocks * kBlock * 3 + blocks * 2) * sizeof(double) + vocab_size * sizeof(int32_t) +
+         blocks * sizeof(Source);
 }
 
-Row make_row(int64_t vocab_size) {
+Row make_row(const float* logits, int64_t vocab_size) {
   const int64_t blocks = ceil_div(vocab_size, kBlock), padded = blocks * kBlock;
   auto* memory = static_cast<double*>(scratch(Scratch::kTask, room(vocab_size)));
   Row row{};
+  row.logits = logits;
   row.values = memory;
   row.candidates = row.values + padded;
   row.selected = row.candidates + padded;
   row.block_max = row.selected + padded;
   row.block_sum = row.block_max + blocks;
   row.size = vocab_size;
+  // After them the ids of the tokens that top-k keeps, if it does.
+  row.sources = reinterpret_cast<Source*>(row.block_sum + blocks) + vocab_size * sizeof(int32_t);
+  for (int64_t b = 0; b < blocks; ++b) row.sources[b] = Source::kLogits;
   return row;
 }
 
-// After it the ids of the tokens that top-k keeps, if it does.
 int32_t* id_room(const Row& row, int64_t vocab_size) {
   return reinterpret_cast<int32_t*>(row.block_sum + ceil_div(vocab_size, kBlock));
 }
 
 void find_maxima(Row& row) {
-  for (int64_t i = row.size; i < row.num_blocks() * kBlock; ++i) row.values[i] = kNone;
   for (int64_t b = 0; b < row.num_blocks(); ++b) {
-    row.block_max[b] = block_maximum(row.values + b * kBlock);
+    if (row.sources[b] == Source::kValues) {
+      row.block_max[b] = block_maximum(row.values + b * kBlock);
+    } else if (row.sources[b] == Source::kNothing) {
+      row.block_max[b] = kNone;
+    } else if (row.block_size(b) == kBlock) {
+      row.block_max[b] = block_maximum(row.logits + b * kBlock);
+    } else {
+      row.block_max[b] = block_maximum(row.own(b));
+    }
   }
 }
 
 // Where bit i % 32 of word i / 32 is not set, token i cannot come.
 void apply_mask(const uint32_t* words, Row& row) {
-  for (int64_t word = 0; word < ceil_div(row.size, 32); ++word) {
-    const uint32_t bits = words[word];
-    double* values = row.values + word * 32;
-    if (bits == ~uint32_t{0}) continue;
-    for (int i = 0; i < 32; ++i) values[i] = bits >> i & 1 ? values[i] : kNone;
+  const int64_t num_words = ceil_div(row.size, 32);
+  for (int64_t b = 0; b < row.num_blocks(); ++b) {
+    const uint64_t high = 2 * b + 1 < num_words ? words[2 * b + 1] : ~uint32_t{0};
+    const uint64_t bits = high << 32 | words[2 * b];
+    const int64_t count = row.block_size(b);
+    const uint64_t in_row = count == kBlock ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+    if ((bits & in_row) == in_row) continue;
+    if ((bits & in_row) == 0) {
+      row.sources[b] = Source::kNothing;
+      continue;
+    }
+    double* values = row.own(b);
+    for (int i = 0; i < kBlock; ++i) values[i] = bits >> i & 1 ? values[i] : kNone;
   }
 }
 
 // Penalties, bias and mask, in this order.
 void process(const SampleParams& p, int64_t s, Row& row) {
   const double repetition = p.repetition_penalty[s], frequency = p.frequency_penalty[s];
+  const auto score = [&](int32_t id) -> double& { return row.own(id / kBlock)[id % kBlock]; };
   for (int64_t i = p.seen_offsets[s]; i < p.seen_offsets[s + 1]; ++i) {
-    double& x = row.values[p.seen_ids[i]];
+    double& x = score(p.seen_ids[i]);
     x = x > 0 ? x / repetition : x * repetition;
     if (p.seen_counts[i] > 0) x -= p.presence_penalty[s];
     x -= frequency * p.seen_counts[i];
   }
   for (int64_t i = p.bias_offsets[s]; i < p.bias_offsets[s + 1]; ++i) {
-    row.values[p.bias_ids[i]] += p.bias_values[i];
+    score(p.bias_ids[i]) += p.bias_values[i];
   }
   if (p.mask_rows[s] >= 0) {
     apply_mask(p.masks + p.mask_rows[s] * ceil_div(p.vocab_size, 32), row);
@@ -127,8 +168,9 @@ template <typename Body>
 void for_each_from(const Row& row, const double* limits, double bound, const Body& body) {
   for (int64_t b = 0; b < row.num_blocks(); ++b) {
     if (limits[b] < bound) continue;
-    for (int64_t i = b * kBlock; i < b * kBlock + kBlock; ++i) {
-      if (row.values[i] >= bound) body(i, row.values[i]);
+    const double* values = row.own(b);
+    for (int64_t i = 0; i < kBlock; ++i) {
+      if (values[i] >= bound) body(b * kBlock + i, values[i]);
     }
   }
 }
@@ -139,7 +181,7 @@ int64_t gather_above(const Row& row, const double* limits, double over, double* 
   int64_t count = 0;
   for (int64_t b = 0; b < row.num_blocks(); ++b) {
     if (limits[b] > over) {
-      count += append_within(row.values + b * kBlock, over, kMost, out + count);
+      count += append_within(row.own(b), over, kMost, out + count);
     }
   }
   return count;
@@ -163,26 +205,50 @@ void keep_top_k(int64_t k, int64_t vocab_size, Row& row) {
   });
   row.token_ids = ids;
   row.size = kept;
+  for (int64_t i = kept; i < row.num_blocks() * kBlock; ++i) row.values[i] = kNone;
+  for (int64_t b = 0; b < row.num_blocks(); ++b) row.sources[b] = Source::kValues;
   find_maxima(row);
 }
 
-// Scores become weights; returns their sum. The highest score has the weight 1.
-template <typename T>
-double weigh(const T* scores, double highest, double temperature, Row& row) {
+// How scores become weights: 2^((score - highest) * factor); the highest has the weight 1.
+struct Scale {
+  double highest, factor;
+};
+
+Scale scale_of(double highest, double temperature) {
   // Of the tiniest temperatures the reciprocal is infinite, and 0 times it would be NaN.
-  const double factor = kLog2E / temperature < kMost ? kLog2E / temperature : kMost;
-  const auto weight = [&](T score) { return exp2_nonpositive((score - highest) * factor); };
+  return {highest, kLog2E / temperature < kMost ? kLog2E / temperature : kMost};
+}
+
+// Writes the weights of a block, and returns their sum.
+double weigh(const Row& row, int64_t b, const Scale& scale, double* weights) {
+  const auto nothing = [&] {
+    for (int i = 0; i < kBlock; ++i) weights[i] = 0;
+    return 0.0;
+  };
+  if (row.sources[b] == Source::kNothing) return nothing();
+  const double* values = row.values + b * kBlock;
+  if (row.sources[b] == Source::kLogits) {
+    if (row.block_size(b) == kBlock) {
+      return weigh_block(row.logits + b * kBlock, scale.highest, scale.factor, weights);
+    }
+    values = row.own(b);
+  }
+  return weigh_block(values, scale.highest, scale.factor, weights);
+}
+
+// Scores become weights; returns their sum. Of blocks whose weights are all below `least`, by their
+// maxima, the weights are left out: they are cut off later.
+double weigh_all(const Scale& scale, double least, Row& row) {
   double total = 0;
   for (int64_t b = 0; b < row.num_blocks(); ++b) {
-    const T* from = scores + b * kBlock;
-    double* to = row.values + b * kBlock;
-    const int64_t count = smaller(kBlock, row.size - b * kBlock);
-    if (count == kBlock) {
-      for (int i = 0; i < kBlock; ++i) to[i] = weight(from[i]);
-    } else {
-      for (int i = 0; i < kBlock; ++i) to[i] = i < count ? weight(from[i]) : 0;
+    row.block_sum[b] = 0;
+    if (least > 0) {  // rounding may leave a weight above that of the maximum, by some 1e-16
+      const double most = exp2_nonpositive((row.block_max[b] - scale.highest) * scale.factor);
+      if (most < least * (1 - 1e-12)) continue;
     }
-    row.block_sum[b] = block_total(to);
+    row.block_sum[b] = weigh(row, b, scale, row.values + b * kBlock);
+    row.sources[b] = Source::kValues;
     total += row.block_sum[b];
   }
   return total;
@@ -313,35 +379,57 @@ double uniform(uint64_t seed, uint64_t index, uint64_t position) {
   return double(counter[0] >> 11) * 0x1p-53;
 }
 
-// Inverts the cumulative distribution over ascending tokens.
-int32_t draw(double u, const Row& row) {
-  double total = 0;
-  for (int64_t b = 0; b < row.num_blocks(); ++b) total += row.block_sum[b];
-  const double target = u * total;
-  double start = 0, end = 0;  // what comes before the block, and with it
-  int64_t block = 0, last = 0;
+// The block in which the cumulative distribution over ascending tokens passes `target`; `before` is
+// the sum of the blocks before it.
+int64_t find_block(double target, const Row& row, double& before) {
+  double end = 0;
+  int64_t block = 0;
   for (int64_t b = 0; b < row.num_blocks() && end <= target; ++b) {
     if (row.block_sum[b] == 0) continue;
     block = b;
-    start = end;
+    before = end;
     end += row.block_sum[b];
   }
-  for (int64_t i = block * kBlock; i < block * kBlock + kBlock; ++i) {
-    if (row.values[i] == 0) continue;
-    last = i;  // rounding may leave the target above the last sum
-    start += row.values[i];
-    if (start > target) break;
-  }
-  return row.token(last);
+  return block;
 }
 
-// Draws from a row of which `total` is the sum of the weights.
-int32_t draw_token(const SampleParams& p, int64_t s, double total, Row& row) {
+// The same within a block.
+int64_t find_weight(double target, double before, const double* weights) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < kBlock; ++i) {
+    if (weights[i] == 0) continue;
+    last = i;  // rounding may leave the target above the last sum
+    before += weights[i];
+    if (before > target) break;
+  }
+  return last;
+}
+
+// Draws from all scores; their weights are computed once more where the token is, and not kept.
+int32_t draw_uncut(double u, const Scale& scale, Row& row) {
+  double weights[kBlock], total = 0, before = 0;
+  for (int64_t b = 0; b < row.num_blocks(); ++b) {
+    row.block_sum[b] = weigh(row, b, scale, weights);
+    total += row.block_sum[b];
+  }
+  const int64_t block = find_block(u * total, row, before);
+  weigh(row, block, scale, weights);
+  return row.token(block * kBlock + find_weight(u * total, before, weights));
+}
+
+// Draws from what top-p and min-p leave.
+int32_t draw_cut(double u, double top_p, double min_p, const Scale& scale, Row& row) {
+  const bool has_top_p = top_p < 1;
+  const double sum = weigh_all(scale, has_top_p ? 0 : min_p, row);
   Cut cut{0, row.size};
-  if (p.top_p[s] < 1) cut = nucleus(p.top_p[s], total, row);
-  if (p.min_p[s] > cut.least) cut = {p.min_p[s], row.size};  // of weight 1, the likeliest
-  if (cut.least > 0) apply(cut, row);
-  return draw(uniform(p.seed[s], p.index[s], p.position[s]), row);
+  if (has_top_p) cut = nucleus(top_p, sum, row);
+  if (min_p > cut.least) cut = {min_p, row.size};  // of weight 1, the likeliest
+  apply(cut, row);
+  double total = 0, before = 0;
+  for (int64_t b = 0; b < row.num_blocks(); ++b) total += row.block_sum[b];
+  const int64_t block = find_block(u * total, row, before);
+  const double* weights = row.values + block * kBlock;
+  return row.token(block * kBlock + find_weight(u * total, before, weights));
 }
 
 bool has_restrictions(const SampleParams& p, int64_t s) {
@@ -356,26 +444,27 @@ void sample_row(const SampleParams& p, int64_t s) {
   p.has_token[s] = is_finite(logits[best]);
   const bool greedy = p.temperature[s] == 0, restricted = has_restrictions(p, s);
   if (!p.has_token[s] || (greedy && !restricted)) return;
-  Row row = make_row(p.vocab_size);
+  Row row = make_row(logits, p.vocab_size);
   const bool cut_to_k = p.top_k[s] > 0 && p.top_k[s] < p.vocab_size;
-  if (!restricted && !cut_to_k) {
-    const double total = weigh(logits, logits[best], p.temperature[s], row);
-    p.token_ids[s] = draw_token(p, s, total, row);
-    return;
-  }
-  for (int64_t i = 0; i < p.vocab_size; ++i) row.values[i] = logits[i];
-  process(p, s, row);
-  find_maxima(row);
-  const double highest = row.highest();
-  p.has_token[s] = is_finite(highest);
-  if (greedy || !p.has_token[s]) {
-    const int64_t block = first_equal(row.block_max, row.num_blocks(), highest) * kBlock;
-    p.token_ids[s] = int32_t(block + first_equal(row.values + block, kBlock, highest));
-    return;
+  double highest = logits[best];
+  if (restricted) process(p, s, row);
+  if (restricted || cut_to_k || p.min_p[s] > 0) find_maxima(row);
+  if (restricted) {
+    highest = row.highest();
+    p.has_token[s] = is_finite(highest);
+    if (greedy || !p.has_token[s]) {
+      const int64_t block = first_equal(row.block_max, row.num_blocks(), highest);
+      const int64_t place = highest > kNone ? first_equal(row.own(block), kBlock, highest) : 0;
+      p.token_ids[s] = int32_t(block * kBlock + place);
+      return;
+    }
   }
   if (cut_to_k) keep_top_k(p.top_k[s], p.vocab_size, row);
-  const double total = weigh(row.values, highest, p.temperature[s], row);
-  p.token_ids[s] = draw_token(p, s, total, row);
+  const Scale scale = scale_of(highest, p.temperature[s]);
+  const double u = uniform(p.seed[s], p.index[s], p.position[s]);
+  const bool is_cut = p.top_p[s] < 1 || p.min_p[s] > 0;
+  p.token_ids[s] =
+      is_cut ? draw_cut(u, p.top_p[s], p.min_p[s], scale, row) : draw_uncut(u, scale, row);
 }
 
 }  // namespace

@@ -18,11 +18,15 @@ namespace {
 // The logarithm of the sum of e^(x - highest).
 double log_total(const float* logits, int64_t size, double highest) {
   double total = 0;
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const int64_t count = smaller(kBlock, size - begin);
-    double weights[kBlock] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      weights[i] = exp2_nonpositive((logits[begin + i] - highest) * kLog2E);
+  double weights[kBlock];
+  const int64_t whole = size / kBlock * kBlock;
+  for (int64_t begin = 0; begin < whole; begin += kBlock) {
+    total += weigh_block(logits + begin, highest, kLog2E, weights);
+  }
+  if (whole < size) {
+    for (int64_t i = 0; i < kBlock; ++i) {
+      weights[i] = 0;
+      if (whole + i < size) weights[i] = exp2_nonpositive((logits[whole + i] - highest) * kLog2E);
     }
     total += block_total(weights);
   }

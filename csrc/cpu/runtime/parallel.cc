@@ -303,7 +303,7 @@ void* scratch(Scratch slot, size_t bytes) {
     size_t bytes = 0;
     ~Arena() { std::free(memory); }
   };
-  thread_local Arena arenas[3];
+  thread_local Arena arenas[4];
   Arena& arena = arenas[int(slot)];
   if (arena.bytes < bytes) {
     std::free(arena.memory);

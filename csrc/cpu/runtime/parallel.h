@@ -34,7 +34,7 @@ class ThreadLimit {
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for its next call: a kernel asks once
 // for all it needs. Slots keep a caller's scratch apart from what its tasks ask on the same thread.
-enum class Scratch { kCaller, kTask, kLayer };
+enum class Scratch { kCaller, kTask, kLayer, kPlan };
 void* scratch(Scratch slot, size_t bytes);
 
 }  // namespace codellama_rt

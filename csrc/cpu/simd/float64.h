@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "cpu/runtime/task.h"
 
@@ -36,20 +37,28 @@ inline void add_halves(double* x) {
   for (int i = 0; i < kHalf; ++i) x[i] += x[i + kHalf];
   if constexpr (kHalf > 1) add_halves<kHalf / 2>(x);
 }
-template <int kHalf>
-inline void max_halves(double* x) {
+template <int kHalf, typename T>
+inline void max_halves(T* x) {
   for (int i = 0; i < kHalf; ++i) x[i] = x[i] > x[i + kHalf] ? x[i] : x[i + kHalf];
   if constexpr (kHalf > 1) max_halves<kHalf / 2>(x);
 }
 
 // Of 64 elements without NaN.
-inline double block_maximum(const double* x) {
+template <typename T>
+inline T block_maximum(const T* x) {
   constexpr int kHalf = kBlock / 2;
-  double best[kHalf];
+  T best[kHalf];
   for (int i = 0; i < kHalf; ++i) best[i] = x[i] > x[i + kHalf] ? x[i] : x[i + kHalf];
   max_halves<kHalf / 2>(best);
   return best[0];
 }
+#if defined(__AVX512F__)
+inline float block_maximum(const float* x) {
+  const __m512 low = _mm512_max_ps(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16));
+  const __m512 high = _mm512_max_ps(_mm512_loadu_ps(x + 32), _mm512_loadu_ps(x + 48));
+  return _mm512_reduce_max_ps(_mm512_max_ps(low, high));
+}
+#endif
 inline double block_total(const double* x) {
   constexpr int kHalf = kBlock / 2;
   double sum[kHalf];
@@ -108,19 +117,67 @@ inline int64_t first_equal(const T* values, int64_t size, T wanted) {
 
 inline bool is_finite(double x) { return x - x == 0; }
 
+// The highest of up to 1,024 logits, and whether one of them is NaN, over which comparisons pass.
+struct Highest {
+  float value;
+  bool has_nan;
+};
+inline Highest highest_of(const float* logits, int64_t count) {
+  float best[kBlock];
+  int32_t most[kBlock];  // bits without sign: above those of infinity for NaN alone
+  for (int i = 0; i < kBlock; ++i) best[i] = -std::numeric_limits<float>::infinity();
+  for (int i = 0; i < kBlock; ++i) most[i] = 0;
+  const int64_t whole = count / kBlock * kBlock;
+  for (int64_t begin = 0; begin < whole; begin += kBlock) {
+    for (int i = 0; i < kBlock; ++i) {
+      const float x = logits[begin + i];
+      best[i] = x > best[i] ? x : best[i];
+    }
+    for (int i = 0; i < kBlock; ++i) {
+      int32_t bits;
+      std::memcpy(&bits, logits + begin + i, 4);
+      bits &= 0x7fffffff;
+      most[i] = bits > most[i] ? bits : most[i];
+    }
+  }
+  Highest highest{-std::numeric_limits<float>::infinity(), false};
+  for (int64_t i = whole; i < count; ++i) {
+    highest.value = logits[i] > highest.value ? logits[i] : highest.value;
+    highest.has_nan |= logits[i] != logits[i];
+  }
+  for (int half = kBlock / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) best[i] = best[i] > best[i + half] ? best[i] : best[i + half];
+    for (int i = 0; i < half; ++i) most[i] = most[i] > most[i + half] ? most[i] : most[i + half];
+  }
+  highest.value = best[0] > highest.value ? best[0] : highest.value;
+  highest.has_nan |= most[0] > 0x7f800000;
+  return highest;
+}
+
 // The first of the highest logits; the first NaN, if there is one.
 inline int64_t best_logit(const float* logits, int64_t size) {
-  int32_t best = -0x7fffffff;
-  int64_t block = 0;
+  float best = -std::numeric_limits<float>::infinity();
+  int64_t place = 0;
   constexpr int64_t kStep = 16 * kBlock;
   for (int64_t begin = 0; begin < size; begin += kStep) {
-    const int32_t highest = highest_order(logits + begin, smaller(kStep, size - begin));
-    if (highest <= best) continue;
-    best = highest;
-    block = begin;
+    const Highest highest = highest_of(logits + begin, smaller(kStep, size - begin));
+    if (highest.has_nan) {
+      place = begin;
+      while (logits[place] == logits[place]) ++place;
+      return place;
+    }
+    if (!(highest.value > best)) continue;
+    best = highest.value;
+    place = begin;
   }
-  while (order_of(logits[block]) != best) ++block;
-  return block;
+  const auto is_in_block = [&](int64_t begin) {
+    int32_t count = 0;
+    for (int i = 0; i < kBlock; ++i) count += logits[begin + i] == best;
+    return count > 0;
+  };
+  while (place + kBlock <= size && !is_in_block(place)) place += kBlock;
+  while (logits[place] != best) ++place;
+  return place;
 }
 
 // 2^x for x <= 0, within 2 units in the last place; 0 below -1021.
@@ -138,6 +195,69 @@ inline double exp2_nonpositive(double x) {
       (1.0178062445845774e-07 + f * 7.072585949269223e-09) + f2 * 4.4549605981865186e-10;
   const double power = 1 + f * (low + f4 * middle + f8 * high);
   return x > -1021.0 ? from_bits(bits_of(power) + (bits_of(shifted) << 52)) : 0.0;
+}
+
+#if defined(__AVX512F__)
+// The same for eight, by the same operations in the same order.
+inline __m512d exp2_nonpositive(__m512d x) {
+  const auto number = [](double value) { return _mm512_set1_pd(value); };
+  const auto sum = [](__m512d a, __m512d b) { return _mm512_add_pd(a, b); };
+  const auto product = [](__m512d a, __m512d b) { return _mm512_mul_pd(a, b); };
+  const __mmask8 in_range = _mm512_cmp_pd_mask(x, number(-1021.0), _CMP_GT_OQ);
+  const __m512d bounded = _mm512_max_pd(x, number(-1021.0));
+  const __m512d shifted = sum(bounded, number(0x1.8p52));
+  const __m512d f = _mm512_sub_pd(bounded, _mm512_sub_pd(shifted, number(0x1.8p52)));
+  const __m512d f2 = product(f, f), f4 = product(f2, f2), f8 = product(f4, f4);
+  const auto pair = [&](double a, double b) { return sum(number(a), product(f, number(b))); };
+  const __m512d low = sum(pair(0.6931471805599453, 0.24022650695910097),
+                          product(f2, pair(0.0555041086648216, 0.009618129107606888)));
+  const __m512d middle = sum(pair(0.0013333558146416936, 0.0001540353044173605),
+                             product(f2, pair(1.525273382983612e-05, 1.321544258792169e-06)));
+  const __m512d high = sum(pair(1.0178062445845774e-07, 7.072585949269223e-09),
+                           product(f2, number(4.4549605981865186e-10)));
+  const __m512d quotient = sum(sum(low, product(f4, middle)), product(f8, high));
+  const __m512d power = sum(number(1), product(f, quotient));
+  const __m512i scaled = _mm512_add_epi64(_mm512_castpd_si512(power),
+                                          _mm512_slli_epi64(_mm512_castpd_si512(shifted), 52));
+  return _mm512_maskz_mov_pd(in_range, _mm512_castsi512_pd(scaled));
+}
+
+// block_total of eight times eight elements.
+inline double block_total(const __m512d (&x)[8]) {
+  __m512d sum[4];
+  for (int i = 0; i < 4; ++i) sum[i] = _mm512_add_pd(x[i], x[i + 4]);
+  const __m512d eight = _mm512_add_pd(_mm512_add_pd(sum[0], sum[2]), _mm512_add_pd(sum[1], sum[3]));
+  const __m256d four =
+      _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+#endif
+
+#if defined(__AVX512F__)
+inline __m512d eight_scores(const float* scores) {
+  return _mm512_cvtps_pd(_mm256_loadu_ps(scores));
+}
+inline __m512d eight_scores(const double* scores) { return _mm512_loadu_pd(scores); }
+#endif
+
+// The weights 2^((score - highest) * factor) of 64 scores, none above the highest; returns their
+// sum.
+template <typename T>
+inline double weigh_block(const T* scores, double highest, double factor, double* weights) {
+#if defined(__AVX512F__)
+  __m512d all[8];
+  const __m512d most = _mm512_set1_pd(highest), by = _mm512_set1_pd(factor);
+  for (int i = 0; i < 8; ++i) {
+    const __m512d distance = _mm512_sub_pd(eight_scores(scores + 8 * i), most);
+    all[i] = exp2_nonpositive(_mm512_mul_pd(distance, by));
+    _mm512_storeu_pd(weights + 8 * i, all[i]);
+  }
+  return block_total(all);
+#else
+  for (int i = 0; i < kBlock; ++i) weights[i] = exp2_nonpositive((scores[i] - highest) * factor);
+  return block_total(weights);
+#endif
 }
 
 }  // namespace
