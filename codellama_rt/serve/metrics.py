@@ -35,6 +35,12 @@ _COUNTERS = {
     "gpu_prefix_cache_queries": ("prefix_queried_tokens", "An older name."),
     "gpu_prefix_cache_hits": ("prefix_hit_tokens", "An older name."),
 }
+# Those of an engine that speculates, or whose prefixes are on disk.
+_OPTIONAL_COUNTERS = {
+    "spec_decode_num_draft_tokens": ("draft_tokens", "Tokens proposed."),
+    "spec_decode_num_accepted_tokens": ("accepted_tokens", "Proposed tokens that were right."),
+    "external_prefix_cache_hits": ("prefix_restored_tokens", "Tokens read from disk."),
+}
 _HISTOGRAMS = {
     "time_to_first_token_seconds": "first_token_seconds",
     "inter_token_latency_seconds": "inter_token_seconds",
@@ -73,6 +79,9 @@ class _Collector:
             yield self._family(GaugeMetricFamily, name, text, [({}, stats[entry])])
         for name, (entry, text) in _COUNTERS.items():
             yield self._family(CounterMetricFamily, name, text, [({}, stats[entry])])
+        for name, (entry, text) in _OPTIONAL_COUNTERS.items():
+            if entry in stats:
+                yield self._family(CounterMetricFamily, name, text, [({}, stats[entry])])
         yield from self._by_label(stats)
         for name, entry in _HISTOGRAMS.items():
             yield self._histogram(name, stats["histograms"][entry])

@@ -170,7 +170,7 @@ class ExtraText(Struct, kw_only=True):
 
     text: str
     filename: str | None = None
-    time: float | None = None
+    time: Any = None  # llama.vim sends what reltime() gives, a list
 
 
 class InfillRequest(LlamaCppSampling, kw_only=True):

@@ -19,7 +19,7 @@ def test_the_answer_to_llama_vim(served):
         "/infill",
         input_prefix="def f(\n",
         input_suffix=")\n",
-        input_extra=[{"text": "import os", "filename": "a.py", "time": 12}],
+        input_extra=[{"text": "import os", "filename": "a.py", "time": [12, 345]}],
         prompt="    x",
         n_predict=16,
         n_indent=4,

@@ -16,6 +16,7 @@ VLLM = """
     gauge: kv_cache_usage_perc cache_config_info
     counter: prompt_tokens generation_tokens prompt_tokens_cached request_success num_preemptions
     counter: prefix_cache_queries prefix_cache_hits admission_rejections
+    counter: spec_decode_num_draft_tokens spec_decode_num_accepted_tokens
     histogram: time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seconds
     histogram: request_time_per_output_token_seconds request_queue_time_seconds
     histogram: request_inference_time_seconds request_prefill_time_seconds

@@ -67,7 +67,7 @@ def request(i, prompts):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_texts_under_load_are_those_of_generate(open_llm, llm, stream):
-    """With shared prefixes, and with few blocks, so that sequences are preempted."""
+    """With shared prefixes, speculation, and so few blocks that sequences are preempted."""
     shared = "def add(first, second):\n    return first + second\n" * 3
     prompts = [shared + "class A", shared + "class B", "x = ", "for number in"]
     cases = [request(i, prompts) for i in range(60)]
@@ -75,7 +75,8 @@ def test_texts_under_load_are_those_of_generate(open_llm, llm, stream):
         {one.index: one.text for one in llm.generate(fields["prompt"], params)}
         for fields, params in cases
     ]
-    sizes = {"kv_memory": "1MB", "block_size": 16, "max_model_len": 400, "max_num_seqs": 24}
+    sizes = {"kv_memory": 230_000, "block_size": 16, "max_model_len": 400, "max_num_seqs": 24}
+    sizes["speculation"] = "suffix"
     with open_llm(**sizes) as tight, serving(tight) as server:
 
         async def main():
@@ -95,6 +96,10 @@ def test_texts_under_load_are_those_of_generate(open_llm, llm, stream):
                 choices = json.loads(answer.partition(b"\r\n\r\n")[2])["choices"]
                 assert {one["index"]: one["text"] for one in choices} == texts, i
         server.wait_until_idle()
+        totals = tight.engine.stats()
+        assert totals["draft_tokens"] > 0
+        assert totals["prefix_hit_tokens"] > 0
+        assert totals["preemptions"] > 0
 
 
 def test_thousands_of_clients_that_leave(open_llm):
