@@ -234,3 +234,20 @@ def _ask_with_examples(served, operation, mode):
             assert answer.json["error"]["message"]
 
     check()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_llm(served, llm, stream, tmp_path, monkeypatch):
+    """Simon Willison's command line's library; its streams ask for the usage."""
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
+    models = pytest.importorskip("llm.default_plugins.openai_models")
+    expected = llm.generate("def f(", SamplingParams(max_tokens=9)).pop().text
+    address = {"model_name": "codellama", "api_base": f"{served.url}/v1"}
+    model = models.Completion("codellama", **address)
+    answer = model.prompt("def f(", key="k", stream=stream, max_tokens=9, temperature=0)
+    assert answer.text() == expected
+    chat = models.Chat("codellama", **address)
+    answer = chat.prompt("Reverse a list.", key="k", stream=stream, max_tokens=9, temperature=0)
+    messages = [{"role": "user", "content": "Reverse a list."}]
+    assert answer.text() == llm.chat(messages, SamplingParams(max_tokens=9)).text
+    assert answer.usage().output == 9

@@ -1,6 +1,8 @@
 """What surrounds the endpoints: metrics, models, the page, the API's description, adapters."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 from helpers.adapter_files import write_adapter
@@ -11,6 +13,7 @@ from codellama_rt import LLM, SamplingParams
 from codellama_rt.serve.app import ROUTES
 from codellama_rt.serve.openapi import description
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 VLLM = """
     gauge: num_requests_running num_requests_waiting num_requests_waiting_by_reason
     gauge: kv_cache_usage_perc cache_config_info
@@ -56,6 +59,21 @@ def test_metrics_have_vllms_names_and_types(open_llm, prefix):
             assert bounds[-2:] == [50000.0, float("inf")]
     counts = {s.name: s.value for s in found[f"{prefix}:e2e_request_latency_seconds"].samples}
     assert counts[f"{prefix}:e2e_request_latency_seconds_count"] == 4
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(served):
+    served.post("/v1/completions", prompt="a", max_tokens=2)
+    board = json.loads((REPOSITORY / "examples" / "grafana_dashboard.json").read_text())
+    asked = {
+        name
+        for panel in board["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"codellama_rt:(\w+)", target["expr"])
+    }
+    assert len(asked) > 10
+    text = served.get("/metrics").body.decode()
+    for name in asked - {"admission_rejections_total"}:  # without one there is no sample
+        assert f"codellama_rt:{name}{{" in text, name
 
 
 def test_models(served):
