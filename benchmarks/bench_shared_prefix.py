@@ -35,6 +35,7 @@ from codellama_rt.tools.bench.runner import BLOCK_SIZE, Runner
 from codellama_rt.tools.bench.synthetic import write_directory, write_gguf
 from codellama_rt.tools.limits import measure_limits
 
+PEERS = ("llama.cpp, flash", "llama.cpp, no flash")  # in turn: the faster one is the peer
 TAIL = 2 * BLOCK_SIZE  # tokens of each sequence's own
 QUICK = {"shape": "tiny", "layers": 2, "depth": [1100], "kv_dtype": ["bfloat16"],
          "sequences": 3, "rounds": 1, "steps": 2}  # fmt: skip
@@ -96,7 +97,7 @@ class Steps:
 
 
 def shared_row(rounds: Sequence[Round], num_seqs: int) -> Row:
-    """Return the row of `take_turns` with the sides together, apart, and perhaps one and peer."""
+    """Return the row of `take_turns` with the sides together, apart, and perhaps one and PEERS."""
     steady = [one.turns for one in rounds if one.drift <= MOST_DRIFT]
     turns = steady or [one.turns for one in rounds]
 
@@ -120,8 +121,10 @@ def shared_row(rounds: Sequence[Round], num_seqs: int) -> Row:
     }
     if "one" in turns[0]:
         row |= {"one_us": middle("one"), "times_one": over("together", "one")}
-    if "peer" in turns[0]:
-        row |= {"peer_median_us": middle("peer"), "ratio": over("peer", "together")}
+    if PEERS[0] in turns[0]:
+        best = min(PEERS, key=middle)
+        row |= {"setting": best, "settings_us": {name: middle(name) for name in PEERS}}
+        row |= {"peer_median_us": middle(best), "ratio": over(best, "together")}
     return row
 
 
@@ -158,18 +161,21 @@ def _timed_steps(
     }
     if not args.peer_python:
         return take_turns(sides, args.rounds)
-    peer = Peer(args.peer_python, "peer_llamacpp")
     model = folder / "model.gguf"
     if not model.exists():
         write_gguf(model, replace(config, dtype=args.weights))
-    peer.ask("open", model=str(model), threads=ops.num_threads())
-    peer.ask("use", flash=True, kv_dtype=args.peer_kv_dtype)
     given = {"num_seqs": args.sequences, "depth": depth, "steps": args.steps, "shared": True}
-    sides["peer"] = lambda: peer.ask("batch", **given)["seconds"]
+    peers = {}
     try:
+        for name in PEERS:
+            peer = peers[name] = Peer(args.peer_python, "peer_llamacpp")
+            peer.ask("open", model=str(model), threads=ops.num_threads())
+            peer.ask("use", flash=name == PEERS[0], kv_dtype=args.peer_kv_dtype)
+            sides[name] = lambda peer=peer: peer.ask("batch", **given)["seconds"]
         return take_turns(sides, args.rounds)
     finally:
-        peer.close()
+        for peer in peers.values():
+            peer.close()
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -61,8 +61,8 @@ def open_checkpoint(
             together); "float32", "float16", "bfloat16" convert what differs.
         quantization: "int8" or "int4" quantises the projections and the head, a tensor at a time.
             None keeps what is stored; so it opens what `convert` quantised.
-        repack: copy GGUF's blocks into the kernels' order, which is faster, as `LLM` does; the
-            results are the same to the bit.
+        repack: copy GGUF's blocks into the kernels' order, and a small model's weights into huge
+            pages, which is faster, as `LLM` does; the results are the same to the bit.
         check: "finite" reads every weight and rejects NaN and infinities; None skips the check.
         progress: called with bytes done, bytes in all, and what is being done.
 

@@ -21,6 +21,10 @@ from codellama_rt.errors import CheckpointError
 from codellama_rt.ops.dtypes import ENCODINGS, numpy_dtype
 from codellama_rt.ops.quantized import GGUF_BLOCKS
 
+# Matrices are copied into huge pages if they have no more bytes together: SmolLM2-135M in bfloat16
+# then decodes 1.06 times as fast (AMD EPYC, family 25 model 17), and takes 0.1 s longer to open.
+# Larger models gain less, and would lie in memory twice: as a cached file and as a copy.
+_COPIED_BYTES = 2**30
 _CHUNK_BYTES = 2**20  # stays in a core's second-level cache between the passes over it
 
 
@@ -117,7 +121,8 @@ def load_arrays(
             differs from the projections' dtype or is in blocks that no operator takes; otherwise
             convert every tensor, those that `convert` quantised apart.
         quantization: "int8" or "int4" quantises the projections and the head.
-        repack: copy the blocks that every step reads into the kernels' order (`ops.repack`).
+        repack: copy the blocks that every step reads into the kernels' order (`ops.repack`), and
+            all others of a small model into huge pages.
         progress: called with bytes done, bytes to read, and what is done.
 
     Returns:
@@ -130,30 +135,31 @@ def load_arrays(
     todo = dict(tensors) if quantization is None else sources(tensors)
     kept = used_as_stored(todo, target, is_auto, quantization)
     tiled = repacked(todo, kept) if repack else set()
-    made = [t for n, t in todo.items() if n not in kept or n in tiled or t.is_repacked]
+    moved = copied(todo, kept) if repack else set()
+    made = [t for n, t in todo.items() if n not in kept or n in tiled | moved or t.is_repacked]
     counter = Counter(sum(t.num_bytes for t in made), progress)
     weights: dict[str, Weight] = {}
-    mapped = used_in_place(todo, kept, tiled)
+    mapped = used_in_place(todo, kept, tiled | moved)
     memory = WeightMemory()
     for name, tensor in todo.items():
         if name in mapped:
             weights[name] = tensor.view()
         elif name in tiled or (name in kept and tensor.is_repacked):
             weight = tensor.view()
-            weights[name] = ops.repack(weight) if name in tiled else weight
+            weights[name] = memory.keep(ops.repack(weight) if name in tiled else weight)
             counter.add(tensor.num_bytes, f"repacking {tensor.encoding}")
             tensor.release()
         elif name in kept:
-            weights[name] = tensor.view().copy()
-            weights[name].flags.writeable = False
+            weights[name] = memory.copy(tensor.view())
+            if name in moved:
+                counter.add(tensor.num_bytes, "copying weights")
+                tensor.release()
         elif quantization is not None and is_quantized(name):
-            weights[name] = quantize_tensor(tensor, quantization)
+            weights[name] = memory.keep(quantize_tensor(tensor, quantization))
             counter.add(tensor.num_bytes, f"quantising to {quantization}")
         else:
-            weights[name] = convert_tensor(tensor, target, counter)
+            weights[name] = memory.keep(convert_tensor(tensor, target, counter))
             tensor.release()
-        if name not in mapped:
-            weights[name] = memory.keep(weights[name])
     if len(mapped) < len(todo):
         for tensor in {tensor.file: tensor for tensor in todo.values()}.values():
             tensor.release_file()
@@ -190,19 +196,34 @@ def repacked(tensors: Mapping[str, StoredTensor], kept: set[str]) -> set[str]:
 
     An embedding is left where it lies, unless it is the head as well: a step reads few of its rows.
     """
-    every_step = {name for name in kept if is_quantized(name)}
-    if HEAD not in tensors:
-        every_step |= kept & {EMBEDDING}
+    every_step = read_every_step(tensors, kept)
     return {name for name in every_step if tensors[name].weight_dtype in GGUF_BLOCKS}
 
 
-def used_in_place(tensors: Mapping[str, StoredTensor], kept: set[str], tiled: set[str]) -> set[str]:
-    """Those of the tensors used as stored that stay in the file's mapping.
+def copied(tensors: Mapping[str, StoredTensor], kept: set[str]) -> set[str]:
+    """Those of the tensors used as stored that are copied into huge pages: a small model's."""
+    names = {
+        name
+        for name in read_every_step(tensors, kept) - repacked(tensors, kept)
+        if not tensors[name].is_repacked
+    }
+    return names if sum(tensors[name].num_bytes for name in names) <= _COPIED_BYTES else set()
+
+
+def read_every_step(tensors: Mapping[str, StoredTensor], kept: set[str]) -> set[str]:
+    """Those of the matrices used as stored that every step reads: all but an embedding alone."""
+    return {
+        name for name in kept if is_quantized(name) or (name == EMBEDDING and HEAD not in tensors)
+    }
+
+
+def used_in_place(tensors: Mapping[str, StoredTensor], kept: set[str], moved: set[str]) -> set[str]:
+    """Those of the tensors used as stored that stay in the file's mapping; `moved` do not.
 
     Where others of a file are made anew, its vectors are copied: a page that is touched brings its
     neighbours, up to 2 MB of them, into the process, and the norms lie all over the file.
     """
-    made = tiled | {name for name in kept if tensors[name].is_repacked}
+    made = moved | {name for name in kept if tensors[name].is_repacked}
     if len(kept) == len(tensors) and not made:
         return kept
     return {name for name in kept - made if len(tensors[name].shape) > 1}

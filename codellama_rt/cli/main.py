@@ -101,7 +101,11 @@ def infill(
     ] = None,
     suffix: Annotated[Path | None, typer.Option(help="A file with the text after the gap.")] = None,
     suffix_first: Annotated[
-        bool, typer.Option("--suffix-first", help="Prompt in the order suffix, prefix (SPM).")
+        bool,
+        typer.Option(
+            "--suffix-first",
+            help="Prompt in the order suffix, prefix (SPM): less to compute while one types.",
+        ),
     ] = False,
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Write the filling into FILE, not to stdout.")

@@ -79,7 +79,10 @@ RuntimeOption = Annotated[
 ]
 RepackOption = Annotated[
     bool,
-    typer.Option(help="Copy GGUF's blocks into the kernels' order; else read them in the file."),
+    typer.Option(
+        help="Copy GGUF's blocks into the kernels' order, small models into huge pages; else read "
+        "them in the file."
+    ),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show errors with their traceback.")]
 

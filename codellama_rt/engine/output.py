@@ -40,15 +40,6 @@ class Output:
     error: Exception | None = None
     measured: Measured | None = field(default=None, repr=False)
 
-    def add(self, later: Output) -> None:
-        """Take in what the same sample gained after this, in the same step."""
-        self.token_ids += later.token_ids
-        self.text += later.text
-        if later.logprobs is not None:
-            self.logprobs += later.logprobs
-        self.finished = later.finished
-        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
-
     @property
     def metrics(self) -> RequestMetrics:
         """Times and counts of the request and the sample so far, computed when asked for."""
@@ -82,3 +73,13 @@ def _joined(outputs: list[Output]) -> Output:
         logprobs=list(chain.from_iterable(logprobs)) if logprobs else None,
         prompt_logprobs=first.prompt_logprobs,
     )
+
+
+def extend_output(output: Output, later: Output) -> None:
+    """Add to an output what the same sample gained after it, in the same step."""
+    output.token_ids += later.token_ids
+    output.text += later.text
+    if later.logprobs is not None:
+        output.logprobs += later.logprobs
+    output.finished = later.finished
+    output.finish_reason, output.stop_reason = later.finish_reason, later.stop_reason

@@ -10,7 +10,7 @@ import numpy as np
 from codellama_rt.engine.grammar import Grammar
 from codellama_rt.engine.logprobs import PromptLogprobs
 from codellama_rt.engine.metrics import RequestClock
-from codellama_rt.engine.output import Output, last_output
+from codellama_rt.engine.output import Output, extend_output, last_output
 from codellama_rt.engine.sampler import Choice, TokenSampler, choose
 from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
 from codellama_rt.engine.sequence import Sequence
@@ -144,7 +144,7 @@ class Sample:
             if gained is None:
                 gained = output
             else:
-                gained.add(output)
+                extend_output(gained, output)
             if output.finished or choice.token_id != proposed:
                 break
         return gained

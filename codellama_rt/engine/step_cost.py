@@ -112,8 +112,7 @@ class StepCost:
     def _coefficients(self) -> np.ndarray:
         self._learn()
         if not self._is_fitted:
-            factors = np.linalg.solve(self._products + _TRUST * np.eye(4), self._sums + _TRUST)
-            self._factors = np.maximum(factors, _LEAST)
+            self._factors = _fitted(self._products + _TRUST * np.eye(4), self._sums + _TRUST)
             self._is_fitted = True
         return self._unit * self._factors
 
@@ -133,3 +132,23 @@ class StepCost:
         # Each row's target is 1: its seconds over themselves.
         self._sums = self._sums * kept + weights @ rows
         self._is_fitted = False
+
+
+def _fitted(products: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Return the least squares of products @ factors = sums with no factor below `_LEAST`.
+
+    Steps of one kind do not tell the parts of their cost from one another, and the best fit may
+    have a part that is negative. It becomes the least, and the others are fitted again: else what
+    they were to make up for would be predicted on top.
+    """
+    factors = np.full(len(sums), _LEAST)
+    free = np.arange(len(sums))
+    while len(free):
+        bound = np.delete(np.arange(len(sums)), free)
+        rest = sums[free] - products[np.ix_(free, bound)] @ factors[bound]
+        found = np.linalg.solve(products[np.ix_(free, free)], rest)
+        if (found >= _LEAST).all():
+            factors[free] = found
+            break
+        free = free[found >= _LEAST]
+    return factors

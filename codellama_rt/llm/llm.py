@@ -86,7 +86,7 @@ class LLM:
         logits_processors: Sequence[LogitsProcessor] = (),
         speculation: str | None = None,
     ) -> None:
-        """Open a checkpoint; weights are mapped, not copied, but for GGUF's and what is asked for.
+        """Open a checkpoint; weights are mapped, not copied, but for GGUF's and small models'.
 
         Args:
             model: directory, GGUF file, built-in name or hub id.
@@ -95,9 +95,9 @@ class LLM:
             quantization: "int8" or "int4" quantises the projections and the head as they are
                 loaded; None takes them as stored, quantised ones included.
             repack: copy GGUF's blocks, and those made of AWQ and GPTQ, into the order in which the
-                CPU's kernels read them, which is faster; False reads GGUF's in the file's mapping,
-                which opens at once and shares memory with other processes. The results are the
-                same to the bit.
+                CPU's kernels read them, and other weights of at most 1 GB into huge memory pages,
+                which is faster; False reads them in the file's mapping, which opens at once and
+                shares memory with other processes. The results are the same to the bit.
             kv_dtype: of the KV cache: "auto" (that of the weights, bfloat16 beside GGUF's
                 quantised ones), "float32", "float16", "bfloat16", "int8", "int4"; on cuda "fp8",
                 but no "int4".
@@ -129,7 +129,7 @@ class LLM:
                 the checkpoint's. Give max_model_len as well where contexts are to be longer.
             check: "finite" rejects weights with NaN or infinity (reads every byte).
             progress: called with (bytes done, bytes in all, what) while weights are converted,
-                quantised or repacked.
+                quantised, repacked or copied.
             max_step_seconds: how long a step with prompts may take while others wait, as for
                 `Engine`; None: `max_num_batched_tokens` alone bounds it.
             logits_processors: as those of `SamplingParams`, for every request, before its own.

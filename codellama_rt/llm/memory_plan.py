@@ -18,7 +18,7 @@ from codellama_rt.checkpoint.open import Opened, resolve
 from codellama_rt.checkpoint.quantize import is_quantized, sources
 from codellama_rt.checkpoint.stored_tensor import StoredTensor
 from codellama_rt.checkpoint.tensor_names import EMBEDDING, HEAD, expected_shapes
-from codellama_rt.checkpoint.weight_loading import repacked, used_as_stored, used_in_place
+from codellama_rt.checkpoint.weight_loading import copied, repacked, used_as_stored, used_in_place
 from codellama_rt.llm.kv_plan import REQUIRED_SHARE, plan_num_blocks
 from codellama_rt.llm.memory import HUGE_PAGE_BYTES, available_bytes
 from codellama_rt.llm.plan import Plan
@@ -50,7 +50,8 @@ class Estimate:
 
     Attributes:
         weights: as they are computed with: mapped ones, and those made anew.
-        made: of them those made anew: converted, quantised, repacked or put together when loading.
+        made: of them those made anew: converted, quantised, repacked, copied or put together when
+            loading.
         repacked: of them those that `repack=False` leaves in the file.
         read_per_token: of the weights those that every step reads.
         loading: most that loading takes at once; what is used where it lies is not read yet.
@@ -225,17 +226,18 @@ class _Weights:
 def _weights(tensors: Mapping[str, StoredTensor], target: np.dtype, plan: Plan) -> _Weights:
     kept = used_as_stored(tensors, target, plan.dtype == "auto", plan.quantization)
     tiled = repacked(tensors, kept) if plan.repacks else set()
-    mapped = used_in_place(tensors, kept, tiled)
+    moved = copied(tensors, kept) if plan.repacks else set()
+    mapped = used_in_place(tensors, kept, tiled | moved)
     found, sizes = _Weights(), {}
     for name, tensor in tensors.items():
         if name in kept:
             dtype, size = tensor.weight_dtype, tensor.num_bytes
             if name in tiled or tensor.is_repacked:
                 size = weight_num_bytes(dtype + TILED * (name in tiled), tensor.shape)
-            beside = tensor.num_bytes * (name in tiled)
+            beside = tensor.num_bytes * (name in tiled | moved)
             if tensor.is_repacked:  # its integers, byte by byte, and blocks
                 beside = 2 * tensor.size + size * (name in tiled)
-            elif name in tiled:
+            elif beside:
                 found.repacked += size
         else:
             if plan.quantization is not None and is_quantized(name):
@@ -280,7 +282,7 @@ def require_memory(needed: Estimate, available: int) -> None:
             f"the model needs {least / 1e9:.2f} GB beside its KV cache (weights "
             f"{needed.weights / 1e9:.2f}, while loading {needed.loading / 1e9:.2f}, activations "
             f"{needed.activations / 1e9:.2f}), and {available / 1e9:.2f} GB are available; use "
-            + "repack=False, which leaves GGUF's blocks in the file, " * (needed.repacked > 0)
+            + "repack=False, which leaves the weights in the file, " * (needed.repacked > 0)
             + "quantization='int4', or a model that `codellama-rt convert` quantised"
         )
 

@@ -13,7 +13,8 @@ class Plan:
         device: "cpu", "cuda" or "ascend".
         dtype: of the weights, "auto" as stored.
         quantization: of the weights, None as stored.
-        repack: copy GGUF's blocks into the order of the CPU's kernels.
+        repack: copy GGUF's blocks into the order of the CPU's kernels, and a small model's weights
+            into huge pages.
         kv_dtype: of the KV cache; "auto" until it is settled.
         block_size: tokens per block of the KV cache.
         num_blocks: of the KV cache; None until it is settled, and on "cuda", whose memory is asked
@@ -42,5 +43,5 @@ class Plan:
 
     @property
     def repacks(self) -> bool:
-        """Whether GGUF's blocks are repacked: other devices have orders of their own."""
+        """Whether weights are copied for the CPU's kernels: other devices copy them anyway."""
         return self.repack and self.device == "cpu"

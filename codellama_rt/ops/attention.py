@@ -73,7 +73,8 @@ def paged_attention(
 ) -> tuple[Array, Array]:
     """Compute causal attention of one or more queries per sequence over its blocks.
 
-    PagedAttention, arXiv:2309.06180.
+    PagedAttention, arXiv:2309.06180. On the CPU, sequences whose tables begin with the same blocks
+    are attended together over whole splits of 1024 keys of these, which are then read once.
 
     Args:
         query: (num_tokens, n_heads, head_dim) float32, float16 or bfloat16. Over a bfloat16 cache

@@ -25,6 +25,7 @@ async def chat_completions(request: Request) -> Any:
     service: Service = request.app.state.service
     wanted = await service.read(request, ChatRequest)
     name, adapter = service.find(wanted.model)
+    head = {"id": answer_id("chatcmpl", request, wanted.request_id), "model": name}
     tool = required_tool(wanted)
     params = _params(wanted, service.defaults, tool)
     size = sum(len(json.dumps(message)) for message in wanted.messages)
@@ -37,8 +38,7 @@ async def chat_completions(request: Request) -> Any:
         wanted,
         service.tokenizer,
         generation,
-        id=answer_id("chatcmpl", request, wanted.request_id),
-        model=name,
+        **head,
         created=int(time()),
         function=tool.function.name if tool else None,
     )

@@ -26,6 +26,7 @@ async def completions(request: Request) -> Any:
     service: Service = request.app.state.service
     wanted = await service.read(request, CompletionRequest)
     name, adapter = service.find(wanted.model)
+    head = {"id": answer_id("cmpl", request, wanted.request_id), "model": name}
     params = _params(wanted, service.defaults)
     texts = checked_prompts(wanted.prompt, service.settings.max_prompts)
     size = sum(map(len, texts)) + len(wanted.suffix or "")
@@ -38,8 +39,7 @@ async def completions(request: Request) -> Any:
         service.tokenizer,
         generation,
         [ids for ids, _ in prompts],
-        id=answer_id("cmpl", request, wanted.request_id),
-        model=name,
+        **head,
         created=int(time()),
     )
     if wanted.stream:

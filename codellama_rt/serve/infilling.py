@@ -24,6 +24,7 @@ async def fim_completions(request: Request) -> Any:
     service: Service = request.app.state.service
     wanted = await service.read(request, FimRequest)
     name, adapter = service.find(wanted.model)
+    head = {"id": answer_id("fim", request, wanted.request_id), "model": name}
     params = openai_params(wanted, service.defaults)
     suffix = wanted.suffix or ""
     prompt = await service.encode(
@@ -31,7 +32,6 @@ async def fim_completions(request: Request) -> Any:
         lambda: fill(service, wanted.prompt, suffix, wanted.suffix_first, params),
     )
     generation = await service.start([prompt], adapter=adapter, wanted=wanted)
-    head = {"id": answer_id("fim", request, wanted.request_id), "model": name}
     form = ChatForm(wanted, service.tokenizer, generation, **head, created=int(time()))
     if wanted.stream:
         return EventStream(generation, form, service.settings.keep_alive_s)

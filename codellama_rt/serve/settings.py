@@ -27,7 +27,6 @@ class Settings:
         max_body_bytes: of a request.
         max_prompts: of a request to /v1/completions.
         max_requests: unfinished generations; one more gets 503.
-        log_prompts: whether the log of requests has their prompts.
     """
 
     names: tuple[str, ...] = ()
@@ -43,4 +42,3 @@ class Settings:
     max_body_bytes: int = 16 * 2**20
     max_prompts: int = 256
     max_requests: int = 1024
-    log_prompts: bool = False

@@ -71,6 +71,12 @@ py::object attribute(py::handle object, const char* name) {
   if (!value) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(value);
 }
+// The same by a name that was made once. A new one for each lookup takes as long as the lookup.
+py::object attribute(py::handle object, PyObject* name) {
+  PyObject* value = or_sleep_for_good([&] { return PyObject_GetAttr(object.ptr(), name); });
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
 py::object call(py::handle object, const char* method) {
   PyObject* value =
       or_sleep_for_good([&] { return PyObject_CallMethod(object.ptr(), method, nullptr); });
@@ -203,21 +209,31 @@ TensorView view_bytes(py::handle payload, Kept& kept) {
 }
 #endif
 
+// Whether it is one by the name of its type, which is asked first: to find that it lacks what other
+// tensors have takes a microsecond.
+bool is_named_quantized(py::handle object) {
+  return std::strcmp(Py_TYPE(object.ptr())->tp_name, "Quantized") == 0 &&
+         py::hasattr(object, "payload");
+}
+
 // An ops.Quantized: bytes, and the dtype and shape of what they stand for.
 TensorView view_quantized(py::handle object, Kept& kept) {
-  const py::object held = attribute(object, "payload");
+  static PyObject* const kPayload = PyUnicode_InternFromString("payload");
+  static PyObject* const kDtype = PyUnicode_InternFromString("dtype");
+  static PyObject* const kShape = PyUnicode_InternFromString("shape");
+  const py::object held = attribute(object, kPayload);
   const TensorView payload = view_bytes(held, kept);
   TensorView t = payload;
   if (std::strcmp(t.dtype_text, "uint8") != 0) {
     throw DtypeError(std::string("the payload of a Quantized must be uint8, got ") + t.dtype_text);
   }
-  const std::string name = attribute(object, "dtype").cast<std::string>();
+  const std::string name = attribute(object, kDtype).cast<std::string>();
   t.dtype = quantized_dtype(name.c_str());
   if (t.dtype == DType::kOther) {
     throw DtypeError("no quantised dtype is called '" + name + "'");
   }
   t.dtype_text = dtype_name(t.dtype);
-  set_shape(t, attribute(object, "shape"));
+  set_shape(t, attribute(object, kShape));
   set_pieces(t, payload);
   return t;
 }
@@ -236,6 +252,7 @@ TensorView view(py::handle object, Kept& kept) {
   if (py::isinstance<py::array>(object)) {
     return view_array(py::reinterpret_borrow<py::array>(object));
   }
+  if (is_named_quantized(object)) return view_quantized(object, kept);
   if (is_mindspore(object)) return view_mindspore(object);
   if (py::hasattr(object, "payload")) return view_quantized(object, kept);
   if (py::hasattr(object, "__dlpack__")) return dlpack::view(object, type_name(object), kept);

@@ -109,21 +109,23 @@ void Check::floats(const char* name, const TensorView& t, std::initializer_list<
 void Check::array(const char* name, const TensorView& t, std::initializer_list<Axis*> axes,
                   const char* dtype, int64_t item_bytes) {
   tensor(name, t, axes, std::strcmp(t.dtype_text, dtype) == 0, dtype);
-  require(!has_elements(t) || reinterpret_cast<uintptr_t>(t.data) % item_bytes == 0,
-          std::string(name) + " must lie at a multiple of " + std::to_string(item_bytes) +
-              " bytes in memory; copy it with .copy()");
+  require(!has_elements(t) || reinterpret_cast<uintptr_t>(t.data) % item_bytes == 0, [&] {
+    return std::string(name) + " must lie at a multiple of " + std::to_string(item_bytes) +
+           " bytes in memory; copy it with .copy()";
+  });
 }
 
 void Check::weight(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
   tensor(name, t, axes, is_weight_dtype(t.dtype), kWeightNames);
   if (is_float(t.dtype)) return;
-  if (t.piece_strides[0] != 0) {
-    require(false, std::string(name) + ": the payload of a Quantized weight must be contiguous");
-  }
+  require(t.piece_strides[0] == 0, [&] {
+    return std::string(name) + ": the payload of a Quantized weight must be contiguous";
+  });
   const int64_t block = weight_block(t.dtype);
-  require(t.shape[1] % block == 0,
-          std::string(name) + " in " + t.dtype_text + " must have in_features a multiple of " +
-              std::to_string(block) + ", got " + std::to_string(t.shape[1]));
+  require(t.shape[1] % block == 0, [&] {
+    return std::string(name) + " in " + t.dtype_text + " must have in_features a multiple of " +
+           std::to_string(block) + ", got " + std::to_string(t.shape[1]);
+  });
   num_bytes(name, t, weight_bytes(t.dtype, t.shape[0], t.shape[1]));
 }
 
@@ -148,11 +150,12 @@ void Check::pages(const char* name, const TensorView& t, std::initializer_list<A
   tensor(name, t, axes, is_cache_dtype(t.dtype), kCacheNames,
          kCachesHaveStrides ? Layout::kRowsAnywhere : Layout::kContiguous);
   if (is_float(t.dtype)) return;
-  require(t.dtype != DType::kInt4 || t.shape[3] % kInt4Step == 0,
-          std::string(name) + " in int4 must have head_dim a multiple of " +
-              std::to_string(kInt4Step) + ", got " + std::to_string(t.shape[3]));
+  require(t.dtype != DType::kInt4 || t.shape[3] % kInt4Step == 0, [&] {
+    return std::string(name) + " in int4 must have head_dim a multiple of " +
+           std::to_string(kInt4Step) + ", got " + std::to_string(t.shape[3]);
+  });
   require(t.shape[2] % kCacheGroup == 0,
-          "block_size must be a multiple of 16, got " + std::to_string(t.shape[2]));
+          [&] { return "block_size must be a multiple of 16, got " + std::to_string(t.shape[2]); });
   if (t.piece_strides[0] != 0 && has_elements(t)) {
     const int64_t piece = t.shape[2] / kCacheGroup * cache_group_bytes(t.dtype, t.shape[3], key);
     TensorView pieces;  // of `piece` bytes each
@@ -163,7 +166,8 @@ void Check::pages(const char* name, const TensorView& t, std::initializer_list<A
     }
     pieces.shape[2] = piece;
     pieces.strides[2] = 1;
-    if (!rows_are_apart(pieces)) require(false, std::string(name) + ": blocks or heads overlap");
+    require(rows_are_apart(pieces),
+            [&] { return std::string(name) + ": blocks or heads overlap"; });
   }
   num_bytes(name, t,
             t.shape[0] * t.shape[1] * (t.shape[2] / kCacheGroup) *
@@ -171,9 +175,10 @@ void Check::pages(const char* name, const TensorView& t, std::initializer_list<A
 }
 
 void Check::num_bytes(const char* name, const TensorView& t, int64_t expected) {
-  require(t.num_bytes == expected, std::string(name) + " " + describe(t) + " must hold " +
-                                       std::to_string(expected) + " bytes, got " +
-                                       std::to_string(t.num_bytes));
+  require(t.num_bytes == expected, [&] {
+    return std::string(name) + " " + describe(t) + " must hold " + std::to_string(expected) +
+           " bytes, got " + std::to_string(t.num_bytes);
+  });
 }
 
 void Check::float32(const char* name, const TensorView& t, std::initializer_list<Axis*> axes) {
@@ -200,10 +205,10 @@ void Check::tensor(const char* name, const TensorView& t, std::initializer_list<
                      ", got " + describe(t) + "; cast it with .astype");
   }
   if (t.ndim != int(axes.size())) fail_shape(name, t, dtype_wanted, axes);
-  if (!sizes_are_sane(t)) {  // messages are made where they are needed: it takes as long as an op
-    require(false, std::string(name) + " " + describe(t) +
-                       " has a size below 0, or more than 2^48 elements");
-  }
+  require(sizes_are_sane(t), [&] {
+    return std::string(name) + " " + describe(t) +
+           " has a size below 0, or more than 2^48 elements";
+  });
   int i = 0;
   for (const Axis* axis : axes) {
     if (axis->size >= 0 && axis->size != t.shape[i]) fail_shape(name, t, dtype_wanted, axes);
@@ -211,11 +216,10 @@ void Check::tensor(const char* name, const TensorView& t, std::initializer_list<
   }
   i = 0;
   for (Axis* axis : axes) axis->size = t.shape[i++];
-  if (!is_aligned(t)) {
-    require(false, std::string(name) + " " + describe(t) + " must lie at a multiple of " +
-                       std::to_string(item_size(t.dtype)) +
-                       " bytes in memory; copy it with .copy()");
-  }
+  require(is_aligned(t), [&] {
+    return std::string(name) + " " + describe(t) + " must lie at a multiple of " +
+           std::to_string(item_size(t.dtype)) + " bytes in memory; copy it with .copy()";
+  });
   if (layout == Layout::kRowsAnywhere ? !is_float(t.dtype) || rows_are_apart(t)
                                       : is_contiguous(t, layout == Layout::kRowsApart)) {
     return;
@@ -236,7 +240,8 @@ void Check::fail_shape(const char* name, const TensorView& t, const char* dtype_
 }
 
 void Check::writable(const char* name, const TensorView& t) {
-  require(t.writable, std::string(name) + " is written in place and must not be read-only");
+  require(t.writable,
+          [&] { return std::string(name) + " is written in place and must not be read-only"; });
 }
 
 void Check::range(const char* name, const TensorView& t, int64_t low, int64_t high,
@@ -259,8 +264,9 @@ void Check::offsets(const char* name, const TensorView& t, int64_t total, const 
   const int64_t last = t.shape[0] - 1;
   bool rising = last >= 0 && values[0] == 0 && values[last] == total;
   for (int64_t i = 0; rising && i < last; ++i) rising = values[i] <= values[i + 1];
-  require(rising,
-          std::string(name) + " must rise from 0 to " + total_is + "=" + std::to_string(total));
+  require(rising, [&] {
+    return std::string(name) + " must rise from 0 to " + total_is + "=" + std::to_string(total);
+  });
 }
 
 void Check::require(bool condition, const std::string& message) {

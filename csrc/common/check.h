@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "common/quantized.h"
 #include "ops.h"
@@ -103,6 +104,14 @@ class Check {
   // 0 = cu[0] <= cu[1] <= ... = total.
   void offsets(const char* name, const TensorView& t, int64_t total, const char* total_is);
   void require(bool condition, const std::string& message);
+  void require(bool condition, const char* message) {
+    if (!condition) require(false, std::string(message));
+  }
+  // The message is what `message` returns. It is made if it is needed: it takes as long as an op.
+  template <typename Message, typename = decltype(std::declval<const Message&>()())>
+  void require(bool condition, const Message& message) {
+    if (!condition) require(false, message());
+  }
 
  private:
   enum class Layout { kContiguous, kRowsApart, kRowsAnywhere };
@@ -135,14 +144,16 @@ inline float attention_scale(Check& check, float scale, int64_t head_dim) {
 }
 
 inline void check_heads(Check& check, int64_t n_heads, int64_t n_kv_heads) {
-  check.require(n_kv_heads > 0 && n_heads % n_kv_heads == 0,
-                "n_heads=" + std::to_string(n_heads) +
-                    " must be a multiple of n_kv_heads=" + std::to_string(n_kv_heads));
+  check.require(n_kv_heads > 0 && n_heads % n_kv_heads == 0, [&] {
+    return "n_heads=" + std::to_string(n_heads) +
+           " must be a multiple of n_kv_heads=" + std::to_string(n_kv_heads);
+  });
 }
 
 inline void check_block_size(Check& check, int64_t block_size) {
-  check.require(block_size > 0 && block_size % 16 == 0,
-                "block_size must be a multiple of 16, got " + std::to_string(block_size));
+  check.require(block_size > 0 && block_size % 16 == 0, [&] {
+    return "block_size must be a multiple of 16, got " + std::to_string(block_size);
+  });
 }
 
 // Of a checked cache.
@@ -170,7 +181,7 @@ inline void check_token_strides(Check& check, const TensorView& key, const Tenso
 
 inline void check_even(Check& check, int64_t head_dim) {
   check.require(head_dim > 0 && head_dim % 2 == 0,
-                "head_dim must be even, got " + std::to_string(head_dim));
+                [&] { return "head_dim must be even, got " + std::to_string(head_dim); });
 }
 
 // Each sequence's length covers its queries, fits its table, and its pages exist.

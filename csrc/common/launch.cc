@@ -56,7 +56,7 @@ void add_rms_norm(TensorView x, TensorView residual, TensorView weight, float ep
 void linear(TensorView x, Weights weights, TensorView out) {
   Check check("linear");
   check.require(weights.count >= 1 && weights.count <= kMaxWeights,
-                "takes 1 to 3 weights, got " + std::to_string(weights.count));
+                [&] { return "takes 1 to 3 weights, got " + std::to_string(weights.count); });
   Axis tokens{"num_tokens"}, k{"in_features"}, total{"out_features", 0};
   check.rows("x", x, {&tokens, &k});
   LinearParams p{};
@@ -247,8 +247,9 @@ void silu_and_mul(TensorView gate_up, TensorView out) {
   Check check("silu_and_mul");
   Axis tokens{"num_tokens"}, both{"2 * hidden_dim"};
   check.floats("gate_up", gate_up, {&tokens, &both});
-  check.require(both.size % 2 == 0, "gate_up must be (num_tokens, 2 * hidden_dim), got rows of " +
-                                        std::to_string(both.size));
+  check.require(both.size % 2 == 0, [&] {
+    return "gate_up must be (num_tokens, 2 * hidden_dim), got rows of " + std::to_string(both.size);
+  });
   Axis hidden{"hidden_dim", both.size / 2};
   check.floats("out", out, {&tokens, &hidden}, gate_up.dtype);
   check.writable("out", out);

@@ -117,6 +117,7 @@ def test_the_types_of_a_layer_are_multiplied_run_by_run(tmp_path):
     assert qk == ((layer.q_proj, layer.k_proj), slice(0, q_dim + kv_dim))
     assert v == ((layer.v_proj,), slice(q_dim + kv_dim, q_dim + 2 * kv_dim))
     assert gate_up[0] == (layer.gate_proj, layer.up_proj)
+    assert np.isfinite(logits(checkpoint)).all()  # one call takes no such layer
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -46,6 +46,19 @@ def test_a_quantised_weight_keeps_its_dtype_and_shape():
     assert advised_huge_pages(kept.payload.ctypes.data)
 
 
+@pytest.mark.parametrize("rows", [40, 2**17])  # these are in huge pages by NumPy
+def test_a_copy_is_read_only_and_in_huge_pages(rows):
+    array = np.arange(rows * 32, dtype=np.uint8).reshape(rows, 32)
+    for weight in (array, ops.quantize(array.astype(np.float32), "int8")):
+        copied = WeightMemory().copy(weight)
+        assert (copied.dtype, copied.shape) == (weight.dtype, weight.shape)
+        ours, theirs = (getattr(one, "payload", one) for one in (copied, weight))
+        assert not ours.flags.writeable
+        assert not np.shares_memory(ours, theirs)
+        assert ours.tobytes() == theirs.tobytes()
+        assert advised_huge_pages(ours.ctypes.data)
+
+
 def test_large_and_empty_weights_stay_where_they_are():
     for weight in (np.zeros(2**22, np.uint8), np.zeros((0, 4), np.float32)):
         assert WeightMemory().keep(weight) is weight

@@ -77,6 +77,18 @@ class SlowStore(PrefixStore):
         return super().load(*block)
 
 
+class SlowWriter(PrefixStore):
+    """Writes a block only when it may."""
+
+    def __init__(self, folder):
+        super().__init__(str(folder), 10**7, {}, block_size=SIZE)
+        self.may_write = threading.Semaphore(0)
+
+    def save(self, *block):
+        assert self.may_write.acquire(timeout=60)
+        super().save(*block)
+
+
 def test_a_second_engine_computes_only_what_is_not_in_a_full_block(tmp_path):
     stats = fill(tmp_path)
     assert stats["prefix_written_bytes"] == sum(p.stat().st_size for p in tmp_path.iterdir()) > 0
@@ -260,6 +272,22 @@ def test_closing_while_reading(tmp_path):
     assert store.num_asked <= 1  # the file under way was the last
     assert engine.stats()["kv_blocks_free"] == 64
     engine.close()
+
+
+def test_a_block_whose_memory_was_given_away_is_not_stored(tmp_path):
+    store = SlowWriter(tmp_path)
+    engine = engine_on(tmp_path, num_blocks=11, prefix_store=store)
+    other = list(range(20, 58))
+    for prompt in (PROMPT, other):  # the writer has begun with the first; now it is overwritten
+        assert answer(engine, prompt)[0] == expected(prompt)
+    store.may_write.release(100)
+    engine.close()
+    assert engine.stats()["prefix_dropped_blocks"] >= 8
+    again = engine_on(tmp_path)
+    assert answer(again)[0] == expected()
+    assert again.stats()["prefix_restored_tokens"] == 0
+    assert answer(again, other)[0] == expected(other)
+    assert again.stats()["prefix_restored_tokens"] == tokens_in(9)
 
 
 def test_a_running_sequence_that_needs_a_block_gets_it_from_one_that_is_read(tmp_path):

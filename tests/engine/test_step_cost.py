@@ -49,3 +49,18 @@ def test_when_it_learns_does_not_matter():
         learn(soon, step)
         assert soon.fixed > 0
     assert late.seconds(steps[0]) == pytest.approx(soon.seconds(steps[0]), rel=1e-9)
+
+
+def test_steps_of_one_kind_are_predicted_though_their_parts_cannot_be_told_apart():
+    rng = np.random.default_rng(2)
+    for depth in (0, 1_000, 15_000, 90_000):
+        cost = StepCost(SHAPES["7b"])
+        for i in range(150):
+            start = depth + 8 * i
+            chunks = [Chunk(None, 200 + i, 201 + i, 1), Chunk(None, start, start + 8, 0)]
+            positions = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+            noise = rng.uniform(0.9, 1.1)
+            cost.learn(
+                positions, np.array([chunk.stop for chunk in chunks]), noise * seconds(chunks)
+            )
+        assert cost.seconds(chunks) == pytest.approx(seconds(chunks), rel=0.05)

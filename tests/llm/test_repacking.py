@@ -65,7 +65,7 @@ def test_other_devices_take_the_blocks_themselves(tmp_path):
 def test_too_little_memory_names_the_way_out(tmp_path, monkeypatch):
     path = block_model(tmp_path / "a.gguf", MIXED)
     needed = estimate(find_model(path), Plan(), context=1)
-    with pytest.raises(RuntimeError, match=r"use repack=False, which leaves GGUF's blocks"):
+    with pytest.raises(RuntimeError, match=r"use repack=False, which leaves the weights"):
         require_memory(needed, 10**6)
     in_file = estimate(find_model(path), Plan(repack=False), context=1)
     with pytest.raises(RuntimeError, match=r"are available; use quantization='int4'"):

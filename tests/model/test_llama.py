@@ -14,6 +14,7 @@ from helpers.tolerances import LOGITS_ATOL, assert_equal_bits
 from codellama_rt import ops
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.scoring import sequence_logits
+from codellama_rt.model import llama
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.kv_cache import KVCache
 
@@ -168,10 +169,15 @@ def test_the_last_layer_computes_the_tokens_whose_logits_are_wanted(wanted, monk
             cache[:] = 0.5  # the tokens before the chunks
     expected = model.forward(batch, caches[0])[rows]
     computed = []
-    silu_and_mul = ops.silu_and_mul
-    monkeypatch.setattr(
-        ops, "silu_and_mul", lambda x, out: computed.append(len(x)) or silu_and_mul(x, out=out)
-    )
+
+    def watch(name):  # layers but the last are one call each
+        op = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda x, *rest, **more: computed.append(len(x)) or op(x, *rest, **more)
+        )
+
+    watch("decoder_layer")
+    watch("silu_and_mul")
     assert_equal_bits(model.forward(replace(batch, logit_rows=rows), caches[1]), expected)
     for mine, theirs in zip(*(cache.layers for cache in caches), strict=True):
         for a, b in zip(mine, theirs, strict=True):
@@ -181,3 +187,27 @@ def test_the_last_layer_computes_the_tokens_whose_logits_are_wanted(wanted, monk
         for begin, end in [(0, 5), (5, 6), (6, 9)]
     ]
     assert computed == [9] * (model.config.n_layers - 1) + [sum(tails)]
+
+
+@pytest.mark.parametrize("name", [name for name in TINY_NAMES if name != DYNAMIC])
+def test_a_layer_in_one_call_has_the_bits_of_its_ops(name, monkeypatch):
+    model, batch, calls = tiny_golden(name).model(), three_chunks(), []
+    whole = ops.decoder_layer
+    monkeypatch.setattr(
+        ops, "decoder_layer", lambda x, *rest, **more: calls.append(x) or whole(x, *rest, **more)
+    )
+
+    def run():
+        cache = KVCache(model.config, num_blocks=5, block_size=16, dtype="float32")
+        for array in itertools.chain(*cache.layers):
+            array[:] = 0.5  # the tokens before the chunks
+        return model.forward(batch, cache), [*itertools.chain(*cache.layers)]
+
+    in_one_call = run()
+    assert len(calls) == model.config.n_layers - 1
+    monkeypatch.setattr(llama, "_FEW_TOKENS", len(batch.token_ids) - 1)
+    op_by_op = run()
+    assert len(calls) == model.config.n_layers - 1
+    assert_equal_bits(in_one_call[0], op_by_op[0])
+    for ours, theirs in zip(in_one_call[1], op_by_op[1], strict=True):
+        assert_equal_bits(ours, theirs)

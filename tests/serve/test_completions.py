@@ -299,6 +299,7 @@ def test_what_is_refused_is_named(served, name, fields):
     assert error["type"] == "invalid_request_error"
     assert error["param"] == name, error
     assert error["message"]
+    assert served.is_idle(), "nothing was queued"
 
 
 def test_a_missing_prompt(served):

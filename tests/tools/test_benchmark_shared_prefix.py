@@ -15,16 +15,19 @@ from codellama_rt.tools.bench.synthetic import write_directory
 
 
 class Fake:
-    """A peer whose steps take an hour."""
+    """A peer whose steps take an hour, with flash attention two."""
 
     orders: ClassVar[list] = []
 
     def __init__(self, python, script):
         assert (python, script) == ("python", "peer_llamacpp")
+        self.hours = 1
 
     def ask(self, do, **given):
         Fake.orders.append((do, given))
-        return {"seconds": 3600.0}
+        if do == "use":
+            self.hours += given["flash"]
+        return {"seconds": 3600.0 * self.hours}
 
     def close(self):
         Fake.orders.append(("close", {}))
@@ -85,8 +88,9 @@ def test_the_script(monkeypatch, tmp_path, capsys):
     assert [(row["part"], row["depth"]) for row in rows] == [("attention", 1100), ("step", 1100)]
     assert "peer_median_us" not in rows[0]
     assert rows[1]["ratio"] > 1
+    assert (rows[1]["setting"], rows[1]["peer_median_us"]) == ("llama.cpp, no flash", 3.6e9)
     given = {"num_seqs": 3, "depth": 1100, "steps": 2, "shared": True}
-    assert Fake.orders[2:] == [("batch", given), ("batch", given), ("close", {})]
+    assert Fake.orders[4:] == [("batch", given)] * 4 + [("close", {})] * 2
     for row in rows:
         row["roof_drift"] = 0.0
     capsys.readouterr()

@@ -51,7 +51,7 @@ QueryLayout query_layout(const Attention& a, int64_t num_rows) {
 // What the packed queries of num_rows rows take: as words, or two bytes an element (bytes.h).
 template <typename T>
 int64_t query_floats(const Attention& a, const QueryLayout& layout, int64_t num_rows) {
-  if (kByteDots && kQuantized<T>) return num_rows * a.padded_dim() / 2;
+  if (kByteDots && kQuantized<T>) return padded_rows(num_rows) * a.padded_dim() / 2;
   return layout.floats(num_rows);
 }
 
@@ -68,7 +68,8 @@ struct Workspace {
     float** const parts[] = {&query, &split, &total, &keys, &values, &scores};
     int64_t floats = 0;
     for (int64_t size : sizes) floats += size;
-    const int64_t bytes = floats * sizeof(float) + num_heads * num_rows * sizeof(QueryScale);
+    const int64_t bytes =
+        floats * sizeof(float) + (num_heads * num_rows + kByteRows) * sizeof(QueryScale);
     float* next = static_cast<float*>(scratch(Scratch::kTask, bytes));
     for (int i = 0; i < 6; ++i) {
       *parts[i] = next;
@@ -324,7 +325,7 @@ void run_task(const Attention& a, const Task& task) {
       float* head_query = work.query + h * head_floats;
       if constexpr (kByteDots && kQuantized<T>) {
         const int64_t dim = a.padded_dim();
-        split_query(work.keys, dim, reinterpret_cast<int8_t*>(head_query) + row * 2 * dim);
+        split_query(work.keys, dim, row, rows, reinterpret_cast<int8_t*>(head_query));
       } else {
         layout.lay(row, work.keys, head_query);
       }

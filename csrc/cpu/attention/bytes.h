@@ -4,8 +4,8 @@
 // A query is two signed bytes an element, q = 256 * high + low, and a weight of the softmax two
 // unsigned ones. Sums are those of the 16-bit numbers, exact in any order.
 //
-// One row multiplies keys as they lie and adds its lanes up; for many rows a tile is turned once,
-// so that the lanes are 16 keys (of values: 16 columns) and nothing is added across lanes.
+// One row multiplies keys and values as they lie (byte_tile.h), others go in blocks of 8
+// (byte_rows.h).
 #pragma once
 
 #include "cpu/attention/softmax.h"
@@ -15,13 +15,23 @@ namespace CLRT_ISA {
 namespace {
 
 constexpr int kChunk = 64, kQuads = kTile / 4;
+constexpr int kByteRows = 8;  // of a block: their two parts fill the lanes of a register
 
-// `words` (dim int16) as dim high bytes, then dim low ones.
-inline void split_query(const float* words, int64_t dim, int8_t* bytes) {
+// Rows that queries have room for.
+constexpr int64_t padded_rows(int64_t rows) {
+  return rows == 1 ? 1 : ceil_div(rows, kByteRows) * kByteRows;
+}
+
+// Row `row` of num_rows, `words` (dim int16), in bytes. A single row: dim high bytes, then dim low
+// ones. Others: block by block, quad by quad of elements, row by row high and low bytes.
+inline void split_query(const float* words, int64_t dim, int64_t row, int64_t num_rows,
+                        int8_t* bytes) {
   const int16_t* from = reinterpret_cast<const int16_t*>(words);
+  if (num_rows > 1) bytes += row / kByteRows * kByteRows * 2 * dim + row % kByteRows * 8;
   for (int64_t d = 0; d < dim; ++d) {
-    bytes[d] = int8_t((from[d] + 128) >> 8);
-    bytes[dim + d] = int8_t(from[d]);  // less 256 times the other: in [-128, 127]
+    const int64_t high = num_rows == 1 ? d : d / 4 * kChunk + d % 4;
+    bytes[high] = int8_t((from[d] + 128) >> 8);
+    bytes[high + (num_rows == 1 ? dim : 4)] = int8_t(from[d]);  // in [-128, 127]
   }
 }
 
@@ -44,6 +54,9 @@ inline void order_columns(float* row, int64_t dim, int parts) {
 template <typename T>
 constexpr int kParts = std::is_same_v<T, Nibbles> ? 2 : 1;
 
+template <typename T>
+constexpr DType kCacheType = std::is_same_v<T, int8_t> ? DType::kInt8 : DType::kInt4;
+
 // body(0) ... body(n - 1), each as a constant: GCC 12 leaves arrays that a loop walks in memory.
 template <int kCount, int kFirst = 0, typename Body>
 inline __attribute__((always_inline)) void each(const Body& body) {
@@ -54,12 +67,14 @@ inline __attribute__((always_inline)) void each(const Body& body) {
 }
 
 // sum += the products of four bytes in each lane; in place, as GCC 12 copies the intrinsic's sum.
-inline __attribute__((always_inline)) void dot(__m512i& sum, __m512i unsigned_bytes,
-                                               __m512i signed_bytes) {
+template <typename Register>
+inline __attribute__((always_inline)) void dot(Register& sum, Register unsigned_bytes,
+                                               Register signed_bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
 }
-inline __attribute__((always_inline)) __m512i spread_quad(const void* p) {
-  __m512i quad;
+template <typename Register = __m512i>
+inline __attribute__((always_inline)) Register spread_quad(const void* p) {
+  Register quad;
   asm("vpbroadcastd %1, %0" : "=v"(quad) : "m"(*static_cast<const int32_t*>(p)));
   return quad;
 }
@@ -80,6 +95,36 @@ inline void ask(const void* group, int64_t group_bytes, int part, int parts) {
   }
 }
 
+// A group of the next tile, its keys and its values, asked for line by line in so many steps.
+class Ahead {
+ public:
+  Ahead() = default;
+  template <typename T>
+  Ahead(const Tile<T>& next, int group, int64_t head_dim, int64_t steps)
+      : keys_(next.keys[group], cache_group_bytes(kCacheType<T>, head_dim, true), steps),
+        values_(next.values[group], cache_group_bytes(kCacheType<T>, head_dim, false), steps) {}
+  void step() {
+    keys_.ask();
+    values_.ask();
+  }
+
+ private:
+  struct Stretch {
+    const char *at = nullptr, *end = nullptr;
+    Stretch() = default;
+    Stretch(const void* begin, int64_t bytes, int64_t steps)
+        : at(static_cast<const char*>(begin)), end(at + bytes) {
+      while (end - at > 64 * steps) ask();
+    }
+    void ask() {
+      if (at >= end) return;
+      __builtin_prefetch(at, 0, 2);
+      at += 64;
+    }
+  };
+  Stretch keys_, values_;
+};
+
 // ---- keys ------------------------------------------------------------------------------------
 
 template <bool kWhole>
@@ -97,29 +142,6 @@ inline __m512i key_chunk(const Qk<Nibbles>::Row& row, int64_t chunk, int64_t hea
   std::memcpy(&high, (chunk % 2 ? row.odd : row.even) + at / 8,
               kWhole || left >= kChunk ? 8 : left / 8);
   return _mm512_mask_add_epi8(low, high, low, _mm512_set1_epi8(16));
-}
-
-// 16 rows of 16 quads of bytes as 16 quads of 16 rows.
-inline void turn_quads(Vec (&rows)[kLanes], uint8_t* to) {
-  transpose(rows);
-  for (int i = 0; i < kLanes; ++i) _mm512_storeu_si512(to + i * kChunk, to_bits(rows[i]));
-}
-
-// Of each group of 16 keys, quad by quad of elements. `next` is the tile to ask memory for.
-template <typename T, bool kWhole>
-inline void turn_keys(const Tile<T>& tile, const Tile<T>& next, int64_t head_dim, int64_t chunks,
-                      uint8_t* to) {
-  for (int group = 0; group < kGroups; ++group) {
-    for (int64_t c = 0; c < chunks; ++c, to += kGroup * kChunk) {
-      ask(next.keys[group], tile.key_bytes, c, chunks);
-      Vec rows[kLanes];
-      each<kLanes>([&](auto i) {
-        const auto row = Qk<T>::key_row(tile.keys[group], i, tile.row_stride);
-        rows[i] = from_bits(key_chunk<kWhole>(row, c, head_dim));
-      });
-      turn_quads(rows, to);
-    }
-  }
 }
 
 // ---- values ----------------------------------------------------------------------------------
@@ -152,23 +174,20 @@ inline __m512i value_part(__m512i bytes, int part) {
   return _mm512_and_si512(part ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
 }
 
-// Quad by quad of keys, chunk by chunk.
-template <typename T, bool kWhole>
-inline void turn_values(const Tile<T>& tile, const Tile<T>& next, int64_t head_dim, int64_t chunks,
-                        uint8_t* to) {
-  for (int quad = 0; quad < kQuads; ++quad) {
-    ask(next.values[quad % 4], tile.value_bytes, quad / 4, 4);
-    for (int64_t c = 0; c < chunks; c += kParts<T>) {
-      const int64_t at = c / kParts<T> * kChunk;
-      __m512i columns[4];
-      interleave_rows<kWhole>(value_rows(tile, quad) + at, tile.row_stride,
-                              head_dim / kParts<T> - at, columns);
-      each<4 * kParts<T>>([&](auto i) {
-        _mm512_storeu_si512(to, value_part<T>(columns[i % 4], i / 4));
-        to += kChunk;
-      });
-    }
+// sums = 256 * high + low.
+inline __attribute__((always_inline)) __m512i join_parts(__m512i high, __m512i low) {
+  return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+}
+
+// 16 columns of a row's sums into its state. weight_sum: of the weights, over an int4 cache.
+template <typename T>
+inline __attribute__((always_inline)) void add_sums(__m512i sums, int32_t weight_sum, float keep,
+                                                    float take, float* out) {
+  if (std::is_same_v<T, Nibbles>) {  // values of 0 to 15 were summed
+    sums = _mm512_sub_epi32(sums, _mm512_set1_epi32(int(kValueZeroPoint) * weight_sum));
   }
+  const Vec tile = int32_to_float(from_bits(sums)) * splat(take);
+  store(out, fma(load(out), splat(keep), tile));
 }
 
 // ---- softmax -----------------------------------------------------------------------------------
@@ -246,7 +265,7 @@ __attribute__((noinline)) void weigh(const Scales<T>& scales, const ValueScales&
     for (__m512i w : rounded) sum = _mm512_add_epi32(sum, w);
     weights.sum = _mm512_reduce_add_epi32(sum);
     for (int j = 0; j < kVecs; ++j) {
-      x[j] = scales.zero_point(j * kLanes, x[j]);
+      x[j] = hold(scales.zero_point(j * kLanes, x[j]));
       if (num_keys < kTile) x[j] = select_first(num_keys - j * kLanes, x[j], splat(0.0f));
     }
     add_up(x, state.zero_points());

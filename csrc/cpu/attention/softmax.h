@@ -42,14 +42,16 @@ class Scales<int8_t> {
     if (kByteDots) {  // of keys plus 128; modulo 2^32, as all integer sums
       total = add_int32(total, splat_int32(int32_t(uint32_t(int32_t(query_sum)) * -128u)));
     }
-    return int32_to_float(total) * scales(tile_.keys[key / kGroup], key);
+    return int32_to_float(total) * load(key_scales(key));
   }
   Vec weight(int key, Vec weight) const { return weight * value_scale(key); }
-  Vec value_scale(int key) const { return scales(tile_.values[key / kGroup], key); }
+  Vec value_scale(int key) const { return load(value_scales(key)); }
+  const float* key_scales(int key) const { return scales(tile_.keys[key / kGroup], key); }
+  const float* value_scales(int key) const { return scales(tile_.values[key / kGroup], key); }
 
  private:
-  Vec scales(const int8_t* group, int key) const {
-    return load(reinterpret_cast<const float*>(group + kGroup * tile_.row_stride) + key % kGroup);
+  const float* scales(const int8_t* group, int key) const {
+    return reinterpret_cast<const float*>(group + kGroup * tile_.row_stride) + key % kGroup;
   }
 
   const Tile<int8_t>& tile_;
@@ -73,8 +75,12 @@ class Scales<Nibbles> {
     return fma(int32_to_float(about), load(key_[0] + key), load(key_[1] + key) * splat(query_sum));
   }
   Vec weight(int key, Vec weight) const { return weight * value_scale(key); }
-  Vec value_scale(int key) const { return load(value_[0] + key); }
-  Vec zero_point(int key, Vec weight) const { return weight * load(value_[1] + key); }
+  Vec value_scale(int key) const { return load(value_scales(key)); }
+  Vec zero_point(int key, Vec weight) const { return weight * load(value_minima(key)); }
+  const float* key_scales(int key) const { return key_[0] + key; }
+  const float* key_minima(int key) const { return key_[1] + key; }
+  const float* value_scales(int key) const { return value_[0] + key; }
+  const float* value_minima(int key) const { return value_[1] + key; }
 
  private:
   static constexpr float kKeyZeroPoint = 16.0f;

@@ -16,23 +16,17 @@ constexpr int64_t prefetch_steps(int64_t height) {
   return (height <= 4 ? 128 : 512) / (DotOf<Weight>::type::kStep * int64_t(sizeof(Weight)));
 }
 
-// Fetches one segment of some rows into L2, or L1, some lines at a time.
+// Fetches one segment of some rows into L2, some lines at a time.
 struct Ahead {
   const char* row;
   int64_t num_rows, row_bytes, piece_bytes, lines_a_time;
   int64_t at = 0;
   const char* x = nullptr;  // the next panel of tokens, into L1
   int64_t x_lines_a_time = 0;
-  bool into_l1 = false;
 
-  template <bool kMayBeL1>
   inline void fetch() {
     for (int64_t i = 0; i < lines_a_time && num_rows > 0; ++i) {
-      if (kMayBeL1 && into_l1) {
-        __builtin_prefetch(row + at);
-      } else {
-        prefetch_to_l2(row + at);
-      }
+      prefetch_to_l2(row + at);
       at += kCacheLine;
       if (at >= piece_bytes) at = 0, row += row_bytes, --num_rows;
     }

@@ -220,24 +220,32 @@ inline void store_sums(const Vec (&sums)[kHeight][kCount], float* p) {
   }
 }
 
-// sums += x * w over `steps` steps; load(j, step, part) gives row j's operand.
+// sums += x * w of one step; load(j, step, part) gives row j's operand.
+template <typename Dot, int kHeight, int kCount, typename Load>
+inline __attribute__((always_inline)) void multiply_step(const typename Dot::Element* x, int64_t s,
+                                                         const Load& load,
+                                                         Vec (&sums)[kHeight][kCount]) {
+#pragma GCC unroll 2
+  for (int part = 0; part < Dot::kParts; ++part, x += kHeight * Dot::kPart) {
+    typename Dot::Operand w[kCount];
+#pragma GCC unroll 8
+    for (int j = 0; j < kCount; ++j) w[j] = load(j, s, part);
+#pragma GCC unroll 8
+    for (int i = 0; i < kHeight; ++i) {
+      const typename Dot::Operand xi = Dot::load_packed(x + i * Dot::kPart);
+#pragma GCC unroll 8
+      for (int j = 0; j < kCount; ++j) sums[i][j] = Dot::multiply_add(xi, w[j], sums[i][j]);
+    }
+  }
+}
+
+// The same over `steps` steps.
 template <typename Dot, int kHeight, int kCount, typename Load>
 inline __attribute__((always_inline)) void multiply_steps(const typename Dot::Element* x,
                                                           int64_t steps, const Load& load,
                                                           Vec (&sums)[kHeight][kCount]) {
-  for (int64_t s = 0; s < steps; ++s) {
-#pragma GCC unroll 2
-    for (int part = 0; part < Dot::kParts; ++part, x += kHeight * Dot::kPart) {
-      typename Dot::Operand w[kCount];
-#pragma GCC unroll 8
-      for (int j = 0; j < kCount; ++j) w[j] = load(j, s, part);
-#pragma GCC unroll 8
-      for (int i = 0; i < kHeight; ++i) {
-        const typename Dot::Operand xi = Dot::load_packed(x + i * Dot::kPart);
-#pragma GCC unroll 8
-        for (int j = 0; j < kCount; ++j) sums[i][j] = Dot::multiply_add(xi, w[j], sums[i][j]);
-      }
-    }
+  for (int64_t s = 0; s < steps; ++s, x += kHeight * Dot::kStep) {
+    multiply_step<Dot>(x, s, load, sums);
   }
 }
 

@@ -7,7 +7,8 @@
 //          kFewRows; a run of each panel stays in L1 while a segment of the block passes over it.
 //          Many: panels of kTokens over blocks of kBlockRows, which the first panel reads from
 //          memory and leaves packed in L2. Either way the next segment of weights is fetched into
-//          L2, evenly, while this one is multiplied
+//          L2, evenly, while this one is multiplied. Short rows by kInOrderTokens: in the order in
+//          which they lie
 // Numerics fp32 accumulate. k is cut in equal segments of at most kSegmentBytes; a segment has one
 //          vector of sums for each (t, n), taken in ascending k and summed by the tree of sum();
 //          segments are added in ascending order. No other choice (tile, task, edge, thread)
@@ -37,11 +38,14 @@ constexpr int64_t kFewConvertedBytes = kLanes > 4 ? 96 << 10 : 0;
 // A segment of so many rows is 192 KB, and the next one is fetched beside it; 12 rows were 20 %
 // slower at 8 tokens, 72 no faster.
 constexpr int64_t kFewRows = 48;
-// Short rows, few tokens: blocks are tiles, and the next one is fetched into L1, which holds both.
-// One token's product with (49152, 576) in bfloat16 took 1445 us out of L2 and takes 1080; 4 tokens
-// were 1.5 times as slow that way, long rows 1.7.
-constexpr int kL1Tokens = 2;
-constexpr int64_t kL1Bytes = 8 << 10;
+// Rows of one segment, a few tokens: one row after another, and no prefetching. Hardware follows
+// one stream; of a tile's four in the same pages it follows hardly any. One core of an AMD EPYC
+// (Zen 4) that reads 31.5 GB/s: 1 token over (3072, 576), (576, 1536) and (2048, 2048) in bfloat16
+// took 147, 79 and 363 us in tiles and takes 117, 55 and 272; 3 tokens 1.1 to 1.2 times as fast, 4
+// no faster. Longer rows would be slower than tiles: a row's sum waits for itself, the next is out
+// of sight.
+constexpr int kInOrderTokens = kLanes > 8 ? 3 : 1;
+constexpr int64_t kInOrderRows = 64;
 // Of a panel of tokens, half of a 32 KB L1; whole segments of 8 tokens fell out of it (163 -> 111
 // GFLOP/s a core).
 constexpr int64_t kRunBytes = 16 << 10;
@@ -114,7 +118,7 @@ __attribute__((noinline)) void tile_of_run(const typename DotOf<Weight>::type::E
   }
   const auto load = [&](int j, int64_t s, int part) {
     if (j == 0 && part == 0 && s % prefetch_steps<Weight>(kHeight) == 0) {
-      ahead.fetch<kHeight <= kL1Tokens>();
+      ahead.fetch();
     }
     return rows.load(j, run.first + s, part);
   };
@@ -168,7 +172,7 @@ __attribute__((noinline)) void tile_of_panel(const typename DotOf<Weight>::type:
   Vec sums[kHeight][kRows];
   clear(sums);
   const auto load = [&](int j, int64_t s, int part) {
-    if (j == 0 && part == 0 && s % kPrefetchSteps == 0) ahead.fetch<false>();
+    if (j == 0 && part == 0 && s % kPrefetchSteps == 0) ahead.fetch();
     return Dot::load_packed(panel + ((s * Dot::kParts + part) * kRows + j) * Dot::kPart);
   };
   multiply_steps<Dot>(x, steps, load, sums);
@@ -238,18 +242,15 @@ void multiply_few(const LinearParams& p, const Cut<typename DotOf<Weight>::type>
   float* totals = static_cast<float*>(
       scratch(Scratch::kTask, (totals_size + carried_size) * int64_t(sizeof(float))));
   float* carried = totals + totals_size;
-  const bool in_l1 = p.num_tokens <= kL1Tokens && kRows * p.k * int64_t(sizeof(Weight)) <= kL1Bytes;
-  const int64_t most_rows = in_l1 ? kRows : kFewRows;
   Block next = block_from(p, n, end, height);
   while (next.count > 0) {
     const Block block = next;
-    next = block_from(p, block.n + block.count, end, smaller(2 * block.count, most_rows));
+    next = block_from(p, block.n + block.count, end, smaller(2 * block.count, kFewRows));
     std::memset(totals, 0, totals_size * sizeof(float));
     for (int64_t segment = 0; segment < cut.num_segments; ++segment) {
       const int64_t times = ceil_div(block.count, height) * num_panels *
                             ceil_div(cut.length(segment), prefetch_steps<Weight>(panel_tokens));
       Ahead ahead = fetch_after<Weight>(p, cut, segment, block, next, times);
-      ahead.into_l1 = in_l1;
       for (int64_t t = 0; t < p.num_tokens; t += panel_tokens) {
         with_height<kStreamTokens>(smaller(panel_tokens, p.num_tokens - t), [&](auto h) {
           multiply_panel<Weight, h.value>(p, cut, x + cut.panel(segment, t, p.num_tokens), segment,
@@ -258,6 +259,53 @@ void multiply_few(const LinearParams& p, const Cut<typename DotOf<Weight>::type>
       }
     }
     put(totals, kFewRows, p, block.n, block.count);
+  }
+}
+
+// Rows [n, n + count) of one weight and one segment: no two are read at a time.
+template <typename Weight, int kHeight>
+__attribute__((noinline)) void multiply_block_in_order(
+    const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
+    const typename DotOf<Weight>::type::Element* x, const Block& block, float* totals) {
+  using Dot = typename DotOf<Weight>::type;
+  const int64_t whole = cut.steps - (cut.tail != 0);
+  for (int64_t i = 0; i < block.count; i += kRows) {
+    const WeightRows<Weight> rows(p, block.n + i, block.n + block.count - 1, 0);
+    Vec sums[kHeight][kRows];
+#pragma GCC unroll 4
+    for (int j = 0; j < kRows; ++j) {
+      Vec row[kHeight][1];
+      clear(row);
+      const auto load = [&](int, int64_t s, int part) { return rows.load(j, s, part); };
+#pragma GCC unroll 4
+      for (int64_t s = 0; s < whole; ++s) {
+        multiply_step<Dot>(x + s * kHeight * Dot::kStep, s, load, row);
+      }
+      if (cut.tail) {
+        const auto tail = [&](int, int64_t, int part) {
+          return rows.load_first(j, whole, part, cut.tail);
+        };
+        multiply_steps<Dot>(x + whole * kHeight * Dot::kStep, 1, tail, row);
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < kHeight; ++t) sums[t][j] = row[t][0];
+    }
+    add_all_sums(sums, totals + i, kInOrderRows);
+  }
+}
+
+// Rows [n, end), each of one segment, for very few tokens.
+template <typename Weight>
+void multiply_in_order(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
+                       const typename DotOf<Weight>::type::Element* x, int64_t n, int64_t end) {
+  float totals[kInOrderTokens * kInOrderRows];
+  for (Block block; n < end; n += block.count) {
+    block = block_from(p, n, end, kInOrderRows);
+    std::memset(totals, 0, p.num_tokens * kInOrderRows * sizeof(float));
+    with_height<kInOrderTokens>(p.num_tokens, [&](auto height) {
+      multiply_block_in_order<Weight, height.value>(p, cut, x, block, totals);
+    });
+    put(totals, kInOrderRows, p, block.n, block.count);
   }
 }
 
@@ -348,11 +396,17 @@ void multiply(const LinearParams& p) {
     const int64_t num_panels = ceil_div(p.num_tokens, kStreamTokens);
     const int64_t panel_tokens = ceil_div(p.num_tokens, num_panels);
     pack(p, cut, panel_tokens, x);
+    const bool in_order = p.num_tokens <= kInOrderTokens && cut.num_segments == 1;
     const int64_t tasks = smaller(kTasks, num_stream_tasks(num_rows * p.k * sizeof(Weight)));
     const int64_t task_rows = ceil_div(num_rows, kTaskRows * tasks) * kTaskRows;
     for_each_task(ceil_div(num_rows, task_rows), [&](int64_t task) {
       const int64_t n = task * task_rows;
-      multiply_few<Weight>(p, cut, x, panel_tokens, n, smaller(num_rows, n + task_rows));
+      const int64_t row_end = smaller(num_rows, n + task_rows);
+      if (in_order) {
+        multiply_in_order<Weight>(p, cut, x, n, row_end);
+      } else {
+        multiply_few<Weight>(p, cut, x, panel_tokens, n, row_end);
+      }
     });
   } else {
     pack(p, cut, kTokens, x);
