@@ -43,9 +43,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         """Take an engine that nothing else steps; its thread starts with the first request."""
         self.engine = engine
-        self._streams: dict[
-            str, OutputStream
-        ] = {}  # unfinished; one call takes and leaves a key
+        self._streams: dict[str, OutputStream] = {}  # unfinished; one call takes or leaves a key
         self._bells: dict[asyncio.AbstractEventLoop, _Bell] = {}  # the same
         self._beginning: list[OutputStream] = []  # of the thread: queued, without a token so far
         self._tasks: deque[Callable[[], None]] = deque()  # for the thread, before its next step
@@ -72,7 +70,7 @@ class AsyncEngine:
             prompt_token_ids: at least one token id.
             params: how to sample; None: greedy.
             request_id: unique among the unfinished requests; None: a new one.
-            options: priority and adapter, as `Engine.add_request` takes them.
+            options: priority, adapter and cache_salt, as `Engine.add_request` takes them.
 
         Raises:
             ValueError, TypeError: as there.
@@ -279,9 +277,7 @@ class _Bell:
         self._mail: deque[Mail] = deque()  # from the thread
         self._is_rung = False
         self._last = -math.inf  # when the mail was last sorted
-        self._streams: dict[
-            str, OutputStream
-        ] = {}  # mail may come for them; of the loop alone
+        self._streams: dict[str, OutputStream] = {}  # for mail; used in the loop alone
 
     def post(self, mail: Mail) -> None:
         """Leave something; `ring` has it looked at."""
@@ -359,7 +355,7 @@ class OutputStream:
         Raises:
             Exception: what ended this request.
         """
-        outputs = list(joined(self.inbox)) if self.inbox else []
+        outputs = joined(self.inbox) if self.inbox else []
         self.inbox = []
         for output in outputs:
             self._count(output)
