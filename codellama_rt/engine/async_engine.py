@@ -113,8 +113,8 @@ class AsyncEngine:
         else:
             request = await asyncio.to_thread(make, request_id, prompt_token_ids, params, **options)
         self.engine.check_queue(request.samples[0].sequence.prompt_len)
-        self._check_open()
-        for other in [other for other in self._bells if other.is_closed()]:
+        self.check_open()
+        for other in [other for other in list(self._bells) if other.is_closed()]:
             self._bells.pop(other, None)
         stream = OutputStream(request, self._bells.setdefault(loop, _Bell(loop)), ready)
         if self._streams.setdefault(request_id, stream) is not stream:
@@ -167,7 +167,8 @@ class AsyncEngine:
         """Close it."""
         await self.close()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise RuntimeError if no request is taken any more."""
         self.engine.check_open()
         if self._is_closed or self._is_draining:
             state = "closed" if self._is_closed else "draining: it takes no further requests"
@@ -188,6 +189,15 @@ class AsyncEngine:
     # ---- in the thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # a fault of this class: nobody is left waiting
+            logger.exception("the AsyncEngine ends with its thread")
+            self._is_closed = True
+            for stream in list(self._streams.values()):
+                self._abort(stream, RuntimeError(f"the AsyncEngine has failed: {error!r}"))
+
+    def _work(self) -> None:
         while not self._is_closed:
             while self._tasks:
                 self._tasks.popleft()()
@@ -233,24 +243,25 @@ class AsyncEngine:
 
     def _deliver(self, outputs: list[Output]) -> None:
         """Post the outputs of a step to the loops of their readers."""
+        streams = dict(self._streams)  # at one moment: tasks add their own meanwhile
         bells = set(self._bells.values())
         if len(bells) == 1:
             [bell] = bells
             bell.post(outputs)
         else:
             names = {output.request_id for output in outputs}
-            bells = {stream.bell for name, stream in self._streams.items() if name in names}
+            bells = {stream.bell for name, stream in streams.items() if name in names}
             for bell in bells:
                 bell.post(outputs)
-        if len(self._streams) != len(self.engine.table.requests):
-            for stream in [s for s in self._streams.values() if s.request.is_finished]:
+        if len(streams) != len(self.engine.table.requests):
+            for stream in [s for s in streams.values() if s.request.is_finished]:
                 if stream.request_id in self._streams:
                     self._end(stream)
         urgent = set()
         if self._beginning:
             begun = [s for s in self._beginning if s.request.clock.first_token is not None]
             urgent = {stream.bell for stream in begun}
-            unfinished = set(self._streams.values()).difference(begun)
+            unfinished = set(dict(self._streams).values()).difference(begun)
             self._beginning = [s for s in self._beginning if s in unfinished]
         for bell in bells:
             self._ring(bell, is_urgent=bell in urgent)
@@ -260,7 +271,7 @@ class AsyncEngine:
             bell.ring(is_urgent=is_urgent)
         except RuntimeError:  # the loop is closed, so nobody reads its streams any more
             self._bells.pop(bell.loop, None)
-            for stream in [s for s in self._streams.values() if s.bell is bell]:
+            for stream in [s for s in list(self._streams.values()) if s.bell is bell]:
                 self.engine.abort(stream.request_id)
                 del self._streams[stream.request_id]
 

@@ -27,12 +27,12 @@ async def model_card(request: Request) -> JSONAnswer:
 
 
 async def health(request: Request) -> JSONAnswer:
-    """Say that the server runs, or 503 once its engine is closed."""
+    """Say that the server runs, or 503 once its engine takes no requests."""
     service: Service = request.app.state.service
     try:
-        service.engine.engine.check_open()
-    except RuntimeError:
-        raise ApiError(503, "the engine is closed", code="unavailable") from None
+        service.engine.check_open()
+    except RuntimeError as error:
+        raise ApiError(503, str(error), code="unavailable") from None
     return JSONAnswer({"status": "ok"})
 
 
