@@ -30,8 +30,8 @@ import numpy as np
 from scripts import names, new_parser, parsed
 
 from codellama_rt import LLM, SamplingParams
+from codellama_rt.engine.disk_cache.write_behind import WriteBehind
 from codellama_rt.engine.engine import Engine
-from codellama_rt.engine.write_behind import WriteBehind
 from codellama_rt.tools.bench.measure import Row, save
 
 BLOCK_SIZE = 64

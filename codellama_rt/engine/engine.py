@@ -35,7 +35,7 @@ from codellama_rt.model.interface import Decoder, KVCache
 from codellama_rt.model.lora import LoraAdapter
 
 if TYPE_CHECKING:
-    from codellama_rt.engine.prefix_store import PrefixStore
+    from codellama_rt.engine.disk_cache.store import PrefixStore
 
 
 class Engine:
@@ -130,7 +130,8 @@ class Engine:
         self._closed = False
         self._persistence = None
         if prefix_store is not None:
-            from codellama_rt.engine.persistence import Persistence  # most engines have none
+            # Imported here: most engines have none.
+            from codellama_rt.engine.disk_cache.persistence import Persistence
 
             self._persistence = Persistence(prefix_store, kv_cache, self.scheduler, self.admission)
             self.steps.searches.add(self._persistence.restorer)

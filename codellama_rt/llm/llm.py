@@ -15,9 +15,9 @@ from codellama_rt.checkpoint.adapter import load_adapter
 from codellama_rt.checkpoint.formats.generation_config import rejected
 from codellama_rt.checkpoint.open import resolve
 from codellama_rt.engine.completion import Completion, Job
+from codellama_rt.engine.disk_cache.transfer import export_prefix, import_prefix
 from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.follow import Jobs
-from codellama_rt.engine.prefix_transfer import export_prefix, import_prefix
 from codellama_rt.engine.request_checks import check_params
 from codellama_rt.engine.sampling_params import (
     LogitsProcessor,

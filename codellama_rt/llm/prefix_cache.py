@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 
-from codellama_rt.engine.prefix_store import PrefixStore
+from codellama_rt.engine.disk_cache.store import PrefixStore
 from codellama_rt.llm.memory import parse_bytes
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.fingerprint import fingerprint

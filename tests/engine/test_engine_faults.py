@@ -39,6 +39,8 @@ def results(gained):
 def run(num_blocks, step, faults):
     """All requests to their ends, with faults in one step; then what the prefix cache gives."""
     engine = engine_of(num_blocks, max_num_batched_tokens=8, max_num_seqs=4)
+    engine.add_request("earlier", PROMPT[:5], SamplingParams(max_tokens=1))
+    drain(engine)  # so that the others find a block, and the head of another one
     for name, (prompt, params) in REQUESTS.items():
         engine.add_request(name, prompt, params)
     gained, steps = {}, 0
@@ -53,6 +55,7 @@ def run(num_blocks, step, faults):
             collect(gained, outputs)
     stats = engine.stats()
     assert stats["kv_blocks_free"] == stats["kv_blocks"], "blocks leaked"
+    assert stats["prefix_partial_hit_tokens"] >= 2
     assert not engine.table.samples
     first = results(gained)
     for (name, index), (token_ids, *_) in first.items():

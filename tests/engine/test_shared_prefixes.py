@@ -59,7 +59,7 @@ def run(model, kv_dtype, requests, **options):
     recorder = Recorder(model)
     engine = make_engine(
         recorder, num_blocks=400, block_size=32, kv_dtype=kv_dtype, max_num_batched_tokens=512,
-        **options,
+        max_step_seconds=None, **options,
     )  # fmt: skip
     outputs = {}
     for name, (prompt, params) in requests.items():

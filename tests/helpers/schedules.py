@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from codellama_rt.engine.disk_cache.store import PrefixStore
 from codellama_rt.engine.engine import Engine
-from codellama_rt.engine.prefix_store import PrefixStore
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.sequence import Chunk, Sequence
 from codellama_rt.engine.structured_outputs import StructuredOutputs

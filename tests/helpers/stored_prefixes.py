@@ -8,7 +8,7 @@ import sys
 from array import array
 from pathlib import Path
 
-from codellama_rt.engine.prefix_store import PrefixStore
+from codellama_rt.engine.disk_cache.store import PrefixStore
 
 BLOCK_SIZE, NUM_BUFFERS, BUFFER_BYTES = 4, 6, 1500
 NUM_CHAINS, NUM_BLOCKS = 12, 6

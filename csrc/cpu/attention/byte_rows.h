@@ -121,8 +121,7 @@ __attribute__((noinline, flatten)) void dot_group(const uint8_t* keys, const int
   });
 }
 
-inline Vec score_pair(const Scales<int8_t>& scales, int key, Vec total,
-                      const QueryLanes<int8_t>& query) {
+inline Vec score_pair(const Scales<int8_t>& scales, int key, Vec total, const QueryLanes<int8_t>&) {
   return int32_to_float(total) * spread_pair(scales.key_scales(key));
 }
 inline Vec score_pair(const Scales<Nibbles>& scales, int key, Vec total,

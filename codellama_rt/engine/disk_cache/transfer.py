@@ -7,9 +7,7 @@ import secrets
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-from codellama_rt.engine.engine import Engine
-from codellama_rt.engine.persistence import identity_of
-from codellama_rt.engine.prefix_file import (
+from codellama_rt.engine.disk_cache.block_file import (
     Buffers,
     Head,
     PrefixFileError,
@@ -20,6 +18,8 @@ from codellama_rt.engine.prefix_file import (
     read_head,
     write_file,
 )
+from codellama_rt.engine.disk_cache.persistence import identity_of
+from codellama_rt.engine.engine import Engine
 from codellama_rt.engine.request_checks import checked_prompt
 from codellama_rt.engine.sequence import Sequence, int32_list
 from codellama_rt.model.lora import LoraAdapter

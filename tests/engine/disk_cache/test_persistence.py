@@ -17,7 +17,7 @@ from helpers.schedules import MODELS, run_schedule, undisturbed
 from codellama_rt import ops
 from codellama_rt.engine import prefix_store, restorer, write_behind
 from codellama_rt.engine.branches import Branches
-from codellama_rt.engine.prefix_store import PrefixStore
+from codellama_rt.engine.disk_cache.store import PrefixStore
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.model.fingerprint import fingerprint
 from codellama_rt.model.kv_cache import KV_DTYPES

@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import NamedTuple
 
-from codellama_rt.engine.prefix_file import (
+from codellama_rt.engine.disk_cache.block_file import (
     Buffers,
     Head,
     PrefixFileError,

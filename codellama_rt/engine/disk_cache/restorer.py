@@ -15,7 +15,7 @@ from contextlib import suppress
 from weakref import WeakSet
 
 from codellama_rt.engine.block_manager import BlockManager
-from codellama_rt.engine.prefix_store import PrefixStore
+from codellama_rt.engine.disk_cache.store import PrefixStore
 from codellama_rt.engine.sequence import Sequence
 from codellama_rt.model.kv_cache import KVCache
 

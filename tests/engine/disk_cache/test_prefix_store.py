@@ -29,10 +29,15 @@ from helpers.stored_prefixes import (
 )
 
 from codellama_rt.engine import prefix_store
-from codellama_rt.engine.prefix_file import Head, PrefixFileError, decode_identity, read_head
+from codellama_rt.engine.disk_cache.block_file import (
+    Head,
+    PrefixFileError,
+    decode_identity,
+    read_head,
+)
 
 NUM_FLIPS = 500
-# All of the 200: CODELLAMA_RT_KILLS=200 python -m pytest tests/engine/test_prefix_store.py -k kill
+# All of the 200: CODELLAMA_RT_KILLS=200 python -m pytest tests/engine/disk_cache -k kill
 NUM_KILLS = int(os.environ.get("CODELLAMA_RT_KILLS", "12"))
 FILE_BYTES = NUM_BUFFERS * BUFFER_BYTES + 1000  # with the head, at most
 
@@ -138,7 +143,7 @@ def test_the_first_error_is_logged_once(tmp_path, caplog):
         for _ in range(3):
             path.write_bytes(b"no prefix")
             assert not is_found(store, tokens_of(0, 1))
-    assert [record.name for record in caplog.records] == ["codellama_rt.engine.prefix_store"]
+    assert [record.name for record in caplog.records] == ["codellama_rt.engine.disk_cache.store"]
     assert str(path) in caplog.text
     assert store.num_errors == 3
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from codellama_rt.engine.admission import Admission
-from codellama_rt.engine.prefix_file import encode_identity
-from codellama_rt.engine.prefix_store import PrefixStore
-from codellama_rt.engine.restorer import Restorer
+from codellama_rt.engine.disk_cache.block_file import encode_identity
+from codellama_rt.engine.disk_cache.restorer import Restorer
+from codellama_rt.engine.disk_cache.store import PrefixStore
+from codellama_rt.engine.disk_cache.write_behind import WriteBehind
 from codellama_rt.engine.scheduler import Scheduler
 from codellama_rt.engine.sequence import Sequence
-from codellama_rt.engine.write_behind import WriteBehind
 from codellama_rt.model.fingerprint import adapter_digest
 from codellama_rt.model.interface import KVCache
 from codellama_rt.ops import native
