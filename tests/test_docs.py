@@ -190,6 +190,9 @@ def run_evaluation(words):
 
 def run_benchmark(words):
     """Measure at tiny sizes; compare two files of such rows."""
+    if words[1] == "serve":  # tests/serve has a server
+        run([*words, "--help"])
+        return
     if words[1] == "compare":
         for name in words[2:]:
             run(["bench", "ops", "--quick", "--op", "linear", "--tokens", "1", "--json", name])
@@ -235,8 +238,29 @@ def check_script(words):
     subprocess.run(["bash", "-n", str(REPOSITORY / words[0])], check=True)
 
 
-COMMANDS = {"convert": run_conversion, "eval": run_evaluation, "bench": run_benchmark}
+def run_server(words):
+    """Open the model, read the options, and stop where the server would listen."""
+    server = pytest.importorskip("codellama_rt.serve.server")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "serve", lambda model, settings, **options: None)
+        run(words)
+
+
+def check_request(words):
+    """The server has the path that is asked for."""
+    routes = pytest.importorskip("codellama_rt.serve.app").ROUTES
+    [url] = [word for word in words if word.startswith("http://")]
+    assert any("/" + url.split("/", 3)[3] in paths for _, paths, _ in routes)
+
+
+COMMANDS = {
+    "convert": run_conversion,
+    "eval": run_evaluation,
+    "bench": run_benchmark,
+    "serve": run_server,
+}
 PROGRAMS = {
+    "curl": check_request,
     "pip": check_installation,
     "python": check_python,
     "cmake": check_build,

@@ -1,4 +1,4 @@
-"""`codellama-rt bench ops | generate | compare`: a progress bar, tables, and JSON for reports.
+"""`codellama-rt bench ops | generate | serve | compare`: progress, tables, and JSON for reports.
 
 The limits of the machine, measured in the same run, go to stderr and beside each row.
 """
@@ -120,6 +120,69 @@ def bench_generate(
             python_share=python_share,
         )
         _follow("generate", rows, json)
+
+
+@bench_app.command("serve")
+def bench_serve(
+    url: Annotated[str, typer.Option(help="Of the server.")] = "http://127.0.0.1:8000",
+    model: Annotated[
+        str | None, typer.Option(help="Name to ask for (default: the server's).")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="CODELLAMA_RT_API_KEY", help="Key of the server.")
+    ] = None,
+    requests: Annotated[int, typer.Option(help="Requests in all.", min=1)] = 64,
+    concurrency: Annotated[
+        int, typer.Option(help="Clients that ask again when they have an answer.", min=1)
+    ] = 8,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Requests per second, at random times, instead of --concurrency."),
+    ] = None,
+    input_words: Annotated[int, typer.Option(help="Words per prompt.", min=1)] = 128,
+    shared_prefix: Annotated[
+        int, typer.Option(help="Words with which all prompts begin.", min=0)
+    ] = 0,
+    output_tokens: Annotated[int, typer.Option(help="Tokens per answer.", min=1)] = 64,
+    typing: Annotated[
+        bool,
+        typer.Option("--typing", help="Fill gaps of one file, a request each 3 characters."),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of prompts and times.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Put a load on a server: throughput, time to the first token, time between tokens.
+
+    The results have the names of `vllm bench serve`.
+    """
+    with reported_errors(debug):
+        import json as json_module
+
+        from codellama_rt.cli.progress import ProgressBar
+        from codellama_rt.tools.bench.http_stream import Endpoint
+        from codellama_rt.tools.bench.serving import Load, measure, table
+
+        if rate is not None and not rate > 0:
+            raise ValueError(f"--rate must be above 0, got {rate:g}")
+        load = Load(
+            requests=requests,
+            input_words=input_words,
+            shared_words=shared_prefix,
+            output_tokens=output_tokens,
+            concurrency=concurrency,
+            rate=rate,
+            typing=typing,
+            model=model,
+            seed=seed,
+        )
+        with ProgressBar("bench serve") as bar:
+            found = measure(
+                Endpoint(url, api_key), load, lambda *done: bar.update(*done, "answers")
+            )
+        print(table(found))
+        if json is not None:
+            json.write_text(json_module.dumps(found, indent=1) + "\n")
 
 
 @bench_app.command("compare")

@@ -1,5 +1,5 @@
-"""The command line: `codellama-rt generate | infill | chat | eval | convert | estimate | doctor |
-bench`.
+"""The command line: `codellama-rt generate | infill | chat | serve | eval | convert | estimate |
+doctor | bench`.
 
 Text goes to stdout, everything else to stderr. A mistake ends in one line and exit code 2; Ctrl-C
 in exit code 130.
@@ -29,6 +29,7 @@ from codellama_rt.cli.options import (
     SamplingOptions,
     with_options,
 )
+from codellama_rt.cli.serve import serve
 from codellama_rt.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def infill(
 
 
 app.command()(with_options(chat))
+app.command()(with_options(serve))
 app.add_typer(cli_eval.app, name="eval")
 
 

@@ -43,9 +43,9 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         """Take an engine that nothing else steps; its thread starts with the first request."""
         self.engine = engine
-        self._streams: dict[str, _Stream] = {}  # unfinished; a key is taken and left by one call
+        self._streams: dict[str, OutputStream] = {}  # unfinished; one call takes or leaves a key
         self._bells: dict[asyncio.AbstractEventLoop, _Bell] = {}  # the same
-        self._beginning: list[_Stream] = []  # of the thread: queued, without a token so far
+        self._beginning: list[OutputStream] = []  # of the thread: queued, without a token so far
         self._tasks: deque[Callable[[], None]] = deque()  # for the thread, before its next step
         self._has_work = threading.Event()
         self._start = threading.Lock()
@@ -91,11 +91,17 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        ready: asyncio.Event | None = None,
         **options: Any,
-    ) -> AsyncIterator[Output]:
+    ) -> OutputStream:
         """Queue a request and return its outputs' iterator, for whom `generate` is too lazy.
 
         Arguments and errors are those of `generate`. Whoever drops the iterator calls `abort`.
+
+        Args:
+            prompt_token_ids, params, request_id, options: as for `generate`.
+            ready: set whenever the stream has something new; streams may share one event, so that
+                a task can wait for any of them.
         """
         if request_id is None:
             self._num_requests += 1
@@ -107,10 +113,10 @@ class AsyncEngine:
         else:
             request = await asyncio.to_thread(make, request_id, prompt_token_ids, params, **options)
         self.engine.check_queue(request.samples[0].sequence.prompt_len)
-        self._check_open()
-        for other in [other for other in self._bells if other.is_closed()]:
+        self.check_open()
+        for other in [other for other in list(self._bells) if other.is_closed()]:
             self._bells.pop(other, None)
-        stream = _Stream(request, self._bells.setdefault(loop, _Bell(loop)))
+        stream = OutputStream(request, self._bells.setdefault(loop, _Bell(loop)), ready)
         if self._streams.setdefault(request_id, stream) is not stream:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         stream.bell.add(stream)
@@ -125,6 +131,11 @@ class AsyncEngine:
         stream = self._streams.get(request_id)
         if stream is not None:
             self._hand_over(lambda: self._abort(stream))
+
+    def abort_all(self) -> None:
+        """Abort every unfinished request, as `abort` does."""
+        for request_id in list(self._streams):
+            self.abort(request_id)
 
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes, after a step under way, as `Engine.reset_prefix_cache`."""
@@ -156,7 +167,8 @@ class AsyncEngine:
         """Close it."""
         await self.close()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise RuntimeError if no request is taken any more."""
         self.engine.check_open()
         if self._is_closed or self._is_draining:
             state = "closed" if self._is_closed else "draining: it takes no further requests"
@@ -177,6 +189,15 @@ class AsyncEngine:
     # ---- in the thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # a fault of this class: nobody is left waiting
+            logger.exception("the AsyncEngine ends with its thread")
+            self._is_closed = True
+            for stream in list(self._streams.values()):
+                self._abort(stream, RuntimeError(f"the AsyncEngine has failed: {error!r}"))
+
+    def _work(self) -> None:
         while not self._is_closed:
             while self._tasks:
                 self._tasks.popleft()()
@@ -200,7 +221,7 @@ class AsyncEngine:
         else:
             self._deliver(outputs)
 
-    def _submit(self, stream: _Stream) -> None:
+    def _submit(self, stream: OutputStream) -> None:
         try:
             self.engine.submit(stream.request)
         except Exception as error:
@@ -208,13 +229,13 @@ class AsyncEngine:
         else:
             self._beginning.append(stream)
 
-    def _abort(self, stream: _Stream, error: Exception | None = None) -> None:
+    def _abort(self, stream: OutputStream, error: Exception | None = None) -> None:
         """End a stream by an error, or with its request's last outputs."""
         if self._streams.get(stream.request_id) is stream:
             stream.bell.post(self.engine.abort(stream.request_id))
             self._end(stream, error)
 
-    def _end(self, stream: _Stream, error: Exception | None = None) -> None:
+    def _end(self, stream: OutputStream, error: Exception | None = None) -> None:
         """Let a stream's reader know that nothing more comes; from now on the name is free."""
         stream.bell.post((stream, error))
         del self._streams[stream.request_id]
@@ -222,24 +243,25 @@ class AsyncEngine:
 
     def _deliver(self, outputs: list[Output]) -> None:
         """Post the outputs of a step to the loops of their readers."""
+        streams = dict(self._streams)  # at one moment: tasks add their own meanwhile
         bells = set(self._bells.values())
         if len(bells) == 1:
             [bell] = bells
             bell.post(outputs)
         else:
             names = {output.request_id for output in outputs}
-            bells = {stream.bell for name, stream in self._streams.items() if name in names}
+            bells = {stream.bell for name, stream in streams.items() if name in names}
             for bell in bells:
                 bell.post(outputs)
-        if len(self._streams) != len(self.engine.table.requests):
-            for stream in [s for s in self._streams.values() if s.request.is_finished]:
+        if len(streams) != len(self.engine.table.requests):
+            for stream in [s for s in streams.values() if s.request.is_finished]:
                 if stream.request_id in self._streams:
                     self._end(stream)
         urgent = set()
         if self._beginning:
             begun = [s for s in self._beginning if s.request.clock.first_token is not None]
             urgent = {stream.bell for stream in begun}
-            unfinished = set(self._streams.values()).difference(begun)
+            unfinished = set(dict(self._streams).values()).difference(begun)
             self._beginning = [s for s in self._beginning if s in unfinished]
         for bell in bells:
             self._ring(bell, is_urgent=bell in urgent)
@@ -249,12 +271,12 @@ class AsyncEngine:
             bell.ring(is_urgent=is_urgent)
         except RuntimeError:  # the loop is closed, so nobody reads its streams any more
             self._bells.pop(bell.loop, None)
-            for stream in [s for s in self._streams.values() if s.bell is bell]:
+            for stream in [s for s in list(self._streams.values()) if s.bell is bell]:
                 self.engine.abort(stream.request_id)
                 del self._streams[stream.request_id]
 
 
-Mail = list[Output] | tuple["_Stream", Exception | None]  # or the end of a stream
+Mail = list[Output] | tuple["OutputStream", Exception | None]  # or the end of a stream
 
 
 class _Bell:
@@ -266,7 +288,7 @@ class _Bell:
         self._mail: deque[Mail] = deque()  # from the thread
         self._is_rung = False
         self._last = -math.inf  # when the mail was last sorted
-        self._streams: dict[str, _Stream] = {}  # for which mail may come; used in the loop alone
+        self._streams: dict[str, OutputStream] = {}  # for mail; used in the loop alone
 
     def post(self, mail: Mail) -> None:
         """Leave something; `ring` has it looked at."""
@@ -284,7 +306,7 @@ class _Bell:
             self._is_rung = True
             self.loop.call_soon_threadsafe(self._wait)
 
-    def add(self, stream: _Stream) -> None:
+    def add(self, stream: OutputStream) -> None:
         """Take a stream whose name nobody else has; mail for one of the same name comes first."""
         self._sort()
         self._streams[stream.request_id] = stream
@@ -318,11 +340,11 @@ class _Bell:
             stream.wake()
 
 
-class _Stream:
+class OutputStream:
     """The outputs of one request on their way to the task that reads them."""
 
-    def __init__(self, request: Request, bell: _Bell) -> None:
-        """Start with nothing to read."""
+    def __init__(self, request: Request, bell: _Bell, ready: asyncio.Event | None = None) -> None:
+        """Start with nothing to read; `ready` is set when that changes."""
         self.request, self.bell = request, bell
         self.request_id = request.request_id
         self.inbox: list[Output] = []
@@ -331,13 +353,37 @@ class _Stream:
         self._taken: deque[Output] = deque()  # from the inbox, at most one per sample
         self._unfinished = request.params.n
         self._reader: asyncio.Future | None = None  # that waits
+        self._ready = ready
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether every sample's last output has been read."""
+        return not self._unfinished
+
+    def take(self) -> list[Output]:
+        """Return what the samples have gained, joined per sample, without waiting.
+
+        Raises:
+            Exception: what ended this request.
+        """
+        outputs = joined(self.inbox) if self.inbox else []
+        self.inbox = []
+        for output in outputs:
+            self._count(output)
+        if not outputs and self.is_over and self._unfinished:
+            self._unfinished = 0
+            if self.error is not None:
+                raise self.error
+        return outputs
 
     def wake(self) -> None:
         """Let the reader look."""
+        if self._ready is not None:
+            self._ready.set()
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    def __aiter__(self) -> _Stream:
+    def __aiter__(self) -> OutputStream:
         """Return itself."""
         return self
 
@@ -354,7 +400,9 @@ class _Stream:
             else:
                 self._reader = self.bell.loop.create_future()
                 await self._reader
-        output = self._taken.popleft()
+        return self._count(self._taken.popleft())
+
+    def _count(self, output: Output) -> Output:
         if output.error is not None:
             self._unfinished = 0
             raise output.error

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
-            60.0, 120.0, 300.0, 600.0, 1800.0, 7200.0)  # fmt: skip
+            60.0, 120.0, 300.0, 600.0, 1800.0, 7200.0, 20000.0, 50000.0)  # fmt: skip
 _TOKENS = tuple(2.0**i for i in range(18))  # to 131,072
 
 

@@ -28,7 +28,7 @@ NOT_OPTIONS = {
 }
 COMMANDS = (
     *("generate", "infill", "chat", "eval humaneval", "eval infilling", "eval perplexity"),
-    *("eval mbpp", "eval needle"),
+    *("eval mbpp", "eval needle", "serve"),
 )
 
 

@@ -9,6 +9,7 @@ import pytest
 from helpers.paged_fakes import drain, engine_of, greedy_tokens
 
 from codellama_rt.engine.async_engine import AsyncEngine
+from codellama_rt.engine.request import Request
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.errors import QueueFullError
 
@@ -273,3 +274,47 @@ def test_readers_are_woken_seldom_but_for_first_and_last_tokens(monkeypatch):
     outputs = asyncio.run(main())
     assert sum(len(output.token_ids) for output in outputs) == 200
     assert 1 <= len(outputs) <= 3
+
+
+def test_requests_come_while_outputs_are_delivered(monkeypatch):
+    """A task adds its stream at any moment, also between two that the thread looks at."""
+    engine = engine_of(num_blocks=256)
+
+    async def main():
+        async with AsyncEngine(engine) as streams:
+            is_finished, others = Request.is_finished, iter(range(10**6))
+
+            def come_and_go(request):
+                name = f"other-{next(others) // 2}"
+                if streams._streams.pop(name, None) is None:
+                    streams._streams[name] = next(iter(streams._streams.values()))
+                return is_finished.fget(request)
+
+            monkeypatch.setattr(Request, "is_finished", property(come_and_go))
+            found = await asyncio.wait_for(
+                asyncio.gather(*(read(streams, i) for i in range(8))), timeout=60
+            )
+            monkeypatch.undo()
+            for name in [name for name in streams._streams if name.startswith("other-")]:
+                del streams._streams[name]
+            return found
+
+    assert [reason for _, reason in asyncio.run(main())] == ["length"] * 8
+
+
+def test_nobody_waits_for_a_thread_that_has_ended(monkeypatch):
+    engine = engine_of(num_blocks=64)
+
+    def fail(self, outputs):
+        raise ZeroDivisionError("of our own")
+
+    async def main():
+        streams = AsyncEngine(engine)
+        monkeypatch.setattr(AsyncEngine, "_deliver", fail)
+        with pytest.raises(RuntimeError, match="has failed: ZeroDivisionError"):
+            await asyncio.wait_for(read(streams, 0), timeout=60)
+        with pytest.raises(RuntimeError, match="closed"):
+            streams.check_open()
+        await streams.close()
+
+    asyncio.run(main())

@@ -1,0 +1,67 @@
+"""llama.vim itself in headless vim, where both are there: its cache then has our filling."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers.served import WAIT_S
+
+from codellama_rt import SamplingParams
+
+SCRIPT = """
+set nocompatible
+set rtp+={plugin}
+let g:llama_config = {{'endpoint_fim': '{url}/infill', 'n_predict': 24, 'auto_fim': v:false}}
+runtime plugin/llama.vim
+runtime autoload/llama.vim
+silent! call llama#init()
+edit {file}
+call cursor(2, 5)
+call llama#fim(-1, -1, v:false, [], v:false)
+let g:waited = 0
+while empty(g:cache_data) && g:waited < 600
+  sleep 50m
+  let g:waited += 1
+endwhile
+sleep 1500m
+call writefile(values(g:cache_data), '{found}')
+qa!
+"""
+
+
+@pytest.fixture
+def plugin():
+    folder = os.environ.get("CODELLAMA_RT_LLAMA_VIM")  # a checkout of github.com/ggml-org/llama.vim
+    if folder is None or not shutil.which("vim") or not shutil.which("curl"):
+        pytest.skip("no llama.vim: CODELLAMA_RT_LLAMA_VIM names a checkout; vim and curl run it")
+    return Path(folder)
+
+
+def test_llama_vim_takes_a_filling(served, llm, plugin, tmp_path, caplog, monkeypatch):
+    add_request, prompts = served.service.engine.add_request, []
+
+    def record(token_ids, *args, **options):
+        prompts.append(list(token_ids))
+        return add_request(token_ids, *args, **options)
+
+    monkeypatch.setattr(served.service.engine, "add_request", record)
+    caplog.set_level("INFO", logger="codellama_rt.serve")
+    file, found, script = (tmp_path / name for name in ("add.py", "found.json", "script.vim"))
+    file.write_text("def add(first, second):\n    \n\nprint(add(1, 2))\n")
+    script.write_text(SCRIPT.format(plugin=plugin, url=served.url, file=file, found=found))
+    command = ["vim", "-u", "NONE", "-N", "-es", "-S", str(script)]
+    subprocess.run(command, timeout=WAIT_S, check=True)
+    [answer] = found.read_text().splitlines()
+    content = json.loads(answer)["content"]
+    assert content
+    prompt = prompts[0]
+    assert prompt[:2] == [llm.tokenizer.bos_id, llm.tokenizer.prefix_id]
+    assert "def add(first, second):" in llm.tokenizer.decode(prompt)
+    whole = llm.generate([prompt], SamplingParams(max_tokens=24)).pop().text
+    assert whole.startswith(content)  # it asks for an end by indentation and time
+    lines = [record.getMessage() for record in caplog.records if "/infill" in record.getMessage()]
+    assert len(lines) >= 2  # the filling, and the warm-up
+    assert all(" 200 " in line for line in lines), lines

@@ -1,0 +1,249 @@
+"""Streams under load, clients that leave, and what remains of them: nothing."""
+
+import asyncio
+import json
+import os
+import random
+
+import pytest
+from helpers.served import request_bytes, serving, wait_for
+
+from codellama_rt import SamplingParams
+from codellama_rt.serve import create_app
+from codellama_rt.serve.generation import Generation
+
+LONG = {"prompt": "def f(", "temperature": 0, "max_tokens": 1900, "ignore_eos": True}
+
+
+async def exchange(address, sent, enough=None):
+    """Send bytes, read the answer, or only so much of it, and close at once."""
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(sent)
+    found = b""
+    while enough is None or len(found) < enough:
+        part = await reader.read(4096)
+        if not part:
+            break
+        found += part
+    writer.transport.abort()
+    return found
+
+
+def event_texts(answer):
+    """The texts of a streamed completion by choice, from the bytes of the answer."""
+    texts = {}
+    body = answer.partition(b"\r\n\r\n")[2]
+    for line in unchunked(body).decode().split("\n\n"):
+        if line.startswith("data: {"):
+            event = json.loads(line[6:])
+            for choice in event["choices"]:
+                texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    return texts
+
+
+def unchunked(body):
+    found = b""
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        length = int(size, 16)
+        found += rest[:length]
+        body = rest[length + 2 :]
+    return found
+
+
+def request(i, prompts):
+    """A request with parameters of its own, and those parameters for the LLM."""
+    fields = {
+        "prompt": prompts[i % len(prompts)],
+        "temperature": (i % 3) / 2,
+        "seed": i,
+        "n": 1 + i % 3,
+        "max_tokens": 5 + i % 40,
+        "top_p": 0.9,
+    }
+    params = {k: v for k, v in fields.items() if k != "prompt"}
+    return fields, SamplingParams(**params)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_texts_under_load_are_those_of_generate(open_llm, llm, stream):
+    """With shared prefixes, speculation, and so few blocks that sequences are preempted."""
+    shared = "def add(first, second):\n    return first + second\n" * 3
+    prompts = [shared + "class A", shared + "class B", "x = ", "for number in"]
+    cases = [request(i, prompts) for i in range(60)]
+    expected = [
+        {one.index: one.text for one in llm.generate(fields["prompt"], params)}
+        for fields, params in cases
+    ]
+    sizes = {"kv_memory": 230_000, "block_size": 16, "max_model_len": 400, "max_num_seqs": 24}
+    sizes["speculation"] = "suffix"
+    with open_llm(**sizes) as tight, serving(tight) as server:
+
+        async def main():
+            sent = [
+                request_bytes(
+                    "/v1/completions", {**fields, "stream": stream}, headers="Connection: close\r\n"
+                )
+                for fields, _ in cases
+            ]
+            return await asyncio.gather(*(exchange(server.address, one) for one in sent))
+
+        answers = asyncio.run(main())
+        for i, (answer, texts) in enumerate(zip(answers, expected, strict=True)):
+            if stream:
+                assert event_texts(answer) == texts, i
+            else:
+                choices = json.loads(answer.partition(b"\r\n\r\n")[2])["choices"]
+                assert {one["index"]: one["text"] for one in choices} == texts, i
+        server.wait_until_idle()
+        totals = tight.engine.stats()
+        assert totals["draft_tokens"] > 0
+        assert totals["prefix_hit_tokens"] > 0
+        assert totals["preemptions"] > 0
+
+
+def test_thousands_of_clients_that_leave(open_llm):
+    """Streamed and unary, before the head, within, at random tokens; nothing remains of them."""
+    num_clients, at_once = 2000, 40
+    rng = random.Random(5)
+    bodies = [
+        request_bytes("/v1/completions", {**LONG, "stream": True, "n": 2}),
+        request_bytes("/v1/completions", LONG),
+        request_bytes("/infill", {"input_prefix": "a", "input_suffix": "b", "ignore_eos": True}),
+        request_bytes("/completion", {"prompt": "a", "stream": True, "ignore_eos": True}),
+        request_bytes(
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "stream": True, "ignore_eos": True},
+        ),
+    ]
+    with open_llm(max_num_seqs=16, block_size=16) as llm, serving(llm) as server:
+
+        async def leave(i):
+            body = bodies[i % len(bodies)]
+            kind = rng.random()
+            if kind < 0.2:
+                await exchange(server.address, body[: rng.randrange(1, len(body))], 0)
+                return
+            task = asyncio.create_task(exchange(server.address, body, rng.randrange(1, 3000)))
+            await asyncio.wait({task}, timeout=rng.random() * 0.05)
+            task.cancel()
+
+        async def main():
+            waiting = iter(range(num_clients))
+
+            async def client():
+                for i in waiting:
+                    await leave(i)
+
+            await asyncio.gather(*(client() for _ in range(at_once)))
+
+        asyncio.run(main())
+        server.wait_until_idle()
+        wait_for(lambda: not server.server.server_state.tasks)
+        wait_for(lambda: not server.server.server_state.connections)
+        assert server.post("/v1/completions", prompt="a", max_tokens=2).status == 200
+        wait_for(lambda: num_open_sockets(server) == 0)
+
+
+def num_open_sockets(server):
+    return len(server.server.server_state.connections)
+
+
+def test_file_descriptors_do_not_leak(open_llm):
+    with open_llm() as llm, serving(llm) as server:
+
+        async def main():
+            sent = request_bytes("/v1/completions", {**LONG, "stream": True})
+            await asyncio.gather(*(exchange(server.address, sent, 500) for _ in range(20)))
+
+        asyncio.run(main())
+        server.wait_until_idle()
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            asyncio.run(main())
+        server.wait_until_idle()
+        wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
+def test_a_unary_request_ends_when_its_client_leaves(open_llm):
+    with open_llm() as llm, serving(llm) as server:
+        with server.connect() as connection:
+            connection.sendall(request_bytes("/v1/completions", LONG))
+            wait_for(lambda: not server.is_idle())
+        server.wait_until_idle()
+        assert server.get("/metrics").body.count(b'finished_reason="abort"') == 1
+
+
+def test_comments_while_nothing_comes(open_llm):
+    """The head comes before the prompt is computed, and comments until it is."""
+    sizes = {"max_model_len": 6000, "max_num_batched_tokens": 16}
+    with open_llm(**sizes) as llm, serving(llm, keep_alive_s=0.02) as server:
+        fields = {"prompt": [5] * 5000, "max_tokens": 2, "stream": True}
+        with server.connect() as connection:
+            connection.sendall(request_bytes("/v1/completions", fields))
+            head = connection.recv(4096)
+            assert head.startswith(b"HTTP/1.1 200")
+            assert b"text/event-stream" in head
+            assert b"data:" not in head
+        answer = server.post("/v1/completions", **fields)
+        assert answer.body.count(b": keep-alive\n\n") >= 1
+        assert answer.events[-1] == "[DONE]"
+
+
+def test_an_error_in_a_stream(open_llm, monkeypatch):
+    """The head is sent: an event says it, and the stream ends as others do."""
+    with open_llm() as llm, serving(llm) as server:
+
+        async def fail(self, seconds=None):
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(Generation, "take", fail)
+        for path, end in (("/v1/completions", ["[DONE]"]), ("/completion", [])):
+            [event, *rest] = server.post(path, prompt="a", stream=True).events
+            assert event["error"]["message"] == "the server failed; its log says why"
+            assert rest == end
+        assert server.post("/v1/completions", prompt="a").status == 500
+        monkeypatch.undo()
+        server.wait_until_idle()
+
+
+def test_the_end_of_the_server_ends_streams(open_llm):
+    """Within the time to drain they go on; then they end with what they have."""
+    with open_llm() as llm:
+        with serving(llm, drain_timeout_s=0.3) as server:
+            connection = server.connect()
+            fields = {**LONG, "n": 64, "stream": True}
+            connection.sendall(request_bytes("/v1/completions", fields))
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        found = b""
+        while part := connection.recv(65536):
+            found += part
+        connection.close()
+        assert b'"finish_reason":"abort"' in found or b'"finish_reason":"length"' in found
+        assert found.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+def test_an_application_for_another_server(llm):
+    """`create_app` takes an engine, too, and needs nothing of uvicorn."""
+    app = create_app(llm.engine)
+    sent, inbox = [], asyncio.Queue()
+
+    async def main():
+        await inbox.put({"type": "http.request", "body": b'{"prompt":"a","max_tokens":2}'})
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+        }
+
+        async def send(message):
+            sent.append(message)
+
+        await app(scope, inbox.get, send)
+        await app.service.close()
+
+    asyncio.run(main())
+    assert sent[0]["status"] == 200
+    assert b'"model":"model"' in sent[1]["body"]
