@@ -30,7 +30,7 @@ class RowCost:
         >>> from codellama_rt.llm.variants import SHAPES
         >>> rows = RowCost(StepCost(SHAPES["7b"]))
         >>> rows.note(1, 0.1); rows.note(8, 0.2)
-        >>> 0.1 <= rows.seconds(4) <= 0.2 < rows.seconds(16)
+        >>> 0.09 < rows.seconds(4) <= 0.2 < rows.seconds(16)
         True
     """
 

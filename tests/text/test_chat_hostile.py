@@ -225,7 +225,7 @@ def test_without_file_descriptors_the_error_says_so():
     os.close(first)
     found = set()
     try:
-        for limit in range(first, first + 12):
+        for limit in range(first, max(map(int, open_before)) + 12):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
             try:
                 found.add(render_template("{{ 1 }}", {}))
