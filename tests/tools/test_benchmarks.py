@@ -309,7 +309,9 @@ def test_ops_command(bench, tmp_path):
     assert {row["op"] for row in record["rows"]} == {"linear", "copy_blocks"}
 
 
-def test_generate_command(bench, tmp_path):
+def test_generate_command(bench, tmp_path, monkeypatch):
+    # Rows whose limit moved are left out of tables; here others may have the CPU.
+    monkeypatch.setattr("codellama_rt.tools.bench.tables.doubt", lambda row: None)
     file = tmp_path / "generate.json"
     code, out, _ = bench("generate", "--quick", "--weights", "int4", "--json", file)
     assert code == 0

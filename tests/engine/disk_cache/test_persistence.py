@@ -15,8 +15,9 @@ from helpers.paged_fakes import HashModel, collect, drain, engine_of, generate
 from helpers.schedules import MODELS, run_schedule, undisturbed
 
 from codellama_rt import ops
-from codellama_rt.engine import prefix_store, restorer, write_behind
 from codellama_rt.engine.branches import Branches
+from codellama_rt.engine.disk_cache import restorer, write_behind
+from codellama_rt.engine.disk_cache import store as store_module
 from codellama_rt.engine.disk_cache.store import PrefixStore
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.model.fingerprint import fingerprint
@@ -200,7 +201,7 @@ def test_a_collision_of_hashes_with_a_prefix_in_memory(tmp_path, monkeypatch):
         def hexdigest(self):
             return (self.block.hex() * 32)[:32]
 
-    monkeypatch.setattr(prefix_store, "_start", lambda _: ("0" * 32, LastBlock()))
+    monkeypatch.setattr(store_module, "_start", lambda _: ("0" * 32, LastBlock()))
     one, other = [1, 5, 6, 7, *PROMPT[4:]], [1, 8, 9, 10, *PROMPT[4:]]
     fill(tmp_path, [one])
     engine = engine_on(tmp_path)

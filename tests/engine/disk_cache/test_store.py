@@ -28,7 +28,7 @@ from helpers.stored_prefixes import (
     tokens_of,
 )
 
-from codellama_rt.engine import prefix_store
+from codellama_rt.engine.disk_cache import store as store_module
 from codellama_rt.engine.disk_cache.block_file import (
     Head,
     PrefixFileError,
@@ -159,7 +159,7 @@ class ConstantHash:
 
 
 def test_a_forged_collision_finds_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(prefix_store, "_start", lambda _: ("0" * 32, ConstantHash()))
+    monkeypatch.setattr(store_module, "_start", lambda _: ("0" * 32, ConstantHash()))
     store = store_in(tmp_path)
     save(store, tokens_of(0, 2))
     for chain in range(NUM_CHAINS):
@@ -173,7 +173,7 @@ def test_a_forged_collision_finds_nothing(tmp_path, monkeypatch):
 
 def test_the_same_last_block_behind_another_beginning_is_not_taken(tmp_path, monkeypatch):
     """The tokens of a block may be equal, and those before it differ: all are compared."""
-    monkeypatch.setattr(prefix_store, "_start", lambda _: ("0" * 32, ConstantHash()))
+    monkeypatch.setattr(store_module, "_start", lambda _: ("0" * 32, ConstantHash()))
     store = store_in(tmp_path)
     one, other = tokens_of(0, 3), tokens_of(1, 3)
     assert one[-16:] == other[-16:]
@@ -263,22 +263,22 @@ def test_a_full_disk(tmp_path, monkeypatch, room, caplog):
         left[0] -= len(part)
         return writev(file, [part])
 
-    monkeypatch.setattr(prefix_store.os, "writev", write_until_full)
+    monkeypatch.setattr(store_module.os, "writev", write_until_full)
     store = store_in(tmp_path)
     fill(store)
     assert list(tmp_path.iterdir()) == []
     assert store.num_errors == 1  # it does not try again for a while
     assert "No space left" in caplog.text
-    monkeypatch.setattr(prefix_store.os, "writev", writev)
-    monkeypatch.setattr(prefix_store, "monotonic", lambda: store._paused_until + 1)
+    monkeypatch.setattr(store_module.os, "writev", writev)
+    monkeypatch.setattr(store_module, "monotonic", lambda: store._paused_until + 1)
     fill(store)
     assert check_all(store) == NUM_CHAINS * NUM_BLOCKS
 
 
 def test_short_reads_and_writes_are_continued(tmp_path, monkeypatch):
     writev, preadv = os.writev, os.preadv
-    monkeypatch.setattr(prefix_store.os, "writev", lambda f, b: writev(f, [b[0][:700]]))
-    monkeypatch.setattr(prefix_store.os, "preadv", lambda f, b, at: preadv(f, [b[0][:700]], at))
+    monkeypatch.setattr(store_module.os, "writev", lambda f, b: writev(f, [b[0][:700]]))
+    monkeypatch.setattr(store_module.os, "preadv", lambda f, b, at: preadv(f, [b[0][:700]], at))
     store = store_in(tmp_path)
     fill(store)
     assert check_all(store) == NUM_CHAINS * NUM_BLOCKS
@@ -322,7 +322,7 @@ def test_a_folder_that_may_not_be_written_or_read(tmp_path, monkeypatch, flag):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return open_file(path, flags, *mode)
 
-    monkeypatch.setattr(prefix_store.os, "open", refuse)
+    monkeypatch.setattr(store_module.os, "open", refuse)
     store = store_in(tmp_path)
     files_in(tmp_path)[0].unlink()
     fill(store)
