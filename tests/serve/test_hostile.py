@@ -120,7 +120,9 @@ class Health:
         self._thread = threading.Thread(target=self._run)
 
     def _run(self):
-        while not self._over.wait(0.01):
+        is_over = False
+        while not is_over:  # once at least, and once when all is done
+            is_over = self._over.wait(0.01)
             started = time.perf_counter()
             self.statuses.add(self._server.get("/health").status)
             self.seconds.append(time.perf_counter() - started)
