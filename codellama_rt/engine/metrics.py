@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
             60.0, 120.0, 300.0, 600.0, 1800.0, 7200.0, 20000.0, 50000.0)  # fmt: skip
-_TOKENS = tuple(2.0**i for i in range(18))  # to 131,072
+TOKEN_BUCKETS = tuple(2.0**i for i in range(18))  # to 131,072
 
 
 class RequestMetrics(NamedTuple):
@@ -151,8 +151,8 @@ class EngineMetrics:
     first_token_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
     inter_token_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
     total_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
-    prompt_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
-    output_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
+    prompt_tokens: Histogram = field(default_factory=lambda: Histogram(TOKEN_BUCKETS))
+    output_tokens: Histogram = field(default_factory=lambda: Histogram(TOKEN_BUCKETS))
     finish_reasons: Counter[str] = field(default_factory=Counter)
 
     def count_tokens(self, now: float, last_tokens: Collection[float | None]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from codellama_rt.serve.errors import ApiError, ClientLeftError, api_error
+from codellama_rt.serve.event_stream import EventStream, Writer
+from codellama_rt.serve.generation import Gained, Generation
 
 
 class JSONAnswer(Response):
@@ -21,6 +23,23 @@ class JSONAnswer(Response):
     def render(self, content: Any) -> bytes:
         """Return the body."""
         return msgspec.json.encode(content)
+
+
+class Form(Writer, Protocol):
+    """The form of an endpoint's answers, in events or whole."""
+
+    def whole(self, gained: Gained) -> Any:
+        """Return the answer to a request that is not streamed, as a value for JSON."""
+
+
+async def stream_or_whole(
+    request: Request, generation: Generation, form: Form, *, stream: bool | None
+) -> EventStream | JSONAnswer:
+    """Return the answer to a request whose prompts are queued; raises as `Generation.finish`."""
+    if stream:
+        return EventStream(generation, form, request.app.state.service.settings.keep_alive_s)
+    async with generation.watching(request.receive):
+        return JSONAnswer(form.whole(await generation.finish()))
 
 
 class NoAnswer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 from dataclasses import replace
 from time import time
 from typing import Any
@@ -11,10 +11,9 @@ from starlette.requests import Request
 
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.engine.structured_outputs import StructuredOutputs
-from codellama_rt.serve.answers import JSONAnswer
+from codellama_rt.serve.answers import stream_or_whole
 from codellama_rt.serve.chat_form import ChatForm
 from codellama_rt.serve.errors import invalid
-from codellama_rt.serve.event_stream import EventStream
 from codellama_rt.serve.fields import openai_params
 from codellama_rt.serve.protocol import ChatRequest, Tool
 from codellama_rt.serve.service import Service, answer_id
@@ -28,11 +27,8 @@ async def chat_completions(request: Request) -> Any:
     head = {"id": answer_id("chatcmpl", request, wanted.request_id), "model": name}
     tool = required_tool(wanted)
     params = _params(wanted, service.defaults, tool)
-    size = sum(len(json.dumps(message)) for message in wanted.messages)
-    prompt = await service.encode(
-        size + 2**20,  # a template may run for a while
-        lambda: encode_messages(service, wanted.messages, params),
-    )
+    # In a thread, however short they are: a template may run for a while.
+    prompt = await asyncio.to_thread(encode_messages, service, wanted.messages, params)
     generation = await service.start([prompt], adapter=adapter, wanted=wanted)
     form = ChatForm(
         wanted,
@@ -42,10 +38,7 @@ async def chat_completions(request: Request) -> Any:
         created=int(time()),
         function=tool.function.name if tool else None,
     )
-    if wanted.stream:
-        return EventStream(generation, form, service.settings.keep_alive_s)
-    async with generation.watching(request.receive):
-        return JSONAnswer(form.whole(await generation.finish()))
+    return await stream_or_whole(request, generation, form, stream=wanted.stream)
 
 
 def encode_messages(

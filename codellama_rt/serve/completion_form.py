@@ -121,6 +121,8 @@ class CompletionForm:
     def whole(self, gained: Gained) -> CompletionAnswer:
         """Return the answer to a request that is not streamed."""
         usage = usage_of(self._generation)
+        if self._wanted.best_of:
+            gained = best(gained, self._wanted.n or 1)
         return CompletionAnswer(**self._head, choices=self._choices(gained), usage=usage)
 
     def chunks(self, gained: Gained) -> list[CompletionAnswer]:

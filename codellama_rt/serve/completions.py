@@ -9,10 +9,9 @@ from typing import Any
 from starlette.requests import Request
 
 from codellama_rt.engine.sampling_params import SamplingParams
-from codellama_rt.serve.answers import JSONAnswer
-from codellama_rt.serve.completion_form import CompletionForm, best
+from codellama_rt.serve.answers import stream_or_whole
+from codellama_rt.serve.completion_form import CompletionForm
 from codellama_rt.serve.errors import invalid
-from codellama_rt.serve.event_stream import EventStream
 from codellama_rt.serve.fields import openai_params
 from codellama_rt.serve.protocol import CompletionRequest
 from codellama_rt.serve.service import Service, answer_id
@@ -42,11 +41,7 @@ async def completions(request: Request) -> Any:
         **head,
         created=int(time()),
     )
-    if wanted.stream:
-        return EventStream(generation, form, service.settings.keep_alive_s)
-    async with generation.watching(request.receive):
-        gained = await generation.finish()
-    return JSONAnswer(form.whole(best(gained, wanted.n or 1) if wanted.best_of else gained))
+    return await stream_or_whole(request, generation, form, stream=wanted.stream)
 
 
 def _params(wanted: CompletionRequest, defaults: SamplingParams) -> SamplingParams:

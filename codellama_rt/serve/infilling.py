@@ -8,11 +8,9 @@ from typing import Any
 
 from starlette.requests import Request
 
-from codellama_rt.engine.sampling_params import SamplingParams
-from codellama_rt.serve.answers import JSONAnswer
+from codellama_rt.serve.answers import stream_or_whole
 from codellama_rt.serve.chat_form import ChatForm
 from codellama_rt.serve.completions import fill
-from codellama_rt.serve.event_stream import EventStream
 from codellama_rt.serve.fields import llama_cpp_params, openai_params
 from codellama_rt.serve.llama_cpp import answer_llama_cpp
 from codellama_rt.serve.protocol import ExtraText, FimRequest, InfillRequest
@@ -33,10 +31,7 @@ async def fim_completions(request: Request) -> Any:
     )
     generation = await service.start([prompt], adapter=adapter, wanted=wanted)
     form = ChatForm(wanted, service.tokenizer, generation, **head, created=int(time()))
-    if wanted.stream:
-        return EventStream(generation, form, service.settings.keep_alive_s)
-    async with generation.watching(request.receive):
-        return JSONAnswer(form.whole(await generation.finish()))
+    return await stream_or_whole(request, generation, form, stream=wanted.stream)
 
 
 async def infill(request: Request) -> Any:
@@ -44,7 +39,8 @@ async def infill(request: Request) -> Any:
     service: Service = request.app.state.service
     wanted = await service.read(request, InfillRequest)
     _, adapter = service.find(wanted.model)
-    params = llama_cpp_params(wanted, _defaults(wanted, service.defaults))
+    defaults = replace(service.defaults, max_tokens=None)
+    params = llama_cpp_params(wanted, defaults, temperature=_temperature(wanted))
     prefix = joined_context(wanted.input_extra or []) + (wanted.input_prefix or "")
     prefix += wanted.prompt or ""
     suffix = wanted.input_suffix or ""
@@ -68,13 +64,11 @@ def joined_context(texts: list[ExtraText]) -> str:
     )
 
 
-def _defaults(wanted: InfillRequest, defaults: SamplingParams) -> SamplingParams:
-    """Return what counts if the request says nothing.
+def _temperature(wanted: InfillRequest) -> float:
+    """Return the temperature of a filling: greedy, unless the request has one that counts.
 
-    llama.cpp's `infill` sampler takes the likeliest text; without a temperature that counts, the
-    filling is greedy here.
+    llama.cpp's `infill` sampler takes the likeliest text, and knows no temperature without the
+    sampler of that name.
     """
     counts = wanted.samplers is None or "temperature" in wanted.samplers
-    if wanted.temperature is None or not counts:
-        wanted.temperature = 0.0
-    return replace(defaults, max_tokens=None)
+    return wanted.temperature if counts and wanted.temperature is not None else 0.0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from codellama_rt.engine.metrics import Histogram
+from codellama_rt.engine.metrics import TOKEN_BUCKETS, Histogram
 from codellama_rt.engine.output import Output
 from codellama_rt.engine.sampling_params import SamplingParams
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
            120.0, 300.0, 600.0, 1800.0, 7200.0, 20000.0, 50000.0)  # fmt: skip
-_TOKENS = tuple(2.0**i for i in range(18))
 _SAMPLES = (1.0, 2.0, 5.0, 10.0, 20.0, 64.0)
 
 
@@ -21,11 +20,11 @@ class Observed:
         """Start with nothing."""
         self.histograms = {
             "request_params_n": Histogram(_SAMPLES),
-            "request_params_max_tokens": Histogram(_TOKENS),
+            "request_params_max_tokens": Histogram(TOKEN_BUCKETS),
             "request_inference_time_seconds": Histogram(SECONDS),
             "request_decode_time_seconds": Histogram(SECONDS),
             "request_time_per_output_token_seconds": Histogram(SECONDS),
-            "request_prefill_kv_computed_tokens": Histogram(_TOKENS),
+            "request_prefill_kv_computed_tokens": Histogram(TOKEN_BUCKETS),
         }
         self.rejections: Counter[str] = Counter()  # answers of 503, by reason
 
