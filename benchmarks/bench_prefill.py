@@ -13,9 +13,8 @@ rate of the fastest instruction that can do them.
 import argparse
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 
 import numpy as np
 from scripts import follow, names, new_parser, numbers, parsed
@@ -23,7 +22,7 @@ from scripts import follow, names, new_parser, numbers, parsed
 from codellama_rt import ops
 from codellama_rt.llm.variants import SHAPES
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
-from codellama_rt.tools.bench.measure import Row, drift
+from codellama_rt.tools.bench.measure import Row, drift, seconds_of
 from codellama_rt.tools.bench.op_arrays import bind, make_arrays
 from codellama_rt.tools.bench.op_cases import Case, Selection
 from codellama_rt.tools.bench.op_check import check
@@ -166,16 +165,10 @@ def _time(case: Case, repeats: int) -> float:
         check(case, arrays)
     call = bind(case.op, arrays)
     call()
-    seconds = min(_once(call) for _ in range(repeats))
+    seconds = min(seconds_of(call) for _ in range(repeats))
     del arrays, call
     gc.collect()
     return seconds
-
-
-def _once(call: Callable[[], object]) -> float:
-    started = perf_counter()
-    call()
-    return perf_counter() - started
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

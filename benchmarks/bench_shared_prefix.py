@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 
 import numpy as np
 from peers.pairs import Peer, Round, take_turns
@@ -29,7 +28,7 @@ from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.llm.variants import SHAPES
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.kv_cache import KVCache
-from codellama_rt.tools.bench.measure import MOST_DRIFT, Row
+from codellama_rt.tools.bench.measure import MOST_DRIFT, Row, seconds_of
 from codellama_rt.tools.bench.noise import fill_caches
 from codellama_rt.tools.bench.runner import BLOCK_SIZE, Runner
 from codellama_rt.tools.bench.synthetic import write_directory, write_gguf
@@ -68,7 +67,7 @@ def attention_sides(
         count = len(tables)
         ends = np.arange(count + 1, dtype=np.int32)
         arguments = query[:count].copy(), *cache.layers[0], tables, lens[:count], ends
-        return lambda: _seconds(lambda: ops.paged_attention(*arguments))
+        return lambda: seconds_of(lambda: ops.paged_attention(*arguments))
 
     return {"one": side(tables[:1]), "together": side(tables), "apart": side(told_apart(tables))}
 
@@ -176,12 +175,6 @@ def _timed_steps(
     finally:
         for peer in peers.values():
             peer.close()
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = perf_counter()
-    work()
-    return perf_counter() - started
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

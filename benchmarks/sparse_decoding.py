@@ -28,8 +28,9 @@ import numpy as np
 from scripts import new_parser, numbers, parsed
 
 from codellama_rt import LLM, ops
+from codellama_rt.engine.batching import build_batch
+from codellama_rt.engine.sequence import Chunk, Sequence, int32_list
 from codellama_rt.model import llama
-from codellama_rt.model.batch import Batch
 from codellama_rt.model.kv_cache import KVCache
 from codellama_rt.model.llama import Llama
 
@@ -109,7 +110,7 @@ class ChosenBlocks:
         return np.concatenate([bounds[0], new.min(2)]), np.concatenate([bounds[1], new.max(2)])
 
 
-class Sequence:
+class Alone:
     """One sequence in a cache of its own, computed token by token after its prompt."""
 
     def __init__(self, model: Llama, num_tokens: int, block_size: int) -> None:
@@ -117,17 +118,21 @@ class Sequence:
         self._model = model
         count = -(-num_tokens // block_size)
         self.kv_cache = KVCache(model.config, num_blocks=count, block_size=block_size)
-        self._table = np.arange(count, dtype=np.int32)[None]
-        self.length = 0
+        self._sequence = Sequence(int32_list(), 0, (0, 0, 0), first_logit=0)
+        self._sequence.block_ids = int32_list(range(count))
+
+    def cut(self, num_tokens: int) -> None:
+        """Forget what comes after so many tokens."""
+        del self._sequence.token_ids[num_tokens:]
 
     def extend(self, tokens) -> np.ndarray:
         """Compute tokens; return the logits after the last one, (vocab_size) float32."""
-        for start in range(0, len(tokens), 512):
-            chunk = np.asarray(tokens[start : start + 512], np.int32)
-            places = np.arange(self.length, self.length + len(chunk), dtype=np.int32)
-            self.length += len(chunk)
-            ints = np.array([0, len(chunk), self.length, len(chunk) - 1], np.int32)
-            batch = Batch(chunk, places, ints[:2], ints[2:3], self._table, places, ints[3:])
+        token_ids = self._sequence.token_ids
+        for first in range(0, len(tokens), 512):
+            start = len(token_ids)
+            token_ids.extend(tokens[first : first + 512])
+            chunk = Chunk(self._sequence, start, len(token_ids), 1)
+            batch = build_batch([chunk], self.kv_cache.block_size)
             logits = self._model.forward(batch, self.kv_cache)[0]
         return logits
 
@@ -152,10 +157,10 @@ class Mode:
 
 
 def log_probabilities(
-    sequence: Sequence, mode: Mode, num_tokens: int, tokens: list[int]
+    sequence: Alone, mode: Mode, num_tokens: int, tokens: list[int]
 ) -> Iterator[np.ndarray]:
     """Yield those of the next token after each of `tokens`, which follow `num_tokens` tokens."""
-    sequence.length = num_tokens
+    sequence.cut(num_tokens)
     if mode.chosen is not None:
         mode.chosen.start(sequence.kv_cache, num_tokens)
         llama.ops = mode.chosen
@@ -173,13 +178,13 @@ def evaluate(
 ) -> None:
     """Decode the last `steps` tokens of texts, and the answers to tasks, in every mode."""
     for text in texts:
-        sequence = Sequence(model, len(text), block_size)
+        sequence = Alone(model, len(text), block_size)
         sequence.extend(text[:-steps])
         for mode in modes:
             rows = log_probabilities(sequence, mode, len(text) - steps, text[-steps:-1])
             mode.losses += [-row[i] for row, i in zip(rows, text[-steps + 1 :], strict=True)]
     for prompt, follow, answer in tasks:
-        sequence = Sequence(model, len(prompt) + len(follow), block_size)
+        sequence = Alone(model, len(prompt) + len(follow), block_size)
         sequence.extend(prompt)
         for mode in modes:
             rows = list(log_probabilities(sequence, mode, len(prompt), follow))[-len(answer) :]

@@ -4,7 +4,7 @@ import pytest
 from helpers.faults import Faults
 from helpers.paged_fakes import (
     PROMPT,
-    FakeTokenizer,
+    FailingTokenizer,
     HashModel,
     collect,
     drain,
@@ -181,24 +181,6 @@ def test_what_fails_once_is_repeated_without_a_trace():
     params = SamplingParams(n=2, max_tokens=12, ignore_eos=True)
     engine.add_request("r", PROMPT, params)
     assert [total.token_ids for total in drain(engine).values()] == [greedy_tokens()] * 2
-
-
-class FailingTokenizer(FakeTokenizer):
-    """Cannot decode one token."""
-
-    def __init__(self, token_id):
-        self.token_id = token_id
-
-    def detokenizer(self, prompt_ids, *, skip_special_tokens):
-        return self
-
-    def push(self, token_id):
-        if token_id == self.token_id:
-            raise LookupError("no such piece")
-        return "."
-
-    def flush(self):
-        return ""
 
 
 def test_a_sample_that_cannot_be_decoded_ends_without_the_failing_token():

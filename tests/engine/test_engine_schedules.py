@@ -2,7 +2,15 @@
 
 import numpy as np
 import pytest
-from helpers.paged_fakes import HashModel, collect, drain, engine_of, generate
+from helpers.paged_fakes import (
+    HashModel,
+    check_outputs,
+    collect,
+    drain,
+    engine_of,
+    generate,
+    plain,
+)
 
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.model.config import RopeScaling
@@ -45,11 +53,6 @@ def alone(prompt, params):
     return [plain(total) for _, total in sorted(drain(engine).items())]
 
 
-def plain(total):
-    prompt_logprobs = None if total.prompt_logprobs is None else list(total.prompt_logprobs)
-    return total.token_ids, total.text, total.logprobs, prompt_logprobs, total.end
-
-
 @pytest.mark.parametrize("seed", range(100))
 def test_outputs_do_not_depend_on_the_schedule(requests, seed):
     rng = np.random.default_rng(seed)
@@ -83,15 +86,7 @@ def test_outputs_do_not_depend_on_the_schedule(requests, seed):
             collect(gained, engine.abort(name))
         collect(gained, engine.step())
     assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
-    for i in chosen:
-        _, params, expected = requests[i]
-        for index in range(params.n):
-            total = gained[str(i), index]
-            if total.end == ("abort", None):
-                assert str(i) in unwanted
-                assert total.token_ids == expected[index][0][: len(total.token_ids)]
-            else:
-                assert plain(total) == expected[index]
+    check_outputs(requests, chosen, gained, unwanted)
 
 
 def test_64_requests_on_memory_for_4_all_finish_as_if_alone():

@@ -5,7 +5,15 @@ from array import array
 import numpy as np
 import pytest
 from helpers.faults import Faults
-from helpers.paged_fakes import PROMPT, FakeTokenizer, collect, drain, engine_of
+from helpers.paged_fakes import (
+    PROMPT,
+    FailingTokenizer,
+    check_outputs,
+    collect,
+    drain,
+    engine_of,
+    plain,
+)
 from helpers.speculating import RepeatingModel, speculate_at_random
 
 from codellama_rt.engine.row_cost import TRIED, RowCost
@@ -48,11 +56,6 @@ def random_request(rng):
         prompt_logprobs=2 if wants else None,
     )
     return prompt, params
-
-
-def plain(total):
-    prompt_logprobs = None if total.prompt_logprobs is None else list(total.prompt_logprobs)
-    return total.token_ids, total.text, total.logprobs, prompt_logprobs, total.end
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +104,7 @@ def test_outputs_are_those_without_speculation(requests, seed):
     stats = engine.stats()
     assert stats["kv_blocks_free"] == stats["kv_blocks"]
     assert stats["accepted_tokens"] <= stats["draft_tokens"]
-    for i in chosen:
-        _, params, expected = requests[i]
-        for index in range(params.n):
-            total = gained[str(i), index]
-            if total.end == ("abort", None):
-                assert str(i) in unwanted
-                assert total.token_ids == expected[index][0][: len(total.token_ids)]
-            else:
-                assert plain(total) == expected[index]
+    check_outputs(requests, chosen, gained, unwanted)
     for name in ("draft_tokens", "accepted_tokens"):
         assert stats[name] == sum(getattr(metrics, name) for metrics in drafts.values())
 
@@ -222,24 +217,6 @@ def test_logits_that_are_nan_end_the_output_where_they_are_met():
     assert (expected[0], expected[2]) == (tokens[:5], ("error", None))
     for proposed in (tokens[1:], tokens[3:6], [40, 41], tokens[4:5]):
         assert outcome(RepeatingModel(nan_token=tokens[4]), params, proposed) == expected
-
-
-class FailingTokenizer(FakeTokenizer):
-    """Cannot decode one token."""
-
-    def __init__(self, token_id):
-        self.token_id = token_id
-
-    def detokenizer(self, prompt_ids, *, skip_special_tokens):
-        return self
-
-    def push(self, token_id):
-        if token_id == self.token_id:
-            raise LookupError("no such piece")
-        return "."
-
-    def flush(self):
-        return ""
 
 
 def test_a_token_that_cannot_be_decoded_ends_the_output_before_it():

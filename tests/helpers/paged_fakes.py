@@ -143,6 +143,24 @@ class FakeDetokenizer:
         return text
 
 
+class FailingTokenizer(FakeTokenizer):
+    """Cannot decode one token."""
+
+    def __init__(self, token_id):
+        self.token_id = token_id
+
+    def detokenizer(self, prompt_ids, *, skip_special_tokens):
+        return self
+
+    def push(self, token_id):
+        if token_id == self.token_id:
+            raise LookupError("no such piece")
+        return "."
+
+    def flush(self):
+        return ""
+
+
 def piece(token_id):
     return LETTERS[token_id // 8 % 8] + LETTERS[token_id % 8]
 
@@ -196,6 +214,32 @@ def collect(gained, outputs):
         if output.finished:
             total.end = (output.finish_reason, output.stop_reason)
             total.error = output.error
+
+
+def plain(total):
+    """What of a collected output says what came, to be compared."""
+    prompt_logprobs = None if total.prompt_logprobs is None else list(total.prompt_logprobs)
+    return total.token_ids, total.text, total.logprobs, prompt_logprobs, total.end
+
+
+def check_outputs(requests, chosen, gained, unwanted):
+    """Every output is the expected one, or its beginning where the request was aborted.
+
+    Args:
+        requests: (prompt, params, expected output per sample, as `plain` has it) by number.
+        chosen: numbers of those that ran.
+        gained: by `collect`.
+        unwanted: names of those that were aborted.
+    """
+    for i in chosen:
+        _, params, expected = requests[i]
+        for index in range(params.n):
+            total = gained[str(i), index]
+            if total.end == ("abort", None):
+                assert str(i) in unwanted
+                assert total.token_ids == expected[index][0][: len(total.token_ids)]
+            else:
+                assert plain(total) == expected[index]
 
 
 def generate(prompt=PROMPT, params=None, **options):

@@ -65,14 +65,19 @@ class Timing:
         }
 
 
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return how long one call takes."""
+    started = perf_counter()
+    work()
+    return perf_counter() - started
+
+
 def stopwatch(work: Callable[[], object], setup: Callable[[], object], rounds: int) -> list[float]:
     """Run the plain `Stopwatch`; the files of `benchmarks/` use pytest-benchmark's instead."""
     seconds = []
     for _ in range(rounds):
         setup()
-        started = perf_counter()
-        work()
-        seconds.append(perf_counter() - started)
+        seconds.append(seconds_of(work))
     return seconds
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from statistics import median
-from time import perf_counter
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from codellama_rt.llm.scoring import sequence_logits
 from codellama_rt.model.kv_cache import KVCache, bytes_per_token
 from codellama_rt.model.llama import Llama
 from codellama_rt.ops.native import _core
+from codellama_rt.tools.bench.measure import seconds_of
 from codellama_rt.tools.bench.noise import fill_caches
 
 BLOCK_SIZE = 64
@@ -82,7 +82,7 @@ class Runner:
     def decode(self, depth: int, steps: int) -> list[float]:
         """Return the seconds of each of `steps` decode steps after `depth` tokens of context."""
         with self.at_depth(depth, steps):
-            return [_seconds(self.step) for _ in range(steps)]
+            return [seconds_of(self.step) for _ in range(steps)]
 
     def python_share(self, depth: int, steps: int) -> float:
         """Return the share of a decode step that is neither kernels nor their calls from Python.
@@ -93,7 +93,7 @@ class Runner:
         with self.at_depth(depth, steps + 1):
             with recorder.in_place_of_kernels():
                 self.step()
-            pairs = [(_seconds(self.step), _seconds(recorder.replay)) for _ in range(steps)]
+            pairs = [(seconds_of(self.step), seconds_of(recorder.replay)) for _ in range(steps)]
         return median(1 - kernels / whole for whole, kernels in pairs)
 
     def add_prompt(self, num_tokens: int) -> None:
@@ -109,7 +109,7 @@ class Runner:
     def prefill(self, num_tokens: int) -> float:
         """Return the seconds from a prompt of `num_tokens` tokens to its first new token."""
         self.add_prompt(num_tokens)
-        return _seconds(self.run_prompt)
+        return seconds_of(self.run_prompt)
 
     def decode_bytes(self, depth: int) -> int:
         """Return the bytes that a decode step at `depth` has to read."""
@@ -174,9 +174,3 @@ class _Recorder:
         """Repeat the recorded calls without any other Python in between."""
         for call, args in self.calls:
             call(*args)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = perf_counter()
-    work()
-    return perf_counter() - started
