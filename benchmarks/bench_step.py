@@ -34,10 +34,13 @@ SETTINGS = {
 }
 
 
-def new_engine(model: Llama, num_seqs: int, tokenizer: Tokenizer | None = None) -> Engine:
+def new_engine(
+    model: Llama, num_seqs: int, tokenizer: Tokenizer | None = None, max_len: int = 512
+) -> Engine:
     """Return an engine with room for all sequences."""
-    kv_cache = KVCache(model.config, num_blocks=8 * num_seqs, block_size=64, dtype="float32")
-    return Engine(model, kv_cache, tokenizer, max_model_len=512, max_num_seqs=num_seqs)
+    num_blocks = -(-max_len // 64) * num_seqs
+    kv_cache = KVCache(model.config, num_blocks=num_blocks, block_size=64, dtype="float32")
+    return Engine(model, kv_cache, tokenizer, max_model_len=max_len, max_num_seqs=num_seqs)
 
 
 def request(i: int, max_tokens: int, **settings: float) -> tuple[list[int], SamplingParams]:
@@ -67,30 +70,47 @@ def step_seconds(
     return median(whole), median(its_model)
 
 
-def direct_rate(model: Llama, num_seqs: int, num_tokens: int) -> float:
-    """Return the tokens per second of `Engine.step`."""
-    engine, began = new_engine(model, num_seqs), perf_counter()
+def direct_seconds(model: Llama, num_seqs: int, num_tokens: int) -> float:
+    """Return how long `Engine.step` takes for so many tokens of each sequence."""
+    engine = new_engine(model, num_seqs, max_len=num_tokens + 64)
+    began = perf_counter()
     for i in range(num_seqs):
         engine.add_request(str(i), *request(i, num_tokens))
     while engine.has_unfinished():
         engine.step()
-    return num_seqs * num_tokens / (perf_counter() - began)
+    return perf_counter() - began
 
 
-def async_rate(model: Llama, num_seqs: int, num_tokens: int) -> float:
-    """Return the tokens per second of as many streams of an AsyncEngine."""
+def async_seconds(model: Llama, num_seqs: int, num_tokens: int) -> float:
+    """Return how long as many streams of an AsyncEngine take."""
 
     async def read(engine: AsyncEngine, i: int) -> None:
         async for _ in engine.generate(*request(i, num_tokens)):
             pass
 
     async def main() -> float:
-        async with AsyncEngine(new_engine(model, num_seqs)) as engine:
+        async with AsyncEngine(new_engine(model, num_seqs, max_len=num_tokens + 64)) as engine:
             began = perf_counter()
             await asyncio.gather(*(read(engine, i) for i in range(num_seqs)))
-            return num_seqs * num_tokens / (perf_counter() - began)
+            return perf_counter() - began
 
     return asyncio.run(main())
+
+
+def compare_streams(model: Llama, num_seqs: int, num_tokens: int, rounds: int) -> None:
+    """Print what `AsyncEngine` loses against `Engine.step`, in pairs whose order alternates."""
+    pairs = []
+    for i in range(rounds):
+        order = (direct_seconds, async_seconds)[:: 1 if i % 2 else -1]
+        seconds = {side: side(model, num_seqs, num_tokens) for side in order}
+        pairs.append((seconds[direct_seconds], seconds[async_seconds]))
+    rates = [num_seqs * num_tokens / median(side) for side in zip(*pairs, strict=True)]
+    ratios = sorted(direct / streams for direct, streams in pairs)
+    print(
+        f"\n{num_seqs} streams of {num_tokens} tokens: Engine.step {rates[0]:.0f} tokens per "
+        f"second, AsyncEngine {rates[1]:.0f}; {median(ratios):.3f} of it, pair by pair "
+        f"{', '.join(f'{ratio:.3f}' for ratio in ratios)}"
+    )
 
 
 def main() -> None:
@@ -122,19 +142,7 @@ def main() -> None:
             f"{rest / args.sequences * 1e6:.2f} | {rest / step:.1%} |",
             flush=True,
         )
-    pairs = [
-        (
-            direct_rate(model, args.streams, 4 * args.steps),
-            async_rate(model, args.streams, 4 * args.steps),
-        )
-        for _ in range(args.rounds)
-    ]
-    direct, streams = (max(side) for side in zip(*pairs, strict=True))
-    ratios = ", ".join(f"{theirs / ours:.3f}" for ours, theirs in pairs)
-    print(
-        f"\n{args.streams} streams: Engine.step {direct:.0f} tokens per second, AsyncEngine "
-        f"{streams:.0f} ({streams / direct:.3f}; round by round {ratios})"
-    )
+    compare_streams(model, args.streams, 10 * args.steps, 2 * args.rounds)
 
 
 if __name__ == "__main__":

@@ -203,7 +203,9 @@ def test_event_loops_of_several_threads():
     for thread in threads:
         thread.join()
     asyncio.run(streams.close())
-    assert all(reason == "length" for _, reason in results.values())
+    for i, (tokens, reason) in results.items():
+        assert [len(its) for its in tokens.values()] == [params(i).max_tokens] * params(i).n
+        assert reason == "length"
     assert blocks_in_use(engine) == 0
 
 
@@ -265,6 +267,7 @@ def test_what_a_slow_reader_gets_at_once_is_what_the_steps_gave():
 
 def test_readers_are_woken_seldom_but_for_first_and_last_tokens(monkeypatch):
     monkeypatch.setattr("codellama_rt.engine.async_engine._WAKE_INTERVAL_S", 3600.0)
+    monkeypatch.setattr("codellama_rt.engine.async_engine._WAKE_SHARE", 1e-12)
     engine = engine_of(num_blocks=256)
 
     async def main():
