@@ -242,7 +242,9 @@ def run_server(words):
     """Open the model, read the options, and stop where the server would listen."""
     server = pytest.importorskip("codellama_rt.serve.server")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "serve", lambda model, settings, **options: None)
+        listen = server.listen
+        patch.setattr(server, "listen", lambda host, port: listen(host, 0))
+        patch.setattr(server, "serve", lambda model, settings, listener, **options: None)
         run(words)
 
 
