@@ -229,7 +229,7 @@ def _ask_with_examples(served, operation, mode):
         except (TypeError, ValueError):  # what JSON does not have
             return
         answer = served.ask("POST", operation.path, sent)
-        assert answer.status < 500 or answer.status in (501, 503), (sent, answer.body)
+        assert answer.status < 500 or answer.status == 503, (sent, answer.body)
         if answer.status != 200:
             assert answer.json["error"]["message"]
 
