@@ -79,6 +79,7 @@ class Sampling(Struct, kw_only=True):
     request_id: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_progress: bool | None = None  # llama.cpp's
 
 
 class CompletionRequest(Sampling, kw_only=True):
