@@ -63,6 +63,9 @@ def openai_params(request: Sampling, defaults: SamplingParams, **given: Any) -> 
     values["logit_bias"] = token_biases(request.logit_bias)
     values["structured_outputs"] = structured_outputs(request)
     values |= given
+    if values["max_tokens"] is None and request.n_predict is not None:
+        values["max_tokens"] = request.n_predict if request.n_predict >= 0 else None
+        defaults = replace(defaults, max_tokens=values["max_tokens"])
     return _replaced(defaults, values)
 
 
