@@ -204,6 +204,26 @@ def run_aider(run_in, server, tmp_path):
     )
 
 
+def test_guidellm(run_in, served, tmp_path):
+    """A load of streams, whose tokens it counts by the usage in each event."""
+    data, found = tmp_path / "prompts.jsonl", tmp_path / "found.json"
+    data.write_text("\n".join(json.dumps({"prompt": f"def f{i}(x):"}) for i in range(8)))
+    backend = f"kind=openai_http,target={served.url},model=codellama"
+    run_in(
+        "guidellm",
+        *("guidellm", "run", "--backend", f"{backend},request_format=/v1/completions"),
+        *("--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=6"),
+        *("--data", f"kind=json_file,path={data}", "--output", f"kind=json,path={found}"),
+        "--disable-progress",
+        HF_HUB_OFFLINE="1",
+    )
+    [benchmark] = json.loads(found.read_text())["benchmarks"]
+    requests = benchmark["requests"]
+    assert requests["errored"] == []
+    assert len(requests["successful"]) >= 6
+    assert all(0 < one["output_tokens"] <= 16 for one in requests["successful"])
+
+
 def record_prompts(server, monkeypatch):
     add_request, prompts = server.service.engine.add_request, []
 
