@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from codellama_rt.serve.errors import ApiError, ClientLeftError, api_error
 from codellama_rt.serve.event_stream import EventStream, Writer
-from codellama_rt.serve.generation import Gained, Generation
+from codellama_rt.serve.generation import Gained, Generation, size_of
+from codellama_rt.serve.long_work import beside_loop
 
 
 class JSONAnswer(Response):
@@ -39,7 +40,8 @@ async def stream_or_whole(
     if stream:
         return EventStream(generation, form, request.app.state.service.settings.keep_alive_s)
     async with generation.watching(request.receive):
-        return JSONAnswer(form.whole(await generation.finish()))
+        gained = await generation.finish()
+        return await beside_loop(size_of(gained), lambda: JSONAnswer(form.whole(gained)))
 
 
 class NoAnswer:
