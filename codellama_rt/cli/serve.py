@@ -71,7 +71,14 @@ def serve(
     max_requests: Annotated[
         int, typer.Option(help="Unfinished generations; further requests get 503.")
     ] = 1024,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 16 * 2**20,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 4 * 2**20,
+    stream_interval: Annotated[
+        float,
+        typer.Option(
+            help="Seconds between two events of a stream, except the first and the last; 0: an "
+            "event per step."
+        ),
+    ] = 0.02,
     keep_alive_interval: Annotated[
         float, typer.Option(help="Seconds of silence after which a stream gets a comment.")
     ] = 10.0,
@@ -104,6 +111,7 @@ def serve(
             suffix_first=suffix_first,
             chat_template=chat_template.read_text("utf-8") if chat_template else None,
             metrics_prefix=metrics_prefix,
+            stream_interval_s=_not_negative("--stream-interval", stream_interval),
             keep_alive_s=_positive("--keep-alive-interval", keep_alive_interval),
             max_body_bytes=max_body,
             max_requests=max_requests,
@@ -141,6 +149,12 @@ def _checked_tokens(count: int | None) -> int | None:
 def _positive(name: str, seconds: float) -> float:
     if not seconds > 0:
         raise ValueError(f"{name} must be above 0, got {seconds:g}")
+    return seconds
+
+
+def _not_negative(name: str, seconds: float) -> float:
+    if not seconds >= 0:
+        raise ValueError(f"{name} must be at least 0, got {seconds:g}")
     return seconds
 
 

@@ -251,7 +251,7 @@ class Steps:
             ends = itertools.accumulate(chunk.num_logits for chunk in chunks)
             rows = [end - 1 for i, end in enumerate(ends) if i not in others]
         try:
-            return _Computed(logits, self._lineup.rows.choose(logits, self._lineup.stops, rows))
+            return _Computed(logits, self._lineup.rows.choose(logits, self._lineup.positions, rows))
         except Exception as error:  # perhaps a passing one: each will choose alone
             logger.warning("tokens could not be chosen together: %r", error)
             return _Computed(logits)
@@ -275,6 +275,8 @@ class Steps:
             left, self._lineup = range(len(chunks)), Lineup([], [])
         else:
             self.totals.generated_tokens += len(lineup.samples)
+            if not (others or lineup.newcomers()):
+                self._scheduler.repeat(chunks)
         if not left:
             return
         logits = found.by_chunk(chunks)

@@ -60,12 +60,15 @@ def test_completion(served, llm):
         *("prompt_n", "prompt_ms", "prompt_per_token_ms", "prompt_per_second"),
         *("predicted_n", "predicted_ms", "predicted_per_token_ms", "predicted_per_second"),
     }
-    body = {"prompt": PROMPT, "n_predict": 9, "temperature": 0, "return_tokens": True}
+    body = {"prompt": PROMPT, "n_predict": 9, "temperature": 0}
     *events, last = served.post("/completion", **body, n_probs=2, stream=True).events
     assert "".join(event["content"] for event in events) == expected.text
     assert not any(event["stop"] for event in events)
     assert (last["stop"], last["content"]) == (True, "")
-    assert [one["id"] for one in last["completion_probabilities"]] == expected.token_ids
+    every = [*events, last]  # as llama.cpp's events, each one has the tokens of its text
+    assert [i for event in every for i in event["tokens"]] == expected.token_ids
+    rows = [row for event in every for row in event["completion_probabilities"]]
+    assert [row["id"] for row in rows] == expected.token_ids
 
 
 def test_how_a_completion_ends(served):
