@@ -184,7 +184,14 @@ class Lineup:
         outputs = [
             Output(
                 name, index, [token_id], "", None, None, False, None, None, None,
-                (clock, now, sample.last_token, stop - before, sample.num_steps),
+                (
+                    clock,
+                    now,
+                    sample.last_token,
+                    stop - before,
+                    sample.num_steps,
+                    sample.sequence.num_preemptions,
+                ),
             )
             for (name, index, before, clock, sample), token_id, stop in zip(
                 self._labels, tokens, self.stops, strict=True

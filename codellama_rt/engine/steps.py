@@ -229,6 +229,7 @@ class Steps:
         totals = self.totals
         totals.steps += 1
         totals.computed_tokens += len(batch.token_ids)
+        self.metrics.step_tokens.observe(len(batch.token_ids))
         totals.schedule_seconds += scheduled - started
         totals.model_seconds += seconds
         if self._scheduler.cost is not None:
@@ -284,6 +285,7 @@ class Steps:
             gained = self._delivery.give(sample, chunks[i], logits[i], started, now, tries)
             self.totals.generated_tokens += gained
             if num_drafted := len(chunks[i].draft):
+                self.metrics.drafts[gained - 1] += 1
                 for counts in (self.totals, sample.request.clock):
                     counts.draft_tokens += num_drafted
                     counts.accepted_tokens += gained - 1

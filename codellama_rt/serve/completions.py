@@ -42,7 +42,7 @@ async def completions(request: Request) -> Any:
         **head,
         created=int(time()),
     )
-    return await stream_or_whole(request, generation, form, stream=wanted.stream)
+    return await stream_or_whole(request, generation, form, wanted)
 
 
 def _params(wanted: CompletionRequest, defaults: SamplingParams) -> SamplingParams:

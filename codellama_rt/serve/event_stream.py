@@ -13,6 +13,7 @@ from codellama_rt.serve.generation import Gained, Generation, size_of
 from codellama_rt.serve.long_work import beside_loop
 
 KEEP_ALIVE = b": keep-alive\n\n"
+PROGRESS_S = 1.0
 DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -31,6 +32,9 @@ class Writer(Protocol):
     def last(self) -> list[Any]:
         """Return the events after the last one of each sample."""
 
+    def progress(self) -> Any:
+        """Return an event that says how far the prompt is, or None once it is computed."""
+
 
 def event(value: Any) -> bytes:
     """Return a value as an event, in one line without spaces."""
@@ -45,7 +49,7 @@ class EventStream:
         writer: makes events of them.
         keep_alive_s: after so many seconds without an event comes a comment.
         ending: the bytes after the last event.
-        on_silence: makes an event instead of the comment; None: no event now.
+        with_progress: tell each second how far the prompt is, instead of the comment.
         on_error: makes an event of an error.
     """
 
@@ -56,17 +60,18 @@ class EventStream:
         keep_alive_s: float,
         *,
         ending: bytes = DONE,
-        on_silence: Callable[[], Any] | None = None,
+        with_progress: bool = False,
         on_error: Callable[[ApiError], Any] | None = None,
     ) -> None:
-        self._generation, self._writer, self._keep_alive_s = generation, writer, keep_alive_s
-        self._ending, self._on_silence = ending, on_silence
+        self._generation, self._writer = generation, writer
+        self._silence_s = PROGRESS_S if with_progress else keep_alive_s
+        self._ending, self._with_progress = ending, with_progress
         self._on_error = on_error or (lambda error: error.body)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the stream."""
         async with self._generation.watching(receive):
-            silence = _Silence(self._keep_alive_s, self._generation.interrupt)
+            silence = _Silence(self._silence_s, self._generation.interrupt)
             try:
                 start = {"type": "http.response.start", "status": 200, "headers": _HEADERS}
                 await send(start)
@@ -99,7 +104,7 @@ class EventStream:
         return b"".join(map(event, self._writer.chunks(gained)))
 
     def _sign_of_life(self) -> bytes:
-        told = None if self._on_silence is None else self._on_silence()
+        told = self._writer.progress() if self._with_progress else None
         return KEEP_ALIVE if told is None else event(told)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from time import perf_counter
 from typing import Any, Protocol
 
 from codellama_rt.engine.async_engine import AsyncEngine, OutputStream
@@ -66,13 +67,19 @@ class Generation:
         """Whether every output has been taken."""
         return all(stream.has_ended for stream in self.streams)
 
-    @property
-    def progress(self) -> tuple[int, int, int]:
-        """How far the first prompt is: (tokens computed, those of them cached, tokens)."""
+    def progress(self) -> dict[str, int] | None:
+        """Return how far the first prompt is, by llama.cpp's names, or None once it is computed."""
         request = self.streams[0].request
         sequence = request.samples[0].sequence
         computed = min(sequence.num_computed, sequence.prompt_len)
-        return computed, request.clock.cached_tokens, sequence.prompt_len
+        if computed >= sequence.prompt_len or self.num_output_tokens:
+            return None
+        return {
+            "total": sequence.prompt_len,
+            "cache": request.clock.cached_tokens,
+            "processed": computed,
+            "time_ms": round(1e3 * (perf_counter() - request.clock.arrival)),
+        }
 
     async def take(self) -> Gained:
         """Wait for outputs, and return all that have come, joined per sample.

@@ -32,7 +32,7 @@ async def fim_completions(request: Request) -> Any:
     )
     generation = await service.start([prompt], adapter=adapter, wanted=wanted)
     form = ChatForm(wanted, service.tokenizer, generation, **head, created=int(time()))
-    return await stream_or_whole(request, generation, form, stream=wanted.stream)
+    return await stream_or_whole(request, generation, form, wanted)
 
 
 async def infill(request: Request) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from time import perf_counter
 from typing import Any
 
 from starlette.requests import Request
@@ -21,8 +20,6 @@ from codellama_rt.serve.long_work import beside_loop
 from codellama_rt.serve.protocol import LlamaCppCompletionRequest, LlamaCppSampling
 from codellama_rt.serve.service import Service
 from codellama_rt.serve.token_texts import TokenTexts, likelihood
-
-_PROGRESS_S = 1.0
 
 
 async def completion(request: Request) -> Any:
@@ -52,13 +49,12 @@ async def answer_llama_cpp(
     """Return the answer to a request in llama.cpp's form, streamed or whole."""
     form = LlamaCppForm(service, wanted, generation, prompt)
     if wanted.stream:
-        progress = bool(wanted.return_progress)
         return EventStream(
             generation,
             form,
-            _PROGRESS_S if progress else service.settings.keep_alive_s,
+            service.settings.keep_alive_s,
             ending=b"",
-            on_silence=form.progress if progress else None,
+            with_progress=bool(wanted.return_progress),
             on_error=_error,
         )
     async with generation.watching(request.receive):
@@ -82,7 +78,6 @@ class LlamaCppForm:
         self._prompt_ids, self._params = prompt
         self._texts = TokenTexts(service.tokenizer)
         self._rules = LineRules(wanted.n_indent or 0, wanted.t_max_predict_ms or 0)
-        self._started = perf_counter()
         self._output: Output | None = None  # the last one
         self._content: list[str] = []
         self._token_ids: list[int] = []
@@ -125,22 +120,11 @@ class LlamaCppForm:
 
     def progress(self) -> Any:
         """Return how far the prompt is, or None once it is computed."""
-        computed, cached, total = self._generation.progress
-        if computed >= total or self._content:
+        progress = self._generation.progress()
+        if progress is None:
             return None
-        milliseconds = round(1e3 * (perf_counter() - self._started))
-        return {
-            "index": 0,
-            "content": "",
-            "tokens": [],
-            "stop": False,
-            "prompt_progress": {
-                "total": total,
-                "cache": cached,
-                "processed": computed,
-                "time_ms": milliseconds,
-            },
-        }
+        event = {"index": 0, "content": "", "tokens": [], "stop": False}
+        return {**event, "prompt_progress": progress}
 
     def whole(self) -> dict[str, Any]:
         """Return the answer as of now."""
