@@ -231,6 +231,7 @@ class Steps:
         totals = self.totals
         totals.steps += 1
         totals.computed_tokens += len(batch.token_ids)
+        self.metrics.step_tokens.observe(len(batch.token_ids))
         totals.schedule_seconds += scheduled - started
         totals.model_seconds += seconds
         if self._scheduler.cost is not None:
@@ -252,7 +253,7 @@ class Steps:
             ends = itertools.accumulate(chunk.num_logits for chunk in chunks)
             rows = [end - 1 for i, end in enumerate(ends) if i not in others]
         try:
-            return _Computed(logits, self._lineup.rows.choose(logits, self._lineup.stops, rows))
+            return _Computed(logits, self._lineup.rows.choose(logits, self._lineup.positions, rows))
         except Exception as error:  # perhaps a passing one: each will choose alone
             logger.warning("tokens could not be chosen together: %r", error)
             return _Computed(logits)
@@ -276,6 +277,8 @@ class Steps:
             left, self._lineup = range(len(chunks)), Lineup([], [])
         else:
             self.totals.generated_tokens += len(lineup.samples)
+            if not (others or lineup.newcomers()):
+                self._scheduler.repeat(chunks)
         if not left:
             return
         logits = found.by_chunk(chunks)
@@ -286,6 +289,7 @@ class Steps:
             gained = self._delivery.give(sample, chunks[i], logits[i], started, now, tries)
             self.totals.generated_tokens += gained
             if num_drafted := len(chunks[i].draft):
+                self.metrics.drafts[gained - 1] += 1
                 for counts in (self.totals, sample.request.clock):
                     counts.draft_tokens += num_drafted
                     counts.accepted_tokens += gained - 1

@@ -6,9 +6,9 @@ import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.model.config import ModelConfig
-from codellama_rt.model.huge_pages import map_huge_pages
 from codellama_rt.model.key_bounds import KeyBounds
 from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
+from codellama_rt.ops.native import map_huge_pages
 from codellama_rt.ops.quantized import CACHE_DTYPES, Quantized, cache_row_bytes
 
 KV_DTYPES = (*FLOAT_DTYPES, *CACHE_DTYPES)
