@@ -11,6 +11,10 @@ class CheckpointChangedError(CheckpointError, RuntimeError):
     """A file whose weights are in use has been written or cut; no request is at fault."""
 
 
+class CorruptLogitsError(RuntimeError):
+    """A model's logits are NaN or infinite, so that no token can be chosen."""
+
+
 class QueueFullError(RuntimeError):
     """More prompt tokens wait than `max_queued_tokens`; the request can be made again later.
 
