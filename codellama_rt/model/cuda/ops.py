@@ -1,7 +1,7 @@
 """The operators on DeviceTensors, with the names, arguments and results of `codellama_rt.ops`.
 
-Calls are asynchronous on the current stream (`set_stream`). Shapes and dtypes are checked; indices
-in device memory are not: token ids, positions, slots, tables and lengths must be valid. Weights are
+Calls are asynchronous on the module's current stream. Shapes and dtypes are checked; indices in
+device memory are not: token ids, positions, slots, tables and lengths must be valid. Weights are
 `ops.Quantized` in "int8_mma" or "int4_mma", caches in "int8" or "fp8".
 """
 
@@ -15,11 +15,6 @@ from codellama_rt.ops.quantized import Quantized
 
 Tensor = DeviceTensor
 Weight = DeviceTensor | Quantized
-
-
-def set_stream(stream: int) -> None:
-    """Put all later work of this thread on a stream; 0 is CUDA's default stream."""
-    cuda().set_stream(stream)
 
 
 def embedding(token_ids: Tensor, table: Tensor, *, out: Tensor | None = None) -> Tensor:
