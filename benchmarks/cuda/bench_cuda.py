@@ -175,7 +175,7 @@ def run_step(name: str, path: Path, *, smoke: bool, seconds: float) -> None:
     module, deadline = native.cuda(), time.monotonic() + seconds
     print(f"{name} on {text}", flush=True)
     workspace = Memory((8 << 20) if smoke else WORKSPACE_BYTES)
-    ops.set_stream(module.create_stream())
+    module.set_stream(module.create_stream())
     module.set_workspace(workspace.pointer, workspace.num_bytes)
     found = {r["what"]: 1e12 * r["rate"] for r in read_rows(path) if r.get("who") == "device"}
     roofs = {roof: found.get(roof, 0) for roof in (READ, COPY)}

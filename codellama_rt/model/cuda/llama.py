@@ -59,7 +59,7 @@ class DeviceLlama:
 
     def _enter(self) -> None:
         """Select this model's stream and workspace; another model may have run before."""
-        ops.set_stream(self._stream)
+        self._device.set_stream(self._stream)
         if self._device.workspace() != self._workspace.pointer:
             self._device.set_workspace(self._workspace.pointer, self._workspace.num_bytes)
 

@@ -11,15 +11,12 @@ struct AttentionShape {
   int64_t head_dim;
 };
 // By matrix instructions: head_dim 128, 16-bit queries, the cache of their type or quantised.
-void attend_bf16(const Attention& a, const AttentionShape& shape);
-void attend_f16(const Attention& a, const AttentionShape& shape);
+void attend_float(Attention a, const AttentionShape& shape);
 void attend_quantized(const Attention& a, const AttentionShape& shape);
 // Prefill by wgmma; false: not on this device.
 bool attend_wgmma(const Attention& a, const AttentionShape& shape);
 // Any head_dim and types, a warp a row: slow.
 void attend_any(const Attention& a, const AttentionShape& shape);
-
-void attend(const char* op, Attention a, const AttentionShape& shape);
 
 }  // namespace cuda
 }  // namespace codellama_rt

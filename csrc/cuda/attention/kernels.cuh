@@ -1,4 +1,4 @@
-// The two kernels of attention by mma.sync; paged_attention.cu says which runs when.
+// The two kernels of attention by mma.sync; attention.cu says which runs when.
 //
 // split    Each warp of a persistent grid takes an equal run of units (sequence, kv head, up to 16
 //          rows, split of kSplit keys) and feeds itself; partial results go to the workspace, and

@@ -57,24 +57,5 @@ void attend_many(const Attention& a) {
   device().bulk ? launch_unsplit<T, Tile, true>(a) : launch_unsplit<T, Tile, false>(a);
 }
 
-// What the copy engine is told of keys and values. A box of paged ones lies within its page; of
-// contiguous ones the last box may reach past the last row, and must not read there.
-inline void make_maps(Attention& a, const AttentionShape& shape) {
-  const int64_t columns = (a.block_tables ? 1 : a.n_kv_heads) * kDim;
-  const int64_t rows = a.num_keys > 0 ? a.num_keys : 1;
-  a.box_rows = a.block_tables && a.block_size % kTile != 0 ? kCacheGroup : kTile;
-  a.key_map = make_tensor_map(a.key, shape.cache_dtype, rows, columns, a.box_rows);
-  a.value_map = make_tensor_map(a.value, shape.cache_dtype, rows, columns, a.box_rows);
-}
-
-// Over a cache in the queries' own 16-bit type.
-template <typename T>
-void attend_float(const Attention& a, const AttentionShape& shape) {
-  Attention mapped = a;
-  if (device().bulk) make_maps(mapped, shape);
-  attend_few<T, FloatTile<T>>(mapped);
-  if (!attend_wgmma(mapped, shape)) attend_many<T, FloatTile<T>>(mapped);
-}
-
 }  // namespace cuda
 }  // namespace codellama_rt

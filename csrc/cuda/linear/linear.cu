@@ -20,7 +20,8 @@ constexpr int kThreads = kSlices * kWarp, kAhead = 4;
 template <typename T, typename W, int kTokenTiles>
 CLRT_DEVICE void multiply(const LinearParams& p, const WeightTile& tile, int64_t first_token,
                           int64_t begin, int64_t end, float (&sums)[kTokenTiles][4]) {
-  constexpr int kParts = kTokenTiles == 1 ? W::kSteps / 2 : 1;  // unrolled: registers are short
+  // Unrolled; of many tokens, registers are short.
+  [[maybe_unused]] constexpr int kParts = kTokenTiles == 1 ? W::kSteps / 2 : 1;
   const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
   typename W::Piece ahead[kAhead];
 #pragma unroll

@@ -22,17 +22,11 @@ CLRT_DEVICE uint64_t descriptor(const void* memory, int leading, int stride) {
 }
 
 // Before the first product after registers it reads or writes were touched.
-CLRT_DEVICE void wgmma_fence() {
-#ifdef CLRT_WGMMA
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#endif
-}
+CLRT_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Until all products of this warpgroup are done.
 CLRT_DEVICE void wgmma_finish() {
-#ifdef CLRT_WGMMA
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#endif
 }
 
 // Registers that products read or write while other instructions run: what the program does to them
@@ -54,15 +48,11 @@ CLRT_DEVICE void hold(T (&registers)[kCount][4]) {
 
 template <int kRegisters>
 CLRT_DEVICE void give_registers() {
-#ifdef CLRT_WGMMA
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
 }
 template <int kRegisters>
 CLRT_DEVICE void take_registers() {
-#ifdef CLRT_WGMMA
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
 }
 
 // Barriers 1 to 15 of a block, among `num_threads` threads: those that wait and those that only
@@ -82,7 +72,6 @@ template <typename T>
 CLRT_DEVICE void wgmma_128(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b, bool add);
 
 // Of each type, by its name in PTX; registers of a fragment, of 8 fragments.
-#ifdef CLRT_WGMMA
 #define CLRT_C(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define CLRT_8C(i)                                                                      \
   CLRT_C(i), CLRT_C(i + 1), CLRT_C(i + 2), CLRT_C(i + 3), CLRT_C(i + 4), CLRT_C(i + 5), \
@@ -115,7 +104,6 @@ CLRT_DEVICE void wgmma_128(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b
   }
 CLRT_PRODUCTS(bf16, "bf16")
 CLRT_PRODUCTS(f16, "f16")
-#endif
 
 }  // namespace ptx
 }  // namespace cuda
