@@ -1,4 +1,4 @@
-"""Exceptions and warnings of the package that are more specific than Python's own."""
+"""Exceptions and warnings more specific than Python's own, and what is said of devices."""
 
 import warnings
 
@@ -40,3 +40,17 @@ class CheckpointWarning(UserWarning):
 def warn_of_checkpoint(message: str) -> None:
     """Issue a `CheckpointWarning`."""
     warnings.warn(message, CheckpointWarning, stacklevel=3)
+
+
+def unavailable(missing: str, remedy: str = "") -> str:
+    """Return the one sentence that is said of a device that cannot be used.
+
+    Args:
+        missing: what this build or machine has, and what it lacks.
+        remedy: in the imperative; empty if `missing` says it.
+
+    Example:
+        >>> unavailable("no NPU found", "install its driver")
+        'no NPU found; install its driver; available: cpu'
+    """
+    return "; ".join(part for part in (missing, remedy, "available: cpu") if part)

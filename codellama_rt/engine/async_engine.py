@@ -2,8 +2,9 @@
 
 Nothing that a task does waits for a step, and nothing that a step does waits for a task: requests
 and aborts are left for the thread, which takes them up before its next step, and outputs are left
-for the loops. A loop sorts its mail and wakes its readers together, and seldom: only one thread at
-a time runs Python, and a step of a small model takes less time than waking every reader.
+for the loops. A loop sorts its mail and wakes its readers together, only so often that this takes a
+small share of the time: one thread at a time runs Python, and on few cores the loop stops one of
+the threads that compute a step, for which the others wait.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
 from codellama_rt.engine.engine import Engine
-from codellama_rt.engine.output import Output, joined
+from codellama_rt.engine.output import Output, extend_output, joined
 from codellama_rt.engine.request import Request
 from codellama_rt.engine.sampling_params import SamplingParams
 
@@ -247,22 +248,16 @@ class AsyncEngine:
 
     def _end(self, stream: OutputStream, error: Exception | None = None) -> None:
         """Let a stream's reader know that nothing more comes; from now on the name is free."""
-        stream.bell.post((stream, error))
+        stream.bell.post_end(stream, error)
         del self._streams[stream.request_id]
         self._ring(stream.bell, is_urgent=True)
 
     def _deliver(self, outputs: list[Output]) -> None:
         """Post the outputs of a step to the loops of their readers."""
         streams = dict(self._streams)  # at one moment: tasks add their own meanwhile
-        bells = set(self._bells.values())
-        if len(bells) == 1:
-            [bell] = bells
-            bell.post(outputs)
-        else:
-            names = {output.request_id for output in outputs}
-            bells = {stream.bell for name, stream in streams.items() if name in names}
-            for bell in bells:
-                bell.post(outputs)
+        by_bell = self._by_bell(outputs, streams)
+        for bell, its in by_bell.items():
+            bell.post(its)
         if len(streams) != len(self.engine.table.requests):
             for stream in [s for s in streams.values() if s.request.is_finished]:
                 if stream.request_id in self._streams:
@@ -273,8 +268,22 @@ class AsyncEngine:
             urgent = {stream.bell for stream in begun}
             unfinished = set(dict(self._streams).values()).difference(begun)
             self._beginning = [s for s in self._beginning if s in unfinished]
-        for bell in bells:
+        for bell in by_bell:
             self._ring(bell, is_urgent=bell in urgent)
+
+    def _by_bell(
+        self, outputs: list[Output], streams: dict[str, OutputStream]
+    ) -> dict[_Bell, list[Output]]:
+        """Return each loop's outputs, those of streams that have gone left out or in any."""
+        bells = list(self._bells.values())
+        if len(bells) == 1:
+            return {bells[0]: outputs}
+        by_bell: dict[_Bell, list[Output]] = {}
+        for output in outputs:
+            stream = streams.get(output.request_id)
+            if stream is not None:
+                by_bell.setdefault(stream.bell, []).append(output)
+        return by_bell
 
     def _ring(self, bell: _Bell, *, is_urgent: bool) -> None:
         try:
@@ -286,7 +295,8 @@ class AsyncEngine:
                 del self._streams[stream.request_id]
 
 
-Mail = list[Output] | tuple["OutputStream", Exception | None]  # or the end of a stream
+# What the samples of some streams have gained, each as one output; or the end of a stream.
+Mail = dict[tuple[str, int], Output] | tuple["OutputStream", Exception | None]
 
 
 class _Bell:
@@ -304,9 +314,28 @@ class _Bell:
         self._unread: set[OutputStream] = set()  # whose readers are to be woken then
         self._streams: dict[str, OutputStream] = {}  # for mail
 
-    def post(self, mail: Mail) -> None:
-        """Leave something; `ring` has it looked at."""
+    def post(self, outputs: list[Output]) -> None:
+        """Leave outputs of a step; `ring` has them looked at.
+
+        Those of a sample are joined here, while they are in this thread's cache: what the loop
+        spends on them, the thread waits for.
+        """
+        try:
+            mail = self._mail.pop()  # nobody else has it now
+        except IndexError:
+            mail = {}
+        if isinstance(mail, tuple):
+            self._mail.append(mail)
+            mail = {}
+        for output in outputs:
+            first = mail.setdefault((output.request_id, output.index), output)
+            if first is not output:
+                extend_output(first, output)
         self._mail.append(mail)
+
+    def post_end(self, stream: OutputStream, error: Exception | None) -> None:
+        """Leave the end of a stream."""
+        self._mail.append((stream, error))
 
     def ring(self, *, is_urgent: bool) -> None:
         """Have the mail sorted: at once, or when readers are woken next.
@@ -346,7 +375,7 @@ class _Bell:
                     del self._streams[stream.request_id]
                 self._unread.add(stream)
                 continue
-            for output in mail:
+            for output in mail.values():
                 stream = self._streams.get(output.request_id)
                 if stream is not None:
                     stream.inbox.append(output)

@@ -33,11 +33,13 @@ class Chosen(NamedTuple):
 
     Attributes:
         token_ids: one per sampler, without a meaning where it has failed.
+        array: the same as (num_samplers,) int32.
         failed: what ends a sample alone.
         logprobs: where asked for.
     """
 
     token_ids: list[int]
+    array: np.ndarray
     failed: dict[int, Exception]
     logprobs: dict[int, dict[int, Logprob]]
 
@@ -279,7 +281,7 @@ class SamplerRows:
         """
         samplers, failed = self.samplers, {}
         if not samplers:
-            return Chosen([], {}, {})
+            return Chosen([], np.empty(0, np.int32), {}, {})
         rows = self._rows if rows is None else np.array(rows, np.int32)
         sources, source_rows = logits, rows
         if self._has_processors:
@@ -289,7 +291,7 @@ class SamplerRows:
         sampled = ops.sample(
             sources,
             rows=source_rows,
-            position=np.array(positions, np.uint64),
+            position=np.asarray(positions, np.uint64),
             seen=self._seen(),
             bias=self._bias(),
             masks=masks,
@@ -301,7 +303,8 @@ class SamplerRows:
             for i in np.flatnonzero(~sampled.has_token).tolist():
                 logit = sources[source_rows[i], token_ids[i]]
                 failed.setdefault(i, _no_token(samplers[i].name, positions[i], token_ids[i], logit))
-        return Chosen(token_ids, failed, self._logprobs(logits, token_ids, rows, failed))
+        logprobs = self._logprobs(logits, token_ids, rows, failed)
+        return Chosen(token_ids, sampled.token_ids, failed, logprobs)
 
     def _seen(self) -> ops.TokenLists | None:
         if not self._has_counts:

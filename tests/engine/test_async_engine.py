@@ -203,7 +203,9 @@ def test_event_loops_of_several_threads():
     for thread in threads:
         thread.join()
     asyncio.run(streams.close())
-    assert all(reason == "length" for _, reason in results.values())
+    for i, (tokens, reason) in results.items():
+        assert [len(its) for its in tokens.values()] == [params(i).max_tokens] * params(i).n
+        assert reason == "length"
     assert blocks_in_use(engine) == 0
 
 

@@ -14,6 +14,7 @@ from helpers.served import serving
 from hypothesis import HealthCheck, given, settings
 
 from codellama_rt import SamplingParams
+from codellama_rt.serve.openapi import description
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "clients"
 PREFIX, SUFFIX = "def add(first, ", "):\n    return first"
@@ -372,6 +373,8 @@ def test_the_description_by_schemathesis(served):
 
 
 def _ask_with_examples(served, operation, mode):
+    responses = description()["paths"][operation.path]["post"]["responses"]
+
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(max_examples=MAX_EXAMPLES, suppress_health_check=list(HealthCheck))
     def check(case):
@@ -385,6 +388,7 @@ def _ask_with_examples(served, operation, mode):
             return
         answer = served.ask("POST", operation.path, sent)
         assert answer.status < 500 or answer.status == 503, (sent, answer.body)
+        assert str(answer.status) in responses, (sent, answer.status)
         if answer.status != 200:
             assert answer.json["error"]["message"]
 
