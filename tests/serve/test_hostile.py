@@ -167,6 +167,7 @@ def test_health_during_a_long_prompt(folder):
     with LLM(folder, max_model_len=16384, **sizes) as llm, serving(llm) as server:
         fields = {"prompt": [5] * 16380, "max_tokens": 2}
         with server.connect() as connection, Health(server) as health:
+            connection.settimeout(600)  # seconds of computing are minutes on a busy machine
             connection.sendall(request_bytes("/v1/completions", fields))
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
     assert health.statuses == {200}
