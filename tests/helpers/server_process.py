@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import subprocess
 import sys
@@ -85,14 +84,14 @@ def ask(port: int, path: str, body: Any = None) -> tuple[int, bytes]:
         connection.close()
 
 
-def processes_with(mark: str, name: str) -> set[int]:
-    """Return the ids of processes that have a text in their environment, and begin with a name."""
+def processes_with(mark: str, words: bytes) -> set[int]:
+    """Return the ids of processes with a text in their environment, and words in their command."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            has_name = (folder / "cmdline").read_bytes().startswith(name.encode())
-            if has_name and mark.encode() in (folder / "environ").read_bytes():
+            has_words = words in (folder / "cmdline").read_bytes()
+            if has_words and mark.encode() in (folder / "environ").read_bytes():
                 found.add(int(folder.name))
         except OSError:  # it has just ended
             continue
-    return found - {os.getpid()}
+    return found

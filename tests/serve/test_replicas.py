@@ -1,6 +1,6 @@
 """Several servers of one model: one is killed, and what it has computed is not lost with it.
 
-The examples run where `.ci/replicas DIR` has installed what they need.
+The examples run where `.ci/clients DIR` has installed what they need.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ def running(script, client, mark, log, *options):
     """An example's process, with a client's programs, at a port that is free."""
     root = os.environ.get("CODELLAMA_RT_CLIENTS")
     if root is None:
-        pytest.skip("no routers: .ci/replicas DIR installs them and runs these tests")
+        pytest.skip("no routers: .ci/clients DIR installs them and runs these tests")
     programs = Path(root, client, "bin")
     python = programs / "python" if client == "ray" else sys.executable
     paths = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
@@ -165,13 +165,13 @@ def free_port():
 
 RAY = {
     "RAY_memory_monitor_refresh_ms": "0",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
-    "RAY_raylet_start_wait_time_s": "180",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "300",
+    "RAY_raylet_start_wait_time_s": "600",
     "RAY_AUTH_MODE": "disabled",
 }
 RUNS = {
-    "with_vllm_router.py": ("vllm-router", str(sys.executable), ()),
-    "with_ray_serve.py": ("ray", "ray::ServeReplica", ("--threads", "1")),
+    "with_vllm_router.py": ("vllm-router", b"\0codellama_rt\0serve\0", ()),
+    "with_ray_serve.py": ("ray", b"ray::ServeReplica", ("--threads", "1")),
 }
 
 
@@ -179,15 +179,15 @@ RUNS = {
 def test_an_example(folder, text, tmp_path, monkeypatch, script):
     for name, value in RAY.items():
         monkeypatch.setenv(name, value)
-    client, name, options = RUNS[script]
+    client, command, options = RUNS[script]
     mark, port, log = f"example-{tmp_path}", free_port(), tmp_path / "log"
     words = [str(folder), "--port", str(port), "--prefix-cache-dir", str(tmp_path / "prefixes")]
 
     def replicas():
-        return {pid for pid in processes_with(mark, name) if is_replica(pid)}
+        return processes_with(mark, command)
 
     with running(script, client, mark, log, *words, *SIZES, *options) as process:
-        wait_for(lambda: process.poll() is not None or is_healthy(port), 300)
+        wait_for(lambda: process.poll() is not None or is_healthy(port), 900)
         assert process.poll() is None, log.read_text()[-3000:]
         assert text_of(json.loads(ask(port, PATH, greedy("def f("))[1])) == text("def f(")
         body = ask(port, PATH, greedy("x = ", stream=True))[1].decode()
@@ -206,8 +206,3 @@ def test_an_example(folder, text, tmp_path, monkeypatch, script):
             assert text_of(json.loads(answer)) == text(f"def f{i}(")
         wait_for(lambda: len(replicas()) == 2 and replicas() != before, 120)
     wait_for(lambda: not replicas(), 120)
-
-
-def is_replica(pid):
-    words = Path(f"/proc/{pid}/cmdline").read_bytes()
-    return words.startswith(b"ray::") or b"\0codellama_rt\0serve\0" in words
