@@ -57,7 +57,7 @@ class Ours:
             str(model),
             num_threads=threads,
             max_model_len=longest + 1,
-            max_num_seqs=max(work.sequences),
+            max_num_seqs=max(work.sequences, default=1),
             max_step_seconds=None,
             prefix_caching=False,
         )
