@@ -4,7 +4,9 @@
 
 The definition is what the engine ran until `ops.sample` replaced it, one row after another. Rows of
 logits are normal, with the standard deviation given; a larger one leaves fewer likely tokens. The
-two sides alternate; ratios are of the medians of one run.
+sides alternate; ratios are of the medians of one run. Penalties and biases are of 32 tokens per
+row, and masks allow half of the tokens, at random. The limit of each row is reading its logits
+once, by all threads and from where they lie (in the cache, as after a model's step).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.ops import reference
+from codellama_rt.ops.native import _core
 from codellama_rt.tools.bench.measure import Timing
 
 SETTINGS = {
@@ -26,7 +29,28 @@ SETTINGS = {
     "temperature, top_k": {"temperature": 0.8, "top_k": 40},
     "temperature, top_k, top_p": {"temperature": 0.8, "top_k": 40, "top_p": 0.95},
     "temperature, min_p": {"temperature": 0.8, "min_p": 0.05},
+    "temperature, penalties": {"temperature": 0.8, "seen": 1, "repetition_penalty": 1.1},
+    "temperature, bias": {"temperature": 0.8, "bias": 1},
+    "temperature, mask": {"temperature": 0.8, "masks": 1},
+    "greedy, penalties": {"temperature": 0.0, "seen": 1, "repetition_penalty": 1.1},
+    "greedy, bias": {"temperature": 0.0, "bias": 1},
+    "greedy, mask": {"temperature": 0.0, "masks": 1},
 }
+_LISTED = 32  # tokens per row
+
+
+def lists_and_masks(
+    rng: np.random.Generator, num_rows: int, vocab_size: int
+) -> dict[str, ops.TokenLists | np.ndarray]:
+    """Return what the settings that are 1 stand for, by name."""
+    offsets = np.arange(num_rows + 1, dtype=np.int32) * _LISTED
+    ids = [rng.choice(vocab_size, _LISTED, replace=False) for _ in range(num_rows)]
+    token_ids = np.concatenate(ids).astype(np.int32)
+    return {
+        "seen": ops.TokenLists(offsets, token_ids, np.ones(len(token_ids), np.int32)),
+        "bias": ops.TokenLists(offsets, token_ids, np.full(len(token_ids), 0.5)),
+        "masks": rng.integers(0, 2**32, (num_rows, -(-vocab_size // 32)), dtype=np.uint32),
+    }
 
 
 def alternating(sides: list[Callable[[], object]], rounds: int) -> list[Timing]:
@@ -50,19 +74,24 @@ def main() -> None:
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     print(f"{ops.isa()}, {ops.num_threads()} threads, vocabulary of {options.vocab_size}")
-    print("| rows | settings | NumPy, us per row | ops.sample, us per row | ratio |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| rows | settings | NumPy | ops.sample | reading the logits, us per row | ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for num_rows in map(int, options.rows.split(",")):
         shape = num_rows, options.vocab_size
         logits = rng.normal(0, options.scale, shape).astype(np.float32)
+        listed = lists_and_masks(rng, num_rows, options.vocab_size)
         for name, settings in SETTINGS.items():
+            settings = settings | {key: listed[key] for key in settings if key in listed}
             sides = [
                 lambda one=one, logits=logits, settings=settings: one.sample(logits, **settings)
                 for one in (reference, ops)
             ]
-            theirs, ours = (t.median / num_rows for t in alternating(sides, options.rounds))
+            sides.append(lambda logits=logits: _core.read_memory(logits))
+            theirs, ours, reading = (
+                timing.median / num_rows * 1e6 for timing in alternating(sides, options.rounds)
+            )
             print(
-                f"| {num_rows} | {name} | {theirs * 1e6:.0f} | {ours * 1e6:.1f} | "
+                f"| {num_rows} | {name} | {theirs:.0f} | {ours:.1f} | {reading:.1f} | "
                 f"{theirs / ours:.1f} |",
                 flush=True,
             )

@@ -2,8 +2,9 @@
 
 Nothing that a task does waits for a step, and nothing that a step does waits for a task: requests
 and aborts are left for the thread, which takes them up before its next step, and outputs are left
-for the loops. A loop sorts its mail and wakes its readers together, and seldom: only one thread at
-a time runs Python, and a step of a small model takes less time than waking every reader.
+for the loops. A loop sorts its mail and wakes its readers together, only so often that this takes a
+small share of the time: one thread at a time runs Python, and on few cores the loop stops one of
+the threads that compute a step, for which the others wait.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
 from codellama_rt.engine.engine import Engine
-from codellama_rt.engine.output import Output, joined
+from codellama_rt.engine.output import Output, extend_output, joined
 from codellama_rt.engine.request import Request
 from codellama_rt.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 _DRAIN_POLL_S = 0.02
-_WAKE_INTERVAL_S = 0.01  # outputs of so long may come together, but for the first and the last
+_STREAM_INTERVAL_S = 0.02  # 50 times a second looks like without a break
 _SHORT_PROMPT = 2048  # tokens that are checked within a millisecond
 
 
@@ -40,9 +41,18 @@ class AsyncEngine:
         >>> asyncio.run(main(llm))  # doctest: +SKIP
     """
 
-    def __init__(self, engine: Engine) -> None:
-        """Take an engine that nothing else steps; its thread starts with the first request."""
+    def __init__(self, engine: Engine, *, stream_interval_s: float = _STREAM_INTERVAL_S) -> None:
+        """Take an engine that nothing else steps; its thread starts with the first request.
+
+        Args:
+            engine: makes the steps.
+            stream_interval_s: how often the reader of a stream is woken at most, except for its
+                first and its last token; what has come meanwhile is joined. 0: after each step.
+        """
+        if not 0 <= stream_interval_s < math.inf:
+            raise ValueError(f"stream_interval_s must be at least 0, got {stream_interval_s}")
         self.engine = engine
+        self._stream_interval_s = stream_interval_s
         self._streams: dict[str, OutputStream] = {}  # unfinished; one call takes or leaves a key
         self._bells: dict[asyncio.AbstractEventLoop, _Bell] = {}  # the same
         self._beginning: list[OutputStream] = []  # of the thread: queued, without a token so far
@@ -116,7 +126,8 @@ class AsyncEngine:
         self.check_open()
         for other in [other for other in list(self._bells) if other.is_closed()]:
             self._bells.pop(other, None)
-        stream = OutputStream(request, self._bells.setdefault(loop, _Bell(loop)), ready)
+        bell = self._bells.setdefault(loop, _Bell(loop, self._stream_interval_s))
+        stream = OutputStream(request, bell, ready)
         if self._streams.setdefault(request_id, stream) is not stream:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         stream.bell.add(stream)
@@ -237,22 +248,16 @@ class AsyncEngine:
 
     def _end(self, stream: OutputStream, error: Exception | None = None) -> None:
         """Let a stream's reader know that nothing more comes; from now on the name is free."""
-        stream.bell.post((stream, error))
+        stream.bell.post_end(stream, error)
         del self._streams[stream.request_id]
         self._ring(stream.bell, is_urgent=True)
 
     def _deliver(self, outputs: list[Output]) -> None:
         """Post the outputs of a step to the loops of their readers."""
         streams = dict(self._streams)  # at one moment: tasks add their own meanwhile
-        bells = set(self._bells.values())
-        if len(bells) == 1:
-            [bell] = bells
-            bell.post(outputs)
-        else:
-            names = {output.request_id for output in outputs}
-            bells = {stream.bell for name, stream in streams.items() if name in names}
-            for bell in bells:
-                bell.post(outputs)
+        by_bell = self._by_bell(outputs, streams)
+        for bell, its in by_bell.items():
+            bell.post(its)
         if len(streams) != len(self.engine.table.requests):
             for stream in [s for s in streams.values() if s.request.is_finished]:
                 if stream.request_id in self._streams:
@@ -263,8 +268,22 @@ class AsyncEngine:
             urgent = {stream.bell for stream in begun}
             unfinished = set(dict(self._streams).values()).difference(begun)
             self._beginning = [s for s in self._beginning if s in unfinished]
-        for bell in bells:
+        for bell in by_bell:
             self._ring(bell, is_urgent=bell in urgent)
+
+    def _by_bell(
+        self, outputs: list[Output], streams: dict[str, OutputStream]
+    ) -> dict[_Bell, list[Output]]:
+        """Return each loop's outputs, those of streams that have gone left out or in any."""
+        bells = list(self._bells.values())
+        if len(bells) == 1:
+            return {bells[0]: outputs}
+        by_bell: dict[_Bell, list[Output]] = {}
+        for output in outputs:
+            stream = streams.get(output.request_id)
+            if stream is not None:
+                by_bell.setdefault(stream.bell, []).append(output)
+        return by_bell
 
     def _ring(self, bell: _Bell, *, is_urgent: bool) -> None:
         try:
@@ -276,26 +295,50 @@ class AsyncEngine:
                 del self._streams[stream.request_id]
 
 
-Mail = list[Output] | tuple["OutputStream", Exception | None]  # or the end of a stream
+# What the samples of some streams have gained, each as one output; or the end of a stream.
+Mail = dict[tuple[str, int], Output] | tuple["OutputStream", Exception | None]
 
 
 class _Bell:
     """Brings the outputs of a step to the streams of one event loop, and wakes their readers."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start with no streams."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval_s: float) -> None:
+        """Start with no streams; their readers are woken once in `interval_s`."""
         self.loop = loop
+        self._interval_s = interval_s
         self._mail: deque[Mail] = deque()  # from the thread
         self._is_rung = False
-        self._last = -math.inf  # when the mail was last sorted
-        self._streams: dict[str, OutputStream] = {}  # for mail; used in the loop alone
+        # Used in the loop alone:
+        self._due = -math.inf  # when readers are woken next
+        self._alarm: asyncio.TimerHandle | None = None  # for then
+        self._unread: set[OutputStream] = set()  # whose readers are to be woken then
+        self._streams: dict[str, OutputStream] = {}  # for mail
 
-    def post(self, mail: Mail) -> None:
-        """Leave something; `ring` has it looked at."""
+    def post(self, outputs: list[Output]) -> None:
+        """Leave outputs of a step; `ring` has them looked at.
+
+        Those of a sample are joined here, while they are in this thread's cache: what the loop
+        spends on them, the thread waits for.
+        """
+        try:
+            mail = self._mail.pop()  # nobody else has it now
+        except IndexError:
+            mail = {}
+        if isinstance(mail, tuple):
+            self._mail.append(mail)
+            mail = {}
+        for output in outputs:
+            first = mail.setdefault((output.request_id, output.index), output)
+            if first is not output:
+                extend_output(first, output)
         self._mail.append(mail)
 
+    def post_end(self, stream: OutputStream, error: Exception | None) -> None:
+        """Leave the end of a stream."""
+        self._mail.append((stream, error))
+
     def ring(self, *, is_urgent: bool) -> None:
-        """Have the mail sorted: at once, or when the last time is long enough ago.
+        """Have the mail sorted: at once, or when readers are woken next.
 
         Raises:
             RuntimeError: the loop is closed.
@@ -312,32 +355,46 @@ class _Bell:
         self._streams[stream.request_id] = stream
 
     def _wait(self) -> None:
-        due = self._last + _WAKE_INTERVAL_S
-        if self.loop.time() >= due:
+        if self.loop.time() >= self._due:
             self._sort()
-        else:
-            self.loop.call_at(due, self._sort)
+        elif self._alarm is None:
+            self._alarm = self.loop.call_at(self._due, self._on_alarm)
+
+    def _on_alarm(self) -> None:
+        self._alarm = None
+        self._sort()
 
     def _sort(self) -> None:
         self._is_rung = False  # first, for what comes later rings again
-        self._last = self.loop.time()
-        streams, woken = self._streams, set()
         while self._mail:
             mail = self._mail.popleft()
             if isinstance(mail, tuple):
                 stream, stream.error = mail
                 stream.is_over = True
-                if streams.get(stream.request_id) is stream:
-                    del streams[stream.request_id]
-                woken.add(stream)
+                if self._streams.get(stream.request_id) is stream:
+                    del self._streams[stream.request_id]
+                self._unread.add(stream)
                 continue
-            for output in mail:
-                stream = streams.get(output.request_id)
+            for output in mail.values():
+                stream = self._streams.get(output.request_id)
                 if stream is not None:
                     stream.inbox.append(output)
-                    woken.add(stream)
+                    self._unread.add(stream)
+        if self._unread:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wake all readers if it is time, else those whose stream begins or ends."""
+        woken, now = self._unread, self.loop.time()
+        if now >= self._due:
+            self._due = now + self._interval_s
+        else:
+            woken = {stream for stream in woken if stream.is_over or not stream.has_begun}
+        self._unread = self._unread - woken
         for stream in woken:
             stream.wake()
+        if self._unread:
+            self._wait()
 
 
 class OutputStream:
@@ -349,7 +406,7 @@ class OutputStream:
         self.request_id = request.request_id
         self.inbox: list[Output] = []
         self.error: Exception | None = None  # of all of it
-        self.is_over = False  # nothing more comes into the inbox
+        self.has_begun = self.is_over = False  # the reader was woken; nothing more will come
         self._taken: deque[Output] = deque()  # from the inbox, at most one per sample
         self._unfinished = request.params.n
         self._reader: asyncio.Future | None = None  # that waits
@@ -378,6 +435,7 @@ class OutputStream:
 
     def wake(self) -> None:
         """Let the reader look."""
+        self.has_begun = True
         if self._ready is not None:
             self._ready.set()
         if self._reader is not None and not self._reader.done():

@@ -99,9 +99,7 @@ class Delivery:
         flight.is_certain = True
         self._hand_over()
 
-        self._metrics.count_tokens(now, [sample.last_token for sample in samples])
-        for sample in samples:
-            sample.last_token = now
+        self._count_tokens(lineup, now)
         block_size = self._blocks.block_size
         with_full_block = [i for i, stop in enumerate(lineup.stops) if not stop % block_size]
         for sample in (*(samples[i] for i in with_full_block), *lineup.newcomers()):
@@ -165,6 +163,16 @@ class Delivery:
         self._table.add_forks(sample, forks)
         self._settle(request, [sample, *forks])
         return sum(len(output.token_ids) for output in gained)
+
+    def _count_tokens(self, lineup: Lineup, now: float) -> None:
+        samples = lineup.samples
+        if lineup.last_token is None:
+            self._metrics.count_tokens(now, [sample.last_token for sample in samples])
+        else:  # the same for all
+            self._metrics.inter_token_seconds.observe(now - lineup.last_token, len(samples))
+        for sample in samples:
+            sample.last_token = now
+        lineup.last_token = now
 
     def _settle(self, request: Request, samples: Sequence[Sample]) -> None:
         """Drop samples that have ended; others may copy what they have written."""

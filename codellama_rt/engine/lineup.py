@@ -21,7 +21,7 @@ from codellama_rt.engine.sampler import Chosen, SamplerRows
 from codellama_rt.engine.sequence import Chunk
 from codellama_rt.model.batch import Batch
 
-_ONE = np.int32(1)
+_ONE, _ONE_MORE = np.int32(1), np.uint64(1)
 
 
 class Lineup:
@@ -31,7 +31,9 @@ class Lineup:
         samples: of different sequences.
         rows: their samplers.
         stops: per sample, the number of its tokens when it chooses.
+        positions: the same as (num_samples,) uint64, where the chosen tokens will be.
         num_forks: per sample, the number of samples of its request.
+        last_token: when all of them had their last tokens; None: the lineup has not chosen yet.
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class Lineup:
         """Line up; `rows` may be those of an earlier lineup of the same samplers."""
         self.samples = list(samples)
         self.stops = [chunk.stop for chunk in chunks]
+        self.positions = np.array(self.stops, np.uint64)
         samplers = [sample.sampler for sample in samples]
         is_known = rows is not None and rows.samplers == samplers
         self.rows = rows if is_known else SamplerRows(samplers)
         requests = [sample.request for sample in samples]
         self.num_forks = [request.params.n for request in requests]
+        self.last_token: float | None = None
         self._inboxes = [request.inbox for request in requests]
         self._has_inboxes = any(inbox is not None for inbox in self._inboxes)
         self._sequences = [sample.sequence for sample in samples]
@@ -57,6 +61,8 @@ class Lineup:
         self._with_grammar = [sample.sampler for sample in samples if sample.has_grammar]
         self._with_memory = [i for i, sampler in enumerate(samplers) if sampler.has_memory]
         self._with_text = any(sample.has_text for sample in samples)
+        self._text_of = [sample.text_of for sample in samples]
+        self._with_text_alone = None not in self._text_of
         self._end_ids = frozenset().union(*(request.end_ids for request in requests))
         self._last_stops = [request.max_len - 1 for request in requests]
         self._labels = [
@@ -69,12 +75,20 @@ class Lineup:
             )
             for sample, request in zip(samples, requests, strict=True)
         ]
+        self._chunks: Sequence[Chunk] = ()  # of the last step, if it was for each the next token
+        self._chosen: np.ndarray | None = None  # (num_samples,) int32, in that step
         self._batch: Batch | None = None  # of the last step, if the next one follows from it
         self._tables_version = -1
         self._num_steps_left = 0  # before some sequence needs its next block
 
     def goes_on(self, chunks: Sequence[Chunk]) -> bool:
-        """Return whether these chunks are the next token of each sample; then step to them."""
+        """Return whether these chunks are the next token of each sample; then step to them.
+
+        If they are those of the last step, they have been moved on by one token.
+        """
+        if chunks is self._chunks:
+            self._step([stop + 1 for stop in self.stops])
+            return True
         if len(chunks) != len(self._sequences):
             return False
         if [chunk.start for chunk in chunks] != self.stops:
@@ -84,11 +98,22 @@ class Lineup:
         stops = [start + 1 for start in self.stops]
         if [chunk.stop for chunk in chunks] != stops or list(map(len, self._token_ids)) != stops:
             return False
-        self.stops, self._newcomers = stops, []
+        self._step(stops)
+        self._chunks = chunks
         return True
 
+    def _step(self, stops: list[int]) -> None:
+        self.stops, self._newcomers = stops, []
+        self.positions = self.positions + _ONE_MORE
+
     def next_batch(
-        self, chunks: Sequence[Chunk], block_size: int, tables_version: int, *, rope_lengths: bool
+        self,
+        chunks: Sequence[Chunk],
+        block_size: int,
+        tables_version: int,
+        *,
+        rope_lengths: bool,
+        sparse_decoding: float | None = None,
     ) -> Batch:
         """Return the batch of these chunks, one per sample in their order.
 
@@ -97,10 +122,13 @@ class Lineup:
             block_size: tokens per block of the KV cache.
             tables_version: of the block manager.
             rope_lengths: as of `build_batch`.
+            sparse_decoding: as there.
         """
         last, tables_are_known = self._batch, tables_version == self._tables_version
         if last is None:
-            batch = build_batch(chunks, block_size, rope_lengths=rope_lengths)
+            batch = build_batch(
+                chunks, block_size, rope_lengths=rope_lengths, sparse_decoding=sparse_decoding
+            )
             self._num_steps_left = block_size - int((batch.positions % block_size).max())
         else:
             batch = self._following(last)
@@ -115,13 +143,14 @@ class Lineup:
     def _following(self, last: Batch) -> Batch:
         """Return the batch after another one, if no sequence needs another block."""
         return Batch(
-            token_ids=np.array([token_ids[-1] for token_ids in self._token_ids], np.int32),
+            token_ids=self._chosen,
             positions=last.positions + _ONE,
             cu_seqlens_q=last.cu_seqlens_q,
             seq_lens=last.seq_lens + _ONE,
             block_tables=last.block_tables,
             slot_mapping=last.slot_mapping + _ONE,
             logit_rows=last.logit_rows,
+            sparse=last.sparse,
         )
 
     def _find_slots(self, batch: Batch, chunks: Sequence[Chunk], block_size: int) -> None:
@@ -178,13 +207,21 @@ class Lineup:
             Exception: of a grammar or the tokenizer; the caller has all samples go back.
         """
         tokens, samples = chosen.token_ids, self.samples
+        self._chosen = chosen.array
         deque(map(array.append, self._token_ids, tokens), maxlen=0)
         for i in self._with_memory:
             samples[i].sampler.record(tokens[i])
         outputs = [
             Output(
                 name, index, [token_id], "", None, None, False, None, None, None,
-                (clock, now, sample.last_token, stop - before, sample.num_steps),
+                (
+                    clock,
+                    now,
+                    sample.last_token,
+                    stop - before,
+                    sample.num_steps,
+                    sample.sequence.num_preemptions,
+                ),
             )
             for (name, index, before, clock, sample), token_id, stop in zip(
                 self._labels, tokens, self.stops, strict=True
@@ -199,8 +236,13 @@ class Lineup:
     def _read(self, tokens: list[int], outputs: list[Output]) -> list[Sample]:
         """Fill in texts and ends, where there can be any; return the samples that have ended."""
         is_at_end = any(map(ge, self.stops, self._last_stops))
-        if not (self._with_text or is_at_end) and self._end_ids.isdisjoint(tokens):
-            return []
+        if not is_at_end and self._end_ids.isdisjoint(tokens):
+            if not self._with_text:
+                return []
+            if self._with_text_alone:
+                for text_of, token_id, output in zip(self._text_of, tokens, outputs, strict=True):
+                    output.text = text_of(token_id)
+                return []
         return [
             sample
             for sample, token_id, output in zip(self.samples, tokens, outputs, strict=True)

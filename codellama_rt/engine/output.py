@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass, field
 
 from codellama_rt.engine.logprobs import Logprob, PromptLogprobs
 from codellama_rt.engine.metrics import Measured, RequestMetrics
@@ -55,31 +54,24 @@ def last_output(
 
 
 def joined(outputs: list[Output]) -> list[Output]:
-    """Return outputs of one request in their order, those of a sample as one."""
-    by_sample: dict[int, list[Output]] = {}
+    """Return outputs of one request in their order, those of a sample as one: its first, longer."""
+    if len(outputs) == 1:
+        return outputs
+    by_sample: dict[int, Output] = {}
     for output in outputs:
-        by_sample.setdefault(output.index, []).append(output)
-    return [its[0] if len(its) == 1 else _joined(its) for its in by_sample.values()]
-
-
-def _joined(outputs: list[Output]) -> Output:
-    """Return what one sample gained in several steps."""
-    first, last = outputs[0], outputs[-1]
-    logprobs = [output.logprobs for output in outputs if output.logprobs is not None]
-    return replace(
-        last,
-        token_ids=[token_id for output in outputs for token_id in output.token_ids],
-        text="".join([output.text for output in outputs]),
-        logprobs=list(chain.from_iterable(logprobs)) if logprobs else None,
-        prompt_logprobs=first.prompt_logprobs,
-    )
+        first = by_sample.setdefault(output.index, output)
+        if first is not output:
+            extend_output(first, output)
+    return list(by_sample.values())
 
 
 def extend_output(output: Output, later: Output) -> None:
-    """Add to an output what the same sample gained after it, in the same step."""
+    """Add to an output what the same sample gained after it."""
     output.token_ids += later.token_ids
     output.text += later.text
     if later.logprobs is not None:
-        output.logprobs += later.logprobs
-    output.finished = later.finished
-    output.finish_reason, output.stop_reason = later.finish_reason, later.stop_reason
+        output.logprobs = (output.logprobs or []) + later.logprobs
+    output.measured = later.measured
+    if later.finished:
+        output.finished, output.error = True, later.error
+        output.finish_reason, output.stop_reason = later.finish_reason, later.stop_reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -96,6 +96,11 @@ class Sample:
     def has_text(self) -> bool:
         """Whether its tokens become text."""
         return self._stream is not None
+
+    @property
+    def text_of(self) -> Callable[[int], str] | None:
+        """What takes a token that ends nothing and returns its text; None: stops are looked for."""
+        return None if self._stream is None else self._stream.text_of
 
     def accept(self, choice: Choice | Exception) -> Output:
         """Append a token that `choose` has chosen.

@@ -16,6 +16,7 @@ import numpy as np
 from codellama_rt import ops
 from codellama_rt.engine.logprobs import Logprob, rank_tokens
 from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
+from codellama_rt.errors import CorruptLogitsError
 
 _MOST_TOP_K = 2**31 - 1
 
@@ -32,11 +33,13 @@ class Chosen(NamedTuple):
 
     Attributes:
         token_ids: one per sampler, without a meaning where it has failed.
+        array: the same as (num_samplers,) int32.
         failed: what ends a sample alone.
         logprobs: where asked for.
     """
 
     token_ids: list[int]
+    array: np.ndarray
     failed: dict[int, Exception]
     logprobs: dict[int, dict[int, Logprob]]
 
@@ -278,7 +281,7 @@ class SamplerRows:
         """
         samplers, failed = self.samplers, {}
         if not samplers:
-            return Chosen([], {}, {})
+            return Chosen([], np.empty(0, np.int32), {}, {})
         rows = self._rows if rows is None else np.array(rows, np.int32)
         sources, source_rows = logits, rows
         if self._has_processors:
@@ -288,7 +291,7 @@ class SamplerRows:
         sampled = ops.sample(
             sources,
             rows=source_rows,
-            position=np.array(positions, np.uint64),
+            position=np.asarray(positions, np.uint64),
             seen=self._seen(),
             bias=self._bias(),
             masks=masks,
@@ -300,7 +303,8 @@ class SamplerRows:
             for i in np.flatnonzero(~sampled.has_token).tolist():
                 logit = sources[source_rows[i], token_ids[i]]
                 failed.setdefault(i, _no_token(samplers[i].name, positions[i], token_ids[i], logit))
-        return Chosen(token_ids, failed, self._logprobs(logits, token_ids, rows, failed))
+        logprobs = self._logprobs(logits, token_ids, rows, failed)
+        return Chosen(token_ids, sampled.token_ids, failed, logprobs)
 
     def _seen(self) -> ops.TokenLists | None:
         if not self._has_counts:
@@ -408,7 +412,8 @@ def _joined(lists: Sequence[tuple[Sequence, Sequence]], dtype: type) -> ops.Toke
 def _no_token(name: str, position: int, best: int, logit: np.floating) -> RuntimeError:
     """Return what to raise where no token can be chosen; a finite logit: all are forbidden."""
     highest = -np.inf if np.isfinite(logit) else logit
-    return RuntimeError(
+    kind = RuntimeError if highest == -np.inf else CorruptLogitsError
+    return kind(
         f"request {name!r}: no token to choose at position {position}: the highest "
         f"logit, of token {best}, is {highest}; check the weights "
         "(open_checkpoint(..., check='finite')), logit_bias, allowed_token_ids, "

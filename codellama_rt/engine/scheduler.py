@@ -141,6 +141,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # have blocks; both lists are in order
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
+        self._repeated: list[Chunk] = []  # what the next step computes, one token further
         self.propose: Propose | None = None  # tokens for decodes to compute besides
         self.prefix_reader: PrefixReader | None = None
 
@@ -176,10 +177,12 @@ class Scheduler:
             ValueError: it can never fit the KV cache, even alone; nothing has changed.
         """
         self.check_length(len(sequence.token_ids))
+        self._repeated = []
         insort(self.waiting, sequence, key=_by_order)
 
     def add_fork(self, parent: Sequence, child: Sequence) -> None:
         """Queue another sample of a running sequence, on the same blocks if it can run now."""
+        self._repeated = []
         if len(self.running) < self.max_num_running:
             self.blocks.fork(parent, child)
             insort(self.running, child, key=_by_order)
@@ -188,15 +191,18 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Drop a finished or aborted sequence and free its blocks."""
+        self._repeated = []
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self.blocks.release(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it keeps its place in the queue and is recomputed."""
+        self._repeated = []
         self.running.remove(sequence)
         sequence.num_stored_blocks = sequence.num_indexed_blocks
         self.blocks.release(sequence)
         insort(self.waiting, sequence, key=_by_order)
+        sequence.num_preemptions += 1
         self.num_preemptions += 1
 
     def schedule(self) -> list[Chunk]:
@@ -204,6 +210,9 @@ class Scheduler:
 
         Blocks in `blocks.copies` must be copied before the chunks are computed.
         """
+        repeated, self._repeated = self._repeated, []
+        if repeated and self._can_repeat(repeated):
+            return repeated
         chunks: list[Chunk] = []
         if self.prefix_reader is not None:
             self.prefix_reader.collect()
@@ -222,6 +231,16 @@ class Scheduler:
                 budget.seconds, budget.cost = self.prompt_seconds(chunks), self.cost
             self._schedule_prompts(chunks, budget, may_admit)
         return chunks
+
+    def repeat(self, decodes: list[Chunk]) -> None:
+        """Compute the next tokens of the same sequences in the next step, if nothing comes between.
+
+        Args:
+            decodes: of the last `schedule`, one token each, and each has gained one.
+        """
+        is_all = len(decodes) == len(self.running) and not self.waiting
+        if is_all and self.propose is None and self.prefix_reader is None:
+            self._repeated = decodes
 
     def prompt_seconds(self, decodes: list[Chunk]) -> float:
         """Return how long the prompts of a step may take beside these decodes.
@@ -248,9 +267,19 @@ class Scheduler:
 
     def recover(self, sequences: Iterable[Sequence]) -> None:
         """Queue these sequences and no others, after an exception; those with blocks run on."""
+        self._repeated = []
         ordered = sorted(sequences, key=_by_order)
         self.running = [sequence for sequence in ordered if sequence.block_ids]
         self.waiting = [sequence for sequence in ordered if not sequence.block_ids]
+
+    def _can_repeat(self, decodes: list[Chunk]) -> bool:
+        """Go on to the next tokens; return False where blocks are missing."""
+        for chunk in decodes:
+            start, sequence = chunk.stop, chunk.sequence
+            if start >= sequence.num_writable and not self.blocks.grow(sequence, 1):
+                return False
+            chunk.start, chunk.stop = start, start + 1
+        return True
 
     def _schedule_decodes(self, chunks: list[Chunk]) -> None:
         for sequence in self.running:  # preemption shrinks it at its end

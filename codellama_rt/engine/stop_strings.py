@@ -97,6 +97,10 @@ class TextStream:
 
     A stop string counts once its last character has arrived; of several that end together, the
     longest counts. So the text does not depend on how it was split into tokens.
+
+    Attributes:
+        text_of: takes a token and returns the text that is now final; None: only `push` does, as
+            there are stop strings.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class TextStream:
             keeps_stop: the string that ends the text is part of it.
         """
         self._detokenizer = detokenizer
+        self.text_of = None if stop else detokenizer.push
         self._stop = stop
         self._keeps_stop = keeps_stop
         self._held = ""  # the end of the text so far that could begin a stop string

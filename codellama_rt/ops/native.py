@@ -15,6 +15,7 @@ from types import ModuleType
 
 import numpy as np
 
+from codellama_rt.errors import unavailable
 from codellama_rt.ops.ascend_library import available as ascend_available
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -152,7 +153,7 @@ def cuda() -> ModuleType:
     try:
         return importlib.import_module(_CUDA)
     except ImportError as error:
-        raise RuntimeError(f"{_absence_of_cuda(error)}; available: cpu") from None
+        raise RuntimeError(_absence_of_cuda(error)) from None
 
 
 def _cuda_available() -> tuple[bool, str]:
@@ -160,13 +161,18 @@ def _cuda_available() -> tuple[bool, str]:
     try:
         built = importlib.import_module(_CUDA)
     except ImportError as error:
-        return False, f"{_absence_of_cuda(error)}; available: cpu"
+        return False, _absence_of_cuda(error)
     reason = built.unavailable_reason()
-    if reason and not has_nvidia_driver():
-        reason = "no NVIDIA driver found"  # CUDA itself reports an insufficient version
-    if reason:
-        return False, f"cuda kernels are built, but {reason}; available: cpu"
-    return True, built.device_name()
+    if not reason:
+        return True, built.device_name()
+    remedy = ""
+    if not has_nvidia_driver():  # CUDA itself reports an insufficient version
+        reason, remedy = "no NVIDIA driver found", "install the driver of your GPU"
+    elif "insufficient" in reason:
+        remedy = "install a newer NVIDIA driver"
+    elif "none is visible" in reason:
+        remedy = "name it in CUDA_VISIBLE_DEVICES, or pass it to this container"
+    return False, unavailable(f"cuda kernels are built, but {reason}", remedy)
 
 
 def has_nvidia_driver() -> bool:
@@ -179,10 +185,14 @@ def has_nvidia_driver() -> bool:
 
 
 def _absence_of_cuda(error: ImportError) -> str:
-    """Return why the CUDA kernels cannot be imported."""
-    if isinstance(error, ModuleNotFoundError) and error.name == _CUDA:
-        return "this build has no cuda kernels (no nvcc or driver when it was installed)"
-    return f"the cuda kernels cannot be loaded: {error}"
+    """Return why the CUDA kernels cannot be imported, and what to do."""
+    again = "install this package with CODELLAMA_RT_CUDA=ON"
+    if not isinstance(error, ModuleNotFoundError) or error.name != _CUDA:
+        return unavailable(f"the cuda kernels cannot be loaded: {error}", f"{again} again")
+    if has_nvidia_driver():
+        return unavailable("this build has no cuda kernels, only the NVIDIA driver is there", again)
+    missing = "this build has no cuda kernels, and no NVIDIA driver was found"
+    return unavailable(missing, f"to use a GPU install its driver, then {again}")
 
 
 def control_groups(controller: str, root: str = "") -> list[Path]:

@@ -374,3 +374,40 @@ def test_pending_tokens_are_those_of_prompts():
     assert scheduler.num_pending_tokens == 74
     run(scheduler)
     assert scheduler.num_pending_tokens == 70 - 28
+
+
+def test_a_repeated_step_computes_the_next_tokens():
+    """One token further step after step, blocks included; what comes between is not missed."""
+    scheduler = scheduler_of(max_num_seqs=4)
+    sequences = [add(scheduler, length, i) for i, length in enumerate((3, 6))]
+    run(scheduler)
+    decodes = run(scheduler)
+    for step in range(1, 9):
+        scheduler.repeat(decodes)
+        again = run(scheduler)
+        assert again is decodes
+        assert spans(again) == [(0, 3 + step, 4 + step), (1, 6 + step, 7 + step)]
+        assert [len(s.block_ids) for s in sequences] == [(3 + step) // 4 + 1, (6 + step) // 4 + 1]
+    scheduler.repeat(decodes)
+    add(scheduler, 5, 2)
+    assert spans(run(scheduler)) == [(0, 12, 13), (1, 15, 16), (2, 0, 5)]
+    decodes = run(scheduler)
+    scheduler.repeat(decodes)
+    scheduler.remove(sequences[0])
+    assert spans(run(scheduler)) == [(1, 17, 18), (2, 6, 7)]
+    decodes = run(scheduler)
+    scheduler.repeat(decodes)
+    scheduler.preempt(sequences[1])
+    assert spans(run(scheduler))[0] == (2, 8, 9)
+
+
+def test_a_repeated_step_without_blocks_preempts():
+    scheduler = scheduler_of(num_blocks=4, max_num_seqs=2)
+    for i in range(2):
+        add(scheduler, 7, i)
+    run(scheduler)
+    decodes = run(scheduler)  # both blocks of both are full
+    assert len(decodes) == 2
+    scheduler.repeat(decodes)
+    assert spans(run(scheduler)) == [(0, 8, 9)]
+    assert scheduler.num_preemptions == 1

@@ -234,6 +234,37 @@ def test_every_token_forbidden():
             assert not result.has_token[0]
 
 
+@pytest.mark.parametrize("top_p", [5e-324, 1e-300, 1e-17])
+def test_the_highest_is_kept_however_small_top_p(top_p):
+    """Equal weights: what may be left out of each rounds to the whole of it."""
+    for vocab_size in VOCAB_SIZES:
+        logits = np.zeros((1, vocab_size), np.float32)
+        for position in range(4):
+            sampled = ops.sample(logits, top_p=top_p, position=position)
+            assert sampled.token_ids.tolist() == [0]
+
+
+@pytest.mark.parametrize("vocab_size", [3000, 32016])
+def test_nuclei_of_many_equal_and_of_ordered_weights(rng, vocab_size):
+    """Orders that a choice of pivots might be slow at, or lose ties in."""
+    ascending = np.linspace(-4, 4, vocab_size).astype(np.float32)
+    rows = [
+        ascending,
+        ascending[::-1],
+        np.concatenate([ascending[::2], ascending[1::2][::-1]]),
+        rng.integers(0, 3, vocab_size).astype(np.float32),
+        np.where(np.arange(vocab_size) % 7 == 3, 1e-3, 0).astype(np.float32),
+    ]
+    logits, count = np.stack(rows), len(rows)
+    for top_p in (0.05, 0.5, 0.9, 0.999):
+        for position in range(5):
+            settings = dict(
+                top_p=np.full(count, top_p), position=np.full(count, position, np.uint64)
+            )
+            expected = reference.sample(logits, **settings)
+            assert np.array_equal(ops.sample(logits, **settings).token_ids, expected.token_ids)
+
+
 def test_zero_and_minus_zero_are_equal():
     logits = np.zeros((1, 200), np.float32) - 1
     logits[0, 70], logits[0, 150] = -0.0, 0.0

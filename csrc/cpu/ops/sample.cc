@@ -2,7 +2,7 @@
 // Shapes   logits (num_logits, vocab_size); sample s reads row rows[s] of them; see ops.h
 // Traffic  num_samples * vocab_size * 4 bytes read; a draw works on a float64 copy in the cache
 // Limit    greedy: memory; a draw: float64 arithmetic, one exp per token that top-k leaves
-// Tiling   one task = one sample; a row is looked at in blocks of 64 tokens, and what cannot hold
+// Tiling   one task = a sample, or several short ones; a row is looked at in blocks of 64 tokens, and what cannot hold
 //          a candidate (its greatest element is too small) is skipped. A block gets scores of its
 //          own, in float64, only if penalties, bias or the mask change it, or something selects
 //          from it. Nothing is sorted: top-k and top-p look for their last token by selection
@@ -10,6 +10,7 @@
 //          multiplication is fused with an addition (CMakeLists.txt), so every instruction set
 //          gives the same bits. Draws: Philox4x64-10 (Salmon et al., SC 2011) of seed, sample
 //          index and position alone
+#include <cmath>
 #include <limits>
 
 #include "cpu/runtime/task.h"
@@ -23,18 +24,19 @@ namespace {
 constexpr double kMost = std::numeric_limits<double>::max();
 constexpr double kNone = -std::numeric_limits<double>::infinity();  // of a token that cannot come
 
-enum class Source : uint8_t { kLogits, kValues, kNothing };  // where the scores of a block are
+enum class Source : uint8_t { kLogits, kValues };  // where the scores of a block are
 
 // The scores of a sample, later its weights: e^(score - highest), proportional to probabilities.
 struct Row {
-  const float* logits;  // (size) at first
-  double* values;       // (size padded to blocks), ascending tokens; padding: kNone, later 0
-  Source* sources;      // (num_blocks)
-  double* block_max;    // (num_blocks) of scores
-  double* block_sum;    // (num_blocks) of weights
-  int32_t* token_ids;   // (size) after top-k; null: value i is that of token i
-  double* candidates;   // (vocab_size) room for selections
-  double* selected;     // (vocab_size) the same
+  const float* logits;   // (size) at first
+  const uint32_t* mask;  // (ceil(size / 32)) where the scores are logits; null: all can come
+  double* values;        // (size padded to blocks), ascending tokens; padding: kNone, later 0
+  Source* sources;       // (num_blocks)
+  double* block_max;     // (num_blocks) of scores
+  double* block_sum;     // (num_blocks) of weights
+  int32_t* token_ids;    // (size) after top-k; null: value i is that of token i
+  double* candidates;    // (vocab_size) room for selections
+  double* selected;      // (vocab_size) the same
   int64_t size;
 
   int64_t num_blocks() const { return ceil_div(size, kBlock); }
@@ -46,6 +48,15 @@ struct Row {
   }
   int32_t token(int64_t i) const { return token_ids ? token_ids[i] : int32_t(i); }
 
+  // Bit i: whether token i of the block can come, as far as the mask is concerned.
+  uint64_t allowed(int64_t b) const {
+    const int64_t count = block_size(b);
+    const uint64_t in_row = count == kBlock ? kAll : (uint64_t{1} << count) - 1;
+    if (!mask) return in_row;
+    const uint64_t high = count > 32 ? mask[2 * b + 1] : 0;
+    return (high << 32 | mask[2 * b]) & in_row;
+  }
+
   // The scores of a block as its own values.
   double* own(int64_t b) const {
     double* own_values = values + b * kBlock;
@@ -55,8 +66,9 @@ struct Row {
     if (count == kBlock) {
       for (int i = 0; i < kBlock; ++i) own_values[i] = from[i];
     } else {
-      for (int64_t i = 0; i < kBlock; ++i) own_values[i] = i < count ? from[i] : kNone;
+      for (int64_t i = 0; i < count; ++i) own_values[i] = from[i];
     }
+    if (allowed(b) != kAll) keep_allowed(allowed(b), kNone, own_values);
     sources[b] = Source::kValues;
     return own_values;
   }
@@ -91,12 +103,8 @@ int32_t* id_room(const Row& row, int64_t vocab_size) {
 
 void find_maxima(Row& row) {
   for (int64_t b = 0; b < row.num_blocks(); ++b) {
-    if (row.sources[b] == Source::kValues) {
-      row.block_max[b] = block_maximum(row.values + b * kBlock);
-    } else if (row.sources[b] == Source::kNothing) {
-      row.block_max[b] = kNone;
-    } else if (row.block_size(b) == kBlock) {
-      row.block_max[b] = block_maximum(row.logits + b * kBlock);
+    if (row.sources[b] == Source::kLogits && row.block_size(b) == kBlock) {
+      row.block_max[b] = block_maximum(row.logits + b * kBlock, row.allowed(b));
     } else {
       row.block_max[b] = block_maximum(row.own(b));
     }
@@ -105,19 +113,10 @@ void find_maxima(Row& row) {
 
 // Where bit i % 32 of word i / 32 is not set, token i cannot come.
 void apply_mask(const uint32_t* words, Row& row) {
-  const int64_t num_words = ceil_div(row.size, 32);
+  row.mask = words;
   for (int64_t b = 0; b < row.num_blocks(); ++b) {
-    const uint64_t high = 2 * b + 1 < num_words ? words[2 * b + 1] : ~uint32_t{0};
-    const uint64_t bits = high << 32 | words[2 * b];
-    const int64_t count = row.block_size(b);
-    const uint64_t in_row = count == kBlock ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-    if ((bits & in_row) == in_row) continue;
-    if ((bits & in_row) == 0) {
-      row.sources[b] = Source::kNothing;
-      continue;
-    }
-    double* values = row.own(b);
-    for (int i = 0; i < kBlock; ++i) values[i] = bits >> i & 1 ? values[i] : kNone;
+    if (row.sources[b] != Source::kValues) continue;
+    keep_allowed(row.allowed(b), kNone, row.values + b * kBlock);
   }
 }
 
@@ -139,13 +138,19 @@ void process(const SampleParams& p, int64_t s, Row& row) {
   }
 }
 
+double middle_of(double a, double b, double c) {
+  return (a > b) == (b > c) ? b : (b > a) == (a > c) ? a : c;
+}
+
+// The greatest number below a positive one.
+double before_double(double x) { return from_bits(bits_of(x) - 1); }
+
 // Puts the k-th in descending order at k: none before it is less, none after it is greater.
 // (Hoare's FIND. No std::nth_element: its parts may be shared between instruction sets.)
 double select(double* x, int64_t size, int64_t k) {
   int64_t low = 0, high = size - 1;
   while (low < high) {
-    const double a = x[low], b = x[low + (high - low) / 2], c = x[high];
-    const double pivot = (a > b) == (b > c) ? b : (b > a) == (a > c) ? a : c;
+    const double pivot = middle_of(x[low], x[low + (high - low) / 2], x[high]);
     int64_t i = low, j = high;
     while (i <= j) {
       while (x[i] > pivot) ++i;
@@ -222,31 +227,22 @@ Scale scale_of(double highest, double temperature) {
 
 // Writes the weights of a block, and returns their sum.
 double weigh(const Row& row, int64_t b, const Scale& scale, double* weights) {
-  const auto nothing = [&] {
-    for (int i = 0; i < kBlock; ++i) weights[i] = 0;
-    return 0.0;
-  };
-  if (row.sources[b] == Source::kNothing) return nothing();
-  const double* values = row.values + b * kBlock;
-  if (row.sources[b] == Source::kLogits) {
-    if (row.block_size(b) == kBlock) {
-      return weigh_block(row.logits + b * kBlock, scale.highest, scale.factor, weights);
-    }
-    values = row.own(b);
+  const double highest = scale.highest, factor = scale.factor;
+  if (row.sources[b] == Source::kLogits && row.block_size(b) == kBlock) {
+    return weigh_block(row.logits + b * kBlock, highest, factor, weights, row.allowed(b));
   }
-  return weigh_block(values, scale.highest, scale.factor, weights);
+  return weigh_block(row.own(b), highest, factor, weights);
 }
 
 // Scores become weights; returns their sum. Of blocks whose weights are all below `least`, by their
 // maxima, the weights are left out: they are cut off later.
 double weigh_all(const Scale& scale, double least, Row& row) {
+  // Rounding may leave a weight above that of the maximum, by some 1e-16.
+  const double bound = least > 0 ? std::log2(least) - 1e-9 : kNone;
   double total = 0;
   for (int64_t b = 0; b < row.num_blocks(); ++b) {
     row.block_sum[b] = 0;
-    if (least > 0) {  // rounding may leave a weight above that of the maximum, by some 1e-16
-      const double most = exp2_nonpositive((row.block_max[b] - scale.highest) * scale.factor);
-      if (most < least * (1 - 1e-12)) continue;
-    }
+    if (least > 0 && (row.block_max[b] - scale.highest) * scale.factor < bound) continue;
     row.block_sum[b] = weigh(row, b, scale, row.values + b * kBlock);
     row.sources[b] = Source::kValues;
     total += row.block_sum[b];
@@ -260,84 +256,57 @@ struct Cut {
   int64_t last_equal;
 };
 
-// Weights by magnitude, 256 buckets an octave: bucket 0 is that of weight 1, the highest; the last
-// one holds all that are smaller than those of the others.
-constexpr int kBucketShift = 44;
-constexpr int32_t kNumBuckets = 24 * 256;
-int32_t bucket_of(double weight) {
-  const uint64_t distance = (bits_of(1.0) - bits_of(weight)) >> kBucketShift;
-  return distance < kNumBuckets ? int32_t(distance) : kNumBuckets - 1;
+// Gathers those of x that are in (over, most], ascending, with zeros up to a whole block, and
+// returns their number. x has zeros up to a whole block as well, and may be `out`.
+int64_t gather_within(const double* x, int64_t size, double over, double most, double* out) {
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    count += append_within(x + begin, over, most, out + count);
+  }
+  for (int64_t i = count; i % kBlock != 0; ++i) out[i] = 0;
+  return count;
 }
 
-// A run of weights that holds the last one to keep, and the sum of the weights above the run.
-struct Run {
-  double* weights;
-  int64_t size;
-  double before;
-};
-
-// The run of one bucket of `size` candidates, which have room for whole blocks.
-Run narrow(double* candidates, int64_t size, double mass, double* out) {
-  double sums[kNumBuckets] = {};
-  for (int64_t i = size; i % kBlock != 0; ++i) candidates[i] = 0;
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    int32_t buckets[kBlock];
-    for (int i = 0; i < kBlock; ++i) buckets[i] = bucket_of(candidates[begin + i]);
-    for (int i = 0; i < kBlock; ++i) sums[buckets[i]] += candidates[begin + i];
-  }
-  Run run{out, 0, 0};
-  double before = 0;
-  int64_t last = 0;
-  for (int64_t b = 0; b < kNumBuckets && before <= mass; ++b) {
-    if (sums[b] == 0) continue;
-    last = b;
-    run.before = before;
-    before += sums[b];
-  }
-  const double most = from_bits(bits_of(1.0) - (uint64_t(last) << kBucketShift));
-  const double over =
-      last == kNumBuckets - 1 ? 0 : from_bits(bits_of(1.0) - (uint64_t(last + 1) << kBucketShift));
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    run.size += append_within(candidates + begin, over, most, out + run.size);
-  }
-  return run;
+double total_of(const double* x, int64_t size) {
+  double total = 0;
+  for (int64_t begin = 0; begin < size; begin += kBlock) total += block_total(x + begin);
+  return total;
 }
 
 // The nucleus (arXiv:1904.09751): the weights with at most `mass` before them in descending order;
-// of equal ones the lower token goes first. By halving: the upper half goes before the lower.
+// of equal ones the lower token goes first. The last weight to keep is looked for as by quicksort,
+// in the part of the pivot that has it.
 Cut nucleus(double top_p, double total, const Row& row) {
   const double mass = top_p * total;
-  // Weights up to this sum to less than the mass left out, so none of them is kept.
-  const double left_out = (total - mass) / double(row.size);
-  const int64_t size = gather_above(row, row.block_sum, left_out, row.candidates);
-  constexpr int64_t kFew = 512;
-  Run run{row.selected, size, 0};
-  if (size > kFew) {
-    run = narrow(row.candidates, size, mass, row.selected);
-  } else {
-    std::memcpy(row.selected, row.candidates, size * sizeof(double));
-  }
-  const Run whole = run;
-  while (run.size > 1) {
-    const int64_t half = run.size / 2;
-    select(run.weights, run.size, half);
-    double upper = 0;
-    for (int64_t i = 0; i < half; ++i) upper += run.weights[i];
-    if (run.before + upper <= mass) {
-      run = {run.weights + half, run.size - half, run.before + upper};
-    } else {
-      run.size = half;
-    }
-  }
-  const double least = run.weights[0];
-  double above = whole.before;
+  // Weights up to `over` sum to no more than the mass left out, so none of them is kept but the
+  // highest, which always is.
+  double over = (total - mass) / double(row.size), most = 1, before = 0;
+  if (over >= most) over = before_double(most);
+  double *run = row.candidates, *upper = row.selected;
+  int64_t size = gather_above(row, row.block_sum, over, run);
+  for (int64_t i = size; i % kBlock != 0; ++i) run[i] = 0;
+  double least = 0;
   int64_t num_equal = 0;
-  for (int64_t i = 0; i < whole.size; ++i) {
-    above += whole.weights[i] > least ? whole.weights[i] : 0;
-    num_equal += whole.weights[i] == least;
+  for (int round = 1;; ++round) {
+    least = middle_of(run[0], run[size / 2], run[size - 1]);
+    // At times between the bounds, so that no order of the weights takes long.
+    if (round % 8 == 0) least = from_bits((bits_of(over) + bits_of(most) + 1) / 2);
+    const int64_t num_upper = gather_within(run, size, least, most, upper);
+    const double with_upper = before + total_of(upper, num_upper);
+    if (with_upper > mass) {
+      double* const other = run;
+      run = upper, upper = other, size = num_upper, over = least;
+      continue;
+    }
+    const int64_t num_lower = gather_within(run, size, over, before_double(least), run);
+    num_equal = size - num_upper - num_lower;
+    before = with_upper;
+    if (num_lower == 0 || before + num_equal * least > mass) break;
+    before += num_equal * least;
+    size = num_lower, most = before_double(least);
   }
-  const double more = mass > above ? (mass - above) / least : 0;  // equal ones after the first
   Cut cut{least, row.size};
+  const double more = mass > before ? (mass - before) / least : 0;  // equal ones after the first
   if (more + 1 >= double(num_equal)) return cut;
   int64_t left = int64_t(more) + 1;
   for_each_from(row, row.block_sum, least, [&](int64_t i, double weight) {
@@ -470,7 +439,8 @@ void sample_row(const SampleParams& p, int64_t s) {
 }  // namespace
 
 void sample(const SampleParams& p) {
-  for_each_task(p.num_samples, [&](int64_t s) { sample_row(p, s); });
+  const int64_t row_bytes = p.vocab_size * int64_t(sizeof(float));
+  for_each_row(p.num_samples, row_bytes, [&](int64_t s) { sample_row(p, s); });
 }
 
 }  // namespace CLRT_ISA

@@ -43,6 +43,14 @@ inline void max_halves(T* x) {
   if constexpr (kHalf > 1) max_halves<kHalf / 2>(x);
 }
 
+constexpr uint64_t kAll = ~uint64_t{0};
+
+// Of 64 elements, those whose bits are not set become `other`.
+template <typename T>
+inline void keep_allowed(uint64_t allowed, T other, T* x) {
+  for (int i = 0; i < kBlock; ++i) x[i] = allowed >> i & 1 ? x[i] : other;
+}
+
 // Of 64 elements without NaN.
 template <typename T>
 inline T block_maximum(const T* x) {
@@ -52,13 +60,23 @@ inline T block_maximum(const T* x) {
   max_halves<kHalf / 2>(best);
   return best[0];
 }
+// Of those elements whose bits are set.
+inline float block_maximum(const float* x, uint64_t allowed) {
 #if defined(__AVX512F__)
-inline float block_maximum(const float* x) {
-  const __m512 low = _mm512_max_ps(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16));
-  const __m512 high = _mm512_max_ps(_mm512_loadu_ps(x + 32), _mm512_loadu_ps(x + 48));
-  return _mm512_reduce_max_ps(_mm512_max_ps(low, high));
-}
+  const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const auto part = [&](int i) {
+    return _mm512_mask_loadu_ps(none, __mmask16(allowed >> 16 * i), x + 16 * i);
+  };
+  return _mm512_reduce_max_ps(
+      _mm512_max_ps(_mm512_max_ps(part(0), part(1)), _mm512_max_ps(part(2), part(3))));
+#else
+  if (allowed == kAll) return block_maximum(x);
+  float kept[kBlock];
+  std::memcpy(kept, x, sizeof(kept));
+  keep_allowed(allowed, -std::numeric_limits<float>::infinity(), kept);
+  return block_maximum(kept);
 #endif
+}
 inline double block_total(const double* x) {
   constexpr int kHalf = kBlock / 2;
   double sum[kHalf];
@@ -198,28 +216,50 @@ inline double exp2_nonpositive(double x) {
 }
 
 #if defined(__AVX512F__)
-// The same for eight, by the same operations in the same order.
-inline __m512d exp2_nonpositive(__m512d x) {
+// The same for several times eight, by the same operations in the same order. Step by step for all
+// of them: one after another, a chain of 60 cycles each would wait for its own results.
+constexpr int kTogether = 4;
+inline void exp2_nonpositive(__m512d (&x)[kTogether]) {
   const auto number = [](double value) { return _mm512_set1_pd(value); };
-  const auto sum = [](__m512d a, __m512d b) { return _mm512_add_pd(a, b); };
-  const auto product = [](__m512d a, __m512d b) { return _mm512_mul_pd(a, b); };
-  const __mmask8 in_range = _mm512_cmp_pd_mask(x, number(-1021.0), _CMP_GT_OQ);
-  const __m512d bounded = _mm512_max_pd(x, number(-1021.0));
-  const __m512d shifted = sum(bounded, number(0x1.8p52));
-  const __m512d f = _mm512_sub_pd(bounded, _mm512_sub_pd(shifted, number(0x1.8p52)));
-  const __m512d f2 = product(f, f), f4 = product(f2, f2), f8 = product(f4, f4);
-  const auto pair = [&](double a, double b) { return sum(number(a), product(f, number(b))); };
-  const __m512d low = sum(pair(0.6931471805599453, 0.24022650695910097),
-                          product(f2, pair(0.0555041086648216, 0.009618129107606888)));
-  const __m512d middle = sum(pair(0.0013333558146416936, 0.0001540353044173605),
-                             product(f2, pair(1.525273382983612e-05, 1.321544258792169e-06)));
-  const __m512d high = sum(pair(1.0178062445845774e-07, 7.072585949269223e-09),
-                           product(f2, number(4.4549605981865186e-10)));
-  const __m512d quotient = sum(sum(low, product(f4, middle)), product(f8, high));
-  const __m512d power = sum(number(1), product(f, quotient));
-  const __m512i scaled = _mm512_add_epi64(_mm512_castpd_si512(power),
-                                          _mm512_slli_epi64(_mm512_castpd_si512(shifted), 52));
-  return _mm512_maskz_mov_pd(in_range, _mm512_castsi512_pd(scaled));
+  const auto each = [](const auto& body) {
+    for (int i = 0; i < kTogether; ++i) body(i);
+  };
+  __mmask8 in_range[kTogether];
+  __m512d shifted[kTogether], f[kTogether], f2[kTogether], f4[kTogether], f8[kTogether];
+  each([&](int i) { in_range[i] = _mm512_cmp_pd_mask(x[i], number(-1021.0), _CMP_GT_OQ); });
+  each([&](int i) { x[i] = _mm512_max_pd(x[i], number(-1021.0)); });
+  each([&](int i) { shifted[i] = _mm512_add_pd(x[i], number(0x1.8p52)); });
+  each([&](int i) { f[i] = _mm512_sub_pd(x[i], _mm512_sub_pd(shifted[i], number(0x1.8p52))); });
+  each([&](int i) { f2[i] = _mm512_mul_pd(f[i], f[i]); });
+  each([&](int i) { f4[i] = _mm512_mul_pd(f2[i], f2[i]); });
+  each([&](int i) { f8[i] = _mm512_mul_pd(f4[i], f4[i]); });
+  const auto pair = [&](int i, double a, double b) {
+    return _mm512_add_pd(number(a), _mm512_mul_pd(f[i], number(b)));
+  };
+  const auto sum = [](__m512d a, __m512d factor, __m512d b) {
+    return _mm512_add_pd(a, _mm512_mul_pd(factor, b));
+  };
+  __m512d low[kTogether], middle[kTogether], high[kTogether];
+  each([&](int i) {
+    low[i] = sum(pair(i, 0.6931471805599453, 0.24022650695910097), f2[i],
+                 pair(i, 0.0555041086648216, 0.009618129107606888));
+  });
+  each([&](int i) {
+    middle[i] = sum(pair(i, 0.0013333558146416936, 0.0001540353044173605), f2[i],
+                    pair(i, 1.525273382983612e-05, 1.321544258792169e-06));
+  });
+  each([&](int i) {
+    high[i] = sum(pair(i, 1.0178062445845774e-07, 7.072585949269223e-09), f2[i],
+                  number(4.4549605981865186e-10));
+  });
+  each([&](int i) { low[i] = sum(low[i], f4[i], middle[i]); });
+  each([&](int i) { low[i] = sum(low[i], f8[i], high[i]); });
+  each([&](int i) { low[i] = sum(number(1), f[i], low[i]); });
+  each([&](int i) {
+    const __m512i power = _mm512_slli_epi64(_mm512_castpd_si512(shifted[i]), 52);
+    const __m512i scaled = _mm512_add_epi64(_mm512_castpd_si512(low[i]), power);
+    x[i] = _mm512_maskz_mov_pd(in_range[i], _mm512_castsi512_pd(scaled));
+  });
 }
 
 // block_total of eight times eight elements.
@@ -241,21 +281,30 @@ inline __m512d eight_scores(const float* scores) {
 inline __m512d eight_scores(const double* scores) { return _mm512_loadu_pd(scores); }
 #endif
 
-// The weights 2^((score - highest) * factor) of 64 scores, none above the highest; returns their
-// sum.
+// The weights 2^((score - highest) * factor) of 64 scores; where bit i of `allowed` is not set,
+// score i has the weight 0, and none of the others is above the highest. Returns their sum.
 template <typename T>
-inline double weigh_block(const T* scores, double highest, double factor, double* weights) {
+inline double weigh_block(const T* scores, double highest, double factor, double* weights,
+                          uint64_t allowed = kAll) {
 #if defined(__AVX512F__)
   __m512d all[8];
   const __m512d most = _mm512_set1_pd(highest), by = _mm512_set1_pd(factor);
-  for (int i = 0; i < 8; ++i) {
-    const __m512d distance = _mm512_sub_pd(eight_scores(scores + 8 * i), most);
-    all[i] = exp2_nonpositive(_mm512_mul_pd(distance, by));
-    _mm512_storeu_pd(weights + 8 * i, all[i]);
+  for (int begin = 0; begin < 8; begin += kTogether) {
+    __m512d x[kTogether];
+    for (int i = 0; i < kTogether; ++i) {
+      const __m512d distance = _mm512_sub_pd(eight_scores(scores + 8 * (begin + i)), most);
+      x[i] = _mm512_mul_pd(distance, by);
+    }
+    exp2_nonpositive(x);
+    for (int i = 0; i < kTogether; ++i) {
+      all[begin + i] = _mm512_maskz_mov_pd(__mmask8(allowed >> 8 * (begin + i)), x[i]);
+      _mm512_storeu_pd(weights + 8 * (begin + i), all[begin + i]);
+    }
   }
   return block_total(all);
 #else
   for (int i = 0; i < kBlock; ++i) weights[i] = exp2_nonpositive((scores[i] - highest) * factor);
+  if (allowed != kAll) keep_allowed(allowed, 0.0, weights);
   return block_total(weights);
 #endif
 }

@@ -4,9 +4,7 @@
 namespace codellama_rt {
 namespace cuda {
 
-bool attend_bf16(const Attention& a, const AttentionShape& shape) {
-  return shape.cache_dtype == DType::kBFloat16 && attend_float<bf16>(a, shape);
-}
+void attend_bf16(const Attention& a, const AttentionShape& shape) { attend_float<bf16>(a, shape); }
 
 }  // namespace cuda
 }  // namespace codellama_rt

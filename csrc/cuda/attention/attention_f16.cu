@@ -4,9 +4,7 @@
 namespace codellama_rt {
 namespace cuda {
 
-bool attend_f16(const Attention& a, const AttentionShape& shape) {
-  return shape.cache_dtype == DType::kFloat16 && attend_float<f16>(a, shape);
-}
+void attend_f16(const Attention& a, const AttentionShape& shape) { attend_float<f16>(a, shape); }
 
 }  // namespace cuda
 }  // namespace codellama_rt

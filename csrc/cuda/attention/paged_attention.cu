@@ -6,8 +6,8 @@
 //          rows of a longer chunk; partial results: 0.4 % more for one row, 3 % for eight
 // Limit    memory read up to 16 rows (16 FLOP/byte of the 200 that matrix instructions have);
 //          arithmetic in prefill
-// Tiling   plan.cuh; up to 16 queries: attend_split; more: attention_wgmma.cu on
-//          Hopper at head_dim 128 over a float cache, attend_unsplit elsewhere
+// Tiling   plan.cuh; up to 16 queries: attend_split; more: attention_wgmma.cu on Hopper over a
+//          16-bit cache, attend_unsplit elsewhere; other head_dims and types: attention_any.cu
 // Numerics scores and sums in fp32; the query and the weights are rounded to the cache's
 //          16-bit type (an int8 or fp8 cache: to bf16; its scales multiply scores and weights,
 //          never elements);
@@ -29,6 +29,7 @@ void paged_attention(const PagedAttentionParams& p) {
   a.block_tables = p.block_tables;
   a.seq_lens = p.seq_lens;
   a.max_blocks = p.max_blocks;
+  a.num_keys = p.num_blocks * p.n_kv_heads * p.block_size;
   a.num_seqs = int(p.num_seqs);
   a.num_tokens = int(p.num_tokens);
   a.n_heads = int(p.n_heads);

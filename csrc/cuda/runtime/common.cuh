@@ -55,7 +55,8 @@ CLRT_DEVICE float to_float(f16 x) {
 #ifdef CLRT_EMULATE
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
   if (rest >= 0x7c00) return bits_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  return bits_float(sign | float_bits(bits_float(rest << 13) * 0x1p112f));
+  const float size = rest < 0x400 ? float(rest) * 0x1p-24f : bits_float((rest << 13) + 0x38000000);
+  return bits_float(sign | float_bits(size));
 #else
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));

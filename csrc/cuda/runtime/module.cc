@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include "bind/gil.h"
-#include "cuda/linear/cublaslt.h"
 #include "cuda/runtime/runtime.h"
 
 namespace py = pybind11;
@@ -109,10 +108,7 @@ void add_runtime(py::module_& m) {
   m.def("set_workspace",
         [](uintptr_t memory, size_t bytes) { set_workspace(pointer(memory), bytes); });
   m.def("workspace", [] { return address(workspace().memory); });
-  m.def("use_cublaslt", [](const std::string& path, uintptr_t memory, size_t bytes) {
-    return use_cublaslt(path, pointer(memory), bytes);
-  });
-  m.def("leave_cublaslt", leave_cublaslt);
+  m.def("set_decode_warps", set_decode_warps);
   m.def("read_sum", [](uintptr_t memory, size_t bytes, uintptr_t out) {
     read_sum(pointer(memory), bytes, static_cast<float*>(pointer(out)));
   });
