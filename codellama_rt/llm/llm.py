@@ -480,6 +480,7 @@ class LLM:
         path: str | os.PathLike[str],
         *,
         adapter: LoraAdapter | None = None,
+        cache_salt: str | None = None,
     ) -> int:
         """Write the keys and values of a prompt to a file, for `import_prefix`; compute them first.
 
@@ -487,6 +488,7 @@ class LLM:
             prompt: as in `generate`; of its tokens, those that fill whole blocks are written.
             path: of the file, which appears when it is complete.
             adapter: as in `generate`.
+            cache_salt: as in `generate`; it stands in the file.
 
         Returns:
             The number of tokens in the file.
@@ -501,17 +503,22 @@ class LLM:
         prompt, params = self.prompt_encoder.completion(
             prompt_content(prompt), SamplingParams(max_tokens=0)
         )
-        self.generate([prompt], params, adapter=adapter)
-        return export_prefix(self.engine, identity, prompt, path, adapter)
+        self.generate([prompt], params, adapter=adapter, cache_salt=cache_salt)
+        return export_prefix(self.engine, identity, prompt, path, adapter, cache_salt)
 
     def import_prefix(
-        self, path: str | os.PathLike[str], *, adapter: LoraAdapter | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        adapter: LoraAdapter | None = None,
+        cache_salt: str | None = None,
     ) -> int:
         """Read a file of `export_prefix` into the prefix cache.
 
         Args:
             path: of the file.
             adapter: of the requests that are to find it there.
+            cache_salt: of these requests; that of the file.
 
         Returns:
             The number of tokens that the cache has now: fewer than in the file if it is too small.
@@ -521,7 +528,8 @@ class LLM:
                 computed it, so that its bits might differ; or the KV cache is not in host memory.
             OSError: the file cannot be read.
         """
-        return import_prefix(self.engine, self._prefix_files.identity, path, adapter)
+        identity = self._prefix_files.identity
+        return import_prefix(self.engine, identity, path, adapter, cache_salt)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes, as vLLM's method of this name; outputs do not change by it.

@@ -326,8 +326,8 @@ class FakeCost:
 @pytest.mark.parametrize(
     ("max_step_seconds", "alone", "beside", "with_another"),
     [
-        (0.5, 90, 11, 20),  # nine times the fixed second; as long as the decode; twice the fixed
-        (2.5, 90, 14, 20),  # what is left of 2.5 seconds; twice the fixed
+        (0.5, 90, 18, 20),  # nine times the fixed second; 1.7 times the decode; twice the fixed
+        (3.0, 90, 19, 20),  # what is left of 3 seconds; twice the fixed
         (50.0, 200, 22, 200),  # the tokens are the bound; at most three times the decode
     ],
 )

@@ -40,6 +40,14 @@ def test_it_predicts_the_machine_it_has_seen(asks):
     assert seconds([chunk]) - FIXED == pytest.approx(1.0, rel=0.1)
 
 
+def test_chunks_are_whole_groups_of_rows():
+    cost = StepCost(SHAPES["7b"])
+    counts = {cost.num_tokens(0.1 * i, 1000) for i in range(200)}
+    assert min(counts) == 1
+    assert max(counts) > 100
+    assert all(count < 16 or count % 8 == 0 for count in counts)
+
+
 def test_when_it_learns_does_not_matter():
     rng = np.random.default_rng(1)
     steps = [random_step(rng) for _ in range(150)]

@@ -1,6 +1,7 @@
 """Prefixes on disk as a user of LLM has them: options, a second process's worth, export, import."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,13 @@ import pytest
 from helpers import adapter_files
 from helpers.tiny_llm import KV_MEMORY, make_folder
 
+from codellama_rt.engine.disk_cache.block_file import read_block, read_head
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.llm import LLM
 from codellama_rt.llm.prefix_cache import require_prefix_cache
 
+# More: CODELLAMA_RT_LLM_KILLS=50 python -m pytest tests/llm/test_prefix_cache_dir.py -k kill
+NUM_KILLS = int(os.environ.get("CODELLAMA_RT_LLM_KILLS", "3"))
 PROMPT = [1, *(3 + 5 * i % 400 for i in range(99))]
 PARAMS = SamplingParams(max_tokens=6, temperature=0.8, seed=3, logprobs=1, ignore_eos=True)
 
@@ -47,6 +51,41 @@ def test_a_second_model_restores_what_the_first_has_computed(folder, tmp_path, e
     with opened(folder, str(cache), prefix_cache_bytes=10**8) as llm:
         assert answer(llm) == (*expected, 96)
         assert llm.engine.stats()["prefix_store_errors"] == 0
+
+
+def test_kills_of_a_model_that_writes_leave_only_sound_blocks(folder, tmp_path, expected):
+    """Wherever a process is killed, the next one answers with the same bits."""
+    code = (
+        "import sys; from codellama_rt import LLM, SamplingParams; "
+        f"llm = LLM({str(folder)!r}, kv_memory={KV_MEMORY!r}, block_size=16, "
+        f"prefix_cache_dir={str(tmp_path)!r}); print('begun', flush=True)\n"
+        "for i in range(10**6):\n"
+        f"    llm.generate([{PROMPT}, [1, *({PROMPT} * 2)[3 + i % 97 : 100 + i % 97]]], "
+        "SamplingParams(max_tokens=2, ignore_eos=True)); llm.reset_prefix_cache()"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    rng, most = random.Random(5), 0
+    for _ in range(NUM_KILLS):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert process.stdout.readline() == "begun\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(rng.random() * 0.2)
+        process.kill()
+        process.communicate()
+        with opened(folder, tmp_path) as llm:
+            tokens, logprobs, restored = answer(llm)
+            assert (tokens, logprobs) == expected
+            assert llm.engine.stats()["prefix_store_errors"] == 0
+            block = [memoryview(bytearray(its.nbytes)) for its in llm.kv_cache.block_buffers(0)]
+        for path in tmp_path.glob("*.kv"):
+            with path.open("rb") as file:
+                head, start = read_head(file.fileno())
+                read_block(file.fileno(), start, head.checksums[0], block)
+        most = max(most, restored)
+    assert most == 96
 
 
 def test_what_nobody_closed_is_written_when_the_process_ends(folder, tmp_path, expected):
@@ -117,6 +156,28 @@ def test_export_and_import(tmp_path, kv_dtype):
         assert llm.engine.stats()["kv_blocks_free"] == llm.engine.stats()["kv_blocks"]
     with opened(folder, tmp_path / "cache", kv_dtype=kv_dtype) as llm:
         assert answer(llm) == (*expected[:2], 96)  # an imported prefix is kept like any other
+
+
+def test_an_exported_prefix_has_a_salt(folder, tmp_path, expected):
+    path = tmp_path / "prefix.kv"
+    with opened(folder) as llm:
+        assert llm.export_prefix(PROMPT, path, cache_salt="a") == 96
+        assert llm.generate([PROMPT], PARAMS)[0].stats["cached_tokens"] == 0
+    with opened(folder) as llm:
+        for other in (None, "b"):
+            words = f"another salt than this model's: 'a', not '{other or ''}'"
+            with pytest.raises(ValueError, match=words):
+                llm.import_prefix(path, cache_salt=other)
+        assert llm.import_prefix(path, cache_salt="a") == 96
+        for salt, cached in ((None, 0), ("b", 0), ("a", 96)):
+            [completion] = llm.generate([PROMPT], PARAMS, cache_salt=salt)
+            assert completion.stats["cached_tokens"] >= cached
+            assert bool(completion.stats["cached_tokens"]) == bool(cached)
+            assert (completion.token_ids, list(completion.logprobs)) == expected
+    with opened(folder) as llm:
+        llm.export_prefix(PROMPT, path)
+        with pytest.raises(ValueError, match="another salt than this model's: '', not 'a'"):
+            llm.import_prefix(path, cache_salt="a")
 
 
 def test_a_text_is_exported_as_it_would_be_completed(folder, tmp_path):

@@ -98,13 +98,13 @@ def checksums(buffers: Buffers) -> tuple[int, ...]:
     return tuple(zlib.crc32(buffer) for buffer in buffers)
 
 
-def write_file(file: int, head: Head, blocks: Iterator[Buffers]) -> int:
-    """Write head and blocks to an open file, and return the number of bytes.
+def write_file(file: int, head: bytes, blocks: Iterator[Buffers]) -> int:
+    """Write an encoded head and blocks to an open file, and return the number of bytes.
 
     Raises:
         OSError: as the system says.
     """
-    written = _write(file, [memoryview(head.encode())])
+    written = _write(file, [memoryview(head)])
     return written + sum(_write(file, buffers) for buffers in blocks)
 
 

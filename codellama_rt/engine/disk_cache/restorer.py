@@ -9,9 +9,10 @@ step begins; then the sequence is admitted as any other, and finds it there.
 from __future__ import annotations
 
 import os
-from _thread import allocate_lock, start_new_thread
-from collections.abc import Callable
+from _thread import LockType, allocate_lock, start_new_thread
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import count, takewhile
 from weakref import WeakSet
 
 from codellama_rt.engine.block_manager import BlockManager
@@ -20,6 +21,8 @@ from codellama_rt.engine.sequence import Sequence
 from codellama_rt.model.kv_cache import KVCache
 
 _PREFETCHED_BYTES = 2**25  # asked of the disk at a time: one file after another leaves it idle
+# Threads that read one prefix. One checks about 1 GB/s, and no disk is asked meanwhile.
+_NUM_READERS = 4
 _PATIENCE_S = 0.05  # that a step with nothing to compute waits, so that requests can be aborted
 
 
@@ -143,7 +146,7 @@ class Restorer:
 
 
 class _Restoration:
-    """A thread that reads consecutive blocks of one prefix.
+    """A thread that reads consecutive blocks of one prefix, with the help of others.
 
     Attributes:
         asker: the sequence that it began for.
@@ -162,9 +165,10 @@ class _Restoration:
     ) -> None:
         self.asker, self.first, self.num_read = asker, first, 0
         self.gave_way = False
-        self._store, self._identity = store, identity
+        self._store, self._identity, self._hashes = store, identity, store.hashes(identity)
         self._tokens, self._last = reader.token_ids.tobytes(), reader.num_stored_blocks
         self._is_started = self._is_reading = self._has_ended = self._is_stopped = False
+        self._is_cut = False  # a block was missing
         self._bell = allocate_lock()  # released when the thread ends
         self._bell.acquire()
 
@@ -213,19 +217,58 @@ class _Restoration:
             self._bell.release()
 
     def _read(self, blocks: list[list[memoryview]]) -> None:
+        """Read by several threads, of which this is one."""
+        self._hashes.of(self._tokens)  # all of them, before others look
         ahead = max(1, _PREFETCHED_BYTES // sum(buffer.nbytes for buffer in blocks[0]))
         for index in range(self.first, min(self.first + ahead, self._last)):
-            self._store.prefetch(self._identity, self._beginning(index))
-        for index, buffers in enumerate(blocks, self.first):
-            if self._is_stopped:
-                break
-            if index + ahead < self._last:
-                self._store.prefetch(self._identity, self._beginning(index + ahead))
-            if not self._store.load(self._identity, self._beginning(index), buffers):
-                break
-            self.num_read += 1
+            self._store.prefetch(self._identity, self._beginning(index), self._hashes)
+        are_read, numbers = [False] * len(blocks), count()  # each number goes to one thread
+        helpers = []
+        for _ in range(min(_NUM_READERS, len(blocks)) - 1):
+            helper = allocate_lock()
+            helper.acquire()
+            with suppress(RuntimeError):  # no thread can be started
+                start_new_thread(self._help, (blocks, numbers, are_read, ahead, helper))
+                helpers.append(helper)
+        self._take(blocks, numbers, are_read, ahead)
+        for helper in helpers:
+            helper.acquire()
+        self.num_read = sum(takewhile(bool, are_read))
         if self.num_read:
             self._store.touch(self._identity, self._beginning(self.first + self.num_read - 1))
+
+    def _help(
+        self,
+        blocks: list[list[memoryview]],
+        numbers: Iterator[int],
+        are_read: list[bool],
+        ahead: int,
+        has_ended: LockType,
+    ) -> None:
+        try:
+            self._take(blocks, numbers, are_read, ahead)
+        finally:
+            has_ended.release()
+
+    def _take(
+        self,
+        blocks: list[list[memoryview]],
+        numbers: Iterator[int],
+        are_read: list[bool],
+        ahead: int,
+    ) -> None:
+        """Read one block after another of those that nobody has taken, until one is missing."""
+        for number in numbers:
+            if number >= len(blocks) or self._is_stopped or self._is_cut:
+                break
+            index = self.first + number
+            if index + ahead < self._last:
+                self._store.prefetch(self._identity, self._beginning(index + ahead), self._hashes)
+            tokens = self._beginning(index)
+            are_read[number] = self._store.load(
+                self._identity, tokens, blocks[number], self._hashes
+            )
+            self._is_cut |= not are_read[number]
 
     def _beginning(self, index: int) -> bytes:
         """Return the tokens up to the end of a block."""

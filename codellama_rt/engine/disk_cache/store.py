@@ -56,6 +56,41 @@ class _File(NamedTuple):
     used: int  # when it was written or last read, nanoseconds
 
 
+class PrefixHashes:
+    """The hashes of a growing prefix, each block of which is hashed once.
+
+    Example:
+        >>> hashes = PrefixHashes(b"model", block_bytes=8)
+        >>> parent, own = hashes.of(bytes(16))
+        >>> hashes.of(bytes(8))[1] == parent
+        True
+    """
+
+    def __init__(self, identity: bytes, block_bytes: int) -> None:
+        """Start with the empty prefix.
+
+        Args:
+            identity: what the blocks depend on beside the tokens.
+            block_bytes: of the tokens of a block.
+        """
+        self._block_bytes = block_bytes
+        self._hasher = _new_hasher(identity)
+        self._names = [self._hasher.hexdigest()]
+
+    def of(self, tokens: bytes) -> tuple[str, str]:
+        """Return the hashes of a prefix without its last block, and with it.
+
+        Args:
+            tokens: int32 of whole blocks; they begin, or go on, as those of every call before.
+        """
+        size, names = self._block_bytes, self._names
+        count = len(tokens) // size
+        for index in range(len(names) - 1, count):
+            self._hasher.update(tokens[index * size : (index + 1) * size])
+            names.append(self._hasher.hexdigest())
+        return names[count - 1], names[count]
+
+
 class PrefixStore:
     """Keep blocks of keys and values on disk, within a budget of bytes.
 
@@ -104,42 +139,50 @@ class PrefixStore:
             identity: what its bits depend on beside the tokens.
             tokens: int32 from the very first on.
         """
-        count, size = 0, self._block_bytes
-        parent, hasher = _start(identity)
-        for start in range(0, len(tokens) - size + 1, size):
-            hasher.update(tokens[start : start + size])
-            name = hasher.hexdigest()
-            if not os.path.exists(self._path(parent, name)):
+        count, hashes = 0, self.hashes(identity)
+        for end in range(self._block_bytes, len(tokens) + 1, self._block_bytes):
+            if not os.path.exists(self._path_of(tokens[:end], hashes)):
                 break
-            parent, count = name, count + 1
+            count += 1
         return count
 
-    def prefetch(self, identity: bytes, tokens: bytes) -> None:
+    def hashes(self, identity: bytes) -> PrefixHashes:
+        """Return what knows the hashes of one prefix, for the calls that are about it."""
+        return PrefixHashes(identity, self._block_bytes)
+
+    def prefetch(self, identity: bytes, tokens: bytes, hashes: PrefixHashes | None = None) -> None:
         """Have the system read a block from the disk meanwhile, as `load` will ask for it.
 
         Args:
             identity: what its bits depend on beside the tokens.
             tokens: int32 from the very first to the end of the block.
+            hashes: of this prefix, where several of its blocks are asked for.
         """
+        path = self._path_of(tokens, hashes or self.hashes(identity))
         with suppress(OSError):  # `load` will tell
-            file = os.open(
-                self._path_of(identity, tokens), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-            )
+            file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 for start in range(0, os.fstat(file).st_size, _ADVISED_BYTES):
                     os.posix_fadvise(file, start, _ADVISED_BYTES, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(file)
 
-    def load(self, identity: bytes, tokens: bytes, buffers: Buffers) -> bool:
+    def load(
+        self,
+        identity: bytes,
+        tokens: bytes,
+        buffers: Buffers,
+        hashes: PrefixHashes | None = None,
+    ) -> bool:
         """Read a block into its buffers, and return whether it was there and is sound.
 
         Args:
             identity: what its bits depend on beside the tokens.
             tokens: int32 from the very first to the end of the block.
             buffers: written, also if the block turns out to be damaged.
+            hashes: as for `prefetch`.
         """
-        path = self._path_of(identity, tokens)
+        path = self._path_of(tokens, hashes or self.hashes(identity))
         with self._counting_errors(), self._deleting_if_damaged(path):
             try:
                 file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -156,10 +199,15 @@ class PrefixStore:
     def touch(self, identity: bytes, tokens: bytes) -> None:
         """Note that the prefix has been used, so that it is kept longer."""
         with suppress(OSError):  # a folder that may only be read
-            os.utime(self._path_of(identity, tokens))
+            os.utime(self._path_of(tokens, self.hashes(identity)))
 
     def save(
-        self, identity: bytes, tokens: bytes, buffers: Buffers, is_valid: Callable[[], bool]
+        self,
+        identity: bytes,
+        tokens: bytes,
+        buffers: Buffers,
+        is_valid: Callable[[], bool],
+        hashes: PrefixHashes | None = None,
     ) -> None:
         """Write a block, unless it is stored already.
 
@@ -168,15 +216,15 @@ class PrefixStore:
             tokens: int32 from the very first to the end of the block.
             buffers: the block's memory, which others may be about to use for something else.
             is_valid: asked when all of it has been read: whether nobody has.
+            hashes: as for `prefetch`.
         """
-        path = self._path_of(identity, tokens)
+        path = self._path_of(tokens, hashes or self.hashes(identity))
         if monotonic() < self._paused_until or os.path.exists(path):
             return
         index = len(tokens) // self._block_bytes - 1
-        head = Head(identity, tokens, index, (checksums(buffers),))
+        head = Head(identity, tokens, index, (checksums(buffers),)).encode()
         with self._counting_errors(pausing=True):
-            num_bytes = len(head.encode()) + sum(buffer.nbytes for buffer in buffers)
-            if self._make_room(num_bytes):
+            if self._make_room(len(head) + sum(buffer.nbytes for buffer in buffers)):
                 self._write(path, head, buffers, is_valid)
 
     def _read(self, file: int, identity: bytes, tokens: bytes, buffers: Buffers) -> bool:
@@ -190,7 +238,9 @@ class PrefixStore:
         read_block(file, start, head.checksums[0], buffers)
         return True
 
-    def _write(self, path: str, head: Head, buffers: Buffers, is_valid: Callable[[], bool]) -> None:
+    def _write(
+        self, path: str, head: bytes, buffers: Buffers, is_valid: Callable[[], bool]
+    ) -> None:
         unfinished = os.path.join(self.folder, secrets.token_hex(8) + _UNFINISHED)
         file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -239,14 +289,8 @@ class PrefixStore:
                     total += status.st_size
         return files, total
 
-    def _path_of(self, identity: bytes, tokens: bytes) -> str:
-        _, hasher = _start(identity)
-        hasher.update(tokens[: -self._block_bytes])
-        parent = hasher.hexdigest()
-        hasher.update(tokens[-self._block_bytes :])
-        return self._path(parent, hasher.hexdigest())
-
-    def _path(self, parent: str, name: str) -> str:
+    def _path_of(self, tokens: bytes, hashes: PrefixHashes) -> str:
+        parent, name = hashes.of(tokens)
         return os.path.join(self.folder, f"{parent}-{name}.kv")
 
     @contextmanager
@@ -275,10 +319,8 @@ class PrefixStore:
             raise PrefixFileError(f"{path}: {error}") from None
 
 
-def _start(identity: bytes) -> tuple[str, hashlib.blake2b]:
-    """Return the hash of the empty prefix, and what continues it."""
-    hasher = hashlib.blake2b(identity, digest_size=_HASH_BYTES)
-    return hasher.hexdigest(), hasher
+def _new_hasher(identity: bytes) -> hashlib.blake2b:
+    return hashlib.blake2b(identity, digest_size=_HASH_BYTES)
 
 
 def _least_used_first(files: Mapping[str, _File]) -> Iterator[_File]:

@@ -50,6 +50,7 @@ def export_prefix(
     token_ids: Collection[int],
     path: Path,
     adapter: LoraAdapter | None = None,
+    cache_salt: str | None = None,
 ) -> int:
     """Write the full blocks of a prefix that has been computed to a file, and flush it.
 
@@ -59,6 +60,7 @@ def export_prefix(
         token_ids: the prefix.
         path: of the file; one that exists is replaced when the new one is complete.
         adapter: that it was computed with.
+        cache_salt: the same; it stands in the file.
 
     Returns:
         The number of tokens in the file.
@@ -74,7 +76,7 @@ def export_prefix(
         raise ValueError(
             f"a prefix to export has at least one block of {size} tokens, got {len(token_ids)}"
         )
-    sequence = _sequence(engine, token_ids, adapter)
+    sequence = _sequence(engine, token_ids, adapter, cache_salt)
     with _held(engine, sequence, num_blocks) as (reader, first):
         if first < num_blocks:
             raise RuntimeError(
@@ -93,7 +95,11 @@ def export_prefix(
 
 
 def import_prefix(
-    engine: Engine, model: Mapping[str, str], path: Path, adapter: LoraAdapter | None = None
+    engine: Engine,
+    model: Mapping[str, str],
+    path: Path,
+    adapter: LoraAdapter | None = None,
+    cache_salt: str | None = None,
 ) -> int:
     """Read the blocks of a file into an engine's prefix cache, as far as they fit.
 
@@ -102,6 +108,7 @@ def import_prefix(
         model: as in `export_prefix`.
         path: of a file that `export_prefix` has written.
         adapter: that the requests will have.
+        cache_salt: the same; that of the file.
 
     Returns:
         The number of leading tokens that the cache has now.
@@ -113,21 +120,27 @@ def import_prefix(
     """
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _read(engine, model, file, adapter)
+        return _read(engine, model, file, adapter, cache_salt)
     except PrefixFileError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
     finally:
         os.close(file)
 
 
-def _read(engine: Engine, model: Mapping[str, str], file: int, adapter: LoraAdapter | None) -> int:
+def _read(
+    engine: Engine,
+    model: Mapping[str, str],
+    file: int,
+    adapter: LoraAdapter | None,
+    cache_salt: str | None,
+) -> int:
     head, start = read_head(file)
     size, num_tokens = engine.kv_cache.block_size, len(head.tokens) // 4
     prompt = int32_list()
     prompt.frombytes(head.tokens)
     if head.first_block or num_tokens != head.num_blocks * size:
         raise PrefixFileError(f"it does not hold a prefix in blocks of {size} tokens")
-    sequence = _sequence(engine, prompt, adapter)
+    sequence = _sequence(engine, prompt, adapter, cache_salt)
     _require_same(decode_identity(head.identity), decode_identity(identity_of(model, sequence)))
     with _held(engine, sequence, head.num_blocks) as (reader, first):
         blocks = [engine.kv_cache.block_buffers(block_id) for block_id in reader.block_ids]
@@ -154,7 +167,7 @@ def _write(path: Path, head: Head, blocks: list[Buffers]) -> None:
     unfinished = f"{os.fspath(path)}.{secrets.token_hex(8)}"
     file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        write_file(file, head, iter(blocks))
+        write_file(file, head.encode(), iter(blocks))
         os.fsync(file)
         os.rename(unfinished, path)
     finally:
@@ -163,9 +176,14 @@ def _write(path: Path, head: Head, blocks: list[Buffers]) -> None:
         os.close(file)
 
 
-def _sequence(engine: Engine, token_ids: Collection[int], adapter: LoraAdapter | None) -> Sequence:
+def _sequence(
+    engine: Engine,
+    token_ids: Collection[int],
+    adapter: LoraAdapter | None,
+    cache_salt: str | None,
+) -> Sequence:
     prompt = checked_prompt(token_ids, engine.model.config.vocab_size)
-    return engine.admission.make_sequence(prompt, (0, 0, 0), adapter)
+    return engine.admission.make_sequence(prompt, (0, 0, 0), adapter, cache_salt)
 
 
 @contextmanager

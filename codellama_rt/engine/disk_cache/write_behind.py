@@ -14,11 +14,12 @@ from typing import NamedTuple
 from weakref import WeakSet
 
 from codellama_rt.engine.block_manager import BlockManager
-from codellama_rt.engine.disk_cache.store import PrefixStore
+from codellama_rt.engine.disk_cache.store import PrefixHashes, PrefixStore
 from codellama_rt.engine.sequence import Sequence
 from codellama_rt.model.kv_cache import KVCache
 
 _POLL_S = 0.005
+_KEPT_HASHES = 64  # of as many sequences that fill blocks in turn
 
 
 class WriteBehind:
@@ -107,13 +108,26 @@ class WriteBehind:
             entry.token_ids[:end].tobytes(),
             self._kv_cache.block_buffers(entry.block_id),
             is_valid,
+            self._hashes_of(entry),
         )
+
+    def _hashes_of(self, entry: _Entry) -> PrefixHashes:
+        """Return those of the entry's sequence, of which most blocks come one after another."""
+        key = id(entry.token_ids)  # of a list that is kept here
+        known = self._hashes.pop(key, None)
+        if known is None or known[1] != entry.identity:
+            known = entry.token_ids, entry.identity, self._store.hashes(entry.identity)
+        self._hashes[key] = known
+        if len(self._hashes) > _KEPT_HASHES:
+            del self._hashes[next(iter(self._hashes))]
+        return known[2]
 
     def forget_thread(self) -> None:
         """Start anew with no thread and an empty queue, as a forked child does."""
         # An interruption of a step may come inside of any Python code; each of these is one call.
         self._is_busy = allocate_lock()  # held by who writes
         self._queue: deque[_Entry] = deque(maxlen=self._blocks.num_blocks)
+        self._hashes: dict[int, tuple[array, bytes, PrefixHashes]] = {}  # latest last
 
 
 class _Entry(NamedTuple):

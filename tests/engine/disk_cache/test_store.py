@@ -159,7 +159,7 @@ class ConstantHash:
 
 
 def test_a_forged_collision_finds_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_start", lambda _: ("0" * 32, ConstantHash()))
+    monkeypatch.setattr(store_module, "_new_hasher", lambda _: ConstantHash())
     store = store_in(tmp_path)
     save(store, tokens_of(0, 2))
     for chain in range(NUM_CHAINS):
@@ -173,7 +173,7 @@ def test_a_forged_collision_finds_nothing(tmp_path, monkeypatch):
 
 def test_the_same_last_block_behind_another_beginning_is_not_taken(tmp_path, monkeypatch):
     """The tokens of a block may be equal, and those before it differ: all are compared."""
-    monkeypatch.setattr(store_module, "_start", lambda _: ("0" * 32, ConstantHash()))
+    monkeypatch.setattr(store_module, "_new_hasher", lambda _: ConstantHash())
     store = store_in(tmp_path)
     one, other = tokens_of(0, 3), tokens_of(1, 3)
     assert one[-16:] == other[-16:]
