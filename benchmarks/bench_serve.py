@@ -1,9 +1,10 @@
 """What the server costs: tokens per second of its streams, beside those of engine.step alone.
 
     python benchmarks/bench_serve.py MODEL [--streams 1,16,64] [--tokens 200] [--rounds 5]
+        [--stream-interval 0.02]
 
 Both are measured in turn, in one process, with one thread per operator; the clients are another
-process. The prompts are alike, and every answer has the same number of tokens.
+process. The prompts are the same, and every answer has the same number of tokens.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ from statistics import median
 from codellama_rt import LLM, SamplingParams
 from codellama_rt.serve import Settings
 from codellama_rt.serve.server import make_server, run
+from codellama_rt.tools.bench.serving import Load, bodies
+
+_WORDS = 24  # of a prompt
 
 
 def engine_alone(llm: LLM, streams: int, tokens: int) -> float:
     """Return the output tokens per second of engine.step, all requests queued before."""
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    prompt = llm.tokenizer.encode("def f(x): " * 8)
-    for i in range(streams):
-        llm.engine.add_request(f"alone-{i}", [*prompt, 5 + i], params)
+    load = Load(requests=streams, input_words=_WORDS)
+    prompts = [llm.tokenizer.encode(body["prompt"]) for body in bodies(load)]
+    for i, prompt in enumerate(prompts):
+        llm.engine.add_request(f"alone-{i}", prompt, params)
     started = time.perf_counter()
     while llm.engine.has_unfinished():
         llm.engine.step()
@@ -41,7 +46,7 @@ def through_the_server(url: str, streams: int, tokens: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
         words = ["--requests", streams, "--concurrency", streams, "--output-tokens", tokens]
-        words += ["--input-words", 24, "--json", file]
+        words += ["--input-words", _WORDS, "--json", file]
         command = [sys.executable, "-m", "codellama_rt", "bench", "serve", "--url", url]
         subprocess.run([*command, *map(str, words)], check=True, capture_output=True)
         return json.loads(file.read_text())["output_throughput"]
@@ -53,9 +58,11 @@ def main() -> None:
     parser.add_argument("--streams", default="1,16,64")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--stream-interval", type=float, default=Settings.stream_interval_s)
     options = parser.parse_args()
     with LLM(options.model, num_threads=1, max_model_len=2048, kv_memory="256MB") as llm:
-        server = make_server(llm, Settings(), "127.0.0.1", 0)
+        settings = Settings(stream_interval_s=options.stream_interval)
+        server = make_server(llm, settings, "127.0.0.1", 0)
         urls: list[str] = []
         thread = threading.Thread(target=lambda: asyncio.run(run(server, urls.append)))
         thread.start()

@@ -3,9 +3,10 @@
     python benchmarks/bench_small.py --peer-python PYTHON [--model FILE.gguf] [--weights bfloat16]
 
 Without --model it is SmolLM2-135M in Q4_1; --weights float16 or bfloat16 writes the same model in
-that dtype for all sides. A step computes one token of each sequence after a prompt of --depth
-tokens. llama.cpp runs with and without flash attention, and each sequence has a cache of its own.
-OpenVINO's times are those that it reports itself. The prompt (--prefill) is of one sequence.
+that dtype for all sides, but for OpenVINO, which reads no bfloat16, in float16. A step computes one
+token of each sequence after a prompt of --depth tokens. llama.cpp runs with and without flash
+attention, and each sequence has a cache of its own. OpenVINO's times are those that it reports
+itself. The prompt (--prefill) is of one sequence.
 """
 
 import argparse
@@ -48,26 +49,36 @@ class Ours:
 
     def __init__(self, model: Path, work: Work, threads: int) -> None:
         """Open the model."""
-        longest = max(work.depth + work.steps + WARM + 2, *work.prefills, 1)
+        # The first sequences go on while the prompts of the last ones are computed, which is in
+        # full chunks, like those of peers: so all are of nearly the same depth.
+        self._new = work.depth + work.steps + WARM
+        longest = max(work.depth + self._new, *work.prefills, 1)
         self._llm = LLM(
             str(model),
             num_threads=threads,
             max_model_len=longest + 1,
-            max_num_seqs=max(work.sequences),
+            max_num_seqs=max(work.sequences, default=1),
+            max_step_seconds=None,
             prefix_caching=False,
         )
         self.vocab_size = self._llm.config.vocab_size
         self._rng = np.random.default_rng(0)
 
     def batch(self, num_seqs: int, depth: int, steps: int) -> float:
-        """Return the median seconds of a step of all sequences."""
+        """Return the median seconds of a step of all sequences.
+
+        Raises:
+            RuntimeError: sequences ended before the prompts of all were computed.
+        """
         engine = self._llm.engine
         for i in range(num_seqs):
-            self._add(f"bench {i}", depth, steps + WARM + 2)
+            self._add(f"bench {i}", depth, self._new)
         seconds = []
         while len(seconds) < steps + WARM:
             started = perf_counter()
             outputs = engine.step()
+            if any(output.finished for output in outputs):
+                raise RuntimeError(f"{num_seqs} sequences of {depth} tokens never run together")
             if len(outputs) == num_seqs:  # all prompts are done
                 seconds.append(perf_counter() - started)
         for i in range(num_seqs):
@@ -89,9 +100,23 @@ class Ours:
 
 
 def small_rows(
-    model: Path, weights: str, peers: Sequence[str], work: Work, python: str, threads: Sequence[int]
+    model: Path,
+    weights: str,
+    peers: Mapping[str, Path],
+    work: Work,
+    python: str,
+    threads: Sequence[int],
 ) -> Iterator[tuple[int, int, Row]]:
-    """Yield all rows as (done, total, row): each work in turn, for each number of threads."""
+    """Yield all rows as (done, total, row): each work in turn, for each number of threads.
+
+    Args:
+        model: of our side, a GGUF file.
+        weights: what its matrices are in, for the rows.
+        peers: of `PEERS`, each with the file that it reads.
+        work: what to time.
+        python: the interpreter that has the peers.
+        threads: of each side.
+    """
     runs = [("batch", count) for count in work.sequences]
     runs += [("prefill", count) for count in work.prefills]
     done, total, before = 0, len(threads) * len(runs), ops.num_threads()
@@ -99,7 +124,7 @@ def small_rows(
         for count in threads:
             ops.set_num_threads(count)
             ours, others, versions = Ours(model, work, count), {}, {}
-            for name, peer, about in _open(peers, model, python, count, ours.vocab_size):
+            for name, peer, about in _open(peers, python, count, ours.vocab_size):
                 others[name], versions[name] = peer, about["version"]
             for what, size in runs:
                 done += 1
@@ -120,10 +145,10 @@ def small_rows(
 
 
 def _open(
-    peers: Sequence[str], model: Path, python: str, threads: int, vocab_size: int
+    peers: Mapping[str, Path], python: str, threads: int, vocab_size: int
 ) -> Iterator[tuple[str, Peer, dict]]:
     """Yield each setting of the peers by name, opened."""
-    for name in peers:
+    for name, model in peers.items():
         if name == "openvino":
             peer = Peer(python, "peer_openvino")
             about = peer.ask("open", model=str(model), threads=threads, vocab_size=vocab_size)
@@ -205,7 +230,11 @@ def main() -> None:
         if args.weights != "as stored":
             stored, model = model, Path(folder) / f"{model.stem}-{args.weights}.gguf"
             in_dtype(stored, model, args.weights)
-        rows = small_rows(model, args.weights, args.peer, work, args.peer_python, args.threads)
+        peers = dict.fromkeys(args.peer, model)
+        if args.weights == "bfloat16" and "openvino" in peers:
+            peers["openvino"] = Path(folder) / f"{stored.stem}-float16.gguf"
+            in_dtype(stored, peers["openvino"], "float16")
+        rows = small_rows(model, args.weights, peers, work, args.peer_python, args.threads)
         follow("small", rows, args.json)
 
 

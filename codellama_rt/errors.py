@@ -1,4 +1,4 @@
-"""Exceptions and warnings of the package that are more specific than Python's own."""
+"""Exceptions and warnings more specific than Python's own, and what is said of devices."""
 
 import warnings
 
@@ -9,6 +9,10 @@ class CheckpointError(ValueError):
 
 class CheckpointChangedError(CheckpointError, RuntimeError):
     """A file whose weights are in use has been written or cut; no request is at fault."""
+
+
+class CorruptLogitsError(RuntimeError):
+    """A model's logits are NaN or infinite, so that no token can be chosen."""
 
 
 class QueueFullError(RuntimeError):
@@ -36,3 +40,17 @@ class CheckpointWarning(UserWarning):
 def warn_of_checkpoint(message: str) -> None:
     """Issue a `CheckpointWarning`."""
     warnings.warn(message, CheckpointWarning, stacklevel=3)
+
+
+def unavailable(missing: str, remedy: str = "") -> str:
+    """Return the one sentence that is said of a device that cannot be used.
+
+    Args:
+        missing: what this build or machine has, and what it lacks.
+        remedy: in the imperative; empty if `missing` says it.
+
+    Example:
+        >>> unavailable("no NPU found", "install its driver")
+        'no NPU found; install its driver; available: cpu'
+    """
+    return "; ".join(part for part in (missing, remedy, "available: cpu") if part)

@@ -123,6 +123,7 @@ struct PagedAttentionParams {
   float scale;
   int64_t query_stride;                                 // from token to token
   CacheStrides key_cache_strides, value_cache_strides;  // with one stride of tokens
+  int64_t num_blocks;
 };
 
 struct FlashAttentionParams {

@@ -35,7 +35,7 @@ DOCUMENTS = {
     str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8")
     for path in (
         *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-        *sorted((REPOSITORY / "docs").glob("*.md")),
+        *sorted((REPOSITORY / "docs").rglob("*.md")),
         *(REPOSITORY / "csrc" / name for name in ("README.md", "ascend/README.md")),
     )
 }
@@ -242,7 +242,9 @@ def run_server(words):
     """Open the model, read the options, and stop where the server would listen."""
     server = pytest.importorskip("codellama_rt.serve.server")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "serve", lambda model, settings, **options: None)
+        listen = server.listen
+        patch.setattr(server, "listen", lambda host, port: listen(host, 0))
+        patch.setattr(server, "serve", lambda model, settings, listener, **options: None)
         run(words)
 
 
@@ -324,7 +326,10 @@ def test_the_commands_of_chat_are_described():
 def test_every_block_says_what_it_is(name):
     """So that none is left out of the tests above by accident."""
     fences = re.findall(r"^ *```(\w*)$", DOCUMENTS[name], re.MULTILINE)
-    assert set(fences[::2]) <= {"python", "sh", "text"}
+    languages = {"python", "sh", "text"}
+    if name.startswith("docs/clients/"):  # tests/serve/test_clients.py reads these
+        languages |= {"json", "toml", "yaml"}
+    assert set(fences[::2]) <= languages
     assert set(fences[1::2]) <= {""}
 
 

@@ -40,8 +40,8 @@ MEANT = {
     ("linear_many_kernel", "sm_80"): ("HMMA", "LDGSTS"),
 }
 LOCAL = ("LDL", "STL")  # local memory: used by spills and arrays indexed at run time
-# Kernels with this few instructions do nothing: copying for the other architecture.
-EMPTY = 32
+# Attention's kernels with this few instructions are for the other architecture: they must trap.
+EMPTY, TRAP = 32, "BPT"
 _CLEAN = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
 
 
@@ -122,6 +122,9 @@ def faults(kernels: list[Kernel]) -> list[str]:
             if missing:
                 found.append(f"{architecture} {kernel.name} has no {', '.join(missing)}")
     for kernel in kernels:
+        empty = kernel.label.startswith("attend_") and kernel.size <= EMPTY
+        if empty and not kernel.instructions[TRAP]:
+            found.append(f"{kernel.architecture} {kernel.name} does nothing, and does not say so")
         if any(kernel.instructions[name] for name in LOCAL):
             found.append(f"{kernel.architecture} {kernel.name} uses local memory")
     return found

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from cuda_timing import Graph, Row, Timing, Work, copy_roof, random_tensor, read_roof, timed
+from cuda_timing import Graph, Row, Timing, copy_roof, random_tensor, read_roof, timed
 
 from codellama_rt.model.cuda import ops
 from codellama_rt.model.cuda.quantize import FORMATS, quantize
-from codellama_rt.model.cuda.tensor import Memory, empty, to_device
+from codellama_rt.model.cuda.tensor import empty, to_device
 from codellama_rt.ops import Quantized, native
 
 BLOCK_SIZE, HEAD_DIM = 64, 128
+READ, COPY = "read roof", "copy roof"
 Heads = tuple[int, int]
 
 
@@ -112,12 +112,17 @@ def _cache(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> obje
     return Quantized(payload, dtype, shape)
 
 
-def roofs(sizes: Sizes) -> dict[str, float]:
-    """Return the limits in bytes per second, measured beside each section's cases."""
-    return {
-        "read roof": read_roof(sizes.roof_bytes, sizes.repeats),
-        "copy roof": copy_roof(sizes.roof_bytes, sizes.repeats),
+def roof_rows(sizes: Sizes) -> list[Row]:
+    """Measure the limits of the memory, of which later steps' rows are shares."""
+    rates = {
+        READ: read_roof(sizes.roof_bytes, sizes.repeats),
+        COPY: copy_roof(sizes.roof_bytes, sizes.repeats),
     }
+    rows = []
+    for name, rate in rates.items():
+        us = sizes.roof_bytes / rate * 1e6
+        rows.append(Row(name, "device", us, us, us, rate / 1e12, "TB/s"))
+    return rows
 
 
 def rope_rows(rng: np.random.Generator, sizes: Sizes, roof: float) -> list[Row]:
@@ -141,7 +146,7 @@ def rope_rows(rng: np.random.Generator, sizes: Sizes, roof: float) -> list[Row]:
         work = Graph(lambda s=sets, t=table, i=index: _rope_all(s, t, i))
         timing = timed({"ours": work}, sizes.repeats, copies)["ours"]
         what = f"rope_and_cache 32/32, {tokens} tokens, bf16"
-        rows.append(row(what, "ours", timing, num_bytes, "TB/s", roof, "copy roof"))
+        rows.append(row(what, "ours", timing, num_bytes, "TB/s", roof, COPY))
     return rows
 
 
@@ -161,16 +166,13 @@ def linear_rows(rng: np.random.Generator, sizes: Sizes, roof: float) -> list[Row
         work = Graph(lambda w=weights, x=x, o=out: [ops.linear(x, one, out=o) for one in w])
         timing = timed({"ours": work}, sizes.repeats, len(weights))["ours"]
         what = f"linear 1 x {k} x {n}, {name}"
-        rows.append(row(what, "ours", timing, num_bytes, "TB/s", roof, "read roof"))
+        rows.append(row(what, "ours", timing, num_bytes, "TB/s", roof, READ))
         x, out = random_tensor(rng, (tokens, k)), empty((tokens, n), "bfloat16")
-        contenders: dict[str, Work] = {
-            "ours": lambda w=weights[0], x=x, o=out: ops.linear(x, w, out=o)
-        }
-        if name == "bf16":
-            contenders |= _by_cublaslt(contenders["ours"])
+        timing = timed(
+            {"ours": lambda w=weights[0], x=x, o=out: ops.linear(x, w, out=o)}, sizes.repeats
+        )["ours"]
         what = f"linear {tokens} x {k} x {n}, {name}"
-        for who, timing in timed(contenders, sizes.repeats).items():
-            rows.append(row(what, who, timing, 2 * tokens * k * n, "TFLOP/s"))
+        rows.append(row(what, "ours", timing, 2 * tokens * k * n, "TFLOP/s"))
     return rows
 
 
@@ -184,21 +186,3 @@ def _weights(rng: np.random.Generator, name: str, n: int, k: int, sizes: Sizes) 
 
 def _bytes_of(weight: object) -> int:
     return weight.payload.nbytes if isinstance(weight, Quantized) else weight.nbytes
-
-
-def _by_cublaslt(work: Callable[[], object]) -> dict[str, Work]:
-    """Return the same call with cuBLASLt switched on; {} and a message if it is not available."""
-    module = native.cuda()
-    memory = Memory(32 << 20)
-    reason = module.use_cublaslt("", memory.pointer, memory.num_bytes)
-    module.leave_cublaslt()
-    if reason:
-        print(f"cuBLASLt: {reason}", flush=True)
-        return {}
-
-    def switched() -> None:
-        module.use_cublaslt("", memory.pointer, memory.num_bytes)
-        work()
-        module.leave_cublaslt()
-
-    return {"ours by cuBLASLt": Graph(switched)}

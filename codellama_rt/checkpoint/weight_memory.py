@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from codellama_rt.checkpoint.stored_tensor import Weight
-from codellama_rt.model.huge_pages import map_huge_pages
+from codellama_rt.ops.native import map_huge_pages
 from codellama_rt.ops.quantized import Quantized
 
 _NUMPYS_BYTES = 2**22  # from which NumPy asks for huge pages itself

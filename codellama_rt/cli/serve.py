@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,7 +71,14 @@ def serve(
     max_requests: Annotated[
         int, typer.Option(help="Unfinished generations; further requests get 503.")
     ] = 1024,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 16 * 2**20,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 4 * 2**20,
+    stream_interval: Annotated[
+        float,
+        typer.Option(
+            help="Seconds between two events of a stream, except the first and the last; 0: an "
+            "event per step."
+        ),
+    ] = 0.02,
     keep_alive_interval: Annotated[
         float, typer.Option(help="Seconds of silence after which a stream gets a comment.")
     ] = 10.0,
@@ -87,36 +96,38 @@ def serve(
             raise ValueError(f"--port must be 0 to 65535, got {port}")
         try:
             from codellama_rt.serve import Settings
+            from codellama_rt.serve.loading import answering
+            from codellama_rt.serve.server import address_of, listen
             from codellama_rt.serve.server import serve as run_server
         except ImportError as error:
             raise ImportError(f"{error}; install the server: codellama_rt[server]") from None
         from codellama_rt.cli.run import open_model
 
+        settings = Settings(
+            names=tuple(served_model_name or ()),
+            api_keys=tuple(filter(None, api_key or ())),
+            open_metrics=open_metrics,
+            allowed_origins=tuple(allowed_origin or ()),
+            suffix_first=suffix_first,
+            chat_template=chat_template.read_text("utf-8") if chat_template else None,
+            metrics_prefix=metrics_prefix,
+            stream_interval_s=_not_negative("--stream-interval", stream_interval),
+            keep_alive_s=_positive("--keep-alive-interval", keep_alive_interval),
+            max_body_bytes=max_body,
+            max_requests=max_requests,
+        )
+        drain_timeout_s = _positive("--drain-timeout", drain_timeout)
+        most = _checked_tokens(max_queued_tokens)
+        _warn(host, settings)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        with open_model(model) as llm:
-            llm.engine.max_queued_tokens = _checked_tokens(max_queued_tokens)
-            settings = Settings(
-                names=tuple(served_model_name or ()),
-                adapters=_adapters(llm, lora or []),
-                api_keys=tuple(filter(None, api_key or ())),
-                open_metrics=open_metrics,
-                allowed_origins=tuple(allowed_origin or ()),
-                suffix_first=suffix_first,
-                chat_template=chat_template.read_text("utf-8") if chat_template else None,
-                metrics_prefix=metrics_prefix,
-                keep_alive_s=_positive("--keep-alive-interval", keep_alive_interval),
-                max_body_bytes=max_body,
-                max_requests=max_requests,
-            )
-            _warn(host, settings)
-            run_server(
-                llm,
-                settings,
-                host=host,
-                port=port,
-                drain_timeout_s=_positive("--drain-timeout", drain_timeout),
-                on_start=lambda address: tell(f"codellama-rt: serving at {address}"),
-            )
+        with listen(host, port) as listener, contextlib.ExitStack() as stack:
+            with answering(listener):
+                llm = stack.enter_context(open_model(model))
+                adapters = _adapters(llm, lora or [])
+            llm.engine.max_queued_tokens = most
+            tell(f"codellama-rt: serving at {address_of(listener)}")
+            settings = replace(settings, adapters=adapters)
+            run_server(llm, settings, listener, drain_timeout_s=drain_timeout_s)
 
 
 def _adapters(llm: LLM, given: list[str]) -> dict:
@@ -138,6 +149,12 @@ def _checked_tokens(count: int | None) -> int | None:
 def _positive(name: str, seconds: float) -> float:
     if not seconds > 0:
         raise ValueError(f"{name} must be above 0, got {seconds:g}")
+    return seconds
+
+
+def _not_negative(name: str, seconds: float) -> float:
+    if not seconds >= 0:
+        raise ValueError(f"{name} must be at least 0, got {seconds:g}")
     return seconds
 
 

@@ -13,7 +13,6 @@ import asyncio
 import logging
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
@@ -25,11 +24,7 @@ from codellama_rt.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 _DRAIN_POLL_S = 0.02
-# Outputs may come together, but for the first and the last: those of at most so long, and of less
-# where waking the readers takes so small a share of it. (16 streams of a model of one layer: the
-# loop had 3.6 % of the time with 10 ms, and the engine lost twice as much.)
-_WAKE_INTERVAL_S = 0.02
-_WAKE_SHARE = 0.02
+_STREAM_INTERVAL_S = 0.02  # 50 times a second looks like without a break
 _SHORT_PROMPT = 2048  # tokens that are checked within a millisecond
 
 
@@ -46,9 +41,18 @@ class AsyncEngine:
         >>> asyncio.run(main(llm))  # doctest: +SKIP
     """
 
-    def __init__(self, engine: Engine) -> None:
-        """Take an engine that nothing else steps; its thread starts with the first request."""
+    def __init__(self, engine: Engine, *, stream_interval_s: float = _STREAM_INTERVAL_S) -> None:
+        """Take an engine that nothing else steps; its thread starts with the first request.
+
+        Args:
+            engine: makes the steps.
+            stream_interval_s: how often the reader of a stream is woken at most, except for its
+                first and its last token; what has come meanwhile is joined. 0: after each step.
+        """
+        if not 0 <= stream_interval_s < math.inf:
+            raise ValueError(f"stream_interval_s must be at least 0, got {stream_interval_s}")
         self.engine = engine
+        self._stream_interval_s = stream_interval_s
         self._streams: dict[str, OutputStream] = {}  # unfinished; one call takes or leaves a key
         self._bells: dict[asyncio.AbstractEventLoop, _Bell] = {}  # the same
         self._beginning: list[OutputStream] = []  # of the thread: queued, without a token so far
@@ -122,7 +126,8 @@ class AsyncEngine:
         self.check_open()
         for other in [other for other in list(self._bells) if other.is_closed()]:
             self._bells.pop(other, None)
-        stream = OutputStream(request, self._bells.setdefault(loop, _Bell(loop)), ready)
+        bell = self._bells.setdefault(loop, _Bell(loop, self._stream_interval_s))
+        stream = OutputStream(request, bell, ready)
         if self._streams.setdefault(request_id, stream) is not stream:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         stream.bell.add(stream)
@@ -297,14 +302,17 @@ Mail = dict[tuple[str, int], Output] | tuple["OutputStream", Exception | None]
 class _Bell:
     """Brings the outputs of a step to the streams of one event loop, and wakes their readers."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start with no streams."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval_s: float) -> None:
+        """Start with no streams; their readers are woken once in `interval_s`."""
         self.loop = loop
+        self._interval_s = interval_s
         self._mail: deque[Mail] = deque()  # from the thread
         self._is_rung = False
-        self._last = -math.inf  # when the mail was last sorted
-        self._interval = _WAKE_INTERVAL_S  # between two times
-        self._streams: dict[str, OutputStream] = {}  # for mail; used in the loop alone
+        # Used in the loop alone:
+        self._due = -math.inf  # when readers are woken next
+        self._alarm: asyncio.TimerHandle | None = None  # for then
+        self._unread: set[OutputStream] = set()  # whose readers are to be woken then
+        self._streams: dict[str, OutputStream] = {}  # for mail
 
     def post(self, outputs: list[Output]) -> None:
         """Leave outputs of a step; `ring` has them looked at.
@@ -330,7 +338,7 @@ class _Bell:
         self._mail.append((stream, error))
 
     def ring(self, *, is_urgent: bool) -> None:
-        """Have the mail sorted: at once, or when the last time is long enough ago.
+        """Have the mail sorted: at once, or when readers are woken next.
 
         Raises:
             RuntimeError: the loop is closed.
@@ -347,39 +355,46 @@ class _Bell:
         self._streams[stream.request_id] = stream
 
     def _wait(self) -> None:
-        due = self._last + self._interval
-        if self.loop.time() >= due:
+        if self.loop.time() >= self._due:
             self._sort()
-        else:
-            self.loop.call_at(due, self._sort)
+        elif self._alarm is None:
+            self._alarm = self.loop.call_at(self._due, self._on_alarm)
+
+    def _on_alarm(self) -> None:
+        self._alarm = None
+        self._sort()
 
     def _sort(self) -> None:
         self._is_rung = False  # first, for what comes later rings again
-        self._last, began = self.loop.time(), time.thread_time()
-        streams = self._streams
         while self._mail:
             mail = self._mail.popleft()
             if isinstance(mail, tuple):
                 stream, stream.error = mail
                 stream.is_over = True
-                if streams.get(stream.request_id) is stream:
-                    del streams[stream.request_id]
-                stream.wake()
+                if self._streams.get(stream.request_id) is stream:
+                    del self._streams[stream.request_id]
+                self._unread.add(stream)
                 continue
             for output in mail.values():
-                stream = streams.get(output.request_id)
+                stream = self._streams.get(output.request_id)
                 if stream is not None:
                     stream.inbox.append(output)
-        woken = [stream for stream in streams.values() if stream.inbox]
+                    self._unread.add(stream)
+        if self._unread:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wake all readers if it is time, else those whose stream begins or ends."""
+        woken, now = self._unread, self.loop.time()
+        if now >= self._due:
+            self._due = now + self._interval_s
+        else:
+            woken = {stream for stream in woken if stream.is_over or not stream.has_begun}
+        self._unread = self._unread - woken
         for stream in woken:
             stream.wake()
-        if woken:
-            self.loop.call_soon(self._note, began)  # behind the readers
-
-    def _note(self, began: float) -> None:
-        """Note what it has taken to bring the mail to its readers, since `began`."""
-        seconds = time.thread_time() - began
-        self._interval = min(seconds / _WAKE_SHARE, _WAKE_INTERVAL_S)
+        if self._unread:
+            self._wait()
 
 
 class OutputStream:
@@ -391,7 +406,7 @@ class OutputStream:
         self.request_id = request.request_id
         self.inbox: list[Output] = []
         self.error: Exception | None = None  # of all of it
-        self.is_over = False  # nothing more comes into the inbox
+        self.has_begun = self.is_over = False  # the reader was woken; nothing more will come
         self._taken: deque[Output] = deque()  # from the inbox, at most one per sample
         self._unfinished = request.params.n
         self._reader: asyncio.Future | None = None  # that waits
@@ -420,6 +435,7 @@ class OutputStream:
 
     def wake(self) -> None:
         """Let the reader look."""
+        self.has_begun = True
         if self._ready is not None:
             self._ready.set()
         if self._reader is not None and not self._reader.done():

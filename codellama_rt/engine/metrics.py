@@ -8,9 +8,12 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from codellama_rt.errors import CorruptLogitsError
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
             60.0, 120.0, 300.0, 600.0, 1800.0, 7200.0, 20000.0, 50000.0)  # fmt: skip
 TOKEN_BUCKETS = tuple(2.0**i for i in range(18))  # to 131,072
+_PREEMPTIONS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 class RequestMetrics(NamedTuple):
@@ -30,6 +33,7 @@ class RequestMetrics(NamedTuple):
         steps: in which tokens of this sample were computed.
         draft_tokens: that speculation has proposed for the request so far, for all its samples.
         accepted_tokens: of these, how many came besides the one token that each step gives.
+        preemptions: how often this sample has lost its blocks, and was computed anew.
     """
 
     arrival: float
@@ -44,6 +48,7 @@ class RequestMetrics(NamedTuple):
     steps: int
     draft_tokens: int
     accepted_tokens: int
+    preemptions: int
 
 
 @dataclass(slots=True)
@@ -66,7 +71,12 @@ class RequestClock:
             self.first_token = now
 
     def metrics(
-        self, now: float, last_token: float | None, output_tokens: int, steps: int
+        self,
+        now: float,
+        last_token: float | None,
+        output_tokens: int,
+        steps: int,
+        preemptions: int,
     ) -> RequestMetrics:
         """Return the times as of `now`.
 
@@ -75,6 +85,7 @@ class RequestClock:
             last_token: when the sample had its token before; None: there is none, or none now.
             output_tokens: of the sample.
             steps: of the sample.
+            preemptions: of the sample.
         """
         started = now if self.first_step is None else self.first_step
         prefilled = now if self.first_token is None else self.first_token
@@ -91,11 +102,12 @@ class RequestClock:
             steps,
             self.draft_tokens,
             self.accepted_tokens,
+            preemptions,
         )
 
 
 # A clock, and the arguments of its `metrics`: one per token, so a plain tuple.
-Measured = tuple[RequestClock, float, float | None, int, int]
+Measured = tuple[RequestClock, float, float | None, int, int, int]
 
 
 class Output(Protocol):
@@ -103,6 +115,7 @@ class Output(Protocol):
 
     finished: bool
     finish_reason: str | None
+    error: Exception | None
     metrics: RequestMetrics
 
 
@@ -143,7 +156,7 @@ class Histogram:
 
 @dataclass(slots=True)
 class EngineMetrics:
-    """Histograms of an engine since its start, and how often outputs ended for which reason."""
+    """Histograms of an engine since its start, and what else is counted of outputs and drafts."""
 
     step_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
     queue_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
@@ -153,7 +166,11 @@ class EngineMetrics:
     total_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
     prompt_tokens: Histogram = field(default_factory=lambda: Histogram(TOKEN_BUCKETS))
     output_tokens: Histogram = field(default_factory=lambda: Histogram(TOKEN_BUCKETS))
+    step_tokens: Histogram = field(default_factory=lambda: Histogram(TOKEN_BUCKETS))
+    preemptions: Histogram = field(default_factory=lambda: Histogram(_PREEMPTIONS))
     finish_reasons: Counter[str] = field(default_factory=Counter)
+    drafts: Counter[int] = field(default_factory=Counter)  # by how many of their tokens were right
+    corrupt_outputs: int = 0
 
     def count_tokens(self, now: float, last_tokens: Collection[float | None]) -> None:
         """Count tokens chosen at `now`, by when their samples had the tokens before."""
@@ -166,6 +183,7 @@ class EngineMetrics:
         for output in outputs:
             if output.finished:
                 self.finish_reasons[output.finish_reason] += 1
+                self.corrupt_outputs += isinstance(output.error, CorruptLogitsError)
                 self._count_finished(output.metrics)
 
     def _count_finished(self, times: RequestMetrics) -> None:
@@ -174,15 +192,18 @@ class EngineMetrics:
         self.prefill_seconds.observe(times.prefill_seconds)
         self.output_tokens.observe(times.output_tokens)
         self.prompt_tokens.observe(times.prompt_tokens)
+        self.preemptions.observe(times.preemptions)
         if times.first_token_seconds is not None:
             self.first_token_seconds.observe(times.first_token_seconds)
 
     def snapshot(self) -> dict[str, object]:
-        """Return {"finish_reasons": counts, "histograms": their snapshots}, both by name."""
-        names = [name for name in self.__slots__ if name != "finish_reasons"]
+        """Return the counts, and under "histograms" their snapshots, by name."""
+        values = {name: getattr(self, name) for name in self.__slots__}
         return {
             "finish_reasons": dict(self.finish_reasons),
-            "histograms": {name: getattr(self, name).snapshot() for name in names},
+            "drafts": dict(self.drafts),
+            "corrupt_outputs": self.corrupt_outputs,
+            "histograms": {k: v.snapshot() for k, v in values.items() if isinstance(v, Histogram)},
         }
 
 

@@ -151,8 +151,14 @@ class Request:
         for output in outputs:
             sample = self.samples[min(output.index, len(self.samples) - 1)]
             last_token = sample.last_token if output.token_ids else None
-            num_tokens = sample.sequence.num_generated
-            output.measured = self.clock, now, last_token, num_tokens, sample.num_steps
+            output.measured = (
+                self.clock,
+                now,
+                last_token,
+                sample.sequence.num_generated,
+                sample.num_steps,
+                sample.sequence.num_preemptions,
+            )
             if output.token_ids:
                 sample.last_token = now
 

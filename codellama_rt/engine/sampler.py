@@ -16,6 +16,7 @@ import numpy as np
 from codellama_rt import ops
 from codellama_rt.engine.logprobs import Logprob, rank_tokens
 from codellama_rt.engine.sampling_params import LogitsProcessor, SamplingParams
+from codellama_rt.errors import CorruptLogitsError
 
 _MOST_TOP_K = 2**31 - 1
 
@@ -411,7 +412,8 @@ def _joined(lists: Sequence[tuple[Sequence, Sequence]], dtype: type) -> ops.Toke
 def _no_token(name: str, position: int, best: int, logit: np.floating) -> RuntimeError:
     """Return what to raise where no token can be chosen; a finite logit: all are forbidden."""
     highest = -np.inf if np.isfinite(logit) else logit
-    return RuntimeError(
+    kind = RuntimeError if highest == -np.inf else CorruptLogitsError
+    return kind(
         f"request {name!r}: no token to choose at position {position}: the highest "
         f"logit, of token {best}, is {highest}; check the weights "
         "(open_checkpoint(..., check='finite')), logit_bias, allowed_token_ids, "

@@ -206,6 +206,7 @@ class Scheduler:
         sequence.num_stored_blocks = sequence.num_indexed_blocks
         self.blocks.release(sequence)
         insort(self.waiting, sequence, key=_by_order)
+        sequence.num_preemptions += 1
         self.num_preemptions += 1
 
     def schedule(self) -> list[Chunk]:

@@ -55,6 +55,7 @@ class Sequence:
     cache_salt: Hashable = _NO_SALT
     adapter: object | None = None
     num_stored_blocks: int = 0  # leading full blocks that are on disk, as far as known
+    num_preemptions: int = 0  # how often it has lost its blocks
     # Place in the KV cache, managed by BlockManager; empty while the sequence waits.
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_ids: array = field(default_factory=int32_list)

@@ -28,6 +28,9 @@ class Tokens(Protocol):
 # Where learning starts; the first steps correct it by orders of magnitude if need be.
 _BYTES_PER_SECOND, _FLOPS_PER_SECOND, _CALL_SECONDS = 20e9, 100e9, 1e-3
 _TRUST = 1e-3  # in those numbers, as a part of what one step weighs
+# No step counts as faster than they say by more than this: its square times _TRUST is still seen
+# in a float64 beside the sums, without which they may be singular.
+_MOST_SPEEDUP = 1e4
 _KEPT = 0.98  # of older steps' weight per step: the last 50 count
 _MOST_LEARNED = 64  # steps at a time: most of them are followed by none that asks for a cost
 # Kernels compute rows in such groups: after 16,000 tokens of 7B (bfloat16, Zen 4) 17 take 22 %
@@ -128,8 +131,9 @@ class StepCost:
             (1, len(positions), (positions + 1).sum(), seq_lens.sum())  # a token sees itself
             for positions, seq_lens, _ in learned
         ]
+        expected = np.array(features) * self._unit
         seconds = np.array([its for *_, its in learned])
-        rows = np.array(features) * self._unit / seconds[:, None]
+        rows = expected / np.maximum(seconds, expected.sum(1) / _MOST_SPEEDUP)[:, None]
         weights = _KEPT ** np.arange(len(rows))[::-1]
         kept = _KEPT ** len(rows)
         self._products = self._products * kept + (weights * rows.T) @ rows

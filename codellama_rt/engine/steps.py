@@ -98,12 +98,14 @@ class Steps:
         *,
         has_dynamic_rope: bool,
         speculation: Speculation | None = None,
+        sparse_decoding: float | None = None,
     ) -> None:
         """Take the engine's parts; `table` holds the scheduler's requests."""
         self.searches: WeakSet[Search] = WeakSet()
         self.totals = Totals()
         self.metrics = EngineMetrics()
-        self._model, self._kv_cache, self._has_dynamic_rope = model, kv_cache, has_dynamic_rope
+        self._model, self._kv_cache = model, kv_cache
+        self._batches = {"rope_lengths": has_dynamic_rope, "sparse_decoding": sparse_decoding}
         self._scheduler, self._table, self.speculation = scheduler, table, speculation
         if speculation is not None:
             scheduler.propose = self._propose
@@ -149,7 +151,7 @@ class Steps:
             Per chunk (num_logits, vocab_size) float32.
         """
         started = perf_counter()
-        batch = build_batch(chunks, self._kv_cache.block_size, rope_lengths=self._has_dynamic_rope)
+        batch = build_batch(chunks, self._kv_cache.block_size, **self._batches)
         return _by_chunk(chunks, self._forward(batch, started))
 
     def copy_blocks(self) -> None:
@@ -211,11 +213,11 @@ class Steps:
 
     def _batch(self, chunks: list[Chunk], others: list[int]) -> Batch:
         """Return the batch of a step."""
-        size, has_lengths = self._kv_cache.block_size, self._has_dynamic_rope
+        size = self._kv_cache.block_size
         if others:
-            return build_batch(chunks, size, rope_lengths=has_lengths)
+            return build_batch(chunks, size, **self._batches)
         version = self._scheduler.blocks.tables_version
-        return self._lineup.next_batch(chunks, size, version, rope_lengths=has_lengths)
+        return self._lineup.next_batch(chunks, size, version, **self._batches)
 
     def _forward(self, batch: Batch, started: float) -> np.ndarray:
         """Run the model on a batch that was begun at `started`.
@@ -229,6 +231,7 @@ class Steps:
         totals = self.totals
         totals.steps += 1
         totals.computed_tokens += len(batch.token_ids)
+        self.metrics.step_tokens.observe(len(batch.token_ids))
         totals.schedule_seconds += scheduled - started
         totals.model_seconds += seconds
         if self._scheduler.cost is not None:
@@ -286,6 +289,7 @@ class Steps:
             gained = self._delivery.give(sample, chunks[i], logits[i], started, now, tries)
             self.totals.generated_tokens += gained
             if num_drafted := len(chunks[i].draft):
+                self.metrics.drafts[gained - 1] += 1
                 for counts in (self.totals, sample.request.clock):
                     counts.draft_tokens += num_drafted
                     counts.accepted_tokens += gained - 1

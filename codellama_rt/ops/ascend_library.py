@@ -9,6 +9,8 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+from codellama_rt.errors import unavailable
+
 EMULATOR = "libcodellama_rt_ascend_emu.so"
 CUSTOM_OPS = Path("op_api", "lib", "libcust_opapi.so")  # in the folder of a CANN op package
 VENDOR = "codellama_rt"
@@ -42,7 +44,7 @@ def available() -> tuple[bool, str]:
     try:
         glue = load(folder())
     except AscendUnavailable as error:
-        return False, f"{error}; available: cpu"
+        return False, unavailable(str(error))
     if glue.emulated:
         return True, "emulated on this CPU, for tests: functional and slow, no NPU is used"
     return True, f"kernels of {find_custom_ops()}"

@@ -28,6 +28,11 @@ Shapes and values are checked when the operator runs: MindSpore raises a Runtime
 the operator, the argument and the reason. PyNative runs asynchronously, so the error may appear at
 a later call or when a result is read.
 
+**Devices.** The ops run where MindSpore's context says: on a CPU, or on a GPU with a MindSpore
+built for one, by the CUDA kernels. There attention asks MindSpore for 64 MiB of workspace, and
+quantised weights and `decoder_layer` are not supported. No MindSpore of today (2.10, CUDA 11) was
+seen to run these kernels.
+
 **Quantised tensors.** In PyNative, pass a `Quantized` as in `codellama_rt.ops`, with a Tensor as
 payload. Inside a graph, pass the tuple (payload, dtype, shape), of which the last two are
 constants. A cache's payload is (num_blocks, n_kv_heads, bytes per block): the number and size of
@@ -47,7 +52,7 @@ from collections.abc import Callable
 from mindspore import Tensor
 from mindspore.ops import Custom, constexpr
 
-from codellama_rt.ops.primitives import check_tensors, make_primitive
+from codellama_rt.ops.primitives import DEVICES, check_tensors, device, make_primitive
 from codellama_rt.ops.quantized import Quantized
 from codellama_rt.ops.schema import OPS
 from codellama_rt.ops.schema import Tensor as Description
@@ -214,12 +219,19 @@ def decoder_layer(
     return _run("decoder_layer", tensors, eps, interleaved)
 
 
-def primitive(name: str, *, num_weights: int = 1, **attributes: float | bool | None) -> Custom:
+def primitive(
+    name: str,
+    *,
+    num_weights: int = 1,
+    target: str | None = None,
+    **attributes: float | bool | None,
+) -> Custom:
     """Return the primitive behind one of the functions above: faster in PyNative, fewer checks.
 
     Args:
         name: the op.
         num_weights: number of weights that `linear` takes after x.
+        target: "CPU" or "GPU"; default: MindSpore's context.
         **attributes: the function's attributes; missing ones take their defaults.
 
     Returns:
@@ -227,8 +239,9 @@ def primitive(name: str, *, num_weights: int = 1, **attributes: float | bool | N
         object.
 
     Raises:
-        ValueError: an unknown op or attribute, or a value out of range.
+        ValueError: an unknown op, target or attribute, or a value out of range; no such kernel.
         TypeError: an attribute of the wrong type.
+        RuntimeError: this build has no kernels for the target.
 
     Example:
         >>> primitive("rms_norm", eps=1e-6) is primitive("rms_norm", eps=1e-6)
@@ -241,10 +254,23 @@ def primitive(name: str, *, num_weights: int = 1, **attributes: float | bool | N
         raise ValueError(f"{name} has no attribute {attribute!r}; available: {', '.join(known)}")
     num_tensors = 1 + num_weights if name == "linear" else len(OPS[name].inputs)
     values = [attributes.get(key, attribute.default) for key, attribute in known.items()]
-    return make_primitive(name, (None,) * num_tensors, *values)
+    return make_primitive(_device_of(target), name, (None,) * num_tensors, *values)
 
 
-_constant_primitive = constexpr(make_primitive)  # evaluated while a graph is compiled
+def _device_of(target: str | None) -> str:
+    if target is None:
+        return device()
+    named = {mindspore_name: name for name, (mindspore_name, _) in DEVICES.items()}
+    if target not in named:
+        raise ValueError(f"primitive: target must be {' or '.join(named)}, got {target!r}")
+    return named[target]
+
+
+@constexpr  # evaluated while a graph is compiled
+def _constant_primitive(
+    name: str, formats: tuple[tuple | None, ...], *values: float | bool | None
+) -> Custom:
+    return make_primitive(device(), name, formats, *values)
 
 
 def _run(

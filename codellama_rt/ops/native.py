@@ -1,4 +1,4 @@
-"""What the kernels run on: the instruction set, the threads, the devices."""
+"""What the kernels run on: the instruction set, the threads, the devices, huge pages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import mmap
 import os
 import re
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
+from codellama_rt.errors import unavailable
 from codellama_rt.ops.ascend_library import available as ascend_available
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -94,6 +98,27 @@ def set_num_threads(n: int) -> None:
     _core.set_num_threads(n)
 
 
+def map_huge_pages(num_bytes: int) -> np.ndarray:
+    """Map zeroed memory, in huge pages where the system has them; none is committed yet.
+
+    What every step reads misses fewer translations of addresses there.
+
+    Args:
+        num_bytes: at least 1.
+
+    Returns:
+        (num_bytes) uint8, which holds the mapping.
+
+    Raises:
+        OSError, ValueError: the system has no such memory.
+    """
+    # Private: what mmap shares by default gets no huge pages on most systems.
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
 def available(device: str = "cpu") -> tuple[bool, str]:
     """Return whether a device can be used, and why or why not.
 
@@ -128,7 +153,7 @@ def cuda() -> ModuleType:
     try:
         return importlib.import_module(_CUDA)
     except ImportError as error:
-        raise RuntimeError(f"{_absence_of_cuda(error)}; available: cpu") from None
+        raise RuntimeError(_absence_of_cuda(error)) from None
 
 
 def _cuda_available() -> tuple[bool, str]:
@@ -136,13 +161,18 @@ def _cuda_available() -> tuple[bool, str]:
     try:
         built = importlib.import_module(_CUDA)
     except ImportError as error:
-        return False, f"{_absence_of_cuda(error)}; available: cpu"
+        return False, _absence_of_cuda(error)
     reason = built.unavailable_reason()
-    if reason and not has_nvidia_driver():
-        reason = "no NVIDIA driver found"  # CUDA itself reports an insufficient version
-    if reason:
-        return False, f"cuda kernels are built, but {reason}; available: cpu"
-    return True, built.device_name()
+    if not reason:
+        return True, built.device_name()
+    remedy = ""
+    if not has_nvidia_driver():  # CUDA itself reports an insufficient version
+        reason, remedy = "no NVIDIA driver found", "install the driver of your GPU"
+    elif "insufficient" in reason:
+        remedy = "install a newer NVIDIA driver"
+    elif "none is visible" in reason:
+        remedy = "name it in CUDA_VISIBLE_DEVICES, or pass it to this container"
+    return False, unavailable(f"cuda kernels are built, but {reason}", remedy)
 
 
 def has_nvidia_driver() -> bool:
@@ -155,10 +185,14 @@ def has_nvidia_driver() -> bool:
 
 
 def _absence_of_cuda(error: ImportError) -> str:
-    """Return why the CUDA kernels cannot be imported."""
-    if isinstance(error, ModuleNotFoundError) and error.name == _CUDA:
-        return "this build has no cuda kernels (no nvcc or driver when it was installed)"
-    return f"the cuda kernels cannot be loaded: {error}"
+    """Return why the CUDA kernels cannot be imported, and what to do."""
+    again = "install this package with CODELLAMA_RT_CUDA=ON"
+    if not isinstance(error, ModuleNotFoundError) or error.name != _CUDA:
+        return unavailable(f"the cuda kernels cannot be loaded: {error}", f"{again} again")
+    if has_nvidia_driver():
+        return unavailable("this build has no cuda kernels, only the NVIDIA driver is there", again)
+    missing = "this build has no cuda kernels, and no NVIDIA driver was found"
+    return unavailable(missing, f"to use a GPU install its driver, then {again}")
 
 
 def control_groups(controller: str, root: str = "") -> list[Path]:

@@ -1,7 +1,7 @@
-"""Make `mindspore.ops.Custom` objects over the kernels' library from the schema.
+"""Make `mindspore.ops.Custom` objects over the kernels' libraries from the schema.
 
-MindSpore dlopens the library that `_core` is linked with, so direct calls and graph ops share its
-threads and its choice of instruction set.
+On a CPU MindSpore dlopens the library that `_core` is linked with, so direct calls and graph ops
+share its threads and its choice of instruction set. A GPU has a library of its own.
 """
 
 from __future__ import annotations
@@ -19,17 +19,31 @@ from codellama_rt.ops.quantized import WEIGHT_DTYPES, cache_row_bytes, check_sha
 from codellama_rt.ops.schema import OPS, Attribute, Op, Tensor
 
 Format = tuple[str, tuple[int, ...]]  # dtype and shape of the tensor that a payload encodes
-LIBRARY = Path(_core.__file__).with_name("libcodellama_rt_cpu.so")
+# device -> MindSpore's name of it, and the library
+DEVICES = {
+    "cpu": ("CPU", Path(_core.__file__).with_name("libcodellama_rt_cpu.so")),
+    "cuda": ("GPU", Path(_core.__file__).with_name("libcodellama_rt_cuda.so")),
+}
 MAX_WEIGHTS = 3
+CPU_ONLY = ("decoder_layer",)
 _CACHES = ("key_cache", "value_cache")
+
+
+def device() -> str:
+    """Return the device that MindSpore's context names: "cuda" where that is a GPU, else "cpu"."""
+    return "cuda" if mindspore.get_context("device_target") == "GPU" else "cpu"
 
 
 @functools.lru_cache(maxsize=None, typed=True)  # typed: 1 is not True, and must be rejected
 def make_primitive(
-    name: str, formats: tuple[Format | None, ...], *values: float | bool | None
+    device: str, name: str, formats: tuple[Format | None, ...], *values: float | bool | None
 ) -> Custom:
     """Return one op for inputs in `formats` (None: float) with attributes as in the schema."""
-    op = OPS[name]
+    op, (target, library) = OPS[name], DEVICES[device]
+    if device == "cuda" and name in CPU_ONLY:
+        raise ValueError(f"{name} has no kernel for cuda; compose it of the other ops")
+    if not library.is_file():
+        raise RuntimeError(f"{name}: {device} has no kernels here ({library.name} is not built)")
     num_tensors = len(formats)
     inputs = _names(name, num_tensors)
     outputs = list(op.outputs) or ["token"]
@@ -44,9 +58,9 @@ def make_primitive(
     info.attr("formats", "required", "str", value=_describe(name, inputs, formats))
     if name == "linear":  # the ABI's shape inference is not told
         info.attr("num_weights", "required", "int", value=num_tensors - 1)
-    info.dtype_format(*[DataType.None_None] * (len(inputs) + len(outputs))).target("CPU")
+    info.dtype_format(*[DataType.None_None] * (len(inputs) + len(outputs))).target(target)
     return Custom(
-        f"{LIBRARY}:clrt_{name}",
+        f"{library}:clrt_{name}",
         None,  # shapes: the library's clrt_<name>InferShape; other kinds reject dynamic shapes
         _type_inference(op, inputs, formats),
         "aot",

@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 
 from codellama_rt.ops.dtypes import FLOATS
+from codellama_rt.ops.native import map_huge_pages
 
 CACHE_DTYPES = ("int8", "int4")
 OWN_WEIGHT_DTYPES = ("int8", "int4")  # written by `quantize`
@@ -168,6 +169,8 @@ def empty_caches(
 ) -> tuple[np.ndarray | Quantized, np.ndarray | Quantized]:
     """Return zeroed blocks of keys and of values, as the attention operators take them.
 
+    Their memory is in huge pages where the system has them; none is committed yet.
+
     Args:
         dtype: "float32", "float16", "bfloat16", or "int8" or "int4".
         shape: (num_blocks, n_kv_heads, block_size, head_dim); block_size is a multiple of 16.
@@ -179,6 +182,7 @@ def empty_caches(
     Raises:
         TypeError: a size is not an integer.
         ValueError: another dtype, or a shape that no cache has.
+        MemoryError: the system does not provide the memory.
 
     Example:
         >>> key_cache, value_cache = empty_caches("int8", (4, 2, 64, 128))
@@ -195,13 +199,23 @@ def empty_caches(
             f"block_size a multiple of {CACHE_GROUP}, got {tuple(shape)}"
         )
     if dtype in FLOATS:
-        return np.zeros(shape, FLOATS[dtype].dtype), np.zeros(shape, FLOATS[dtype].dtype)
+        return _zeros(shape, FLOATS[dtype].dtype), _zeros(shape, FLOATS[dtype].dtype)
     num_blocks, n_kv_heads, block_size, head_dim = shape
     key, value = (
-        Quantized(np.zeros((num_blocks, n_kv_heads, block_size * row), np.uint8), dtype, shape)
+        Quantized(_zeros((num_blocks, n_kv_heads, block_size * row), np.uint8), dtype, shape)
         for row in cache_row_bytes(dtype, head_dim)
     )
     return key, value
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if num_bytes == 0:
+        return np.zeros(shape, dtype)
+    try:
+        return map_huge_pages(num_bytes).view(dtype).reshape(shape)
+    except (OSError, ValueError, OverflowError) as error:
+        raise MemoryError(f"no memory for a cache of {num_bytes / 1e9:.1f} GB ({error})") from None
 
 
 def weight_num_bytes(dtype: str, shape: tuple[int, int]) -> int:

@@ -12,7 +12,9 @@ from starlette.responses import Response
 
 from codellama_rt.serve.errors import ApiError, ClientLeftError, api_error
 from codellama_rt.serve.event_stream import EventStream, Writer
-from codellama_rt.serve.generation import Gained, Generation
+from codellama_rt.serve.generation import Gained, Generation, size_of
+from codellama_rt.serve.long_work import beside_loop
+from codellama_rt.serve.protocol import Sampling
 
 
 class JSONAnswer(Response):
@@ -33,13 +35,16 @@ class Form(Writer, Protocol):
 
 
 async def stream_or_whole(
-    request: Request, generation: Generation, form: Form, *, stream: bool | None
+    request: Request, generation: Generation, form: Form, wanted: Sampling
 ) -> EventStream | JSONAnswer:
     """Return the answer to a request whose prompts are queued; raises as `Generation.finish`."""
-    if stream:
-        return EventStream(generation, form, request.app.state.service.settings.keep_alive_s)
+    if wanted.stream:
+        keep_alive_s = request.app.state.service.settings.keep_alive_s
+        progress = bool(wanted.return_progress)
+        return EventStream(generation, form, keep_alive_s, with_progress=progress)
     async with generation.watching(request.receive):
-        return JSONAnswer(form.whole(await generation.finish()))
+        gained = await generation.finish()
+        return await beside_loop(size_of(gained), lambda: JSONAnswer(form.whole(gained)))
 
 
 class NoAnswer:

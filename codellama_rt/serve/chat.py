@@ -38,7 +38,7 @@ async def chat_completions(request: Request) -> Any:
         created=int(time()),
         function=tool.function.name if tool else None,
     )
-    return await stream_or_whole(request, generation, form, stream=wanted.stream)
+    return await stream_or_whole(request, generation, form, wanted)
 
 
 def encode_messages(

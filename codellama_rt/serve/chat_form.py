@@ -81,6 +81,7 @@ class ChatAnswer(Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_progress: dict[str, int] | UnsetType = UNSET
     prompt_logprobs: Any = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
@@ -157,6 +158,15 @@ class ChatForm:
         event = self._event(None)
         event.usage = usage
         return [event]
+
+    def progress(self) -> ChatAnswer | None:
+        """Return an event that says how far the prompt is."""
+        progress = self._generation.progress()
+        if progress is None:
+            return None
+        event = self._event(None)
+        event.prompt_progress = progress
+        return event
 
     def _event(self, choice: ChatChoice | None) -> ChatAnswer:
         return ChatAnswer(

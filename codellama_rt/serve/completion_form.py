@@ -60,6 +60,7 @@ class CompletionAnswer(Struct, kw_only=True):
     model: str
     choices: list[Choice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_progress: dict[str, int] | UnsetType = UNSET
 
 
 def usage_of(generation: Generation) -> Usage:
@@ -138,6 +139,14 @@ class CompletionForm:
         """Return the event of the usage, if it is wanted."""
         usage = self._usage.at_end()
         return [] if usage is None else [CompletionAnswer(**self._head, choices=[], usage=usage)]
+
+    def progress(self) -> CompletionAnswer | None:
+        """Return an event that says how far the prompt is."""
+        progress = self._generation.progress()
+        if progress is None:
+            return None
+        usage = self._usage.of_event()
+        return CompletionAnswer(**self._head, choices=[], usage=usage, prompt_progress=progress)
 
     def _choices(self, gained: Gained) -> list[Choice]:
         return [self._choice(prompt, index, output) for (prompt, index), output in gained.items()]

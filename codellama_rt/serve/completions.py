@@ -13,6 +13,7 @@ from codellama_rt.serve.answers import stream_or_whole
 from codellama_rt.serve.completion_form import CompletionForm
 from codellama_rt.serve.errors import invalid
 from codellama_rt.serve.fields import openai_params
+from codellama_rt.serve.long_work import beside_loop
 from codellama_rt.serve.protocol import CompletionRequest
 from codellama_rt.serve.service import Service, answer_id
 
@@ -29,7 +30,7 @@ async def completions(request: Request) -> Any:
     params = _params(wanted, service.defaults)
     texts = checked_prompts(wanted.prompt, service.settings.max_prompts)
     size = sum(map(len, texts)) + len(wanted.suffix or "")
-    prompts = await service.encode(
+    prompts = await beside_loop(
         size, lambda: [_encode(service, wanted, text, params) for text in texts]
     )
     generation = await service.start(prompts, adapter=adapter, wanted=wanted)
@@ -41,7 +42,7 @@ async def completions(request: Request) -> Any:
         **head,
         created=int(time()),
     )
-    return await stream_or_whole(request, generation, form, stream=wanted.stream)
+    return await stream_or_whole(request, generation, form, wanted)
 
 
 def _params(wanted: CompletionRequest, defaults: SamplingParams) -> SamplingParams:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from codellama_rt.engine.structured_outputs import StructuredOutputs
-from codellama_rt.serve.errors import ApiError, invalid
+from codellama_rt.serve.errors import invalid
 from codellama_rt.serve.protocol import (
     LlamaCppSampling,
     ResponseFormat,
@@ -49,13 +49,23 @@ def openai_params(request: Sampling, defaults: SamplingParams, **given: Any) -> 
 
     Raises:
         ValueError, TypeError: of `SamplingParams`; the message begins with the field's name.
-        ApiError: 400, 501.
+        ApiError: 400.
     """
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(request, name, None) == -1:
+            raise invalid(
+                f"{name} must be 0 to {MAX_LOGPROBS}, got -1: the log-probabilities of all tokens "
+                "are not reported",
+                name,
+            )
     values = {theirs: getattr(request, ours) for ours, theirs in OPENAI.items()}
     values["seed"] = seed(request.seed)
     values["logit_bias"] = token_biases(request.logit_bias)
     values["structured_outputs"] = structured_outputs(request)
     values |= given
+    if values["max_tokens"] is None and request.n_predict is not None:
+        values["max_tokens"] = request.n_predict if request.n_predict >= 0 else None
+        defaults = replace(defaults, max_tokens=values["max_tokens"])
     return _replaced(defaults, values)
 
 
@@ -135,7 +145,7 @@ def structured_outputs(request: Sampling) -> StructuredOutputs | None:
     """Return the form that a request asks for, by either of its two fields.
 
     Raises:
-        ApiError: 400: both are given, or a schema is missing; 501: a kind that is not supported.
+        ApiError: 400: both are given, a schema is missing, or a kind is not supported.
     """
     wanted, form = request.structured_outputs, request.response_format
     by_format = None if form is None else _of_format(form)
@@ -144,7 +154,11 @@ def structured_outputs(request: Sampling) -> StructuredOutputs | None:
     if by_format is not None:
         raise invalid("give response_format or structured_outputs, not both", "structured_outputs")
     if wanted.structural_tag is not None:
-        raise ApiError(501, "structural_tag is not supported", param="structured_outputs")
+        raise invalid(
+            "structured_outputs: structural_tag is not supported; give json, regex, choice, "
+            "grammar or json_object",
+            "structured_outputs",
+        )
     return _checked(wanted)
 
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from time import perf_counter
 from typing import Any, Protocol
 
 from codellama_rt.engine.async_engine import AsyncEngine, OutputStream
 from codellama_rt.engine.output import Output, joined
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.serve.errors import ClientLeftError
+from codellama_rt.serve.long_work import TOKEN_SIZE
 
 Gained = dict[tuple[int, int], Output]  # (prompt, sample) -> what it gained
+
+
+def size_of(gained: Gained) -> int:
+    """Return how long it takes to write outputs down, as `beside_loop` has it."""
+    rows = [len(output.token_ids) + len(output.prompt_logprobs or ()) for output in gained.values()]
+    return TOKEN_SIZE * sum(rows)
 
 
 class Observer(Protocol):
@@ -37,7 +45,7 @@ class Generation:
         self._ready = asyncio.Event()
         self.streams: list[OutputStream] = []
         self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
-        self._has_left = False
+        self._has_left = self._is_interrupted = False
 
     async def add(
         self,
@@ -59,22 +67,25 @@ class Generation:
         """Whether every output has been taken."""
         return all(stream.has_ended for stream in self.streams)
 
-    @property
-    def progress(self) -> tuple[int, int, int]:
-        """How far the first prompt is: (tokens computed, those of them cached, tokens)."""
+    def progress(self) -> dict[str, int] | None:
+        """Return how far the first prompt is, by llama.cpp's names, or None once it is computed."""
         request = self.streams[0].request
         sequence = request.samples[0].sequence
         computed = min(sequence.num_computed, sequence.prompt_len)
-        return computed, request.clock.cached_tokens, sequence.prompt_len
+        if computed >= sequence.prompt_len or self.num_output_tokens:
+            return None
+        return {
+            "total": sequence.prompt_len,
+            "cache": request.clock.cached_tokens,
+            "processed": computed,
+            "time_ms": round(1e3 * (perf_counter() - request.clock.arrival)),
+        }
 
-    async def take(self, seconds: float | None = None) -> Gained:
+    async def take(self) -> Gained:
         """Wait for outputs, and return all that have come, joined per sample.
 
-        Args:
-            seconds: to wait; None: without an end.
-
         Returns:
-            Nothing where all has ended, or the time is over.
+            Nothing where all has ended, or `interrupt` was called.
 
         Raises:
             ClientLeftError: the client has gone.
@@ -85,8 +96,15 @@ class Generation:
             if self._has_left:
                 raise ClientLeftError
             gained = self._gained()
-            if gained or self.has_ended or not await _is_set(self._ready, seconds):
+            if gained or self.has_ended or self._is_interrupted:
+                self._is_interrupted = False
                 return gained
+            await self._ready.wait()
+
+    def interrupt(self) -> None:
+        """Have a task that waits in `take` go on without outputs."""
+        self._is_interrupted = True
+        self._ready.set()
 
     async def finish(self) -> Gained:
         """Wait for the ends, and return everything; raises as `take`."""
@@ -137,27 +155,3 @@ class Generation:
         if output.index == 0:
             self.num_cached_tokens += output.metrics.cached_tokens
         self._observer.end(output)
-
-
-async def _is_set(event: asyncio.Event, seconds: float | None) -> bool:
-    """Wait for an event, but not longer; without a task, of which streams would make one a token.
-
-    Returns:
-        False if the time was over first.
-    """
-    if seconds is None:
-        await event.wait()
-        return True
-    is_late = False
-
-    def ring() -> None:
-        nonlocal is_late
-        is_late = not event.is_set()
-        event.set()
-
-    timer = asyncio.get_running_loop().call_later(seconds, ring)
-    try:
-        await event.wait()
-    finally:
-        timer.cancel()
-    return not is_late

@@ -13,6 +13,7 @@ from codellama_rt.serve.chat_form import ChatForm
 from codellama_rt.serve.completions import fill
 from codellama_rt.serve.fields import llama_cpp_params, openai_params
 from codellama_rt.serve.llama_cpp import answer_llama_cpp
+from codellama_rt.serve.long_work import beside_loop
 from codellama_rt.serve.protocol import ExtraText, FimRequest, InfillRequest
 from codellama_rt.serve.service import Service, answer_id
 
@@ -25,13 +26,13 @@ async def fim_completions(request: Request) -> Any:
     head = {"id": answer_id("fim", request, wanted.request_id), "model": name}
     params = openai_params(wanted, service.defaults)
     suffix = wanted.suffix or ""
-    prompt = await service.encode(
+    prompt = await beside_loop(
         len(wanted.prompt) + len(suffix),
         lambda: fill(service, wanted.prompt, suffix, wanted.suffix_first, params),
     )
     generation = await service.start([prompt], adapter=adapter, wanted=wanted)
     form = ChatForm(wanted, service.tokenizer, generation, **head, created=int(time()))
-    return await stream_or_whole(request, generation, form, stream=wanted.stream)
+    return await stream_or_whole(request, generation, form, wanted)
 
 
 async def infill(request: Request) -> Any:
@@ -44,7 +45,7 @@ async def infill(request: Request) -> Any:
     prefix = joined_context(wanted.input_extra or []) + (wanted.input_prefix or "")
     prefix += wanted.prompt or ""
     suffix = wanted.input_suffix or ""
-    prompt = await service.encode(
+    prompt = await beside_loop(
         len(prefix) + len(suffix),
         lambda: fill(service, prefix, suffix, wanted.suffix_first, params),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from time import perf_counter
 from typing import Any
 
 from starlette.requests import Request
@@ -17,11 +16,10 @@ from codellama_rt.serve.event_stream import EventStream
 from codellama_rt.serve.fields import llama_cpp_params
 from codellama_rt.serve.generation import Gained, Generation
 from codellama_rt.serve.line_rules import LineRules
+from codellama_rt.serve.long_work import beside_loop
 from codellama_rt.serve.protocol import LlamaCppCompletionRequest, LlamaCppSampling
 from codellama_rt.serve.service import Service
 from codellama_rt.serve.token_texts import TokenTexts, likelihood
-
-_PROGRESS_S = 1.0
 
 
 async def completion(request: Request) -> Any:
@@ -32,7 +30,7 @@ async def completion(request: Request) -> Any:
     defaults = replace(service.defaults, max_tokens=None)
     params = llama_cpp_params(wanted, defaults, logprobs=wanted.n_probs or None)
     [prompt] = checked_prompts(wanted.prompt, 1)
-    encoded = await service.encode(len(prompt), lambda: _encode(service, prompt, params))
+    encoded = await beside_loop(len(prompt), lambda: _encode(service, prompt, params))
     generation = await service.start([encoded], adapter=adapter)
     return await answer_llama_cpp(request, service, wanted, generation, encoded)
 
@@ -51,13 +49,12 @@ async def answer_llama_cpp(
     """Return the answer to a request in llama.cpp's form, streamed or whole."""
     form = LlamaCppForm(service, wanted, generation, prompt)
     if wanted.stream:
-        progress = bool(wanted.return_progress)
         return EventStream(
             generation,
             form,
-            _PROGRESS_S if progress else service.settings.keep_alive_s,
+            service.settings.keep_alive_s,
             ending=b"",
-            on_silence=form.progress if progress else None,
+            with_progress=bool(wanted.return_progress),
             on_error=_error,
         )
     async with generation.watching(request.receive):
@@ -81,17 +78,17 @@ class LlamaCppForm:
         self._prompt_ids, self._params = prompt
         self._texts = TokenTexts(service.tokenizer)
         self._rules = LineRules(wanted.n_indent or 0, wanted.t_max_predict_ms or 0)
-        self._started = perf_counter()
         self._output: Output | None = None  # the last one
         self._content: list[str] = []
         self._token_ids: list[int] = []
         self._probabilities: list[Any] = []
+        self._num_sent = 0  # tokens of the events so far
         self._is_over = False
 
-    def add(self, gained: Gained) -> tuple[str, list[int]]:
-        """Take what has come, and return the text and the tokens that count."""
+    def add(self, gained: Gained) -> str:
+        """Take what has come, and return the text that counts."""
         if self._is_over or not gained:
-            return "", []
+            return ""
         [output] = gained.values()
         self._output = output
         text, ends = self._rules.take(output.text)
@@ -103,38 +100,31 @@ class LlamaCppForm:
         self._content.append(text)
         self._token_ids += output.token_ids
         self._probabilities += self._probabilities_of(output)
-        return text, output.token_ids
+        return text
 
     def chunks(self, gained: Gained) -> list[Any]:
-        """Return the event of a text."""
-        text, token_ids = self.add(gained)
-        if not text:
-            return []
-        tokens = token_ids if self._wanted.return_tokens else []
-        return [{"index": 0, "content": text, "tokens": tokens, "stop": False}]
+        """Return the event of a text, with all tokens since the event before."""
+        text = self.add(gained)
+        return [{"index": 0, "content": text, **self._unsent(), "stop": False}] if text else []
 
     def last(self) -> list[Any]:
-        """Return the last event, which has the counts, the times, and no text."""
-        return [{**self.whole(), "content": "", "tokens": []}]
+        """Return the last event: the counts, the times, no text, and tokens that gave none."""
+        return [{**self.whole(), "content": "", **self._unsent()}]
+
+    def _unsent(self) -> dict[str, Any]:
+        first, self._num_sent = self._num_sent, len(self._token_ids)
+        found: dict[str, Any] = {"tokens": self._token_ids[first:]}
+        if self._wanted.n_probs:
+            found["completion_probabilities"] = self._probabilities[first:]
+        return found
 
     def progress(self) -> Any:
         """Return how far the prompt is, or None once it is computed."""
-        computed, cached, total = self._generation.progress
-        if computed >= total or self._content:
+        progress = self._generation.progress()
+        if progress is None:
             return None
-        milliseconds = round(1e3 * (perf_counter() - self._started))
-        return {
-            "index": 0,
-            "content": "",
-            "tokens": [],
-            "stop": False,
-            "prompt_progress": {
-                "total": total,
-                "cache": cached,
-                "processed": computed,
-                "time_ms": milliseconds,
-            },
-        }
+        event = {"index": 0, "content": "", "tokens": [], "stop": False}
+        return {**event, "prompt_progress": progress}
 
     def whole(self) -> dict[str, Any]:
         """Return the answer as of now."""

@@ -92,7 +92,7 @@ def description() -> dict[str, Any]:
         body, answer = pairs[2 * i], pairs[2 * i + 1]
         content: dict[str, Any] = {"application/json": {"schema": answer}}
         if "completion" in path or path == "/infill":
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {}  # OpenAPI 3.1 has no schema for events
         paths[path] = {
             "post": {
                 "operationId": path.strip("/").replace("/", "_"),

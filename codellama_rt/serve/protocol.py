@@ -79,6 +79,8 @@ class Sampling(Struct, kw_only=True):
     request_id: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_progress: bool | None = None  # llama.cpp's, as its editors send it to every endpoint
+    n_predict: int | None = None  # the same: its name of max_tokens; -1: without a limit
 
 
 class CompletionRequest(Sampling, kw_only=True):

@@ -86,32 +86,34 @@ class Server(uvicorn.Server):
 def serve(
     model: LLM | Engine,
     settings: Settings,
+    listener: socket.socket,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
     drain_timeout_s: float = 60.0,
-    on_start: Callable[[str], None] | None = None,
 ) -> None:
     """Serve a model until SIGINT or SIGTERM.
 
     Args:
         model: as for `create_app`.
         settings: as there.
-        host: address to listen at.
-        port: 0: any that is free.
+        listener: of `listen`; it is closed at the end.
         drain_timeout_s: for requests under way at the end.
-        on_start: called with the server's address once it listens.
-
-    Raises:
-        OSError: the address is in use, or may not be used.
     """
-    asyncio.run(run(make_server(model, settings, host, port, drain_timeout_s), on_start))
+    server = make_server(model, settings, *listener.getsockname()[:2], drain_timeout_s)
+    asyncio.run(server.serve(sockets=[listener]))
 
 
 def make_server(
     model: LLM | Engine, settings: Settings, host: str, port: int, drain_timeout_s: float = 60.0
 ) -> Server:
-    """Return a server that has not been started; arguments as for `serve`."""
+    """Return a server that has not been started.
+
+    Args:
+        model: as for `create_app`.
+        settings: as there.
+        host: address to listen at.
+        port: 0: any that is free.
+        drain_timeout_s: as for `serve`.
+    """
     app = create_app(model, settings)
     config = uvicorn.Config(
         app,
@@ -131,18 +133,32 @@ def make_server(
 
 
 async def run(server: Server, on_start: Callable[[str], None] | None = None) -> None:
-    """Run a server to its end; `on_start` as for `serve`.
+    """Run a server to its end.
+
+    Args:
+        server: of `make_server`.
+        on_start: called with the server's address once it listens.
 
     Raises:
         OSError: the address is in use, or may not be used.
     """
-    listener = _listen(server.config.host, server.config.port)
+    listener = listen(server.config.host, server.config.port)
     if on_start is not None:
-        host, port = listener.getsockname()[:2]
-        on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        on_start(address_of(listener))
     await server.serve(sockets=[listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def address_of(listener: socket.socket) -> str:
+    """Return the URL at which a socket listens."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; connections wait until a server takes it.
+
+    Raises:
+        OSError: the address is in use, or may not be used.
+    """
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     return socket.create_server(address[:2], family=family, backlog=1024)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import time
@@ -30,9 +29,7 @@ from codellama_rt.serve.protocol import Sampling
 from codellama_rt.serve.settings import Settings
 
 T = TypeVar("T", bound=msgspec.Struct)
-Result = TypeVar("Result")
 _MAX_REQUEST_ID = 128
-_SHORT = 2**13  # characters that are encoded in less than a millisecond
 
 
 class Service:
@@ -49,7 +46,8 @@ class Service:
         """Serve an LLM, or an engine whose tokenizer is used."""
         is_llm = isinstance(model, LLM)
         self.settings = settings
-        self.engine = AsyncEngine(model.engine if is_llm else model)
+        engine, interval_s = model.engine if is_llm else model, settings.stream_interval_s
+        self.engine = AsyncEngine(engine, stream_interval_s=interval_s)
         self.tokenizer = self.engine.engine.tokenizer
         self.prompts = model.prompt_encoder if is_llm else PromptEncoder(self.tokenizer)
         self.chat_template = settings.chat_template or (model.chat_template if is_llm else None)
@@ -95,10 +93,6 @@ class Service:
             param="model",
             code="model_not_found",
         )
-
-    async def encode(self, size: int, call: Callable[[], Result]) -> Result:
-        """Call what encodes a text of so many characters, beside the event loop if it is long."""
-        return call() if size <= _SHORT else await asyncio.to_thread(call)
 
     def check_length(self, token_ids: Sequence[int], *, generates: bool) -> None:
         """Raise ApiError 400 if a prompt leaves no room for a token that it is to have."""

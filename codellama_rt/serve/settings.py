@@ -22,6 +22,8 @@ class Settings:
         suffix_first: the order of infilling prompts, unless a request says: SPM, else PSM.
         chat_template: as for `LLM.chat`.
         metrics_prefix: of the names of metrics.
+        stream_interval_s: between two events of a stream, except the first and the last; what is
+            computed meanwhile is joined. 0: an event per step.
         keep_alive_s: after so many seconds without an event a stream gets a comment.
         body_timeout_s: how long a client may take to send a body.
         max_body_bytes: of a request.
@@ -37,8 +39,9 @@ class Settings:
     suffix_first: bool = False
     chat_template: str | None = None
     metrics_prefix: str = "codellama_rt"
+    stream_interval_s: float = 0.02
     keep_alive_s: float = 10.0
     body_timeout_s: float = 60.0
-    max_body_bytes: int = 16 * 2**20
+    max_body_bytes: int = 4 * 2**20
     max_prompts: int = 256
     max_requests: int = 1024

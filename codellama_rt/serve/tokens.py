@@ -9,6 +9,7 @@ from starlette.requests import Request
 from codellama_rt.serve.answers import JSONAnswer
 from codellama_rt.serve.chat import encode_messages
 from codellama_rt.serve.errors import invalid
+from codellama_rt.serve.long_work import beside_loop
 from codellama_rt.serve.protocol import DetokenizeRequest, TokenizeRequest
 from codellama_rt.serve.service import Service
 from codellama_rt.serve.token_texts import TokenTexts
@@ -23,14 +24,17 @@ async def tokenize(request: Request) -> JSONAnswer:
     if len(given) != 1:
         raise invalid("give one of prompt, messages and content", "prompt")
     size = len(given[0]) if isinstance(given[0], str) else 2**20
-    ids = await service.encode(size, lambda: _encode(service, wanted))
-    texts = TokenTexts(service.tokenizer)
+    return JSONAnswer(await beside_loop(size, lambda: _tokenized(service, wanted)))
+
+
+def _tokenized(service: Service, wanted: TokenizeRequest) -> dict[str, Any]:
+    ids, texts = _encode(service, wanted), TokenTexts(service.tokenizer)
     if wanted.content is not None:
         pieces = [{"id": i, "piece": texts[i]} for i in ids] if wanted.with_pieces else ids
-        return JSONAnswer({"tokens": pieces})
+        return {"tokens": pieces}
     strings = [texts[i] for i in ids] if wanted.return_token_strs else None
     answer = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
-    return JSONAnswer({**answer, "token_strs": strings})
+    return {**answer, "token_strs": strings}
 
 
 def _encode(service: Service, wanted: TokenizeRequest) -> list[int]:
@@ -53,7 +57,7 @@ async def detokenize(request: Request) -> JSONAnswer:
     service.find(wanted.model)
     tokenizer = service.prompts.require_tokenizer()
     try:
-        text = await service.encode(
+        text = await beside_loop(
             len(wanted.tokens), lambda: tokenizer.decode(wanted.tokens, skip_special_tokens=False)
         )
     except ValueError as error:

@@ -50,7 +50,8 @@ struct ManagedVersioned {
   Tensor tensor;
 };
 
-constexpr int32_t kCpu = 1, kCudaHost = 3;  // the latter is pinned memory, which a CPU reads too
+constexpr int32_t kCpu = 1, kCuda = 2;
+constexpr int32_t kCudaHost = 3;  // pinned memory, which a CPU reads too
 constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kComplex = 5, kBFloat = 4, kBool = 6;
 constexpr uint64_t kReadOnly = 1;
 

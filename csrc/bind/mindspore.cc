@@ -26,6 +26,11 @@ using Shape = std::vector<int64_t>;
 using Shapes = std::vector<Shape>;
 
 constexpr int kMaxInputs = 19;
+#ifdef CLRT_CUDA
+constexpr size_t kAttentionBytes = 64 << 20;  // partial results of 9 x 100,000 tokens, 32 heads
+#else
+constexpr size_t kAttentionBytes = 0;
+#endif
 
 // What the bytes of an input stand for. The attribute `formats`, written by ops/primitives.py, has
 // an entry for each of the first inputs, a ';' after it: "dtype row_bytes axis axis ...", empty for
@@ -68,7 +73,7 @@ struct Attributes : AotKernelData {
 // The tensors of one call.
 struct Call {
   const char* name;
-  int count;  // inputs and outputs
+  int count;  // inputs and outputs; a workspace that was asked for comes behind them, as data alone
   void** data;
   int* ndims;
   int64_t** shapes;
@@ -194,6 +199,7 @@ namespace tag {
 
 // The usual op: one result of the first input's shape (rows, columns); its number is eps.
 struct Usual {
+  static constexpr size_t kWorkspaceBytes = 0;
   static constexpr float Attributes::* kNumber = &Attributes::eps;
   static constexpr bool Attributes::* kFlag = &Attributes::interleaved;
   static Shape infer(const Inputs& in) { return in.shape(0, 2); }
@@ -252,11 +258,14 @@ struct WithLse : Usual {  // out and the log-sum-exps
   static Shapes infer(const Inputs& in) { return {in.shape(0, 3), in.shape(0, 2)}; }
 };
 template <>
-struct Op<tag::flash_attention> : WithLse {};
-template <>
-struct Op<tag::paged_attention> : WithLse {};
-template <>
 struct Op<tag::merge_attention> : WithLse {};
+struct Attending : WithLse {
+  static constexpr size_t kWorkspaceBytes = kAttentionBytes;
+};
+template <>
+struct Op<tag::flash_attention> : Attending {};
+template <>
+struct Op<tag::paged_attention> : Attending {};
 
 template <>
 struct Op<tag::silu_and_mul> : Usual {
@@ -300,7 +309,10 @@ void run(const Call& c, void (*launch)(const DecoderLayer&)) {
 }
 #endif
 
+template <typename Tag>
 int read_attributes(AotExtra* extra) {
+  constexpr size_t kBytes = Op<Tag>::kWorkspaceBytes;
+  if (kBytes > 0) extra->set_workspace({kBytes});
   auto* attributes = new Attributes;
   attributes->eps = extra->get("eps", attributes->eps);
   attributes->scale = extra->get("scale", attributes->scale);
@@ -316,10 +328,22 @@ int read_attributes(AotExtra* extra) {
 #ifdef CLRT_CUDA
 thread_local std::string last_error;
 
+// A workspace that was asked for, behind the outputs, is lent to one call.
+class LentWorkspace {
+ public:
+  explicit LentWorkspace(Call& call) {
+    if (!call.extra || call.extra->workspace().empty()) return;
+    --call.count;
+    cuda::lend_workspace(call.data[call.count], call.extra->workspace()[0]);
+  }
+  ~LentWorkspace() { cuda::lend_workspace(nullptr, 0); }
+};
+
 template <typename Tag, typename Launch>
-int run_op(const Call& call, void* stream, Launch* launch) {
+int run_op(Call call, void* stream, Launch* launch) {
   try {
     cuda::set_stream(stream);
+    const LentWorkspace lent(call);
     run<Tag>(call, launch);
     return 0;
   } catch (const std::exception& error) {
@@ -351,7 +375,7 @@ int run_op(const Call& call, void*, Launch* launch) {
         launch::name);                                                                      \
   }                                                                                         \
   CLRT_EXPORT int clrt_##name##Init(int*, int64_t**, const char**, AotExtra* extra) {       \
-    return read_attributes(extra);                                                          \
+    return read_attributes<tag::name>(extra);                                               \
   }                                                                                         \
   CLRT_EXPORT auto clrt_##name##InferShape(int* ndims, int64_t** shapes, AotExtra* extra) { \
     return Op<tag::name>::infer({ndims, shapes, extra});                                    \

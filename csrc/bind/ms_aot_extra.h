@@ -24,6 +24,9 @@ class AotExtra {
 
   void set_kernel_data(AotKernelData* kernel_data) { kernel_data_ = kernel_data; }
   const AotKernelData* kernel_data() const { return kernel_data_; }
+  // Memory that a call gets behind its outputs, each of so many bytes.
+  void set_workspace(const std::vector<size_t>& bytes) { workspace_ = bytes; }
+  const std::vector<size_t>& workspace() const { return workspace_; }
 
   bool get(const char* name, bool otherwise) { return HasAttr(name) ? GetBool(name) : otherwise; }
   float get(const char* name, float otherwise) {

@@ -224,7 +224,8 @@ void paged_attention(TensorView query, TensorView key_cache, TensorView value_ca
                              attention_scale(check, scale, dim.size),
                              query.strides[0],
                              cache_strides(key_cache, true),
-                             cache_strides(value_cache, false)});
+                             cache_strides(value_cache, false),
+                             blocks.size});
 }
 
 void merge_attention(TensorView out_a, TensorView lse_a, TensorView out_b, TensorView lse_b,

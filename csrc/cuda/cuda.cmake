@@ -47,9 +47,16 @@ include(${CMAKE_CURRENT_LIST_DIR}/sources.cmake)
 set(csrc ${CMAKE_CURRENT_SOURCE_DIR}/csrc)
 file(GLOB cuda_headers ${csrc}/cuda/*/*.h ${csrc}/cuda/*/*.cuh ${csrc}/common/*.h ${csrc}/*.h)
 # Machine code for Ampere and for Hopper apart; what comes after them compiles the former's PTX.
+set(CODELLAMA_RT_CUDA_ARCHITECTURES "80;90a" CACHE STRING "80, 90a or both")
 set(nvcc_flags -O3 -std=c++17 -DCLRT_CUDA -I${csrc} -Xcompiler=-fPIC,-fvisibility=hidden -Xptxas=-v
-    -diag-suppress=177
-    -gencode=arch=compute_80,code=[sm_80,compute_80] -gencode=arch=compute_90a,code=sm_90a)
+    -diag-suppress=177)
+foreach(architecture ${CODELLAMA_RT_CUDA_ARCHITECTURES})
+  set(code sm_${architecture})
+  if(NOT architecture MATCHES "a$")
+    set(code [${code},compute_${architecture}])
+  endif()
+  list(APPEND nvcc_flags -gencode=arch=compute_${architecture},code=${code})
+endforeach()
 set(cuda_objects)
 foreach(stem ${cuda_kernels} runtime/runtime)
   set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda/${stem}.o)

@@ -1,26 +1,13 @@
 """Weights made at opening: in huge pages, with the values, dtypes and flags that they had."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 from helpers.builders import normal
+from helpers.huge_pages import advised_huge_pages
 
 from codellama_rt import ops
 from codellama_rt.checkpoint.weight_memory import WeightMemory
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
-
-
-def advised_huge_pages(address):
-    """Whether Linux was asked for huge pages at an address: "hg" among the flags of its mapping."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            return "hg" in line.split()
-    raise AssertionError("no mapping has this address")
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)

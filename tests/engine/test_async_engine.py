@@ -265,18 +265,46 @@ def test_what_a_slow_reader_gets_at_once_is_what_the_steps_gave():
         assert output.metrics.output_tokens == 20
 
 
-def test_readers_are_woken_seldom_but_for_first_and_last_tokens(monkeypatch):
-    monkeypatch.setattr("codellama_rt.engine.async_engine._WAKE_INTERVAL_S", 3600.0)
-    monkeypatch.setattr("codellama_rt.engine.async_engine._WAKE_SHARE", 1e-12)
+def test_readers_are_woken_seldom_but_for_first_and_last_tokens():
+    """Also where others begin and end meanwhile."""
     engine = engine_of(num_blocks=256)
 
     async def main():
-        async with AsyncEngine(engine) as streams:
-            return [output async for output in await streams.add_request(prompt(1), LONG)]
+        async with AsyncEngine(engine, stream_interval_s=3600) as streams:
+            stream = await streams.add_request(prompt(1), LONG)
+            first = await anext(stream)
+            for i in range(10):
+                await read(streams, i)
+            return [first, *[output async for output in stream]]
 
     outputs = asyncio.run(main())
     assert sum(len(output.token_ids) for output in outputs) == 200
-    assert 1 <= len(outputs) <= 3
+    assert 2 <= len(outputs) <= 3
+
+
+@pytest.mark.parametrize("seconds", [0, 0.001])
+def test_readers_are_woken_in_time_whatever_happens_meanwhile(seconds):
+    """One who waits for the middle of a stream gets it while nobody else begins or ends."""
+    engine = engine_of(num_blocks=256)
+    may_step = threading.Semaphore(0)
+    engine.on_step = lambda record: may_step.acquire()
+
+    async def main():
+        async with AsyncEngine(engine, stream_interval_s=seconds) as streams:
+            stream = await streams.add_request(prompt(1), LONG)
+            for _ in range(20):
+                may_step.release()  # no step comes before this one is read
+                assert len((await asyncio.wait_for(anext(stream), 60)).token_ids) == 1
+            streams.abort(stream.request_id)
+            may_step.release(1000)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
+def test_an_interval_that_cannot_be(seconds):
+    with pytest.raises(ValueError, match="stream_interval_s must be at least 0"):
+        AsyncEngine(engine_of(num_blocks=8), stream_interval_s=seconds)
 
 
 def test_requests_come_while_outputs_are_delivered(monkeypatch):

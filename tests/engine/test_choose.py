@@ -6,6 +6,7 @@ import pytest
 from codellama_rt.engine.logprobs import token_logprobs
 from codellama_rt.engine.sampler import ForbiddenTokens, TokenCounts, TokenSampler, choose
 from codellama_rt.engine.sampling_params import SamplingParams
+from codellama_rt.errors import CorruptLogitsError
 
 VOCAB_SIZE = 70
 
@@ -96,7 +97,8 @@ def test_what_fails_fails_alone():
     mixed = [bad[0], *samplers_of(), bad[1], bad[2], samplers_of()[6]]
     results = choose(mixed, logits, [9] * len(mixed))
     errors = {i: type(r) for i, r in enumerate(results) if isinstance(r, Exception)}
-    assert errors == {0: LookupError, 8: ArithmeticError, 9: RuntimeError, 10: RuntimeError}
+    expected = {0: LookupError, 8: ArithmeticError, 9: RuntimeError, 10: CorruptLogitsError}
+    assert errors == expected
     assert results[1:8] == choose(samplers_of(), logits[1:8], [9] * NUM_ROWS)
     with pytest.raises(RuntimeError, match=r"request 'r0': no token .* is -inf"):
         raise results[9]

@@ -229,6 +229,7 @@ def test_a_request_with_broken_logits_fails_alone():
         assert gained["bad", index].token_ids == []
         with pytest.raises(RuntimeError, match=r"request 'bad'.*logit, of token 0, is nan"):
             raise gained["bad", index].error
+    assert engine.stats()["corrupt_outputs"] == 2
 
 
 def test_close_aborts_and_refuses():
@@ -340,6 +341,13 @@ def test_outputs_carry_times_and_counts():
     assert stats["histograms"]["first_token_seconds"]["count"] == 2
     assert stats["histograms"]["output_tokens"]["sum"] == 6
     assert stats["histograms"]["step_seconds"]["count"] == stats["steps"]
+    assert stats["histograms"]["step_tokens"]["count"] == stats["steps"]
+    assert stats["histograms"]["step_tokens"]["sum"] == stats["computed_tokens"] == 11
+    assert stats["histograms"]["preemptions"] == {
+        "buckets": [(bound, 2) for bound in (0, 1, 2, 4, 8, 16, 32)],
+        "count": 2,
+        "sum": 0,
+    }
 
 
 def test_requests_beyond_the_queue_are_refused_but_not_before_those_that_never_fit():

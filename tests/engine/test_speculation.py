@@ -242,6 +242,7 @@ def test_all_of_a_right_proposal_is_taken_in_one_step():
     assert (metrics.draft_tokens, metrics.accepted_tokens) == (10, 10)
     assert metrics.output_tokens == 12
     assert engine.stats()["draft_tokens"] == engine.stats()["accepted_tokens"] == 10
+    assert engine.stats()["drafts"] == {10: 1}
 
 
 def test_outputs_that_have_ended_are_copied():

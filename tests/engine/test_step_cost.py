@@ -72,3 +72,13 @@ def test_steps_of_one_kind_are_predicted_though_their_parts_cannot_be_told_apart
                 positions, np.array([chunk.stop for chunk in chunks]), noise * seconds(chunks)
             )
         assert cost.seconds(chunks) == pytest.approx(seconds(chunks), rel=0.05)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "7b", "70b"])
+@pytest.mark.parametrize("seconds", [0.0, 1e-9, 1e-5])
+def test_steps_that_take_no_time_leave_a_cost(shape, seconds):
+    cost = StepCost(SHAPES[shape])
+    for start in range(90_112, 100_000, 512):  # a prompt that nothing computes
+        cost.learn(np.arange(start, start + 512), np.array([start + 512]), seconds)
+        assert cost.fixed > 0
+        assert cost.num_tokens(1.0, start) >= 1

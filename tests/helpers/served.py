@@ -97,9 +97,9 @@ class Served:
         wait_for(self.is_idle)
 
 
-def wait_for(condition: Any) -> None:
+def wait_for(condition: Any, most_s: float = WAIT_S) -> None:
     """Wait until a condition holds, which it does soon or never."""
-    end = time.monotonic() + WAIT_S
+    end = time.monotonic() + most_s
     while not condition():
         assert time.monotonic() < end, "it never came true"
         time.sleep(0.005)

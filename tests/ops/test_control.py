@@ -257,7 +257,10 @@ def test_sets_agree_where_nothing_is_rounded(rng):
 
 @pytest.mark.parametrize(
     ("has_driver", "words"),
-    [(False, "no NVIDIA driver found; available: cpu"), (True, "version is insufficient")],
+    [
+        (False, "no NVIDIA driver found; install the driver of your GPU; available: cpu"),
+        (True, "version is insufficient; install a newer NVIDIA driver; available: cpu"),
+    ],
 )
 def test_a_missing_driver_is_not_called_an_old_one(monkeypatch, has_driver, words):
     built = types.SimpleNamespace(
@@ -268,6 +271,31 @@ def test_a_missing_driver_is_not_called_an_old_one(monkeypatch, has_driver, word
     usable, reason = ops.available("cuda")
     assert not usable
     assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("has_driver", "reason"),
+    [(False, "this build has no cuda kernels, and no NVIDIA driver was found; to use a GPU install "
+      "its driver, then install this package with CODELLAMA_RT_CUDA=ON; available: cpu"),
+     (True, "this build has no cuda kernels, only the NVIDIA driver is there; install this package "
+      "with CODELLAMA_RT_CUDA=ON; available: cpu")],
+)  # fmt: skip
+def test_what_is_there_and_what_to_install(monkeypatch, has_driver, reason):
+    def absent(name):
+        raise ModuleNotFoundError(name=name)
+
+    monkeypatch.setattr(native.importlib, "import_module", absent)
+    monkeypatch.setattr(native, "has_nvidia_driver", lambda: has_driver)
+    assert ops.available("cuda") == (False, reason)
+    with pytest.raises(RuntimeError, match="install this package with CODELLAMA_RT_CUDA=ON"):
+        native.cuda()
+
+
+def test_a_device_that_is_hidden_is_told(monkeypatch):
+    built = types.SimpleNamespace(unavailable_reason=lambda: "no CUDA device: none is visible")
+    monkeypatch.setattr(native.importlib, "import_module", lambda name: built)
+    monkeypatch.setattr(native, "has_nvidia_driver", lambda: True)
+    assert "none is visible; name it in CUDA_VISIBLE_DEVICES" in ops.available("cuda")[1]
 
 
 def test_the_driver_is_looked_for_by_its_library(monkeypatch):

@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers.builders import int32, normal, paged, unwritten_caches
+from helpers.huge_pages import advised_huge_pages
 from helpers.tolerances import assert_equal_bits
 
 from codellama_rt import ops
 from codellama_rt.ops import reference
+from codellama_rt.ops.dtypes import FLOAT_DTYPES
 from codellama_rt.ops.quantized import (
     CACHE_DTYPES,
     cache_row_bytes,
@@ -220,3 +222,20 @@ def test_int4_with_a_head_dim_that_does_not_fit(rng, head_dim):
     ]
     message = f"key_cache in int4 must have head_dim a multiple of 32, got {head_dim}"
     refused(replace(case, key_cache=caches[0], value_cache=caches[1]), ValueError, message)
+
+
+@pytest.mark.parametrize("dtype", [*FLOAT_DTYPES, *CACHE_DTYPES])
+def test_empty_caches_lie_in_huge_pages(dtype):
+    for cache in empty_caches(dtype, (40, 2, 16, 64)):
+        numbers = getattr(cache, "payload", cache)
+        assert cache.shape == (40, 2, 16, 64)
+        assert not numbers.view(np.uint8).any()
+        assert advised_huge_pages(numbers.ctypes.data)
+        numbers.view(np.uint8)[...] = 1  # may be written
+    for cache in empty_caches(dtype, (0, 2, 16, 64)):
+        assert cache.shape == (0, 2, 16, 64)
+
+
+def test_caches_that_memory_does_not_hold():
+    with pytest.raises(MemoryError, match=r"no memory for a cache of .* GB"):
+        empty_caches("int8", (2**37, 2, 16, 64))

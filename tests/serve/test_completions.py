@@ -322,9 +322,22 @@ def test_an_unknown_model(served):
         assert served.post("/v1/completions", **GREEDY, model=name).status == 200
 
 
-def test_what_is_not_supported(served):
-    answer = served.post("/v1/completions", **GREEDY, structured_outputs={"structural_tag": "x"})
-    assert answer.status == 501
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"structured_outputs": {"structural_tag": "x"}}, "structural_tag is not supported"),
+        ({"response_format": {"type": "structural_tag"}}, "structural_tag"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs must be 0 to 20, got -1"),
+        ({"logprobs": -1}, "logprobs must be 0 to 20, got -1"),
+    ],
+)
+def test_what_is_not_supported(served, fields, message):
+    """No client that is known sends these fields of vLLM's: the answer names them."""
+    answer = served.post("/v1/completions", **GREEDY, **fields)
+    assert answer.status == 400
+    error = answer.json["error"]
+    assert message in error["message"]
+    assert error["param"] == next(iter(fields))
 
 
 def test_salts_keep_prefixes_apart(served):

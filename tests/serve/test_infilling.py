@@ -178,5 +178,14 @@ def test_a_hundred_thousand_tokens(mini_folder):
         fields = {"prompt": prefix, "suffix": suffix, "max_tokens": 1, "return_token_ids": True}
         [choice] = server.post("/v1/completions", **fields).json["choices"]
         assert choice["prompt_token_ids"] == expected
-        answer = server.post("/infill", input_prefix=prefix, input_suffix=suffix, n_predict=1).json
-        assert (answer["tokens_evaluated"], answer["truncated"]) == (len(expected), False)
+        template = {"prompt": f"<PRE> {prefix} <SUF>{suffix} <MID>"}
+        for path, fields in (
+            ("/infill", {"input_prefix": prefix, "input_suffix": suffix}),
+            ("/completion", template),
+        ):
+            answer = server.post(path, **fields, n_predict=1).json
+            assert (answer["tokens_evaluated"], answer["truncated"]) == (len(expected), False)
+        fields = {"prompt": prefix, "suffix": suffix, "max_tokens": 1, "stream": True}
+        fields["stream_options"] = {"include_usage": True}
+        *_, usage, _ = server.post("/v1/fim/completions", **fields).events
+        assert usage["usage"]["prompt_tokens"] == len(expected)

@@ -1,12 +1,10 @@
 """llama.cpp's endpoints: the answers that its editors' plugins read."""
 
-import json
-
 import pytest
 from helpers.served import serving
 
 from codellama_rt import SamplingParams
-from codellama_rt.serve import llama_cpp
+from codellama_rt.serve import event_stream
 from codellama_rt.serve.line_rules import LineRules
 
 PROMPT = "def add(first, second):"
@@ -62,12 +60,15 @@ def test_completion(served, llm):
         *("prompt_n", "prompt_ms", "prompt_per_token_ms", "prompt_per_second"),
         *("predicted_n", "predicted_ms", "predicted_per_token_ms", "predicted_per_second"),
     }
-    body = {"prompt": PROMPT, "n_predict": 9, "temperature": 0, "return_tokens": True}
+    body = {"prompt": PROMPT, "n_predict": 9, "temperature": 0}
     *events, last = served.post("/completion", **body, n_probs=2, stream=True).events
     assert "".join(event["content"] for event in events) == expected.text
     assert not any(event["stop"] for event in events)
     assert (last["stop"], last["content"]) == (True, "")
-    assert [one["id"] for one in last["completion_probabilities"]] == expected.token_ids
+    every = [*events, last]  # as llama.cpp's events, each one has the tokens of its text
+    assert [i for event in every for i in event["tokens"]] == expected.token_ids
+    rows = [row for event in every for row in event["completion_probabilities"]]
+    assert [row["id"] for row in rows] == expected.token_ids
 
 
 def test_how_a_completion_ends(served):
@@ -154,19 +155,23 @@ def test_a_filling_ends_at_a_line_after_some_time():
     assert rules.take("b\nc\nd") == ("b", True)
 
 
-def test_progress_of_a_prompt(open_llm):
+@pytest.mark.parametrize("path", ["/completion", "/v1/completions", "/v1/chat/completions"])
+def test_progress_of_a_prompt(open_llm, path):
     with (
         open_llm(max_model_len=4000, max_num_batched_tokens=16) as llm,
         serving(llm) as server,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(llama_cpp, "_PROGRESS_S", 0.01)
-        events = server.post(
-            "/completion", prompt=[5] * 3900, n_predict=2, stream=True, return_progress=True
-        ).events
+        patch.setattr(event_stream, "PROGRESS_S", 0.01)
+        body = {"prompt": "a" * 3900, "messages": [{"role": "user", "content": "a" * 3900}]}
+        limits = {"n_predict": 2, "max_tokens": 2}
+        answer = server.post(path, **body, **limits, stream=True, return_progress=True)
+    events = [event for event in answer.events if event != "[DONE]"]
     found = [event["prompt_progress"] for event in events if "prompt_progress" in event]
     assert found
-    assert all(one["total"] == 3900 for one in found)
-    assert [one["processed"] for one in found] == sorted(one["processed"] for one in found)
-    assert json.dumps(events[-1])
-    assert events[-1]["stop"] is True
+    assert len({one["total"] for one in found}) == 1
+    for name in ("processed", "time_ms"):
+        assert [one[name] for one in found] == sorted(one[name] for one in found)
+    assert found[0]["processed"] < found[0]["total"]
+    assert not any(event.get("choices") for event in events if "prompt_progress" in event)
+    assert events[-1].get("stop") or events[-1]["choices"][0]["finish_reason"] == "length"

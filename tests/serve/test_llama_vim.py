@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers.served import WAIT_S
+from helpers.served import WAIT_S, wait_for
 
 from codellama_rt import SamplingParams
 
@@ -22,11 +22,10 @@ edit {file}
 call cursor(2, 5)
 call llama#fim(-1, -1, v:false, [], v:false)
 let g:waited = 0
-while empty(g:cache_data) && g:waited < 600
+while (empty(g:cache_data) || !filereadable('{seen}')) && g:waited < 600
   sleep 50m
   let g:waited += 1
 endwhile
-sleep 1500m
 call writefile(values(g:cache_data), '{found}')
 qa!
 """
@@ -49,11 +48,21 @@ def test_llama_vim_takes_a_filling(served, llm, plugin, tmp_path, caplog, monkey
 
     monkeypatch.setattr(served.service.engine, "add_request", record)
     caplog.set_level("INFO", logger="codellama_rt.serve")
-    file, found, script = (tmp_path / name for name in ("add.py", "found.json", "script.vim"))
+    names = ("add.py", "found.json", "script.vim", "seen")
+    file, found, script, seen = (tmp_path / name for name in names)
     file.write_text("def add(first, second):\n    \n\nprint(add(1, 2))\n")
-    script.write_text(SCRIPT.format(plugin=plugin, url=served.url, file=file, found=found))
+    paths = {"plugin": plugin, "file": file, "found": found, "seen": seen}
+    script.write_text(SCRIPT.format(url=served.url, **paths))
+
+    def lines():
+        messages = [record.getMessage() for record in caplog.records]
+        return [message for message in messages if "/infill" in message]
+
     command = ["vim", "-u", "NONE", "-N", "-es", "-S", str(script)]
-    subprocess.run(command, timeout=WAIT_S, check=True)
+    with subprocess.Popen(command) as vim:
+        wait_for(lambda: len(lines()) >= 2)  # the filling, and the warm-up
+        seen.touch()
+        assert vim.wait(WAIT_S) == 0
     [answer] = found.read_text().splitlines()
     content = json.loads(answer)["content"]
     assert content
@@ -62,6 +71,4 @@ def test_llama_vim_takes_a_filling(served, llm, plugin, tmp_path, caplog, monkey
     assert "def add(first, second):" in llm.tokenizer.decode(prompt)
     whole = llm.generate([prompt], SamplingParams(max_tokens=24)).pop().text
     assert whole.startswith(content)  # it asks for an end by indentation and time
-    lines = [record.getMessage() for record in caplog.records if "/infill" in record.getMessage()]
-    assert len(lines) >= 2  # the filling, and the warm-up
-    assert all(" 200 " in line for line in lines), lines
+    assert all(" 200 " in line for line in lines()), lines()

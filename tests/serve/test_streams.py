@@ -29,15 +29,20 @@ async def exchange(address, sent, enough=None):
     return found
 
 
-def event_texts(answer):
-    """The texts of a streamed completion by choice, from the bytes of the answer."""
+def texts_of(answer):
+    """The texts of an answer by choice, streamed or whole, in any form, from its bytes."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if b"text/event-stream" in head:
+        lines = unchunked(body).decode().split("\n\n")
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    else:
+        events = [json.loads(body)]
     texts = {}
-    body = answer.partition(b"\r\n\r\n")[2]
-    for line in unchunked(body).decode().split("\n\n"):
-        if line.startswith("data: {"):
-            event = json.loads(line[6:])
-            for choice in event["choices"]:
-                texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    for event in events:
+        for choice in event.get("choices", [event]):
+            message = choice.get("message") or choice.get("delta") or choice
+            text = message.get("text") or message.get("content") or ""
+            texts[choice["index"]] = texts.get(choice["index"], "") + text
     return texts
 
 
@@ -51,50 +56,56 @@ def unchunked(body):
     return found
 
 
-def request(i, prompts):
-    """A request with parameters of its own, and those parameters for the LLM."""
-    fields = {
-        "prompt": prompts[i % len(prompts)],
-        "temperature": (i % 3) / 2,
-        "seed": i,
-        "n": 1 + i % 3,
-        "max_tokens": 5 + i % 40,
-        "top_p": 0.9,
-    }
-    params = {k: v for k, v in fields.items() if k != "prompt"}
-    return fields, SamplingParams(**params)
+SHARED = "def add(first, second):\n    return first + second\n" * 3
+PROMPTS = (SHARED + "class A", SHARED + "class B", "x = ", "for number in")
+
+
+def sampled(i, **fields):
+    return {"temperature": (i % 3) / 2, "seed": i, "top_p": 0.9, **fields}
+
+
+def case(i, llm):
+    """A request with parameters of its own, and the texts that the LLM itself has for it."""
+    prompt, length = PROMPTS[i % len(PROMPTS)], 5 + i % 40
+    params = SamplingParams(max_tokens=length, **sampled(i))
+    form = i % 6
+    if form < 2:
+        fields = sampled(i, max_tokens=length, n=1 + i % 3)
+        texts = {one.index: one.text for one in llm.generate(prompt, SamplingParams(**fields))}
+        return "/v1/completions", {"prompt": prompt, **fields}, texts
+    if form == 2:
+        messages = [{"role": "user", "content": prompt}]
+        fields = {"messages": messages, **sampled(i, max_tokens=length)}
+        return "/v1/chat/completions", fields, {0: llm.chat(messages, params).text}
+    if form == 3:
+        fields = {"prompt": prompt, **sampled(i, n_predict=length)}
+        return "/completion", fields, {0: llm.generate(prompt, params)[0].text}
+    texts = {0: llm.infill(prompt, "\n\nclass Z", params).text}
+    if form == 4:
+        fields = {"prompt": prompt, "suffix": "\n\nclass Z", **sampled(i, max_tokens=length)}
+        return "/v1/fim/completions", fields, texts
+    fields = {"input_prefix": prompt, "input_suffix": "\n\nclass Z"}
+    return "/infill", {**fields, **sampled(i, n_predict=length)}, texts
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_texts_under_load_are_those_of_generate(open_llm, llm, stream):
+def test_texts_under_load_are_those_of_the_llm(open_llm, llm, stream):
     """With shared prefixes, speculation, and so few blocks that sequences are preempted."""
-    shared = "def add(first, second):\n    return first + second\n" * 3
-    prompts = [shared + "class A", shared + "class B", "x = ", "for number in"]
-    cases = [request(i, prompts) for i in range(60)]
-    expected = [
-        {one.index: one.text for one in llm.generate(fields["prompt"], params)}
-        for fields, params in cases
-    ]
+    cases = [case(i, llm) for i in range(90)]
     sizes = {"kv_memory": 230_000, "block_size": 16, "max_model_len": 400, "max_num_seqs": 24}
     sizes["speculation"] = "suffix"
     with open_llm(**sizes) as tight, serving(tight) as server:
 
         async def main():
             sent = [
-                request_bytes(
-                    "/v1/completions", {**fields, "stream": stream}, headers="Connection: close\r\n"
-                )
-                for fields, _ in cases
+                request_bytes(path, {**fields, "stream": stream}, headers="Connection: close\r\n")
+                for path, fields, _ in cases
             ]
             return await asyncio.gather(*(exchange(server.address, one) for one in sent))
 
         answers = asyncio.run(main())
-        for i, (answer, texts) in enumerate(zip(answers, expected, strict=True)):
-            if stream:
-                assert event_texts(answer) == texts, i
-            else:
-                choices = json.loads(answer.partition(b"\r\n\r\n")[2])["choices"]
-                assert {one["index"]: one["text"] for one in choices} == texts, i
+        for i, (answer, (path, _, texts)) in enumerate(zip(answers, cases, strict=True)):
+            assert texts_of(answer) == texts, (i, path)
         server.wait_until_idle()
         totals = tight.engine.stats()
         assert totals["draft_tokens"] > 0

@@ -49,7 +49,8 @@ def test_rows_are_of_the_fastest_setting(model, monkeypatch):
     monkeypatch.setattr(bench_small, "Peer", Fake)
     monkeypatch.setattr(Fake, "opened", [])
     before = ops.num_threads()
-    found = list(small_rows(model, "as stored", ["llama.cpp", "openvino"], WORK, "python", [1, 2]))
+    peers = {"llama.cpp": model, "openvino": model.with_suffix(".other")}
+    found = list(small_rows(model, "as stored", peers, WORK, "python", [1, 2]))
     rows = [row for *_, row in found]
     assert [(done, total) for done, total, _ in found] == [(i, 6) for i in range(1, 7)]
     assert [row.get("sequences", row.get("tokens")) for row in rows] == [1, 3, 30, 1, 3, 30]
@@ -64,6 +65,23 @@ def test_rows_are_of_the_fastest_setting(model, monkeypatch):
         assert peer.orders[-1] == ("close", {})
         assert ("batch", {"num_seqs": 3, "depth": 20, "steps": 2}) in peer.orders
         assert ("prefill", {"num_tokens": 30}) in peer.orders
+        [opened] = [given for do, given in peer.orders if do == "open"]
+        name = "openvino" if peer.script == "peer_openvino" else "llama.cpp"
+        assert opened["model"] == str(peers[name])
+
+
+def test_sequences_run_together_though_their_prompts_take_many_steps(model):
+    work = Work(sequences=[12], depth=300, prefills=[], rounds=1, steps=3)
+    ours = Ours(model, work, ops.num_threads())
+    assert ours.batch(12, 300, 3) > 0
+    assert not ours._llm.engine.has_unfinished()
+
+
+def test_sequences_that_end_too_early_are_an_error(model):
+    ours = Ours(model, WORK, ops.num_threads())
+    ours._new = 2
+    with pytest.raises(RuntimeError, match="3 sequences of 20 tokens never run together"):
+        ours.batch(3, 20, 2)
 
 
 def test_a_step_is_of_all_sequences(model):

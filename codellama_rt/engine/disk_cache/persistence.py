@@ -57,8 +57,9 @@ class Persistence:
         return self._store.num_stored(self.identity(sequence), tokens)
 
     def stats(self) -> dict[str, int]:
-        """Return totals since the start, for `Engine.stats`."""
+        """Return how many sequences wait for the disk, and totals since the start."""
         return {
+            "waiting_for_disk": len(self.restorer.held),
             "prefix_restored_tokens": self.restorer.restored_tokens,
             "prefix_written_bytes": self._store.written_bytes,
             "prefix_dropped_blocks": self.writer.num_dropped,

@@ -9,10 +9,7 @@ dtype.
 from __future__ import annotations
 
 import gc
-import os
 import weakref
-from functools import lru_cache
-from types import ModuleType
 
 import numpy as np
 
@@ -28,8 +25,6 @@ from codellama_rt.model.rope import RotaryEmbedding
 from codellama_rt.ops import native
 
 WORKSPACE_BYTES = 64 << 20  # the default; place() computes what a cache needs
-CUBLASLT_VARIABLE = "CODELLAMA_RT_CUBLASLT"
-CUBLASLT_BYTES = 32 << 20  # NVIDIA's recommendation for Hopper
 _SMALLEST_WIDTH = 16  # of a bucket's block tables
 _SPLIT_KEYS, _NODE_SPLITS, _TICKET_BYTES = 256, 16, 1 << 20  # of attention/plan.cuh
 
@@ -40,6 +35,7 @@ class DeviceLlama:
     kv_cache_type = DeviceKVCache
     applies_adapters = False
     gives_hidden_states = False
+    attends_chosen_blocks = False
 
     def __init__(self, config: ModelConfig, weights: DeviceWeights) -> None:
         """Take weights that are on the device."""
@@ -52,7 +48,6 @@ class DeviceLlama:
         self._graphs: dict[tuple[int, int, int], DecodeGraph] = {}
         self._workspace: Memory | None = None
         self.lend_workspace(WORKSPACE_BYTES)
-        _use_cublaslt(self._device, os.environ.get(CUBLASLT_VARIABLE, ""))
 
     def lend_workspace(self, num_bytes: int) -> None:
         """Reserve memory for partial results of attention, which is slow without it."""
@@ -64,7 +59,7 @@ class DeviceLlama:
 
     def _enter(self) -> None:
         """Select this model's stream and workspace; another model may have run before."""
-        ops.set_stream(self._stream)
+        self._device.set_stream(self._stream)
         if self._device.workspace() != self._workspace.pointer:
             self._device.set_workspace(self._workspace.pointer, self._workspace.num_bytes)
 
@@ -239,28 +234,6 @@ def workspace_bytes(config: ModelConfig, num_keys: int, num_seqs: int) -> int:
     splits = num_keys // _SPLIT_KEYS + num_seqs
     nodes = splits // _NODE_SPLITS + num_seqs
     return _TICKET_BYTES + config.n_heads * (splits + nodes) * (config.head_dim + 4) * 4
-
-
-def _use_cublaslt(module: ModuleType, wanted: str) -> None:
-    """Use cuBLASLt for large products if the variable asks for it: "1", or the library's path.
-
-    Raises:
-        RuntimeError: it cannot be loaded.
-    """
-    if wanted in ("", "0"):
-        module.leave_cublaslt()
-        return
-    memory = _cublaslt_memory(module)
-    path = "" if wanted == "1" else wanted
-    reason = module.use_cublaslt(path, memory.pointer, memory.num_bytes)
-    if reason:
-        raise RuntimeError(f"{CUBLASLT_VARIABLE}={wanted}: {reason}")
-
-
-@lru_cache(maxsize=1)
-def _cublaslt_memory(module: ModuleType) -> Memory:
-    """Return cuBLASLt's workspace, shared by all models: they run one at a time."""
-    return Memory(CUBLASLT_BYTES)
 
 
 def _power_of_two(count: int) -> int:

@@ -76,22 +76,3 @@ def _pack_nibbles(tiles: np.ndarray) -> np.ndarray:
     shifts = np.array([4 * (e // 2) + 16 * (e % 2) for e in range(8)], np.uint32)
     words = np.ascontiguousarray((nibbles << shifts).sum(-1, dtype=np.uint32))
     return words.view(np.uint8)
-
-
-def dequantize(payload: np.ndarray, name: str, shape: tuple[int, int]) -> np.ndarray:
-    """Return the float32 weight that a payload encodes."""
-    num_values = 1024 if name == "int8" else 512
-    tiles, chunks = payload.shape[:2]
-    body = np.ascontiguousarray(payload[..., :num_values])
-    if name == "int8":
-        values = body.view(np.int8).reshape(tiles, chunks, 2, 8, 4, 2, 8)
-        values = values.transpose(0, 2, 3, 1, 5, 4, 6)
-    else:
-        words = body.view(np.uint32).reshape(tiles, chunks, 8, 4, 2, 2)
-        shifts = np.array([4 * (e // 2) + 16 * (e % 2) for e in range(8)], np.uint32)
-        values = (words[..., None] >> shifts & 15).astype(np.int8) - 8
-        values = values.transpose(0, 4, 2, 1, 5, 3, 6)
-    scales = np.ascontiguousarray(payload[..., num_values:]).view(np.float16)
-    scales = scales.reshape(tiles, chunks, 2, 8, 2).transpose(0, 2, 3, 1, 4)
-    weight = values.astype(np.float32) * scales.astype(np.float32)[..., None, None]
-    return weight.reshape(tiles * _ROWS, chunks * _CHUNK)[: shape[0]]

@@ -7,5 +7,5 @@ extern "C" __global__ __aicore__ void clrt_add_rms_norm(GM_ADDR x, GM_ADDR resid
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   REGISTER_TILING_DEFAULT(codellama_rt::ascend::RmsNormTiling);
   GET_TILING_DATA_WITH_STRUCT(codellama_rt::ascend::RmsNormTiling, t, tiling);
-  codellama_rt::ascend::run_rms_norm<true>(x, residual, weight, out, residual_out, t);
+  codellama_rt::ascend::run_rms_norm<true>(x, residual, weight, out, residual_out, &t);
 }

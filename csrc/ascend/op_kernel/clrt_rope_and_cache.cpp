@@ -18,7 +18,7 @@ class RopeAndCache {
  public:
   __aicore__ inline void init(GM_ADDR qkv, GM_ADDR cos, GM_ADDR sin, GM_ADDR positions,
                               GM_ADDR key_cache, GM_ADDR value_cache, GM_ADDR slots, GM_ADDR query,
-                              const RopeAndCacheTiling& tiling) {
+                              const RopeAndCacheTiling* tiling) {
     t_ = tiling;
     qkv_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(qkv));
     cos_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(cos));
@@ -28,65 +28,65 @@ class RopeAndCache {
     value_cache_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(value_cache));
     slots_.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(slots));
     query_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(query));
-    const int64_t row = t_.chunk_heads * t_.head_dim;
+    const int64_t row = t_->chunk_heads * t_->head_dim;
     pipe_.InitBuffer(in_, 2, uint32_t(row * sizeof(T)));
     pipe_.InitBuffer(out_, 2, uint32_t(row * sizeof(T)));
     pipe_.InitBuffer(passing_, 2, uint32_t(row * sizeof(T)));
-    pipe_.InitBuffer(tables_, 2, uint32_t(t_.head_dim * sizeof(float)));
+    pipe_.InitBuffer(tables_, 2, uint32_t(t_->head_dim * sizeof(float)));
     pipe_.InitBuffer(floats_, uint32_t(3 * row * sizeof(float)));
   }
 
   __aicore__ inline void process() {
     const int64_t core = GetBlockIdx();
-    const int64_t query_chunks = divide_up(t_.n_heads, t_.chunk_heads);
-    const int64_t kv_chunks = divide_up(t_.n_kv_heads, t_.chunk_heads);
+    const int64_t query_chunks = divide_up(t_->n_heads, t_->chunk_heads);
+    const int64_t kv_chunks = divide_up(t_->n_kv_heads, t_->chunk_heads);
     const int64_t per_token = query_chunks + 2 * kv_chunks;
-    for (int64_t task = t_.tasks.first[core]; task < t_.tasks.first[core + 1]; ++task) {
+    for (int64_t task = t_->tasks.first[core]; task < t_->tasks.first[core + 1]; ++task) {
       const int64_t token = task / per_token, chunk = task % per_token;
       if (chunk < query_chunks) {
-        rotate_queries(token, chunk * t_.chunk_heads);
+        rotate_queries(token, chunk * t_->chunk_heads);
       } else if (chunk < query_chunks + kv_chunks) {
-        cache_keys(token, (chunk - query_chunks) * t_.chunk_heads);
+        cache_keys(token, (chunk - query_chunks) * t_->chunk_heads);
       } else {
-        cache_values(token, (chunk - query_chunks - kv_chunks) * t_.chunk_heads);
+        cache_values(token, (chunk - query_chunks - kv_chunks) * t_->chunk_heads);
       }
     }
   }
 
  private:
   __aicore__ inline void rotate_queries(int64_t token, int64_t head) {
-    const int64_t count = smaller(t_.chunk_heads, t_.n_heads - head);
+    const int64_t count = smaller(t_->chunk_heads, t_->n_heads - head);
     LocalTensor<T> rows = rotated(token, head, count);
-    DataCopy(query_[(token * t_.n_heads + head) * t_.head_dim], rows,
-             uint32_t(count * t_.head_dim));
+    DataCopy(query_[(token * t_->n_heads + head) * t_->head_dim], rows,
+             uint32_t(count * t_->head_dim));
     out_.FreeTensor(rows);
   }
 
   __aicore__ inline void cache_keys(int64_t token, int64_t head) {
     const int64_t slot = slots_.GetValue(token),
-                  count = smaller(t_.chunk_heads, t_.n_kv_heads - head);
+                  count = smaller(t_->chunk_heads, t_->n_kv_heads - head);
     if (slot < 0) return;
-    LocalTensor<T> rows = rotated(token, t_.n_heads + head, count);
-    store_heads(key_cache_[cache_row(slot, head)], rows, count, t_.head_dim, t_.block_size);
+    LocalTensor<T> rows = rotated(token, t_->n_heads + head, count);
+    store_heads(key_cache_[cache_row(slot, head)], rows, count, t_->head_dim, t_->block_size);
     out_.FreeTensor(rows);
   }
 
   __aicore__ inline void cache_values(int64_t token, int64_t head) {
     const int64_t slot = slots_.GetValue(token),
-                  count = smaller(t_.chunk_heads, t_.n_kv_heads - head);
+                  count = smaller(t_->chunk_heads, t_->n_kv_heads - head);
     if (slot < 0) return;
     LocalTensor<T> rows = passing_.template AllocTensor<T>();
-    DataCopy(rows, qkv_[qkv_row(token, t_.n_heads + t_.n_kv_heads + head)],
-             uint32_t(count * t_.head_dim));
+    DataCopy(rows, qkv_[qkv_row(token, t_->n_heads + t_->n_kv_heads + head)],
+             uint32_t(count * t_->head_dim));
     passing_.EnQue(rows);
     rows = passing_.template DeQue<T>();
-    store_heads(value_cache_[cache_row(slot, head)], rows, count, t_.head_dim, t_.block_size);
+    store_heads(value_cache_[cache_row(slot, head)], rows, count, t_->head_dim, t_->block_size);
     passing_.FreeTensor(rows);
   }
 
   // `count` heads of qkv from `head` on, rotated: a tensor of out_.
   __aicore__ inline LocalTensor<T> rotated(int64_t token, int64_t head, int64_t count) {
-    const int64_t half = t_.head_dim / 2, size = count * t_.head_dim;
+    const int64_t half = t_->head_dim / 2, size = count * t_->head_dim;
     const int64_t position = positions_.GetValue(token);
     LocalTensor<float> tables = tables_.template AllocTensor<float>();
     DataCopy(tables, cos_[position * half], uint32_t(half));
@@ -98,7 +98,7 @@ class RopeAndCache {
 
     rows = in_.template DeQue<T>();
     tables = tables_.template DeQue<float>();
-    const int64_t buffer = t_.chunk_heads * t_.head_dim;
+    const int64_t buffer = t_->chunk_heads * t_->head_dim;
     LocalTensor<float> x = floats_.Get<float>(), y = x[buffer], z = x[2 * buffer];
     vector_barrier();  // the buffers' last use
     Cast(x, rows, RoundMode::CAST_NONE, uint32_t(size));
@@ -121,8 +121,8 @@ class RopeAndCache {
   // to[h] = rows[h] * table, of half a head.
   __aicore__ inline void multiply(const LocalTensor<float>& to, const LocalTensor<float>& rows,
                                   const LocalTensor<float>& table, int64_t count) {
-    const int64_t half = t_.head_dim / 2;
-    const uint8_t stride = uint8_t(t_.head_dim / kBlockFloats);
+    const int64_t half = t_->head_dim / 2;
+    const uint8_t stride = uint8_t(t_->head_dim / kBlockFloats);
     for (int64_t c = 0; c < half; c += kVectorFloats) {
       Mul(to[c], rows[c], table[c], uint64_t(smaller(kVectorFloats, half - c)), uint8_t(count),
           BinaryRepeatParams(1, 1, 1, stride, stride, 0));
@@ -131,8 +131,8 @@ class RopeAndCache {
 
   __aicore__ inline void subtract_first_add_second(const LocalTensor<float>& y,
                                                    const LocalTensor<float>& z, int64_t count) {
-    const int64_t half = t_.head_dim / 2;
-    const uint8_t stride = uint8_t(t_.head_dim / kBlockFloats);
+    const int64_t half = t_->head_dim / 2;
+    const uint8_t stride = uint8_t(t_->head_dim / kBlockFloats);
     const BinaryRepeatParams rows(1, 1, 1, stride, stride, stride);
     for (int64_t c = 0; c < half; c += kVectorFloats) {
       const uint64_t mask = uint64_t(smaller(kVectorFloats, half - c));
@@ -142,14 +142,14 @@ class RopeAndCache {
   }
 
   __aicore__ inline int64_t qkv_row(int64_t token, int64_t head) const {
-    return (token * (t_.n_heads + 2 * t_.n_kv_heads) + head) * t_.head_dim;
+    return (token * (t_->n_heads + 2 * t_->n_kv_heads) + head) * t_->head_dim;
   }
   __aicore__ inline int64_t cache_row(int64_t slot, int64_t head) const {
-    const int64_t page = slot / t_.block_size * t_.n_kv_heads + head;
-    return (page * t_.block_size + slot % t_.block_size) * t_.head_dim;
+    const int64_t page = slot / t_->block_size * t_->n_kv_heads + head;
+    return (page * t_->block_size + slot % t_->block_size) * t_->head_dim;
   }
 
-  RopeAndCacheTiling t_;
+  const RopeAndCacheTiling* t_;
   TPipe pipe_;
   TQue<TPosition::VECIN, 2> in_, tables_;
   TQue<TPosition::VECOUT, 2> out_;
@@ -175,11 +175,11 @@ extern "C" __global__ __aicore__ void clrt_rope_and_cache(GM_ADDR qkv, GM_ADDR c
   GET_TILING_DATA_WITH_STRUCT(codellama_rt::ascend::RopeAndCacheTiling, t, tiling);
   if (t.element_type == kBFloat16) {
     RopeAndCache<bfloat16_t> op;
-    op.init(qkv, cos, sin, positions, key_cache, value_cache, slot_mapping, query, t);
+    op.init(qkv, cos, sin, positions, key_cache, value_cache, slot_mapping, query, &t);
     op.process();
   } else {
     RopeAndCache<half> op;
-    op.init(qkv, cos, sin, positions, key_cache, value_cache, slot_mapping, query, t);
+    op.init(qkv, cos, sin, positions, key_cache, value_cache, slot_mapping, query, &t);
     op.process();
   }
 }

@@ -12,27 +12,27 @@ namespace ascend {
 template <typename T>
 class SiluAndMul {
  public:
-  __aicore__ inline void init(GM_ADDR gate_up, GM_ADDR out, const SiluAndMulTiling& tiling) {
+  __aicore__ inline void init(GM_ADDR gate_up, GM_ADDR out, const SiluAndMulTiling* tiling) {
     t_ = tiling;
     gate_up_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(gate_up));
     out_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(out));
-    const uint32_t row = uint32_t(t_.chunk * sizeof(T));
+    const uint32_t row = uint32_t(t_->chunk * sizeof(T));
     pipe_.InitBuffer(gate_in_, 2, row);
     pipe_.InitBuffer(up_in_, 2, row);
     pipe_.InitBuffer(product_, 2, row);
-    pipe_.InitBuffer(floats_, uint32_t(3 * t_.chunk * sizeof(float)));
+    pipe_.InitBuffer(floats_, uint32_t(3 * t_->chunk * sizeof(float)));
   }
 
   __aicore__ inline void process() {
-    const int64_t core = GetBlockIdx(), chunks = divide_up(t_.hidden_dim, t_.chunk);
-    for (int64_t task = t_.tasks.first[core]; task < t_.tasks.first[core + 1]; ++task) {
-      const int64_t token = task / chunks, begin = task % chunks * t_.chunk;
-      const int64_t count = smaller(t_.chunk, t_.hidden_dim - begin);
-      load(gate_in_, token * 2 * t_.hidden_dim + begin, count);
-      load(up_in_, (token * 2 + 1) * t_.hidden_dim + begin, count);
+    const int64_t core = GetBlockIdx(), chunks = divide_up(t_->hidden_dim, t_->chunk);
+    for (int64_t task = t_->tasks.first[core]; task < t_->tasks.first[core + 1]; ++task) {
+      const int64_t token = task / chunks, begin = task % chunks * t_->chunk;
+      const int64_t count = smaller(t_->chunk, t_->hidden_dim - begin);
+      load(gate_in_, token * 2 * t_->hidden_dim + begin, count);
+      load(up_in_, (token * 2 + 1) * t_->hidden_dim + begin, count);
       compute(int32_t(count));
       LocalTensor<T> product = product_.template DeQue<T>();
-      store_row(out_[token * t_.hidden_dim + begin], product, count);
+      store_row(out_[token * t_->hidden_dim + begin], product, count);
       product_.FreeTensor(product);
     }
   }
@@ -46,7 +46,7 @@ class SiluAndMul {
 
   __aicore__ inline void compute(int32_t count) {
     LocalTensor<float> gate = floats_.Get<float>();
-    LocalTensor<float> up = gate[t_.chunk], divisor = gate[2 * t_.chunk];
+    LocalTensor<float> up = gate[t_->chunk], divisor = gate[2 * t_->chunk];
     LocalTensor<T> gate_in = gate_in_.template DeQue<T>(), up_in = up_in_.template DeQue<T>();
     vector_barrier();  // the buffers' last use
     Cast(gate, gate_in, RoundMode::CAST_NONE, uint32_t(count));
@@ -69,7 +69,7 @@ class SiluAndMul {
     product_.EnQue(product);
   }
 
-  SiluAndMulTiling t_;
+  const SiluAndMulTiling* t_;
   TPipe pipe_;
   TQue<TPosition::VECIN, 2> gate_in_, up_in_;
   TQue<TPosition::VECOUT, 2> product_;
@@ -88,11 +88,11 @@ extern "C" __global__ __aicore__ void clrt_silu_and_mul(GM_ADDR gate_up, GM_ADDR
   GET_TILING_DATA_WITH_STRUCT(codellama_rt::ascend::SiluAndMulTiling, t, tiling);
   if (t.element_type == kBFloat16) {
     SiluAndMul<bfloat16_t> op;
-    op.init(gate_up, out, t);
+    op.init(gate_up, out, &t);
     op.process();
   } else {
     SiluAndMul<half> op;
-    op.init(gate_up, out, t);
+    op.init(gate_up, out, &t);
     op.process();
   }
 }

@@ -136,7 +136,6 @@ inline Vec score_pair(const Scales<Nibbles>& scales, int key, Vec total,
 struct BlockWeights {
   alignas(64) uint8_t quads[kQuads][kByteRows][2][4];  // of each quad of keys: low bytes, high ones
   alignas(64) float factors[kByteRows][2];             // keep, take
-  alignas(64) int32_t sums[kByteRows][2];              // twice
 };
 
 // Low and high bytes of a quad of keys, from 16-bit weights of two pairs.
@@ -228,7 +227,7 @@ struct OwnScales {
     const Vec greatest = from_bits(_mm512_max_epi32(most, other));
     const __mmask16 usable = _mm512_cmp_ps_mask(greatest.v, splat(kLeast / 128).v, _CMP_GT_OQ);
     inverse.v = _mm512_maskz_div_ps(usable, splat(kMostWeight).v, greatest.v);
-    largest = greatest / splat(kMostWeight);
+    largest = greatest / splat(kMostWeight * kValueUnit<T>);
   }
   Vec operator()(int key) const {
     return select(key, spread_pair(scales.value_scales(key))) * inverse;
@@ -247,7 +246,6 @@ __attribute__((noinline)) void weigh_rows(const Scales<T>& scales, const ValueSc
   const Vec factors = exp2_nonpositive(select_even(before, top) - now), mine = odd_lanes(factors);
   store(weights.factors[0], select_even(factors, factors * values.largest));
   Vec sums[kGroupPairs], zero_points[kGroupPairs];
-  __m512i total = _mm512_setzero_si512();
   each<kGroup / 4>([&](auto quad) __attribute__((always_inline)) {
     __m512i rounded[kGroups][2];
     each<2>([&](auto half) __attribute__((always_inline)) {
@@ -257,7 +255,6 @@ __attribute__((noinline)) void weigh_rows(const Scales<T>& scales, const ValueSc
         constexpr int key = g * kGroup + 2 * j;
         x[g] = exp2_nonpositive(load(scores[key / 2]) - top);
         rounded[g][half] = to_bits(float_to_int32(x[g] * values(key)));
-        if constexpr (kZeroPoints) total = _mm512_add_epi32(total, rounded[g][half]);
       });
       sums[j] = ((x[0] + x[1]) + (x[2] + x[3])) * mine;
       if constexpr (kZeroPoints) {
@@ -275,11 +272,7 @@ __attribute__((noinline)) void weigh_rows(const Scales<T>& scales, const ValueSc
                          pack_quad(rounded[g][0], rounded[g][1]));
     });
   });
-  if constexpr (kZeroPoints) {
-    total = _mm512_add_epi32(total, to_bits(swap_neighbours(from_bits(total))));
-    _mm512_store_si512(weights.sums, total);
-    transpose_pairs(zero_points);
-  }
+  if constexpr (kZeroPoints) transpose_pairs(zero_points);
   transpose_pairs(sums);
   float tops[kLanes];
   store(tops, now);
@@ -296,7 +289,7 @@ __attribute__((noinline)) void weigh_rows(const Scales<T>& scales, const ValueSc
 
 // ---- values ------------------------------------------------------------------------------------
 
-template <typename T, int kRows>
+template <int kRows>
 __attribute__((noinline, flatten)) void add_rows_values(const uint8_t* turned, int64_t dim,
                                                         const BlockWeights& weights, int row,
                                                         float* const* outs) {
@@ -324,8 +317,8 @@ __attribute__((noinline, flatten)) void add_rows_values(const uint8_t* turned, i
     multiply(low_quads);
     each<kRows * 4>([&](auto i) {
       constexpr int r = i / 4;
-      add_sums<T>(sums[r][i % 4], weights.sums[row + r][0], weights.factors[row + r][0],
-                  weights.factors[row + r][1], outs[r] + column + i % 4 * kLanes);
+      add_sums(sums[r][i % 4], weights.factors[row + r][0], weights.factors[row + r][1],
+               outs[r] + column + i % 4 * kLanes);
     });
   }
 }
@@ -394,7 +387,7 @@ void attend_rows_bytes(const Block& block, int64_t key, const Tile<T>& tile, con
       constexpr int n = decltype(num_rows)::value;
       float* outs[n];
       for (int i = 0; i < n; ++i) outs[i] = part.state(r + i).out;
-      add_rows_values<T, n>(values, dim, weights, r, outs);
+      add_rows_values<n>(values, dim, weights, r, outs);
     });
   }
 }

@@ -100,8 +100,7 @@ __attribute__((noinline, flatten)) void add_row_values(const Tile<T>& tile, cons
       });
     }
     each<kColumns>([&](auto j) {
-      add_sums<T>(join_parts(high[j], low[j]), weights.sum, weights.keep, weights.take,
-                  out + j * kLanes);
+      add_sums(join_parts(high[j], low[j]), weights.keep, weights.take, out + j * kLanes);
     });
   }
 }
@@ -123,7 +122,7 @@ void attend_row_bytes(const Tile<T>& tile, const Tile<T>& next, int num_keys, co
   attend(std::integral_constant<int, 0>());
 }
 
-// One tile for a block's rows, whose states begin at `states`. More than one row unpack it to
+// One tile for a block's rows, whose states begin at `states`. More than kRowsApart unpack it to
 // `keys` and `values`, kTile * padded_dim bytes each.
 template <typename T>
 void attend_tile_bytes(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
@@ -132,11 +131,16 @@ void attend_tile_bytes(const Block& block, int64_t key, const Tile<T>& tile, con
   const Attention& a = block.a;
   const float scale = a.scale * 1.44269504f;  // log2(e)
   const Tile<T>& ahead = next.num_keys > 0 ? next : tile;
-  if (block.num_rows == 1) {
-    return attend_row_bytes(tile, ahead, VisibleKeys(block, key)(0), query, *query_scales, scale,
-                            a.head_dim, block.state(states, 0));
+  if (block.num_rows > kRowsApart) {
+    attend_rows_bytes(block, key, tile, ahead, query, query_scales, scale, keys, values, states);
+    return;
   }
-  attend_rows_bytes(block, key, tile, ahead, query, query_scales, scale, keys, values, states);
+  const VisibleKeys visible(block, key);
+  for (int64_t row = 0; row < block.num_rows; ++row, query += 2 * a.padded_dim()) {
+    if (visible(row) == 0) continue;
+    attend_row_bytes(tile, ahead, visible(row), query, query_scales[row], scale, a.head_dim,
+                     block.state(states, row));
+  }
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 // A query is two signed bytes an element, q = 256 * high + low, and a weight of the softmax two
 // unsigned ones. Sums are those of the 16-bit numbers, exact in any order.
 //
-// One row multiplies keys and values as they lie (byte_tile.h), others go in blocks of 8
+// A few rows multiply keys and values as they lie (byte_tile.h), others go in blocks of 8
 // (byte_rows.h).
 #pragma once
 
@@ -15,23 +15,25 @@ namespace CLRT_ISA {
 namespace {
 
 constexpr int kChunk = 64, kQuads = kTile / 4;
-constexpr int kByteRows = 8;  // of a block: their two parts fill the lanes of a register
+constexpr int kByteRows = 8;   // of a block: their two parts fill the lanes of a register
+constexpr int kRowsApart = 3;  // up to this many a head, each row multiplies for itself
 
 // Rows that queries have room for.
 constexpr int64_t padded_rows(int64_t rows) {
-  return rows == 1 ? 1 : ceil_div(rows, kByteRows) * kByteRows;
+  return rows <= kRowsApart ? rows : ceil_div(rows, kByteRows) * kByteRows;
 }
 
-// Row `row` of num_rows, `words` (dim int16), in bytes. A single row: dim high bytes, then dim low
+// Row `row` of num_rows, `words` (dim int16), in bytes. Rows apart: dim high bytes, then dim low
 // ones. Others: block by block, quad by quad of elements, row by row high and low bytes.
 inline void split_query(const float* words, int64_t dim, int64_t row, int64_t num_rows,
                         int8_t* bytes) {
   const int16_t* from = reinterpret_cast<const int16_t*>(words);
-  if (num_rows > 1) bytes += row / kByteRows * kByteRows * 2 * dim + row % kByteRows * 8;
+  const bool apart = num_rows <= kRowsApart;
+  bytes += apart ? row * 2 * dim : row / kByteRows * kByteRows * 2 * dim + row % kByteRows * 8;
   for (int64_t d = 0; d < dim; ++d) {
-    const int64_t high = num_rows == 1 ? d : d / 4 * kChunk + d % 4;
+    const int64_t high = apart ? d : d / 4 * kChunk + d % 4;
     bytes[high] = int8_t((from[d] + 128) >> 8);
-    bytes[high + (num_rows == 1 ? dim : 4)] = int8_t(from[d]);  // in [-128, 127]
+    bytes[high + (apart ? dim : 4)] = int8_t(from[d]);  // in [-128, 127]
   }
 }
 
@@ -167,11 +169,18 @@ inline __attribute__((always_inline)) void interleave_rows(const T* rows, int64_
   columns[3] = _mm512_unpackhi_epi16(b, d);
 }
 
-// The values of part `part` among interleaved bytes: int8 as they are, int4 as 0 to 15.
+// The values of part `part` among interleaved bytes: int8 as they are, int4 less their zero point
+// in the high half of a byte.
+static_assert(kValueZeroPoint == 8.0f);
+template <typename T>
+constexpr float kValueUnit = std::is_same_v<T, Nibbles> ? 16.0f : 1.0f;
 template <typename T>
 inline __m512i value_part(__m512i bytes, int part) {
   if (std::is_same_v<T, int8_t>) return bytes;
-  return _mm512_and_si512(part ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+  constexpr int kAndXor = 0x6a;  // (a & b) ^ c
+  return _mm512_ternarylogic_epi32(part ? bytes : _mm512_slli_epi16(bytes, 4),
+                                   _mm512_set1_epi8(char(0xf0)), _mm512_set1_epi8(char(0x80)),
+                                   kAndXor);
 }
 
 // sums = 256 * high + low.
@@ -179,13 +188,9 @@ inline __attribute__((always_inline)) __m512i join_parts(__m512i high, __m512i l
   return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
 }
 
-// 16 columns of a row's sums into its state. weight_sum: of the weights, over an int4 cache.
-template <typename T>
-inline __attribute__((always_inline)) void add_sums(__m512i sums, int32_t weight_sum, float keep,
-                                                    float take, float* out) {
-  if (std::is_same_v<T, Nibbles>) {  // values of 0 to 15 were summed
-    sums = _mm512_sub_epi32(sums, _mm512_set1_epi32(int(kValueZeroPoint) * weight_sum));
-  }
+// 16 columns of a row's sums into its state.
+inline __attribute__((always_inline)) void add_sums(__m512i sums, float keep, float take,
+                                                    float* out) {
   const Vec tile = int32_to_float(from_bits(sums)) * splat(take);
   store(out, fma(load(out), splat(keep), tile));
 }
@@ -193,7 +198,8 @@ inline __attribute__((always_inline)) void add_sums(__m512i sums, int32_t weight
 // ---- softmax -----------------------------------------------------------------------------------
 
 // A tile's value scales relative to the largest one of the first num_keys keys, which stands for
-// kMostWeight. NaN among them makes the largest NaN, and so the row.
+// kMostWeight; `largest` is what sums are multiplied by, in units of values (value_part) as well.
+// NaN among them makes the largest NaN, and so the row.
 constexpr float kMostWeight = 65535.0f;
 struct ValueScales {
   Vec relative[kTile / kLanes];
@@ -211,7 +217,7 @@ struct ValueScales {
     // Less belongs to rows of zeros (quantize_row.h), and has no inverse.
     const float inverse = greatest > kLeast / 128 ? kMostWeight / greatest : 0.0f;
     for (Vec& scale : relative) scale = scale * splat(inverse);
-    largest = greatest / kMostWeight;
+    largest = greatest / (kMostWeight * kValueUnit<T>);
   }
 };
 
@@ -221,7 +227,6 @@ struct ByteWeights {
   alignas(64) uint8_t high[kTile];
   uint8_t low[kTile];
   float keep, take;  // what the state so far, and the tile's sums, are multiplied by
-  int32_t sum;       // of the weights, over an int4 cache
 };
 
 // Scores, as int32 bits in the order of keys, into weights and into the state.
@@ -261,9 +266,6 @@ __attribute__((noinline)) void weigh(const Scales<T>& scales, const ValueScales&
   _mm512_storeu_si512(weights.low,
                       _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte)));
   if constexpr (std::is_same_v<T, Nibbles>) {
-    __m512i sum = _mm512_setzero_si512();
-    for (__m512i w : rounded) sum = _mm512_add_epi32(sum, w);
-    weights.sum = _mm512_reduce_add_epi32(sum);
     for (int j = 0; j < kVecs; ++j) {
       x[j] = hold(scales.zero_point(j * kLanes, x[j]));
       if (num_keys < kTile) x[j] = select_first(num_keys - j * kLanes, x[j], splat(0.0f));

@@ -149,7 +149,8 @@ void attention(const Sizes& s, const DecoderLayer& l, const Buffers& b) {
                              usual_scale(s.head_dim),
                              s.q_dim(),
                              key_strides,
-                             value_strides});
+                             value_strides,
+                             l.key_cache.shape[0]});
   multiply(s, b.wide, s.q_dim(), {l.o_proj}, b.narrow);
 }
 

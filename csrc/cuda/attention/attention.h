@@ -6,20 +6,17 @@
 namespace codellama_rt {
 namespace cuda {
 
-// Launches for one pair of storage types; false: they have no kernels by matrix instructions.
 struct AttentionShape {
   DType dtype, cache_dtype;
   int64_t head_dim;
 };
-bool attend_bf16(const Attention& a, const AttentionShape& shape);
-bool attend_f16(const Attention& a, const AttentionShape& shape);
-bool attend_quantized(const Attention& a, const AttentionShape& shape);
-// Prefill by wgmma, Hopper's; false: not for this shape or device.
+// By matrix instructions: head_dim 128, 16-bit queries, the cache of their type or quantised.
+void attend_float(Attention a, const AttentionShape& shape);
+void attend_quantized(const Attention& a, const AttentionShape& shape);
+// Prefill by wgmma; false: not on this device.
 bool attend_wgmma(const Attention& a, const AttentionShape& shape);
-// Any head_dim and float types, a warp a row: slow.
+// Any head_dim and types, a warp a row: slow.
 void attend_any(const Attention& a, const AttentionShape& shape);
-
-void attend(const char* op, Attention a, const AttentionShape& shape);
 
 }  // namespace cuda
 }  // namespace codellama_rt

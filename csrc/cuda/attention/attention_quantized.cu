@@ -6,25 +6,26 @@ namespace codellama_rt {
 namespace cuda {
 namespace {
 
-template <typename T>
-void launch_over(const Attention& a, DType cache_dtype) {
-  if (cache_dtype == DType::kInt8) {
-    launch_attention<T, QuantizedTile<int8_row, 128>, 128>(a, false);
+template <typename T, typename Cache>
+void launch_over(const Attention& a) {
+  if (decode_warps() == 8) {
+    attend_few<T, QuantizedTile<Cache, 8>>(a);
   } else {
-    launch_attention<T, QuantizedTile<fp8_row, 128>, 128>(a, false);
+    attend_few<T, QuantizedTile<Cache, 4>>(a);
   }
+  attend_many<T, QuantizedTile<Cache, 4>>(a);
+}
+
+template <typename T>
+void launch_for(const Attention& a, DType cache_dtype) {
+  cache_dtype == DType::kInt8 ? launch_over<T, int8_row>(a) : launch_over<T, fp8_row>(a);
 }
 
 }  // namespace
 
-bool attend_quantized(const Attention& a, const AttentionShape& shape) {
-  if (shape.head_dim != 128 || shape.dtype == DType::kFloat32) return false;
-  if (shape.dtype == DType::kBFloat16) {
-    launch_over<bf16>(a, shape.cache_dtype);
-  } else {
-    launch_over<f16>(a, shape.cache_dtype);
-  }
-  return true;
+void attend_quantized(const Attention& a, const AttentionShape& shape) {
+  shape.dtype == DType::kBFloat16 ? launch_for<bf16>(a, shape.cache_dtype)
+                                  : launch_for<f16>(a, shape.cache_dtype);
 }
 
 }  // namespace cuda

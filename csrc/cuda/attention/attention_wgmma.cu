@@ -4,8 +4,7 @@
 // Traffic  keys and values once for every 128 rows (queries x heads of a group)
 // Limit    arithmetic: 4 * 128 * head_dim FLOP a key and block for 512 bytes
 // Tiling   one warpgroup asks for tiles (kStages of 16 KiB: 3 pairs of keys and values), two take
-// 64
-//          rows each; they take turns at q . k, so that one's softmax runs beside the other's
+//          64 rows each; they take turns at q . k, so that one's softmax runs beside the other's
 //          products; blocks of late rows come first
 // Numerics the sums of tile.cuh in the same order: tiles of 64 keys, splits, nodes. Whether wgmma
 //          adds the 16 products of a step as mma does is the hardware's; tests/devices/cuda asks.
@@ -17,11 +16,11 @@ namespace codellama_rt {
 namespace cuda {
 namespace {
 
-constexpr int kDim = 128, kConsumers = 2, kGroupThreads = 128, kGroupRows = 64, kStages = 6;
+constexpr int kConsumers = 2, kGroupThreads = 128, kGroupRows = 64, kStages = 6;
 constexpr int kBlockRows = kConsumers * kGroupRows, kThreads = (kConsumers + 1) * kGroupThreads;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // 128 * 24 + 256 * 240 < 65,536
 constexpr int kTurn = 1, kClear = 3;                              // named barriers: a pair each
-constexpr int kTileBytes = FloatTile<bf16, kDim>::kBytes;
+constexpr int kTileBytes = FloatTile<bf16>::kBytes;
 constexpr int kTotalThreads = kConsumers * kGroupThreads;
 
 struct Stages {
@@ -108,19 +107,18 @@ CLRT_DEVICE void add_values(const unsigned char* values, const float (&s)[kGroup
 
 template <typename T>
 CLRT_DEVICE void consume(const Attention& a, const Segment& s, const Stages& stages,
-                         const SharedTotal<kDim, kTotalThreads>& total) {
-  using Values = FloatTile<T, kDim>;
+                         const SharedTotal<kTotalThreads>& total) {
+  using Values = FloatTile<T>;
   const int group = threadIdx.x / kGroupThreads, first_row = s.first_row + group * kGroupRows;
   const int warp_row = first_row + threadIdx.x % kGroupThreads / kWarp * kRows;
-  WarpRows<T, Values, kDim> rows;
+  WarpRows<T, Values> rows;
   rows.load(a, s, warp_row);
   const int last_row =
       (first_row + kGroupRows < s.end_row ? first_row + kGroupRows : s.end_row) - 1;
   const int most = last_row < first_row ? 0 : visible_keys(a, s.seq, last_row);
-  const int least = last_row < first_row ? 0 : visible_keys(a, s.seq, first_row);
   const auto one_node = [&] { return s.end_key <= kSplit * kNode; };
   if (!one_node()) total.clear();
-  RowState<kDim> state, node;
+  RowState state, node;
   state.clear();
   node.clear();
   if (group == 1) ptx::named_arrive(kTurn, kTotalThreads);  // the first turn is group 0's
@@ -134,22 +132,14 @@ CLRT_DEVICE void consume(const Attention& a, const Segment& s, const Stages& sta
     if (!last || group == 0) ptx::named_arrive(kTurn + 1 - group, kTotalThreads);
     stages.give_back(count++);
     const int visible[2] = {rows.visible[0] - key, rows.visible[1] - key};
-    if (sees) softmax<kDim>(weights, visible, a.scale_log2, state);
+    if (sees) softmax(weights, visible, a.scale_log2, state);
     tile = stages.wait_full(count);
     if (s.end_key - key < kTile) {
       Values::clear_from(tile, s.end_key - key, threadIdx.x % kGroupThreads, kGroupThreads);
       ptx::fence_async();
       ptx::named_wait(kClear + group, kGroupThreads);
     }
-    if (sees) {  // all four warps look through the tile, so all of them choose alike
-      const bool all_see = least >= key + kTile || least >= s.end_key;
-      if (all_see || Values::all_finite(tile)) {
-        add_values<T>(tile, weights, state.o);
-      } else {
-        add_visible_values<Values>(tile, weights, s.end_key - key, visible, state.o,
-                                   [](unsigned char*) { return false; });
-      }
-    }
+    if (sees) add_values<T>(tile, weights, state.o);
     stages.give_back(count++);
     key += kTile;
     if (key % kSplit != 0 && !last) continue;
@@ -161,17 +151,16 @@ CLRT_DEVICE void consume(const Attention& a, const Segment& s, const Stages& sta
     node.clear();
   }
   if (!one_node()) total.read(node);
-  store_rows<T, Values, kDim>(a, s, warp_row, node);
+  store_rows<T, Values>(a, s, warp_row, node);
 }
 
 template <typename T>
 CLRT_DEVICE void attend(const Attention& a) {
   Segment found;
-  const bool few_too = a.few_too && !batch_totals(a).fit(a);
-  if (!find_block(a, blockIdx.x, kBlockRows, few_too, &found)) return;
+  if (!find_block(a, blockIdx.x, kBlockRows, &found)) return;
   found.kv_head = blockIdx.y;
   unsigned char* memory = shared_memory();
-  const SharedTotal<kDim, kTotalThreads> total{reinterpret_cast<float*>(memory + kStageBytes)};
+  const SharedTotal<kTotalThreads> total{reinterpret_cast<float*>(memory + kStageBytes)};
   Segment& s = *reinterpret_cast<Segment*>(total.memory + total.kFloats * kTotalThreads);
   if (threadIdx.x == 0) s = found;
   const Stages stages(memory);
@@ -187,22 +176,24 @@ CLRT_DEVICE void attend(const Attention& a) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     attend_wgmma_kernel(const __grid_constant__ Attention a) {
-  if constexpr (ptx::kHasWgmma) attend<T>(a);
+  if constexpr (ptx::kHasWgmma) {
+    attend<T>(a);
+  } else {
+    ptx::trap();
+  }
 }
 
 }  // namespace
 
 bool attend_wgmma(const Attention& a, const AttentionShape& shape) {
-  if (device().major != 9 || shape.head_dim != kDim) return false;
-  if (a.partials && !a.few_too && a.num_tokens <= a.few_queries) return true;  // all is split
-  constexpr size_t kBytes =
-      kStageBytes + SharedTotal<kDim, kTotalThreads>::kFloats * kTotalThreads * sizeof(float) +
-      sizeof(Segment);
+  if (!device().bulk || shape.head_dim != kDim) return false;
+  if (a.all_split) return true;
+  constexpr size_t kBytes = kStageBytes +
+                            SharedTotal<kTotalThreads>::kFloats * kTotalThreads * sizeof(float) +
+                            sizeof(Segment);
   const auto kernel =
       shape.dtype == DType::kBFloat16 ? attend_wgmma_kernel<bf16> : attend_wgmma_kernel<f16>;
-  const int64_t group = a.n_heads / a.n_kv_heads;
-  launch("attention", kernel, dim3(a.num_tokens * group / kBlockRows + a.num_seqs, a.n_kv_heads),
-         kThreads, kBytes, a);
+  launch("attention", kernel, unsplit_grid(a, kBlockRows), kThreads, kBytes, a);
   return true;
 }
 

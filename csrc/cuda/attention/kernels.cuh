@@ -1,4 +1,4 @@
-// The two kernels of attention by mma.sync; paged_attention.cu says which runs when.
+// The two kernels of attention by mma.sync; attention.cu says which runs when.
 //
 // split    Each warp of a persistent grid takes an equal run of units (sequence, kv head, up to 16
 //          rows, split of kSplit keys) and feeds itself; partial results go to the workspace, and
@@ -16,7 +16,7 @@ constexpr int kTeamRows = kTeamWarps * kRows;
 constexpr float kLn2 = 0.693147180559945f;
 
 // The query rows of a warp as first operands, and how far they see.
-template <typename T, typename Tile, int kDim>
+template <typename T, typename Tile>
 struct WarpRows {
   uint32_t q[kDim / 16][4];
   int visible[2];  // keys that this lane's two rows see
@@ -49,26 +49,6 @@ struct WarpRows {
   }
 };
 
-// The values of a tile of `count` keys, weighted, to rows that need not see all of it. Nobody's sum
-// meets a value that its row does not see: 0 times one that is not finite would be NaN.
-// keep_finite(tile) puts zeros for those where the tile is the warp's own, or returns false.
-template <typename Tile, int kFragments, typename KeepFinite>
-CLRT_DEVICE void add_visible_values(unsigned char* tile, const float (&weights)[kGroups][4],
-                                    int count, const int (&visible)[2], float (&o)[kFragments][4],
-                                    const KeepFinite& keep_finite) {
-  if constexpr (!Tile::kQuantized) {  // whose values are finite
-    const int all = count < kTile ? count : kTile;
-    const bool sees_some =
-        (visible[0] > 0 && visible[0] < all) || (visible[1] > 0 && visible[1] < all);
-    if (__any_sync(kAllLanes, sees_some) && !Tile::all_finite(tile)) {
-      Tile::add_other_values(tile, weights, visible, o);
-      if (!keep_finite(tile)) return Tile::add_finite_values(tile, weights, o);
-    }
-  }
-  Tile::add_values(tile, weights, o);
-}
-
-template <typename Tile, int kDim>
 CLRT_DEVICE float final_value(float o, float l) {
   return l == 0 ? 0.0f : __fmul_rn(o, 1.0f / l);  // no keys; a sum of NaN stays one
 }
@@ -77,9 +57,9 @@ CLRT_DEVICE float final_lse(float m, float l) {
 }
 
 // One tile for the rows of a warp; every thread of the team comes by.
-template <typename T, typename Tile, int kDim, typename Ring, typename Feed>
+template <typename T, typename Tile, typename Ring, typename Feed>
 CLRT_DEVICE void attend_tile(const Attention& a, const Segment& s, int key, Ring& ring, Feed& feed,
-                             const WarpRows<T, Tile, kDim>& rows, RowState<kDim>& state) {
+                             const WarpRows<T, Tile>& rows, RowState& state) {
   const bool sees = rows.most > key;
   float scores[kGroups][4];
   unsigned char* stage = ring.take();
@@ -87,13 +67,10 @@ CLRT_DEVICE void attend_tile(const Attention& a, const Segment& s, int key, Ring
   ring.give_back();
   feed.next(a);
   const int visible[2] = {rows.visible[0] - key, rows.visible[1] - key};
-  if (sees) softmax<kDim>(scores, visible, a.scale_log2, state);
+  if (sees) softmax(scores, visible, a.scale_log2, state);
   stage = ring.take();
   if (s.end_key - key < kTile) ring.clear_from(stage, s.end_key - key);
-  if (sees) {
-    add_visible_values<Tile>(stage, scores, s.end_key - key, visible, state.o,
-                             [&](unsigned char* tile) { return ring.keep_finite(tile); });
-  }
+  if (sees) Tile::add_values(stage, scores, state.o);
   ring.give_back();
   feed.next(a);
 }
@@ -112,15 +89,15 @@ struct UnitSource {
   }
 };
 
-template <typename Tile, int kDim>
+template <typename Tile>
 CLRT_DEVICE void store_partial(const Attention& a, int64_t row, int num_rows,
-                               const RowState<kDim>& state) {
+                               const RowState& state) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = lane / 4 + 8 * half;
     if (r >= num_rows) continue;
-    float* partial = a.partials + (row + r) * kPartialFloats<kDim>;
+    float* partial = a.partials + (row + r) * kPartialFloats;
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) {
       partial[Tile::out_element(i, 0)] = state.o[i][2 * half];
@@ -149,7 +126,6 @@ CLRT_DEVICE bool arrives_last(int* ticket, int count) {
 }
 
 // A row of a partial result, spread over a warp.
-template <int kDim>
 struct SpreadRow {
   static constexpr int kEach = kDim / kWarp;
   float o[kEach];
@@ -165,16 +141,14 @@ struct SpreadRow {
 };
 
 // Folds `count` partial results, num_rows apart, of row number `row`.
-template <int kDim>
-CLRT_DEVICE SpreadRow<kDim> fold_partials(const Attention& a, int64_t row, int count,
-                                          int num_rows) {
+CLRT_DEVICE SpreadRow fold_partials(const Attention& a, int64_t row, int count, int num_rows) {
   constexpr int kAhead = 8;  // loads in flight
-  SpreadRow<kDim> total{};
+  SpreadRow total{};
   total.m = -INFINITY;
-  const float* partial = a.partials + row * kPartialFloats<kDim>;
-  const int64_t step = int64_t(num_rows) * kPartialFloats<kDim>;
+  const float* partial = a.partials + row * kPartialFloats;
+  const int64_t step = int64_t(num_rows) * kPartialFloats;
   for (int first = 0; first < count; first += kAhead) {
-    SpreadRow<kDim> parts[kAhead];
+    SpreadRow parts[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (first + i < count) parts[i].load(partial + (first + i) * step);
@@ -183,7 +157,7 @@ CLRT_DEVICE SpreadRow<kDim> fold_partials(const Attention& a, int64_t row, int c
     for (int i = 0; i < kAhead; ++i) {
       if (first + i >= count) break;
       const FoldScales scales = fold_scales(total.m, total.l, parts[i].m, parts[i].l);
-      for (int j = 0; j < SpreadRow<kDim>::kEach; ++j) {
+      for (int j = 0; j < SpreadRow::kEach; ++j) {
         total.o[j] = scales(total.o[j], parts[i].o[j]);
       }
     }
@@ -191,35 +165,35 @@ CLRT_DEVICE SpreadRow<kDim> fold_partials(const Attention& a, int64_t row, int c
   return total;
 }
 
-template <typename T, int kDim>
-CLRT_DEVICE void store_spread(const Attention& a, int64_t row, const SpreadRow<kDim>& state) {
-  constexpr int kEach = SpreadRow<kDim>::kEach;
+template <typename T>
+CLRT_DEVICE void store_spread(const Attention& a, int64_t row, const SpreadRow& state) {
+  constexpr int kEach = SpreadRow::kEach;
   const int lane = threadIdx.x % kWarp;
   Vector<T, kEach> out;
   for (int i = 0; i < kEach; ++i) {
-    out.elements[i] = from_float<T>(final_value<void, kDim>(state.o[i], state.l));
+    out.elements[i] = from_float<T>(final_value(state.o[i], state.l));
   }
   *reinterpret_cast<Vector<T, kEach>*>(static_cast<T*>(a.out) + row * kDim + lane * kEach) = out;
   if (lane == 0) a.lse[row] = final_lse(state.m, state.l);
 }
 
 // A unit's partial result is stored: fold what is now complete.
-template <typename T, int kDim>
+template <typename T>
 CLRT_DEVICE void finish_unit(const Attention& a, const UnitCursor& unit, const Segment& s) {
   const int splits = unit.share().splits, nodes = unit.share().nodes();
   const int node = unit.split() / kNode, first = node * kNode, rows = unit.share().rows;
   const int in_node = splits - first < kNode ? splits - first : kNode;
   if (!arrives_last(a.tickets + unit.ticket(node), in_node)) return;
   for (int r = 0; r < s.end_row - s.first_row; ++r) {
-    const auto state = fold_partials<kDim>(a, unit.partial_row(first) + r, in_node, rows);
+    const auto state = fold_partials(a, unit.partial_row(first) + r, in_node, rows);
     if (nodes == 1) {
-      store_spread<T, kDim>(a, output_row(a, s, s.first_row + r), state);
+      store_spread<T>(a, output_row(a, s, s.first_row + r), state);
       continue;
     }
-    float* partial = a.partials + (unit.partial_row(splits + node) + r) * kPartialFloats<kDim>;
+    float* partial = a.partials + (unit.partial_row(splits + node) + r) * kPartialFloats;
     const int lane = threadIdx.x % kWarp;
-    for (int i = 0; i < SpreadRow<kDim>::kEach; ++i) {
-      partial[lane * SpreadRow<kDim>::kEach + i] = state.o[i];
+    for (int i = 0; i < SpreadRow::kEach; ++i) {
+      partial[lane * SpreadRow::kEach + i] = state.o[i];
     }
     if (lane == 0) {
       partial[kDim] = state.m;
@@ -228,38 +202,43 @@ CLRT_DEVICE void finish_unit(const Attention& a, const UnitCursor& unit, const S
   }
   if (nodes == 1 || !arrives_last(a.tickets + unit.ticket(nodes), nodes)) return;
   for (int r = 0; r < s.end_row - s.first_row; ++r) {
-    const auto state = fold_partials<kDim>(a, unit.partial_row(splits) + r, nodes, rows);
-    store_spread<T, kDim>(a, output_row(a, s, s.first_row + r), state);
+    const auto state = fold_partials(a, unit.partial_row(splits) + r, nodes, rows);
+    store_spread<T>(a, output_row(a, s, s.first_row + r), state);
   }
 }
 
-template <typename T, typename Tile, int kDim, bool kBulk>
+template <typename T, typename Tile, bool kBulk>
 CLRT_DEVICE void attend_split(const Attention& a) {
-  using WarpRing = Ring<Tile, kDim, kBulk, 1>;
-  const Totals totals = batch_totals(a);
+  using WarpRing = Ring<Tile, kBulk, 1>;
+  const Totals totals = totals_of(a, a.num_seqs);
   if (!totals.fit(a)) return;
   const int warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
   // Neighbouring runs go to different SMs: a short batch then uses all of them.
   const Range range = share_out(totals.units, warp * gridDim.x + blockIdx.x, num_warps * gridDim.x);
   if (range.first == range.end) return;
   WarpRing ring(shared_memory() + warp * WarpRing::kBytes);
-  UnitCursor unit(a, range.first);
-  Feed<WarpRing, UnitSource, kBulk> feed(a, ring, UnitSource{unit, range.end - range.first},
+  static_assert(sizeof(UnitCursor) <= WarpRing::kUnitBytes, "no room for a unit");
+  UnitCursor& unit = *static_cast<UnitCursor*>(ring.unit_memory());
+  const UnitCursor first(a, range.first);
+  if (ring.leads()) unit = first;
+  Feed<WarpRing, UnitSource, kBulk> feed(a, ring, UnitSource{first, range.end - range.first},
                                          Tile::kStages);
   for (int i = range.first;;) {
     const Segment s = unit.segment(a);
-    WarpRows<T, Tile, kDim> rows;
+    WarpRows<T, Tile> rows;
     rows.load(a, s, s.first_row);
-    RowState<kDim> state;
+    RowState state;
     state.clear();
     for (int key = s.first_key; key < s.end_key; key += kTile) {
-      attend_tile<T, Tile, kDim>(a, s, key, ring, feed, rows, state);
+      attend_tile<T, Tile>(a, s, key, ring, feed, rows, state);
     }
     state.complete();
-    store_partial<Tile, kDim>(a, unit.partial_row(unit.split()), s.end_row - s.first_row, state);
-    finish_unit<T, kDim>(a, unit, s);
+    store_partial<Tile>(a, unit.partial_row(unit.split()), s.end_row - s.first_row, state);
+    finish_unit<T>(a, unit, s);
     if (++i == range.end) return;
-    unit.advance(a);
+    WarpRing::sync();
+    if (ring.leads()) unit.advance(a);
+    WarpRing::sync();
   }
 }
 
@@ -279,7 +258,7 @@ struct OneSegment {
 
 // The nodes' fold of rows with more than one node, in shared memory: it is touched every 4,096
 // keys.
-template <int kDim, int kThreads>
+template <int kThreads>
 struct SharedTotal {
   static constexpr int kFloats = kDim / 8 * 4 + 4;
   float* memory;  // kFloats a thread, a stride of the block apart
@@ -288,7 +267,7 @@ struct SharedTotal {
   CLRT_DEVICE void clear() const {
     for (int i = 0; i < kFloats; ++i) at(i) = i < kFloats - 4 ? 0 : i < kFloats - 2 ? -INFINITY : 0;
   }
-  CLRT_DEVICE void add(const RowState<kDim>& node) const {
+  CLRT_DEVICE void add(const RowState& node) const {
     for (int row = 0; row < 2; ++row) {
       float m = at(kFloats - 4 + row), l = at(kFloats - 2 + row);
       const FoldScales scales = fold_scales(m, l, node.m[row], node.l[row]);
@@ -302,7 +281,7 @@ struct SharedTotal {
       }
     }
   }
-  CLRT_DEVICE void read(RowState<kDim>& state) const {
+  CLRT_DEVICE void read(RowState& state) const {
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) {
       for (int j = 0; j < 4; ++j) state.o[i][j] = at(4 * i + j);
@@ -314,9 +293,9 @@ struct SharedTotal {
   }
 };
 
-template <typename T, typename Tile, int kDim>
+template <typename T, typename Tile>
 CLRT_DEVICE void store_rows(const Attention& a, const Segment& s, int first,
-                            const RowState<kDim>& state) {
+                            const RowState& state) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -329,37 +308,35 @@ CLRT_DEVICE void store_rows(const Attention& a, const Segment& s, int first,
     for (int i = 0; i < kDim / 8; ++i) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        out[Tile::out_element(i, j)] =
-            from_float<T>(final_value<Tile, kDim>(state.o[i][2 * half + j], l));
+        out[Tile::out_element(i, j)] = from_float<T>(final_value(state.o[i][2 * half + j], l));
       }
     }
     if (lane % 4 == 0) a.lse[at] = final_lse(state.m[half], l);
   }
 }
 
-template <typename T, typename Tile, int kDim, bool kBulk>
+template <typename T, typename Tile, bool kBulk>
 CLRT_DEVICE void attend_unsplit(const Attention& a) {
-  using TeamRing = Ring<Tile, kDim, kBulk, kTeamWarps>;
-  const bool few_too = a.few_too && !batch_totals(a).fit(a);
+  using TeamRing = Ring<Tile, kBulk, kTeamWarps>;
   OneSegment source{};
-  if (!find_block(a, blockIdx.x, kTeamRows, few_too, &source.segment)) return;
+  if (!find_block(a, blockIdx.x, kTeamRows, &source.segment)) return;
   source.segment.kv_head = blockIdx.y;
   TeamRing ring(shared_memory());
-  const SharedTotal<kDim, kTeamThreads> total{
+  const SharedTotal<kTeamThreads> total{
       reinterpret_cast<float*>(shared_memory() + TeamRing::kBytes)};
   Segment& s = *reinterpret_cast<Segment*>(total.memory + total.kFloats * kTeamThreads);
   if (threadIdx.x == 0) s = source.segment;  // registers are short
   __syncthreads();
   const auto one_node = [&] { return s.end_key <= kSplit * kNode; };
   if (!one_node()) total.clear();
-  WarpRows<T, Tile, kDim> rows;
+  WarpRows<T, Tile> rows;
   rows.load(a, s, s.first_row + threadIdx.x / kWarp * kRows);
-  RowState<kDim> state, node;
+  RowState state, node;
   state.clear();
   node.clear();
   Feed<TeamRing, OneSegment, kBulk> feed(a, ring, source, Tile::kStages);
   for (int key = 0; key < s.end_key;) {
-    attend_tile<T, Tile, kDim>(a, s, key, ring, feed, rows, state);
+    attend_tile<T, Tile>(a, s, key, ring, feed, rows, state);
     key += kTile;
     const bool last = key >= s.end_key;
     if (key % kSplit != 0 && !last) continue;
@@ -371,7 +348,7 @@ CLRT_DEVICE void attend_unsplit(const Attention& a) {
     node.clear();
   }
   if (!one_node()) total.read(node);
-  store_rows<T, Tile, kDim>(a, s, s.first_row + threadIdx.x / kWarp * kRows, node);
+  store_rows<T, Tile>(a, s, s.first_row + threadIdx.x / kWarp * kRows, node);
 }
 
 }  // namespace cuda

@@ -15,7 +15,7 @@ constexpr int kSplit = 256;      // keys of a partial result: 128 KiB of bf16 ke
 constexpr int kNode = 16;        // splits folded first: it halves the depth of the last fold
 constexpr int kRows = 16;        // rows of a matrix fragment
 constexpr int kFewQueries = 16;  // up to this many, a sequence is split among blocks
-constexpr int kTicketBytes = 1 << 20;  // of the workspace: counters, zero between launches
+constexpr int kDim = 128;        // head_dim of the kernels by matrix instructions
 
 // PagedAttentionParams and FlashAttentionParams in one: paged where block_tables is not null.
 struct Attention {
@@ -30,16 +30,16 @@ struct Attention {
   int* tickets;
   int64_t max_partial_rows, max_tickets;
   int64_t max_blocks;  // paged
-  int64_t num_keys;    // contiguous: rows of the keys' matrix
+  int64_t num_keys;    // rows of the keys' matrix, of all pages and heads or contiguous
   int num_seqs, num_tokens, n_heads, n_kv_heads, block_size, box_rows;
   float scale_log2;  // scores are powers of 2: scale * log2(e)
   int few_queries;   // sequences with up to this many queries are split
   bool causal;
-  bool few_too;  // the unsplit kernel looks whether it has to do what could not be split
+  bool few_too;    // the unsplit kernel looks whether it has to do what could not be split
+  bool all_split;  // nothing is left for it
 };
 
 // Rows of partial results: O, then m and l.
-template <int kDim>
 constexpr int kPartialFloats = kDim + 4;
 
 CLRT_DEVICE int group_size(const Attention& a) { return a.n_heads / a.n_kv_heads; }
@@ -108,10 +108,10 @@ struct Totals {
   }
 };
 
-// Of the whole batch, by the 32 lanes of a warp.
-CLRT_DEVICE Totals batch_totals(const Attention& a) {
+// Of the first `count` sequences, by the 32 lanes of a warp.
+CLRT_DEVICE Totals totals_of(const Attention& a, int count) {
   Totals totals{0, 0, 0};
-  for (int seq = threadIdx.x % kWarp; seq < a.num_seqs; seq += kWarp) totals.add(share_of(a, seq));
+  for (int seq = threadIdx.x % kWarp; seq < count; seq += kWarp) totals.add(share_of(a, seq));
   for (int step = kWarp / 2; step > 0; step /= 2) {
     totals.units += __shfl_xor_sync(kAllLanes, totals.units, step);
     totals.partial_rows += __shfl_xor_sync(kAllLanes, totals.partial_rows, step);
@@ -120,19 +120,48 @@ CLRT_DEVICE Totals batch_totals(const Attention& a) {
   return totals;
 }
 
-// One unit after another of the list, from `unit` on.
+// Of `count` items in a row, item i taking places(i) places: the item that place number *at lies
+// in, and *at becomes the place's number within it; past the end: count. By the 32 lanes of a warp,
+// each with an item of its own; a serial search would cost every warp 10 us at 256 sequences.
+template <typename Places>
+CLRT_DEVICE int find_item(int count, const Places& places, int* at) {
+  const int lane = threadIdx.x % kWarp;
+  for (int first = 0; first < count; first += kWarp) {
+    const int here = first + lane < count ? places(first + lane) : 0;
+    int end = here;
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int below = __shfl_up_sync(kAllLanes, end, step);
+      if (lane >= step) end += below;
+    }
+    const unsigned beyond = __ballot_sync(kAllLanes, *at < end);
+    if (beyond != 0) {
+      const int found = __ffs(beyond) - 1;
+      *at -= __shfl_sync(kAllLanes, end - here, found);
+      return first + found;
+    }
+    *at -= __shfl_sync(kAllLanes, end, kWarp - 1);
+  }
+  return count;
+}
+
+// One unit after another of the list, from `unit` on, which a whole warp looks for.
 class UnitCursor {
  public:
   UnitCursor() = default;
-  CLRT_DEVICE UnitCursor(const Attention& a, int unit) : seq_(0), before_{0, 0, 0} {
-    share_ = share_of(a, 0);
-    local_ = unit;
-    settle(a);
+  CLRT_DEVICE UnitCursor(const Attention& a, int unit) : local_(unit) {
+    seq_ = find_item(a.num_seqs, [&](int seq) { return share_of(a, seq).units(); }, &local_);
+    before_ = totals_of(a, seq_);
+    share_ = share_of(a, seq_);
   }
 
   CLRT_DEVICE void advance(const Attention& a) {
     ++local_;
-    settle(a);
+    while (local_ >= share_.units()) {
+      local_ -= share_.units();
+      before_.add(share_);
+      if (++seq_ >= a.num_seqs) return;  // past the end: nobody asks
+      share_ = share_of(a, seq_);
+    }
   }
   CLRT_DEVICE int group() const { return local_ / share_.splits; }
   CLRT_DEVICE int split() const { return local_ % share_.splits; }
@@ -161,15 +190,6 @@ class UnitCursor {
   }
 
  private:
-  CLRT_DEVICE void settle(const Attention& a) {
-    while (local_ >= share_.units()) {
-      local_ -= share_.units();
-      before_.add(share_);
-      if (++seq_ >= a.num_seqs) return;  // past the end: nobody asks
-      share_ = share_of(a, seq_);
-    }
-  }
-
   int seq_, local_;
   Totals before_;
   Share share_;
@@ -183,25 +203,29 @@ CLRT_DEVICE Range share_out(int64_t units, int worker, int num_workers) {
   return {int(units * worker / num_workers), int(units * (worker + 1) / num_workers)};
 }
 
-// The unsplit kernel's blocks: `rows` rows of a kv head each, the last ones first, for they see
-// most. Returns false where there is no such block.
-CLRT_DEVICE bool find_block(const Attention& a, int block, int rows, bool few_too, Segment* s) {
-  for (int seq = a.num_seqs - 1; seq >= 0; --seq) {
+// The unsplit kernels' blocks: `rows` rows of a kv head each, the last ones first, for they see
+// most. Returns false where there is no such block. By a whole warp.
+CLRT_DEVICE bool find_block(const Attention& a, int block, int rows, Segment* s) {
+  const bool few_too = a.few_too && !totals_of(a, a.num_seqs).fit(a);
+  const auto blocks = [&](int seq) {
     const int queries = num_queries(a, seq);
-    if (queries <= a.few_queries && !few_too) continue;
-    const int all = queries * group_size(a), blocks = divide_up(all, rows);
-    if (block >= blocks) {
-      block -= blocks;
-      continue;
-    }
-    s->seq = seq;
-    s->first_row = (blocks - 1 - block) * rows;
-    s->end_row = s->first_row + rows < all ? s->first_row + rows : all;
-    s->first_key = 0;
-    s->end_key = visible_keys(a, seq, s->end_row - 1);
-    return true;
-  }
-  return false;
+    return queries <= a.few_queries && !few_too ? 0 : divide_up(queries * group_size(a), rows);
+  };
+  const int last = a.num_seqs - 1;
+  const int item = find_item(a.num_seqs, [&](int i) { return blocks(last - i); }, &block);
+  if (item == a.num_seqs) return false;
+  s->seq = last - item;
+  const int all = num_queries(a, s->seq) * group_size(a);
+  s->first_row = (blocks(s->seq) - 1 - block) * rows;
+  s->end_row = s->first_row + rows < all ? s->first_row + rows : all;
+  s->first_key = 0;
+  s->end_key = visible_keys(a, s->seq, s->end_row - 1);
+  return true;
+}
+// As many blocks as there can be.
+inline dim3 unsplit_grid(const Attention& a, int rows) {
+  const int64_t group = a.n_heads / a.n_kv_heads;
+  return dim3(a.num_tokens * group / rows + a.num_seqs, a.n_kv_heads);
 }
 
 }  // namespace cuda

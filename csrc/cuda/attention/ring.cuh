@@ -11,13 +11,14 @@
 namespace codellama_rt {
 namespace cuda {
 
-template <typename Tile, int kDim, bool kBulk, int kTeam>
+template <typename Tile, bool kBulk, int kTeam>
 class Ring {
  public:
   static constexpr int kBarrierBytes = 64;  // of Tile::kStages mbarriers, behind the stages
-  static constexpr int kRequestBytes = 128;
+  static constexpr int kRequestBytes = 96, kUnitBytes = 32;
   static constexpr int kBytes =
-      (Tile::kStages * Tile::kBytes + kBarrierBytes + kRequestBytes + 1023) / 1024 * 1024;
+      (Tile::kStages * Tile::kBytes + kBarrierBytes + kRequestBytes + kUnitBytes + 1023) / 1024 *
+      1024;
   static_assert(Tile::kStages * 8 <= kBarrierBytes, "an mbarrier has 8 bytes");
 
   CLRT_DEVICE explicit Ring(unsigned char* memory)
@@ -33,9 +34,11 @@ class Ring {
     }
   }
 
-  // Whether this thread speaks for the team; and room for what is to be asked for next.
+  // Whether this thread speaks for the team; and room for what is to be asked for next, and for
+  // what is computed: registers are short.
   CLRT_DEVICE bool leads() const { return thread_ == 0; }
   CLRT_DEVICE void* request_memory() const { return barriers_ + kBarrierBytes / 8; }
+  CLRT_DEVICE void* unit_memory() const { return barriers_ + (kBarrierBytes + kRequestBytes) / 8; }
 
   // Asks for the tile of keys (or values) from `key` on, for the next free stage.
   CLRT_DEVICE void request(const Attention& a, const Segment& s, int key, bool is_value) {
@@ -71,18 +74,6 @@ class Ring {
     Tile::clear_from(stage, first, thread_, kTeam * kWarp);
     if constexpr (kBulk) ptx::fence_async();  // the engine writes there next
     sync();
-  }
-  // Zeros for values that are not finite, where the stage belongs to one warp; else false.
-  CLRT_DEVICE bool keep_finite(unsigned char* stage) {
-    if constexpr (kTeam > 1 || Tile::kQuantized) {
-      return false;
-    } else {
-      sync();  // all lanes have seen what was there
-      Tile::keep_finite(stage);
-      if constexpr (kBulk) ptx::fence_async();
-      sync();
-      return true;
-    }
   }
   // The team is done with the stage it took.
   CLRT_DEVICE void give_back() {

@@ -12,7 +12,6 @@ namespace cuda {
 
 constexpr int kGroups = kTile / 8;  // of 8 keys: one fragment of scores
 
-template <int kDim>
 struct RowState {
   float o[kDim / 8][4];
   float m[2], l[2];  // m in units of log2; l is this lane's share until `complete`
@@ -50,8 +49,7 @@ CLRT_DEVICE FoldScales fold_scales(float& m, float& l, float m_more, float l_mor
   l = __fmaf_rn(l_more, scales.more, __fmul_rn(l, scales.before));
   return scales;
 }
-template <int kDim>
-CLRT_DEVICE void fold(RowState<kDim>& total, const RowState<kDim>& part) {
+CLRT_DEVICE void fold(RowState& total, const RowState& part) {
   for (int row = 0; row < 2; ++row) {
     const FoldScales scales = fold_scales(total.m[row], total.l[row], part.m[row], part.l[row]);
     for (int i = 0; i < kDim / 8; ++i) {
@@ -64,9 +62,8 @@ CLRT_DEVICE void fold(RowState<kDim>& total, const RowState<kDim>& part) {
 
 // Scores to weights e^(s - max), and what they do to the state. visible: keys of this tile that
 // rows 0 and 1 see, at most kTile.
-template <int kDim>
 CLRT_DEVICE void softmax(float (&s)[kGroups][4], const int (&visible)[2], float scale_log2,
-                         RowState<kDim>& state) {
+                         RowState& state) {
   const int column = threadIdx.x % 4 * 2;
   float before[2];
 #pragma unroll
@@ -124,10 +121,11 @@ CLRT_DEVICE void pack_weights(const float (&s)[kGroups][4], int keys16, uint32_t
 
 // Tiles of f16 or bf16, swizzled as the copy engine leaves them: parts of 64 elements of the head,
 // each kTile rows of 128 bytes, whose 16-byte pieces change places by the row's number.
-template <typename T, int kDim>
+template <typename T>
 struct FloatTile {
   using Math = T;
-  static constexpr int kBytes = kTile * kDim * 2, kStages = kDim == 128 ? 3 : 6;
+  static constexpr int kBytes = kTile * kDim * 2, kStages = 3;
+  static constexpr int kWorkers = 4;  // warps a block: with 48 KiB each they fill an SM's memory
   static constexpr int kPartBytes = kTile * 128;
   static constexpr bool kQuantized = false;
 
@@ -158,79 +156,6 @@ struct FloatTile {
   }
   CLRT_DEVICE static void add_values(const unsigned char* tile, const float (&s)[kGroups][4],
                                      float (&o)[kDim / 8][4]) {
-    add_some_values<false>(tile, s, o);
-  }
-  // The same sums with zeros for values that are not finite; and what those add to rows that see
-  // them. All of it is rare: small rather than fast.
-  CLRT_DEVICE static void add_finite_values(const unsigned char* tile, const float (&s)[kGroups][4],
-                                            float (&o)[kDim / 8][4]) {
-    add_some_values<true>(tile, s, o);
-  }
-  CLRT_DEVICE static void add_other_values(const unsigned char* tile, const float (&s)[kGroups][4],
-                                           const int (&visible)[2], float (&o)[kDim / 8][4]) {
-#pragma unroll 1
-    for (int key = 0; key < kTile; ++key) {
-      float weights[2] = {0, 0};
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) {  // no index known only at run time: registers have none
-        for (int j = 0; j < 4; ++j) {
-          if (8 * i + j % 2 == key - key % 8 / 2 * 2) weights[j / 2] = s[i][j];
-        }
-      }
-      for (float& weight : weights) {
-        weight = __shfl_sync(kAllLanes, weight, (threadIdx.x % kWarp & ~3u) + key % 8 / 2);
-        weight = to_float(from_float<T>(weight));
-      }
-#pragma unroll
-      for (int i = 0; i < kDim / 8; ++i) {
-        for (int j = 0; j < 2; ++j) {
-          const T x = reinterpret_cast<const T*>(tile + offset(key, i))[threadIdx.x % 4 * 2 + j];
-          if (is_finite(x.bits)) continue;
-          for (int row = 0; row < 2; ++row) {
-            float& sum = o[i][2 * row + j];
-            if (key < visible[row]) sum = __fmaf_rn(weights[row], to_float(x), sum);
-          }
-        }
-      }
-    }
-  }
-  CLRT_DEVICE static void keep_finite(unsigned char* tile) {  // by a whole warp
-#pragma unroll 1
-    for (int i = threadIdx.x % kWarp; i < kBytes / 4; i += kWarp) {
-      uint32_t& pair = reinterpret_cast<uint32_t*>(tile)[i];
-      pair = finite_of(pair);
-    }
-  }
-  // Asked by a whole warp.
-  CLRT_DEVICE static bool all_finite(const unsigned char* tile) {
-    bool finite = true;
-#pragma unroll 4
-    for (int i = threadIdx.x % kWarp; i < kBytes / 16; i += kWarp) {
-      const uint4 x = reinterpret_cast<const uint4*>(tile)[i];
-      for (const uint32_t pair : {x.x, x.y, x.z, x.w}) finite = finite && finite_of(pair) == pair;
-    }
-    return __all_sync(kAllLanes, finite);
-  }
-  // Keys from `first` on get zeros for values: 0 times what happens to lie there may be NaN.
-  CLRT_DEVICE static void clear_from(unsigned char* tile, int first, int thread, int num_threads) {
-    constexpr int kPieces = kDim / 8;
-    for (int i = first * kPieces + thread; i < kTile * kPieces; i += num_threads) {
-      *reinterpret_cast<uint4*>(tile + offset(i / kPieces, i % kPieces)) = uint4{};
-    }
-  }
-
- private:
-  static constexpr uint32_t kExponent = std::is_same_v<T, bf16> ? 0x7f80 : 0x7c00;
-
-  CLRT_DEVICE static bool is_finite(uint32_t bits) { return (bits & kExponent) != kExponent; }
-  // A pair of elements, zeros for what is not finite.
-  CLRT_DEVICE static uint32_t finite_of(uint32_t pair) {
-    return (is_finite(pair) ? pair & 0xffff : 0) | (is_finite(pair >> 16) ? pair & 0xffff0000 : 0);
-  }
-
-  template <bool kFinite>
-  CLRT_DEVICE static void add_some_values(const unsigned char* tile, const float (&s)[kGroups][4],
-                                          float (&o)[kDim / 8][4]) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int keys16 = 0; keys16 < kTile / 16; ++keys16) {
@@ -240,12 +165,16 @@ struct FloatTile {
       for (int i = 0; i < kDim / 8; i += 2) {
         uint32_t v[4];
         ptx::load_matrices_transposed(v, tile + offset(16 * keys16 + lane % 16, i + lane / 16));
-        if constexpr (kFinite) {
-          for (uint32_t& pair : v) pair = finite_of(pair);
-        }
         ptx::mma<T>(o[i], p, v[0], v[1]);
         ptx::mma<T>(o[i + 1], p, v[2], v[3]);
       }
+    }
+  }
+  // Keys from `first` on get zeros for values: 0 times what happens to lie there may be NaN.
+  CLRT_DEVICE static void clear_from(unsigned char* tile, int first, int thread, int num_threads) {
+    constexpr int kPieces = kDim / 8;
+    for (int i = first * kPieces + thread; i < kTile * kPieces; i += num_threads) {
+      *reinterpret_cast<uint4*>(tile + offset(i / kPieces, i % kPieces)) = uint4{};
     }
   }
 };
@@ -267,13 +196,13 @@ CLRT_DEVICE uint32_t to_bf16x2<fp8_row>(uint32_t x) {
 // Tiles of int8 or fp8 rows as they lie in their page, computed in bf16. A lane takes 16 bytes of
 // a row at a time, so elements stand in another order than in FloatTile: alike on both sides of a
 // product, where order does not matter, and undone by out_element where it does.
-template <typename Cache, int kDim>
+template <typename Cache, int kWarps>
 struct QuantizedTile {
   using Math = bf16;
   static constexpr int kGroupBytes = kCacheGroup * (kDim + 4);
-  static constexpr int kBytes = kTile / kCacheGroup * kGroupBytes, kStages = 6;
+  static constexpr int kBytes = kTile / kCacheGroup * kGroupBytes, kStages = 24 / kWarps;
+  static constexpr int kWorkers = kWarps;  // 24 stages, 198 KiB, for all of them
   static constexpr bool kQuantized = true;
-  static_assert(kDim == 128, "a lane's 16 bytes are an eighth of a head");
 
   CLRT_DEVICE static const unsigned char* row(const unsigned char* tile, int key) {
     return tile + key / kCacheGroup * kGroupBytes + key % kCacheGroup * kDim;
@@ -327,9 +256,8 @@ struct QuantizedTile {
         words[i][2] = v.z;
         words[i][3] = v.w;
         const float its_scale = scale(tile, its_key);
-        for (int j = i % 2; j < 4; j += 2) {  // a weight of 0 meets no scale: it may be infinite
-          const float weight = s[2 * keys16 + i / 2][j];
-          weights[2 * keys16 + i / 2][j] = weight == 0 ? 0 : __fmul_rn(weight, its_scale);
+        for (int j = i % 2; j < 4; j += 2) {
+          weights[2 * keys16 + i / 2][j] = __fmul_rn(s[2 * keys16 + i / 2][j], its_scale);
         }
       }
       uint32_t p[4];

@@ -59,14 +59,16 @@ CLRT_DEVICE const uint32_t* tile_scales(const unsigned char* scales) {
 }
 CLRT_DEVICE float half_of(uint32_t pair, int i) { return to_float(f16{uint16_t(pair >> 16 * i)}); }
 
-struct Int8Weight {
+// What int8 and int4 tiles share: `Values` of a lane, then scales.
+template <typename Format, typename Values, int kBytes>
+struct TiledWeight {
   using Math = bf16;
   static constexpr int kChunk = 64, kSteps = 4;
   static constexpr bool kScaled = true;
-  static constexpr int64_t kValueBytes = 1024, kTileBytes = kValueBytes + 64;
+  static constexpr int64_t kTileBytes = kBytes + 64;
 
   struct Piece {
-    uint4 rows[2];
+    Values values;
     uint32_t scales[2];
   };
 
@@ -77,23 +79,9 @@ struct Int8Weight {
   }
   CLRT_DEVICE static Piece read(const unsigned char* memory) {  // of one tile, in any memory
     Piece piece;
-    for (int i = 0; i < 2; ++i) {
-      piece.rows[i] = reinterpret_cast<const uint4*>(memory)[32 * i + threadIdx.x % kWarp];
-      piece.scales[i] = tile_scales(memory + kValueBytes)[8 * i];
-    }
+    piece.values = Format::values(reinterpret_cast<const uint4*>(memory) + threadIdx.x % kWarp);
+    for (int i = 0; i < 2; ++i) piece.scales[i] = tile_scales(memory + kBytes)[8 * i];
     return piece;
-  }
-  CLRT_DEVICE static uint32_t to_bf16(uint32_t x) {  // as QuantizedTile does
-    return ptx::fma_bf16x2((x & 0x00800080) | 0x43004300, 0xbf80bf80,
-                           (x & 0x007f007f) | 0x43004300);
-  }
-  CLRT_DEVICE static void fragment(const Piece& piece, int step, uint32_t (&a)[4]) {
-    for (int i = 0; i < 2; ++i) {
-      const uint4& row = piece.rows[i];
-      const uint32_t word = step == 0 ? row.x : step == 1 ? row.y : step == 2 ? row.z : row.w;
-      a[i] = to_bf16(ptx::permute_bytes(word, 0, 0x4140));
-      a[2 + i] = to_bf16(ptx::permute_bytes(word, 0, 0x4342));
-    }
   }
   // Of this lane's row g (i = 0) or g + 8, of the first or second 32.
   CLRT_DEVICE static float scale(const Piece& piece, int i, int group) {
@@ -101,41 +89,37 @@ struct Int8Weight {
   }
 };
 
-struct Int4Weight {
-  using Math = bf16;
-  static constexpr int kChunk = 64, kSteps = 4;
-  static constexpr bool kScaled = true;
-  static constexpr int64_t kValueBytes = 512, kTileBytes = kValueBytes + 64;
-
-  struct Piece {
-    uint4 words;
-    uint32_t scales[2];
-  };
-
-  CLRT_DEVICE static Piece load(const void* weight, int64_t, int64_t k, int64_t tile,
-                                int64_t chunk) {
-    return read(static_cast<const unsigned char*>(weight) +
-                (tile * (k / kChunk) + chunk) * kTileBytes);
-  }
-  CLRT_DEVICE static Piece read(const unsigned char* memory) {  // of one tile, in any memory
-    Piece piece;
-    piece.words = reinterpret_cast<const uint4*>(memory)[threadIdx.x % kWarp];
-    for (int i = 0; i < 2; ++i) piece.scales[i] = tile_scales(memory + kValueBytes)[8 * i];
-    return piece;
+struct TwoRows {
+  uint4 rows[2];
+};
+struct Int8Weight : TiledWeight<Int8Weight, TwoRows, 1024> {
+  CLRT_DEVICE static TwoRows values(const uint4* memory) { return {{memory[0], memory[kWarp]}}; }
+  CLRT_DEVICE static uint32_t to_bf16(uint32_t x) {  // as QuantizedTile does
+    return ptx::fma_bf16x2((x & 0x00800080) | 0x43004300, 0xbf80bf80,
+                           (x & 0x007f007f) | 0x43004300);
   }
   CLRT_DEVICE static void fragment(const Piece& piece, int step, uint32_t (&a)[4]) {
     for (int i = 0; i < 2; ++i) {
-      const uint32_t word = step < 2 ? (i == 0 ? piece.words.x : piece.words.z)
-                                     : (i == 0 ? piece.words.y : piece.words.w);
+      const uint4& row = piece.values.rows[i];
+      const uint32_t word = step == 0 ? row.x : step == 1 ? row.y : step == 2 ? row.z : row.w;
+      a[i] = to_bf16(ptx::permute_bytes(word, 0, 0x4140));
+      a[2 + i] = to_bf16(ptx::permute_bytes(word, 0, 0x4342));
+    }
+  }
+};
+
+struct Int4Weight : TiledWeight<Int4Weight, uint4, 512> {
+  CLRT_DEVICE static uint4 values(const uint4* memory) { return *memory; }
+  CLRT_DEVICE static void fragment(const Piece& piece, int step, uint32_t (&a)[4]) {
+    const uint4& words = piece.values;
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t word = step < 2 ? (i == 0 ? words.x : words.z) : (i == 0 ? words.y : words.w);
       for (int half = 0; half < 2; ++half) {
         const uint32_t pair = word >> 4 * (step % 2 * 2 + half) & 0x000f000f;
         // 128 + value + 8, minus 136.
         a[2 * half + i] = ptx::fma_bf16x2(pair | 0x43004300, 0x3f803f80, 0xc308c308);
       }
     }
-  }
-  CLRT_DEVICE static float scale(const Piece& piece, int i, int group) {
-    return half_of(piece.scales[i], group);
   }
 };
 

@@ -3,12 +3,10 @@
 // Traffic  weights once for up to 32 tokens, once for every 128 from 33 on
 // Limit    memory read up to 32 tokens (32 FLOP/byte in bf16); arithmetic beyond 100 or so
 // Tiling   few tokens: a block of 8 warps takes 16 rows of the weight, each warp an eighth of k,
-//          and keeps 4 chunks (4 KiB) a warp in flight; more: linear_many.cu, or cuBLASLt where it
-//          is in use
+//          and keeps 4 chunks (4 KiB) a warp in flight; more: linear_many.cu
 // Numerics products of 16-bit numbers, sums in fp32: eighths of k, each ascending, added in
 //          ascending order, whatever the number of tokens; quantised weights exactly to bf16, a sum
 //          of 32 times its scale; x in the weight's type, over a quantised weight in bf16
-#include "cuda/linear/cublaslt.h"
 #include "cuda/linear/linear.cuh"
 #include "cuda/runtime/launchers.h"
 
@@ -22,6 +20,8 @@ constexpr int kThreads = kSlices * kWarp, kAhead = 4;
 template <typename T, typename W, int kTokenTiles>
 CLRT_DEVICE void multiply(const LinearParams& p, const WeightTile& tile, int64_t first_token,
                           int64_t begin, int64_t end, float (&sums)[kTokenTiles][4]) {
+  // Unrolled; of many tokens, registers are short.
+  [[maybe_unused]] constexpr int kParts = kTokenTiles == 1 ? W::kSteps / 2 : 1;
   const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
   typename W::Piece ahead[kAhead];
 #pragma unroll
@@ -37,7 +37,7 @@ CLRT_DEVICE void multiply(const LinearParams& p, const WeightTile& tile, int64_t
       if (chunk + kAhead < end) {
         ahead[i] = W::load(tile.weight, tile.n, p.k, tile.index, chunk + kAhead);
       }
-#pragma unroll
+#pragma unroll kParts
       for (int part = 0; part < W::kSteps / 2; ++part) {
         uint32_t a[2][4];
         for (int step = 0; step < 2; ++step) W::fragment(piece, 2 * part + step, a[step]);
@@ -128,10 +128,7 @@ void check_supported(const LinearParams& p) {
 void linear(const LinearParams& p) {
   check_supported(p);
   if (p.num_tokens == 0) return;
-  if (p.num_tokens > kFewTokens) {
-    if (!is_float(p.weight_dtype) || !cublaslt_linear(p)) linear_many(p);
-    return;
-  }
+  if (p.num_tokens > kFewTokens) return linear_many(p);
   const bool is_bf16 = p.x_dtype == DType::kBFloat16;
   switch (p.weight_dtype) {
     case DType::kInt8Mma:

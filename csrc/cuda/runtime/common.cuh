@@ -51,53 +51,33 @@ CLRT_DEVICE uint32_t float_bits(float x) {
 
 CLRT_DEVICE float to_float(float x) { return x; }
 CLRT_DEVICE float to_float(bf16 x) { return bits_float(uint32_t(x.bits) << 16); }
-CLRT_DEVICE float to_float(f16 x) {
-#ifdef CLRT_EMULATE
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
-  if (rest >= 0x7c00) return bits_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  return bits_float(sign | float_bits(bits_float(rest << 13) * 0x1p112f));
-#else
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
-#endif
-}
-
 template <typename T>
 CLRT_DEVICE T from_float(float x);
 template <>
 CLRT_DEVICE float from_float<float>(float x) {
   return x;
 }
+#ifdef CLRT_EMULATE
+#include "conversions.h"
+#else
+CLRT_DEVICE float to_float(f16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
 template <>
 CLRT_DEVICE bf16 from_float<bf16>(float x) {
-#ifdef CLRT_EMULATE
-  const uint32_t bits = float_bits(x);
-  if (x != x) return {uint16_t(bits >> 16 | 0x40)};
-  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-#else
   bf16 y;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
   return y;
-#endif
 }
 template <>
 CLRT_DEVICE f16 from_float<f16>(float x) {
-#ifdef CLRT_EMULATE
-  const uint32_t sign = float_bits(x) >> 16 & 0x8000, magnitude = float_bits(x) & 0x7fffffff;
-  if (x != x) return {uint16_t(sign | 0x7e00)};
-  if (magnitude >= 0x47800000) return {uint16_t(sign | 0x7c00)};  // 65536 and more
-  if (magnitude < 0x38800000) {                                   // below 2^-14: steps of 2^-24
-    return {uint16_t(sign | uint32_t(std::nearbyint(std::fabs(x) * 0x1p24f)))};
-  }
-  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000;
-  return {uint16_t(sign | rounded >> 13)};
-#else
   f16 y;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
   return y;
-#endif
 }
+#endif
 
 // Two elements of a matrix fragment in a register, the first in the low half.
 template <typename T>

@@ -3,8 +3,8 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include "bind/dlpack.h"
 #include "bind/gil.h"
-#include "cuda/linear/cublaslt.h"
 #include "cuda/runtime/runtime.h"
 
 namespace py = pybind11;
@@ -16,35 +16,14 @@ namespace {
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 uintptr_t address(const void* memory) { return reinterpret_cast<uintptr_t>(memory); }
 
-// DLPack, version 0 of its ABI (dmlc/dlpack, include/dlpack/dlpack.h).
-struct DLTensor {
-  void* data;
-  struct {
-    int32_t type, id;
-  } device;
-  int32_t ndim;
-  struct {
-    uint8_t code, bits;
-    uint16_t lanes;
-  } dtype;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct DLManagedTensor {
-  DLTensor tensor;
-  void* context;
-  void (*deleter)(DLManagedTensor*);
-};
-constexpr int kDLCuda = 2;
-
 struct Shared {
-  DLManagedTensor managed;
+  dlpack::Managed managed;
   std::vector<int64_t> shape;
   py::object owner;
 };
 
 // On any thread of the consumer, at any time: once the interpreter ends, its memory ends with it.
-void delete_shared(DLManagedTensor* managed) {
+void delete_shared(dlpack::Managed* managed) {
   if (!Py_IsInitialized()) return;
   const GilHeld gil;
   auto* shared = static_cast<Shared*>(managed->context);
@@ -56,16 +35,16 @@ void delete_shared(DLManagedTensor* managed) {
 // The consumer renames the capsule it took; one that nobody took is freed with it.
 void delete_capsule(PyObject* capsule) {
   if (!PyCapsule_IsValid(capsule, "dltensor")) return;
-  auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+  auto* managed = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule, "dltensor"));
   managed->deleter(managed);
 }
 
-py::object dlpack(uintptr_t data, std::vector<int64_t> shape, int code, int bits,
-                  py::object owner) {
+py::object exported(uintptr_t data, std::vector<int64_t> shape, int code, int bits,
+                    py::object owner) {
   auto* shared = new Shared{{}, std::move(shape), std::move(owner)};
-  DLTensor& t = shared->managed.tensor;
+  dlpack::Tensor& t = shared->managed.tensor;
   t.data = pointer(data);
-  t.device = {kDLCuda, 0};
+  t.device = {dlpack::kCuda, 0};
   t.ndim = int32_t(shared->shape.size());
   t.dtype = {uint8_t(code), uint8_t(bits), 1};
   t.shape = shared->shape.data();
@@ -80,8 +59,6 @@ py::object dlpack(uintptr_t data, std::vector<int64_t> shape, int code, int bits
 void add_runtime(py::module_& m) {
   m.def("unavailable_reason", unavailable_reason);
   m.def("device_name", device_name);
-  m.def("num_sms", [] { return device().num_sms; });
-  m.def("capability", [] { return py::make_tuple(device().major, device().minor); });
   m.def("memory_info", [] {
     size_t free_bytes = 0, total_bytes = 0;
     memory_info(&free_bytes, &total_bytes);
@@ -109,14 +86,11 @@ void add_runtime(py::module_& m) {
   m.def("set_workspace",
         [](uintptr_t memory, size_t bytes) { set_workspace(pointer(memory), bytes); });
   m.def("workspace", [] { return address(workspace().memory); });
-  m.def("use_cublaslt", [](const std::string& path, uintptr_t memory, size_t bytes) {
-    return use_cublaslt(path, pointer(memory), bytes);
-  });
-  m.def("leave_cublaslt", leave_cublaslt);
+  m.def("set_decode_warps", set_decode_warps);
   m.def("read_sum", [](uintptr_t memory, size_t bytes, uintptr_t out) {
     read_sum(pointer(memory), bytes, static_cast<float*>(pointer(out)));
   });
-  m.def("dlpack", dlpack);
+  m.def("dlpack", exported);
 }
 
 }  // namespace cuda

@@ -16,12 +16,6 @@ namespace ptx {
 using TensorMap = CUtensorMap;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define CLRT_HOPPER 1
-#endif
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define CLRT_WGMMA 1
-#endif
-#ifdef CLRT_HOPPER
 constexpr bool kHasBulkCopies = true;
 #else
 constexpr bool kHasBulkCopies = false;
@@ -29,11 +23,14 @@ constexpr bool kHasBulkCopies = false;
 // Whether this pass of the compiler makes the kernels that copy so.
 template <bool kBulk>
 constexpr bool kBuilds = kBulk == kHasBulkCopies;
-#ifdef CLRT_WGMMA
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool kHasWgmma = true;
 #else
 constexpr bool kHasWgmma = false;
 #endif
+
+// Ends the launch with an error, which the next call of CUDA reports.
+CLRT_DEVICE void trap() { asm volatile("trap;"); }
 
 CLRT_DEVICE uint32_t shared_address(const void* memory) {
   return uint32_t(__cvta_generic_to_shared(memory));
@@ -61,14 +58,16 @@ template <typename T>
 CLRT_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
 CLRT_DEVICE void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 CLRT_DEVICE void mma<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -102,42 +101,29 @@ CLRT_DEVICE void wait_copies() {
 // --- Hopper: copies by the bulk engine, which report to an mbarrier ---------------------------
 
 CLRT_DEVICE void barrier_init(uint64_t* barrier, int count) {
-#ifdef CLRT_HOPPER
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
                : "memory");
-#endif
 }
 // Makes the barriers known to the copy engine, before any thread goes on.
 CLRT_DEVICE void barrier_init_fence() {
-#ifdef CLRT_HOPPER
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
 }
 // What threads did to shared memory comes before what the copy engine or wgmma do to it next.
-CLRT_DEVICE void fence_async() {
-#ifdef CLRT_HOPPER
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
+CLRT_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // One arrival, and `bytes` to come.
 CLRT_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-#ifdef CLRT_HOPPER
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
       "r"(bytes)
       : "memory");
-#endif
 }
 CLRT_DEVICE void barrier_arrive(uint64_t* barrier) {
-#ifdef CLRT_HOPPER
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
-#endif
 }
 // Until the phase of this parity (0 for the first, then in turn) is over.
 CLRT_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
-#ifdef CLRT_HOPPER
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -149,26 +135,21 @@ CLRT_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
-#endif
 }
 CLRT_DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-#ifdef CLRT_HOPPER
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
-#endif
 }
 // The box at column x, row y of the map's matrix; what lies outside the matrix comes as zeros.
 CLRT_DEVICE void tensor_copy(void* to, const TensorMap* map, int x, int y, uint64_t* barrier) {
-#ifdef CLRT_HOPPER
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
       "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier))
       : "memory");
-#endif
 }
 
 }  // namespace ptx

@@ -16,6 +16,9 @@ void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("cuda: ") + what + ": " + cudaGetErrorString(error));
 }
 
+// Compiled like every kernel: what the driver loads for it, it loads for all.
+__global__ void image_kernel() {}
+
 cudaStream_t current() { return static_cast<cudaStream_t>(stream()); }
 
 struct Probe {
@@ -28,6 +31,10 @@ struct Probe {
     if (error == cudaSuccess && count > 0) error = cudaGetDevice(&ordinal);
     cudaDeviceProp properties;
     if (error == cudaSuccess && count > 0) error = cudaGetDeviceProperties(&properties, ordinal);
+    cudaFuncAttributes attributes{};
+    if (error == cudaSuccess && count > 0 && properties.major >= 8) {
+      error = cudaFuncGetAttributes(&attributes, image_kernel);
+    }
     if (error != cudaSuccess || count == 0) {
       cudaGetLastError();
       reason = std::string("no CUDA device: ") +
@@ -37,8 +44,14 @@ struct Probe {
     name = std::string(properties.name) + ", compute capability " +
            std::to_string(properties.major) + "." + std::to_string(properties.minor);
     device = {properties.major, properties.minor, properties.multiProcessorCount,
-              properties.sharedMemPerBlockOptin};
-    if (properties.major < 8) reason = name + ": these kernels need 8.0 or more";
+              properties.sharedMemPerBlockOptin, false};
+    if (properties.major < 8) {
+      reason = name + ": these kernels need 8.0 or more";
+      return;
+    }
+    // Of what was compiled, not of what it became: CUDA_FORCE_PTX_JIT makes code for 9.0 from 8.0.
+    const std::string fault = choose_kernels(&device, attributes.ptxVersion);
+    if (!fault.empty()) reason = name + ": " + fault;
   }
 };
 

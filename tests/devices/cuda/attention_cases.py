@@ -1,6 +1,5 @@
 """Cases of attention that several tests run, and how."""
 
-import numpy as np
 from device_arrays import get, poisoned, put
 from helpers.builders import paged
 
@@ -20,13 +19,3 @@ def long_case(rng, queries, seq_len=700, block_size=64, dtype="bfloat16", head_d
         rng, [seq_len], [queries], heads=(4, 2), head_dim=head_dim, block_size=block_size,
         dtype=dtype, cache_dtype=dtype,
     )  # fmt: skip
-
-
-def with_values(case, at, value):
-    """The case with `value` in some elements of token `at`'s values of the first sequence."""
-    block_size = case.key_cache.shape[2]
-    cache = case.value_cache.copy()
-    page = case.block_tables[0, at // block_size]
-    cache[page, :, at % block_size, 3::5] = value
-    changed = case.__class__(**{**vars(case), "value_cache": cache})
-    return changed, np.arange(case.query.shape[2]) % 5 == 3

@@ -1,9 +1,10 @@
-// How attention's work is cut (csrc/cuda/attention/plan.cuh), as plain C++ for Python: every unit
-// of the split kernel and every block of the unsplit ones, for lengths that no emulated run
-// reaches.
+// How attention's work is cut (csrc/cuda/attention/plan.cuh), for Python: every unit of the split
+// kernel and every block of the unsplit ones, as an emulated warp finds them, for lengths that no
+// emulated run of the kernels reaches.
 #include "cuda/attention/plan.cuh"
 
 using namespace codellama_rt::cuda;
+namespace emu = codellama_rt::emu;
 
 namespace {
 
@@ -28,6 +29,11 @@ Attention attention_of(const Case& c) {
   return a;
 }
 
+template <typename Body>
+void by_a_warp(const Body& body) {
+  emu::launch([&] { body(threadIdx.x == 0); }, dim3(1), kWarp, 0);
+}
+
 }  // namespace
 
 extern "C" {
@@ -35,11 +41,13 @@ extern "C" {
 // units, partial rows, tickets of the whole batch.
 void plan_totals(const Case* c, int32_t* out) {
   const Attention a = attention_of(*c);
-  Totals totals{0, 0, 0};
-  for (int seq = 0; seq < a.num_seqs; ++seq) totals.add(share_of(a, seq));
-  out[0] = totals.units;
-  out[1] = totals.partial_rows;
-  out[2] = totals.tickets;
+  by_a_warp([&](bool leads) {
+    const Totals totals = totals_of(a, a.num_seqs);
+    if (!leads) return;
+    out[0] = totals.units;
+    out[1] = totals.partial_rows;
+    out[2] = totals.tickets;
+  });
 }
 
 // The units of one worker, 12 numbers each: the segment (6), where its partial rows begin, where
@@ -50,7 +58,11 @@ int plan_units(const Case* c, int worker, int num_workers, int32_t* out) {
   plan_totals(c, totals);
   const Range range = share_out(totals[0], worker, num_workers);
   if (range.first == range.end) return 0;
-  UnitCursor unit(a, range.first);
+  UnitCursor unit;
+  by_a_warp([&](bool leads) {
+    const UnitCursor found(a, range.first);
+    if (leads) unit = found;
+  });
   for (int i = range.first;; unit.advance(a)) {
     const Segment s = unit.segment(a);
     const int node = unit.split() / kNode, splits = unit.share().splits;
@@ -73,8 +85,18 @@ int plan_units(const Case* c, int worker, int num_workers, int32_t* out) {
 
 // Block number `block` of the unsplit kernels of `rows` rows: its segment; 0 if there is none.
 int plan_block(const Case* c, int block, int rows, int few_too, int32_t* out) {
+  Attention a = attention_of(*c);
+  a.few_too = few_too;  // without partials nothing fits
   Segment s;
-  if (!find_block(attention_of(*c), block, rows, few_too, &s)) return 0;
+  bool found = false;
+  by_a_warp([&](bool leads) {
+    Segment mine;
+    const bool here = find_block(a, block, rows, &mine);
+    if (!leads) return;
+    found = here;
+    s = mine;
+  });
+  if (!found) return 0;
   const int32_t row[5] = {s.seq, s.first_row, s.end_row, s.first_key, s.end_key};
   for (int j = 0; j < 5; ++j) out[j] = row[j];
   return 1;

@@ -45,7 +45,9 @@ def assert_oracle(case, **attributes):
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 128), ("float16", 64)])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [("bfloat16", 128), ("float16", 128), ("float16", 64)]
+)
 def test_lengths_and_head_ratios(rng, dtype, head_dim, batch, heads):
     assert_oracle(
         paged(
@@ -57,7 +59,7 @@ def test_lengths_and_head_ratios(rng, dtype, head_dim, batch, heads):
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("block_size", [16, 48, 128])
-@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 128), ("bfloat16", 64)])
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 128), ("float16", 64)])
 def test_page_sizes(rng, dtype, head_dim, block_size):
     assert_oracle(
         paged(
@@ -105,7 +107,7 @@ def test_long_sequences_fold_nodes(rng, heads):
 def test_131072_tokens(rng, heads):
     """512 splits, 32 nodes."""
     case = paged(
-        rng, [131_072], [1], heads=heads, head_dim=64, block_size=128, dtype="bfloat16",
+        rng, [131_072], [1], heads=heads, head_dim=128, block_size=128, dtype="bfloat16",
         cache_dtype="bfloat16",
     )  # fmt: skip
     assert_oracle(case)
@@ -114,7 +116,7 @@ def test_131072_tokens(rng, heads):
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "head_dim"), [("bfloat16", 128), ("float16", 64), ("float32", 40)]
+    ("dtype", "head_dim"), [("bfloat16", 128), ("float16", 128), ("float16", 64), ("float32", 40)]
 )
 def test_flash_attention(rng, dtype, head_dim, causal):
     case = paged(
@@ -198,22 +200,48 @@ def test_bits_without_or_with_little_workspace(rng, emulated, num_bytes, seq_len
         assert_equal_bits(got, expected)
 
 
-def test_copies_by_cp_async_give_the_same_bits(emulated_module, tmp_path):
-    """What runs on Ampere: the other way of filling the same tiles."""
+AMPERE = {"CODELLAMA_RT_EMULATED_CAPABILITY": "80"}
+JIT = {"CUDA_FORCE_PTX_JIT": "1"}  # the driver passes over machine code, and compiles sm_80's PTX
+COPIES = {"CODELLAMA_RT_CUDA_COPIES": "cp.async"}
+
+
+def run_elsewhere(module, path, variables):
+    """Attention in a process of its own, where the emulator reads its environment."""
     child = Path(__file__).with_name("attention_of_capability.py")
+    environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(child), module.__file__, str(path)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_copies_by_cp_async_give_the_same_bits(emulated_module, tmp_path):
+    """What runs on Ampere, and on a Hopper that tests ask for it: other copies into the tiles."""
     results = []
-    for capability in ("90", "80"):
-        path = tmp_path / f"{capability}.npz"
-        environment = {
-            **os.environ, "CODELLAMA_RT_EMULATED_CAPABILITY": capability,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }  # fmt: skip
-        command = [sys.executable, str(child), emulated_module.__file__, str(path)]
-        subprocess.run(command, env=environment, check=True)
+    for i, variables in enumerate(({}, AMPERE, {**JIT, **COPIES})):
+        path = tmp_path / f"{i}.npz"
+        result = run_elsewhere(emulated_module, path, variables)
+        assert result.returncode == 0, result.stderr
         results.append(np.load(path))
-    assert len(results[0].files) == 8
-    for name in results[0].files:
-        assert_equal_bits(results[1][name], results[0][name])
+    assert len(results[0].files) == 4
+    for other in results[1:]:
+        for name in results[0].files:
+            assert_equal_bits(other[name], results[0][name])
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [({"CODELLAMA_RT_EMULATED_IMAGE": "80"}, "the driver loaded kernels of sm_80, which this"),
+     (JIT, "unset CUDA_FORCE_PTX_JIT, or build the library for sm_90a"),
+     (COPIES, "CODELLAMA_RT_CUDA_COPIES=cp.async needs CUDA_FORCE_PTX_JIT=1"),
+     ({"CODELLAMA_RT_CUDA_COPIES": "tma"}, "must be cp.async or not set, got tma")],
+)  # fmt: skip
+def test_kernels_of_another_image_are_refused(emulated_module, tmp_path, variables, message):
+    """An image whose kernels use other copies than the host asks for would do nothing."""
+    path = tmp_path / "out.npz"
+    result = run_elsewhere(emulated_module, path, variables)
+    assert result.returncode != 0
+    assert "RuntimeError" in result.stderr
+    assert message in result.stderr
+    assert not path.exists()
 
 
 def test_numpy_dtype_is_what_the_cases_use():

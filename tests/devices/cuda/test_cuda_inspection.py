@@ -102,8 +102,18 @@ def test_a_missing_instruction_is_found():
     assert "sm_90a has no attend_wgmma_kernel" in tool.faults([])
 
 
+def test_a_kernel_that_does_nothing_must_trap():
+    names = "attend_split_kernel", "attend_wgmma_kernel", "image_kernel"
+    kernels = [tool.Kernel(f"_Z{len(name)}{name}v", "sm_80", size=16) for name in names]
+    silent = [fault for fault in tool.faults(kernels) if "does nothing" in fault]
+    assert len(silent) == 2
+    for kernel in kernels:
+        kernel.instructions[tool.TRAP] = 1
+    assert not [fault for fault in tool.faults(kernels) if "does nothing" in fault]
+
+
 def test_the_device_is_refused_where_it_is_not():
     usable, reason = ops.available("cuda")
     if usable:
         pytest.skip(f"a GPU is here: {reason}")
-    assert "available: cpu" in reason
+    assert reason.endswith("; available: cpu")

@@ -46,9 +46,11 @@ def make(seq_lens, queries, heads, *, block_size=64, few_queries=FEW, rng=None):
 
 def compiled(folder, stem):
     library = folder / f"{stem}.so"
-    source = Path(__file__).with_name(f"{stem}.cc")
-    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DCLRT_EMULATE", "-DCLRT_CUDA", *INCLUDES]
-    subprocess.run(["c++", *options, str(source), "-o", str(library)], check=True)
+    sources = [Path(__file__).with_name(f"{stem}.cc"), REPOSITORY / "tests/emulators/cuda/emu.cc",
+               REPOSITORY / "csrc/cuda/runtime/runtime.cc"]  # fmt: skip
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-DCLRT_EMULATE",
+               "-DCLRT_CUDA", *INCLUDES]  # fmt: skip
+    subprocess.run(["c++", *options, *map(str, sources), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 
@@ -92,6 +94,11 @@ CASES = {
     "batch": ([131_072, 1, 0, 256, 257, 4096, 100_000], [1] * 7, (8, 2)),
     "with-a-chunk": ([5000, 131_072, 40], [3, 700, 1], (4, 2)),
     "thirty-two": ([16_384] * 32, [1] * 32, (8, 8)),
+    "seventy": (
+        [300 * (i % 5) for i in range(70)],
+        [(1, 0, 20, 4)[i % 4] for i in range(70)],
+        (4, 2),
+    ),
 }
 
 

@@ -251,17 +251,6 @@ inline void WholeReduceMax(const LocalTensor<float>& to, const LocalTensor<float
                            from_repeat,
                            [](const float* x, int64_t n) { return *std::max_element(x, x + n); });
 }
-// `work` holds the sums of the repeats.
-inline void ReduceSum(const LocalTensor<float>& to, const LocalTensor<float>& from,
-                      const LocalTensor<float>& work, int32_t count) {
-  emu_vector::begin("ReduceSum");
-  emu_vector::check_count(count, from);
-  emu_vector::check_count(count, work);
-  const float* a = from.read(0, count);
-  work.write(0, (count + 63) / 64);
-  *to.write(0, 1) = emu_vector::pairwise(a, count);
-}
-
 // Eight numbers a repeat, each spread over a block.
 inline void Brcb(const LocalTensor<float>& to, const LocalTensor<float>& from, uint8_t repeats,
                  const BrcbRepeatParams& p) {

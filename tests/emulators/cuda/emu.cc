@@ -131,25 +131,51 @@ void enqueue(std::function<void()> work) {
   }
 }
 
+int last_threads = 0;
+
 void launch(std::function<void()> kernel, dim3 grid, int num_threads, size_t shared_bytes) {
   if (num_threads % kWarp != 0 || num_threads > kMaxThreads || shared_bytes > kMaxShared ||
       grid.y > 65535 || grid.z > 65535) {
     throw std::runtime_error("emulated kernel: a launch that no device takes");
   }
+  // For tests: a kernel that breaks the device, by a part of its parameters' name.
+  const char* fault = std::getenv("CODELLAMA_RT_EMULATED_FAULT");
+  if (fault && std::strstr(kernel.target_type().name(), fault)) std::abort();
   enqueue([=] { run_grid(kernel, grid, num_threads); });
+  last_threads = num_threads;
 }
+
+// For tests: which of an op's kernels ran, by the threads of the last one's blocks.
+extern "C" __attribute__((visibility("default"))) int emulated_threads() { return last_threads; }
 
 }  // namespace emu
 
 namespace cuda {
 
 // The device is this process's memory; a stream does what it is given at once.
-std::string unavailable_reason() { return ""; }
+struct Probe {
+  Device device{9, 0, 4, 227 << 10, false};
+  std::string reason;
+
+  Probe() {  // of a capability, "80", and of the image that its driver loads: of all, or PTX alone
+    if (const char* asked = std::getenv("CODELLAMA_RT_EMULATED_CAPABILITY")) {
+      device.major = asked[0] - '0';
+    }
+    const char* image = std::getenv("CODELLAMA_RT_EMULATED_IMAGE");
+    const char* jit = std::getenv("CUDA_FORCE_PTX_JIT");
+    const bool ptx = device.major != 9 || (image && *image == '8') || (jit && *jit == '1');
+    reason = choose_kernels(&device, ptx ? 80 : 90);
+  }
+};
+const Probe& probe() {
+  static const Probe found;
+  return found;
+}
+std::string unavailable_reason() { return probe().reason; }
 std::string device_name() { return "emulated on the CPU"; }
 const Device& device() {
-  const char* capability = std::getenv("CODELLAMA_RT_EMULATED_CAPABILITY");  // "80": as on Ampere
-  static const Device emulated{capability ? capability[0] - '0' : 9, 0, 4, 227 << 10};
-  return emulated;
+  if (!probe().reason.empty()) throw std::runtime_error(probe().reason);
+  return probe().device;
 }
 void* allocate(size_t bytes) { return ::operator new(bytes, std::align_val_t(1024)); }
 void release(void* memory) { ::operator delete(memory, std::align_val_t(1024)); }

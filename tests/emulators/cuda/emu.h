@@ -118,15 +118,20 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   using namespace codellama_rt::emu;
   return slot<T>(exchange(warp(), lane(), kWarp, value), lane() ^ mask);
 }
-inline bool __any_sync(unsigned, bool value) {
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int by) {
+  using namespace codellama_rt::emu;
+  return slot<T>(exchange(warp(), lane(), kWarp, value), lane() < by ? lane() : lane() - by);
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
   using namespace codellama_rt::emu;
   const auto* slots = exchange(warp(), lane(), kWarp, value);
-  for (int i = 0; i < kWarp; ++i) {
-    if (slot<bool>(slots, i)) return true;
-  }
-  return false;
+  unsigned votes = 0;
+  for (int i = 0; i < kWarp; ++i) votes |= unsigned(slot<bool>(slots, i)) << i;
+  return votes;
 }
-inline bool __all_sync(unsigned lanes, bool value) { return !__any_sync(lanes, !value); }
+inline bool __any_sync(unsigned lanes, bool value) { return __ballot_sync(lanes, value) != 0; }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline void __threadfence() {}
 inline int atomicAdd(int* address, int value) {
   const int before = *address;

@@ -13,6 +13,7 @@ namespace ptx {
 constexpr bool kHasWgmma = true;
 template <bool kBulk>
 constexpr bool kBuilds = true;
+inline void trap() { std::abort(); }
 
 // A row-major matrix of 16-bit elements and the box that is copied of it, swizzled by 128 bytes.
 struct TensorMap {
