@@ -209,13 +209,6 @@ TensorView view_bytes(py::handle payload, Kept& kept) {
 }
 #endif
 
-// Whether it is one by the name of its type, which is asked first: to find that it lacks what other
-// tensors have takes a microsecond.
-bool is_named_quantized(py::handle object) {
-  return std::strcmp(Py_TYPE(object.ptr())->tp_name, "Quantized") == 0 &&
-         py::hasattr(object, "payload");
-}
-
 // An ops.Quantized: bytes, and the dtype and shape of what they stand for.
 TensorView view_quantized(py::handle object, Kept& kept) {
   static PyObject* const kPayload = PyUnicode_InternFromString("payload");
@@ -238,7 +231,7 @@ TensorView view_quantized(py::handle object, Kept& kept) {
   return t;
 }
 
-// The view. The caller holds the object for the length of the call, which keeps its memory; what
+// Of `view`: the caller holds the object for the length of the call, which keeps its memory; what
 // else must be held goes to `kept`.
 #ifdef CLRT_CUDA
 TensorView view(py::handle object, Kept& kept) {
@@ -248,6 +241,13 @@ TensorView view(py::handle object, Kept& kept) {
   throw DtypeError("an op on cuda takes DeviceTensors, got " + type_name(object));
 }
 #else
+// Whether it is one by the name of its type, which is asked first: to find that it lacks what other
+// tensors have takes a microsecond.
+bool is_named_quantized(py::handle object) {
+  return std::strcmp(Py_TYPE(object.ptr())->tp_name, "Quantized") == 0 &&
+         py::hasattr(object, "payload");
+}
+
 TensorView view(py::handle object, Kept& kept) {
   if (py::isinstance<py::array>(object)) {
     return view_array(py::reinterpret_borrow<py::array>(object));

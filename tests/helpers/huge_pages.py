@@ -1,11 +1,13 @@
 """What the system was asked for about memory."""
 
+import mmap
 import re
 from pathlib import Path
 
 
 def advised_huge_pages(address):
-    """Whether Linux was asked for huge pages at an address: "hg" among the flags of its mapping."""
+    """Whether Linux was asked for huge pages behind an address: "hg" among its mapping's flags."""
+    address += mmap.PAGESIZE  # an array's first page may hold other things, and is not asked for
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):

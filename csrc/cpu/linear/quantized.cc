@@ -307,8 +307,11 @@ void multiply(const LinearParams& p) {
   const int64_t x_bytes = p.num_tokens * groups * sizeof(TokensOf<Layout>);
   auto* x = static_cast<TokensOf<Layout>*>(scratch(Scratch::kCaller, x_bytes));
   pack_all<Layout>(p, chunk_groups<Format, Shape>(p), panels, x);
-  const int64_t tasks =
-      p.num_tokens > kFewTokens ? kTasks : num_stream_tasks(tiles * groups * Layout::kBytes);
+  // With more than kStreamTokens the work counts for a second task: 32 tokens by 200 KB take 75 us.
+  const int64_t bytes = tiles * groups * Layout::kBytes;
+  const int64_t work = bytes * larger(p.num_tokens, kStreamTokens) / kStreamTokens;
+  const int64_t few_tasks = larger(num_stream_tasks(bytes), smaller(2, num_stream_tasks(work)));
+  const int64_t tasks = p.num_tokens > kFewTokens ? kTasks : few_tasks;
   const int64_t task_tiles = ceil_div(tiles, Shape::kTiles * tasks) * Shape::kTiles;
   for_each_task(ceil_div(tiles, task_tiles), [&](int64_t task) {
     const int64_t first = task * task_tiles;

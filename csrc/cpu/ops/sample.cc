@@ -2,10 +2,11 @@
 // Shapes   logits (num_logits, vocab_size); sample s reads row rows[s] of them; see ops.h
 // Traffic  num_samples * vocab_size * 4 bytes read; a draw works on a float64 copy in the cache
 // Limit    greedy: memory; a draw: float64 arithmetic, one exp per token that top-k leaves
-// Tiling   one task = a sample, or several short ones; a row is looked at in blocks of 64 tokens, and what cannot hold
-//          a candidate (its greatest element is too small) is skipped. A block gets scores of its
-//          own, in float64, only if penalties, bias or the mask change it, or something selects
-//          from it. Nothing is sorted: top-k and top-p look for their last token by selection
+// Tiling   one task = a sample, or several short ones; a row is looked at in blocks of 64 tokens,
+//          and what cannot hold a candidate (its greatest element is too small) is skipped. A block
+//          gets scores of its own, in float64, only if penalties, bias or the mask change it, or
+//          something selects from it. Nothing is sorted: top-k and top-p look for their last token
+//          by selection
 // Numerics float64. A block is summed by halves, then blocks in order: one fixed order. No
 //          multiplication is fused with an addition (CMakeLists.txt), so every instruction set
 //          gives the same bits. Draws: Philox4x64-10 (Salmon et al., SC 2011) of seed, sample
