@@ -87,7 +87,7 @@ first() {
   check "check attention, wgmma" 25 attention "lengths and chunks" "heads0 and bfloat16"
   check "check attention, fp8" 25 quantized_cache "attention and fp8" "queries0 and heads0"
   check "check attention, int8" 25 quantized_cache "attention and int8" "queries0 and heads0"
-  check "check attention, any" 25 attention other_shapes "float32-8"
+  check "check attention, any" 25 attention other_shapes "bfloat16-8"
   check "check flash_attention" 25 attention flash_attention "float32"
   bench decode-bfloat16 45
   bench decode-fp8 40
