@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Sequence
 from time import perf_counter
 from typing import Any, Protocol
 
-from codellama_rt.engine.async_engine import AsyncEngine, OutputStream
+from codellama_rt.engine.async_engine import AsyncEngine
 from codellama_rt.engine.output import Output, joined
+from codellama_rt.engine.output_stream import OutputStream
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.serve.errors import ClientLeftError
 from codellama_rt.serve.long_work import TOKEN_SIZE
