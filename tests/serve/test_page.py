@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from time import sleep
 
 import pytest
 from helpers.browser import browsing
@@ -131,9 +132,16 @@ def test_an_error_is_shown_and_the_message_kept(page):
 
 @pytest.mark.parametrize("tab", ["complete", "fill", "chat"])
 def test_progress_and_stop(browser, open_llm, monkeypatch, tmp_path, tab):
-    """A long prompt in steps of a token: the bar moves, and Stop ends the request."""
+    """A long prompt in slow steps of a token: the bar moves, and Stop ends the request."""
     monkeypatch.setattr(event_stream, "PROGRESS_S", 0.01)
     with open_llm(max_num_batched_tokens=1, max_num_seqs=1) as llm, serving(llm) as server:
+        forward = llm.model.forward
+
+        def slow(*arguments):
+            sleep(0.02)
+            return forward(*arguments)
+
+        monkeypatch.setattr(llm.model, "forward", slow)
         browser.open(f"{server.url}/")
         long = "x " * 900
         choose(browser, tab, prompt=long, prefix=long, message=long)

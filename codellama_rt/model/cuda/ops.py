@@ -19,14 +19,16 @@ Weight = DeviceTensor | Quantized
 
 def embedding(token_ids: Tensor, table: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Return rows `token_ids` (num_tokens) of `table` (vocab_size, dim); default: float32."""
-    out = out or empty((token_ids.shape[0], table.shape[1]), "float32")
+    if out is None:
+        out = empty((token_ids.shape[0], table.shape[1]), "float32")
     cuda().embedding(token_ids, table, out)
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, out: Tensor | None = None) -> Tensor:
     """Return RMSNorm of `x` (num_tokens, dim)."""
-    out = out or empty(x.shape, x.dtype)
+    if out is None:
+        out = empty(x.shape, x.dtype)
     cuda().rms_norm(x, weight, eps, out)
     return out
 
@@ -40,7 +42,8 @@ def add_rms_norm(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(x + residual), x + residual)."""
-    out = out or (empty(x.shape, x.dtype), empty(x.shape, x.dtype))
+    if out is None:
+        out = empty(x.shape, x.dtype), empty(x.shape, x.dtype)
     cuda().add_rms_norm(x, residual, weight, eps, *out)
     return out
 
@@ -109,7 +112,8 @@ def flash_attention(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend over contiguous keys and values of several sequences; returns (out, lse)."""
-    out = out or (empty(query.shape, query.dtype), empty(query.shape[:2], "float32"))
+    if out is None:
+        out = empty(query.shape, query.dtype), empty(query.shape[:2], "float32")
     cuda().flash_attention(
         query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale or 0.0, *out
     )
@@ -128,7 +132,8 @@ def paged_attention(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend causally over blocks, one or more queries per sequence; returns (out, lse)."""
-    out = out or (empty(query.shape, query.dtype), empty(query.shape[:2], "float32"))
+    if out is None:
+        out = empty(query.shape, query.dtype), empty(query.shape[:2], "float32")
     cuda().paged_attention(
         query, key_cache, value_cache, block_tables, seq_lens, cu_seqlens_q, scale or 0.0, *out
     )
@@ -144,14 +149,16 @@ def merge_attention(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merge two attentions of the same queries over disjoint keys."""
-    out = out or (empty(out_a.shape, out_a.dtype), empty(lse_a.shape, "float32"))
+    if out is None:
+        out = empty(out_a.shape, out_a.dtype), empty(lse_a.shape, "float32")
     cuda().merge_attention(out_a, lse_a, out_b, lse_b, *out)
     return out
 
 
 def silu_and_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Return silu(gate) * up of `gate_up` (num_tokens, 2 * hidden_dim)."""
-    out = out or empty((gate_up.shape[0], gate_up.shape[1] // 2), gate_up.dtype)
+    if out is None:
+        out = empty((gate_up.shape[0], gate_up.shape[1] // 2), gate_up.dtype)
     cuda().silu_and_mul(gate_up, out)
     return out
 
