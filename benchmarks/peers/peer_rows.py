@@ -27,7 +27,8 @@ PEERS = ("llama.cpp", "transformers", "ctranslate2")
 SHALLOW = 512  # attention alone is a deep step minus one at this depth
 _LLAMACPP_WEIGHTS = {"int8": "q8_0", "int4": "q4_0"}  # others go by their own names
 _LLAMACPP_KV = {"int8": "q8_0", "int4": "q4_0", "bfloat16": "float16"}
-# Minimum cosine of both sides' logits: runtimes that compute different models are not compared.
+# Minimum cosine of both sides' logits, by the dtype of weights or cache: runtimes that compute
+# different models are not compared.
 _LIKENESS = {"int8": 0.99, "int4": 0.9}
 
 
@@ -256,7 +257,7 @@ class Sides:
         theirs = np.array(peer.ask("logits", token_ids=token_ids.tolist())["logits"])
         theirs = theirs[: len(ours)]
         likeness = float(ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs))
-        needed = _LIKENESS.get(self.setting.weights, 0.999)
+        needed = min(_LIKENESS.get(one, 0.999) for one in (self.setting.weights, self.setting.kv))
         if likeness < needed:
             raise RuntimeError(
                 f"{self.setting.peer_name} computes another model than ours: the cosine of the "
