@@ -5,8 +5,10 @@ import json
 import os
 import random
 
+import numpy as np
 import pytest
 from helpers.served import request_bytes, serving, wait_for
+from helpers.speculating import speculate_at_random
 
 from codellama_rt import SamplingParams
 from codellama_rt.serve import create_app
@@ -95,6 +97,7 @@ def test_texts_under_load_are_those_of_the_llm(open_llm, llm, stream):
     sizes = {"kv_memory": 230_000, "block_size": 16, "max_model_len": 400, "max_num_seqs": 24}
     sizes["speculation"] = "suffix"
     with open_llm(**sizes) as tight, serving(tight) as server:
+        speculate_at_random(tight.engine, np.random.default_rng(5))  # by no measured costs
 
         async def main():
             sent = [

@@ -1,6 +1,10 @@
 """Chat formats: Meta's ids, templates of repositories, and users who write control tokens."""
 
 import json
+import os
+import signal
+from threading import Thread
+from time import sleep
 
 import pytest
 from helpers.tokenizer_files import bpe_fields, gguf_file, model_file, sentencepiece_model
@@ -14,6 +18,7 @@ from codellama_rt.text.chat import (
     checked_messages,
     find_format,
     read_chat_template,
+    sandbox,
 )
 from codellama_rt.text.chat.code_llama import RESERVED, InstFormat, StepFormat
 from codellama_rt.text.tokenizer import load_tokenizer
@@ -336,3 +341,24 @@ def test_a_template_reads_what_else_a_message_has(bpe):
     message = {"role": "user", "content": "", "name": "kim", "tool_calls": CALLS}
     style = JinjaFormat(template + "{% endfor %}")
     assert style.render(bpe, checked_messages([message])) == "kim:f"
+
+
+def test_a_busy_machine_ends_no_template(monkeypatch):
+    """The process is stopped for longer than a template may compute, as if others had the CPUs."""
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1.0)
+    assert sandbox.render_template("ready", {}) == "ready"
+    pid = sandbox._shared._process.pid
+
+    def stop_for_a_while():
+        sleep(0.05)
+        os.kill(pid, signal.SIGSTOP)
+        sleep(1.5)
+        os.kill(pid, signal.SIGCONT)
+
+    thread = Thread(target=stop_for_a_while)
+    thread.start()
+    loops = "{% for i in range(500) %}{% for j in range(20000) %}{% endfor %}{% endfor %}done"
+    try:
+        assert sandbox.render_template(loops, {}) == "done"
+    finally:
+        thread.join()

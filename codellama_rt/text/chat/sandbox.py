@@ -166,7 +166,7 @@ def _read(process: subprocess.Popen, size: int) -> bytearray:
 
 
 def _why_it_ended(status: int) -> str:
-    if status == -signal.SIGALRM:
+    if status == -signal.SIGPROF:
         return f"chat template: it computes for more than {MAX_SECONDS:g} seconds"
     if status == OUT_OF_MEMORY:
         return "chat template: it needs too much memory"
