@@ -39,7 +39,7 @@ _OPTIONS = {
             "block_size",
         ),
         *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_threads", "runtime"),
-        *("speculation", "sparse_decoding"),
+        "speculation",
         *("rope_theta", "rope_scaling", "prefix_cache_dir", "prefix_cache_bytes"),
         *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
         *("presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "ignore_eos"),

@@ -143,12 +143,6 @@ class ModelOptions:
         SpeculationName | None,
         typer.Option(help="Propose what followed the same text before: the same tokens, sooner."),
     ] = None
-    sparse_decoding: Annotated[
-        float | None,
-        typer.Option(
-            metavar="PART", help="Generated tokens attend this part of the blocks, such as 0.25."
-        ),
-    ] = None
     adapter: Annotated[
         Path | None,
         typer.Option(

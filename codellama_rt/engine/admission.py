@@ -174,25 +174,6 @@ def checked_seconds(name: str, seconds: object) -> float:
     return float(seconds)
 
 
-def check_sparse_decoding(fraction: object, is_supported: bool) -> None:
-    """Reject what is no part of the blocks, or a model that cannot attend a part.
-
-    Raises:
-        TypeError: neither a number nor None.
-        ValueError: not in (0, 1), or not supported.
-    """
-    if fraction is None:
-        return
-    if not isinstance(fraction, Real) or isinstance(fraction, bool):
-        raise TypeError(f"sparse_decoding must be a number or None, got {fraction!r}")
-    if not 0 < fraction < 1:
-        raise ValueError(
-            f"sparse_decoding must be above 0 and below 1, got {fraction}; None attends all blocks"
-        )
-    if not is_supported:
-        raise ValueError("sparse_decoding needs device 'cpu' and runtime 'direct'")
-
-
 def checked_tokens(name: str, count: object) -> int | None:
     """Return a limit of tokens, or None.
 

@@ -5,26 +5,19 @@ from collections.abc import Sequence as Collection
 import numpy as np
 
 from codellama_rt.engine.sequence import Chunk, int32_list
-from codellama_rt.model.batch import Batch, SparseDecoding
+from codellama_rt.model.batch import Batch
 from codellama_rt.model.lora import LoraAdapter
 
 _PADDING = int32_list([-1])
 
 
-def build_batch(
-    chunks: Collection[Chunk],
-    block_size: int,
-    *,
-    rope_lengths: bool = False,
-    sparse_decoding: float | None = None,
-) -> Batch:
+def build_batch(chunks: Collection[Chunk], block_size: int, *, rope_lengths: bool = False) -> Batch:
     """Lay out the scheduled chunks, in their order.
 
     Args:
         chunks: what to compute; their sequences have the necessary blocks.
         block_size: tokens per block of the KV cache.
         rope_lengths: whether the model's RoPE depends on the length (dynamic scaling).
-        sparse_decoding: the part of the blocks that a generated token attends; None: all.
 
     Returns:
         A Batch; it shares no memory with the sequences.
@@ -56,9 +49,6 @@ def build_batch(
         logit_rows=_logit_rows(chunks),
         rope_lengths=_rope_lengths(chunks, rows, positions) if rope_lengths else None,
         adapted=_adapted(chunks, rows),
-        sparse=None
-        if sparse_decoding is None
-        else SparseDecoding(sparse_decoding, _prompt_lens(chunks)),
     )
 
 
@@ -103,11 +93,8 @@ def _rope_lengths(chunks: Collection[Chunk], rows: np.ndarray, positions: np.nda
 
     This is the rule of Transformers.
     """
-    return np.maximum(_prompt_lens(chunks)[rows], positions + np.int32(1))
-
-
-def _prompt_lens(chunks: Collection[Chunk]) -> np.ndarray:
-    return np.array([chunk.sequence.prompt_len for chunk in chunks], np.int32)
+    prompt_lens = np.array([chunk.sequence.prompt_len for chunk in chunks], np.int32)
+    return np.maximum(prompt_lens[rows], positions + np.int32(1))
 
 
 def _adapted(

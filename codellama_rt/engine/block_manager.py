@@ -47,22 +47,13 @@ class BlockManager:
         (True, [0, 1, 2], 5)
     """
 
-    def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        prefix_caching: bool = True,
-        *,
-        shares_outputs: bool = True,
-    ) -> None:
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
         """Start with every block free.
 
         Args:
             num_blocks: number of blocks in the KV cache.
             block_size: tokens per block.
             prefix_caching: whether sequences with equal prefixes share blocks.
-            shares_outputs: whether generated tokens have the keys and values that they would have
-                in a prompt; else blocks of prompts alone are shared.
         """
         if num_blocks < 1 or block_size < 1:
             raise ValueError(
@@ -72,7 +63,6 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self.shares_outputs = shares_outputs
         self.num_queried_tokens = 0  # tokens looked up in the prefix cache
         self.num_hit_tokens = 0  # of these, found there
         self.num_partial_hit_tokens = 0  # of these, found as the head of a block
@@ -216,8 +206,8 @@ class BlockManager:
         """
         if not self.prefix_caching or sequence.prefix_id is None:
             return
-        size, num_shared = self.block_size, self._num_shared(sequence, sequence.num_computed)
-        while (sequence.num_indexed_blocks + 1) * size <= num_shared:
+        size = self.block_size
+        while (sequence.num_indexed_blocks + 1) * size <= sequence.num_computed:
             i = sequence.num_indexed_blocks
             key = (sequence.prefix_id, sequence.token_ids[i * size : (i + 1) * size].tobytes())
             own = sequence.block_ids[i]
@@ -298,8 +288,7 @@ class BlockManager:
         hits: list[int] = []
         prefix_id, size = sequence.prefix_id, self.block_size
         # Tokens from first_logit on must be computed even on a hit: their logits are needed.
-        most = self._num_shared(sequence, sequence.first_logit)
-        for start in range(0, most - size + 1, size):
+        for start in range(0, sequence.first_logit - size + 1, size):
             key = (prefix_id, sequence.token_ids[start : start + size].tobytes())
             block_id = self._index.get(key)
             if block_id is None:
@@ -321,7 +310,7 @@ class BlockManager:
         Returns:
             (None, 0) if there is none.
         """
-        stop = min(start + self.block_size, self._num_shared(sequence, sequence.first_logit))
+        stop = min(start + self.block_size, sequence.first_logit)
         siblings = self._siblings.get(parent)
         if siblings is None or stop <= start:
             return None, 0
@@ -334,8 +323,7 @@ class BlockManager:
     def _index_tail(self, sequence: Sequence) -> None:
         """Let the partly filled block of a sequence, if any, be found by what it holds so far."""
         i = sequence.num_indexed_blocks
-        stop = self._num_shared(sequence, sequence.num_computed)
-        tokens = sequence.token_ids[i * self.block_size : stop].tobytes()
+        tokens = sequence.token_ids[i * self.block_size : sequence.num_computed].tobytes()
         parent = sequence.prefix_id
         if not tokens or parent is None or not self.prefix_caching:
             return
@@ -346,10 +334,6 @@ class BlockManager:
         at = bisect_left(siblings, tokens)
         if at == len(siblings) or not siblings[at].startswith(tokens):
             self._enter(block_id, (parent, tokens))
-
-    def _num_shared(self, sequence: Sequence, num_tokens: int) -> int:
-        """Return how many of a sequence's first tokens may be in blocks of other sequences."""
-        return num_tokens if self.shares_outputs else min(num_tokens, sequence.prompt_len)
 
     def _num_tokens(self, block_id: int) -> int:
         return len(self._cached[block_id].key[1]) // _ITEM_SIZE

@@ -16,12 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from codellama_rt.engine.admission import (
-    Admission,
-    check_sparse_decoding,
-    checked_seconds,
-    checked_tokens,
-)
+from codellama_rt.engine.admission import Admission, checked_seconds, checked_tokens
 from codellama_rt.engine.block_manager import BlockManager
 from codellama_rt.engine.metrics import StepRecord
 from codellama_rt.engine.output import Output
@@ -75,7 +70,6 @@ class Engine:
         logits_processors: Collection[LogitsProcessor] = (),
         speculation: str | None = None,
         prefix_store: PrefixStore | None = None,
-        sparse_decoding: float | None = None,
     ) -> None:
         """Start with nothing queued and an empty prefix cache.
 
@@ -100,24 +94,10 @@ class Engine:
                 changes how fast tokens come and no bit of them.
             prefix_store: where prefixes are kept beyond this engine's life; needs prefix_caching,
                 and a KV cache in host memory.
-            sparse_decoding: generated tokens attend this part of the blocks of their sequence, the
-                likeliest ones, which changes outputs; None: they attend everything. Needs a model
-                that `attends_chosen_blocks`. The prefix cache then has prompts alone.
-
-        Raises:
-            ValueError, TypeError: an argument out of range, or not supported by the model.
         """
         check_speculation(speculation)
-        check_sparse_decoding(
-            sparse_decoding, sparse_decoding is None or model.attends_chosen_blocks
-        )
         self.model, self.kv_cache, self.tokenizer = model, kv_cache, tokenizer
-        blocks = BlockManager(
-            kv_cache.num_blocks,
-            kv_cache.block_size,
-            prefix_caching,
-            shares_outputs=sparse_decoding is None,
-        )
+        blocks = BlockManager(kv_cache.num_blocks, kv_cache.block_size, prefix_caching)
         self.scheduler = Scheduler(
             blocks,
             max_num_seqs,
@@ -144,7 +124,6 @@ class Engine:
             self.table,
             has_dynamic_rope=self.admission.has_dynamic_rope,
             speculation=Speculation(model.config, self.scheduler.cost) if speculation else None,
-            sparse_decoding=sparse_decoding,
         )
         self.owner = Owner(self.steps.recover)
         self._discarded: deque[str] = deque()  # requests to end before anything else

@@ -107,13 +107,7 @@ class Lineup:
         self.positions = self.positions + _ONE_MORE
 
     def next_batch(
-        self,
-        chunks: Sequence[Chunk],
-        block_size: int,
-        tables_version: int,
-        *,
-        rope_lengths: bool,
-        sparse_decoding: float | None = None,
+        self, chunks: Sequence[Chunk], block_size: int, tables_version: int, *, rope_lengths: bool
     ) -> Batch:
         """Return the batch of these chunks, one per sample in their order.
 
@@ -122,13 +116,10 @@ class Lineup:
             block_size: tokens per block of the KV cache.
             tables_version: of the block manager.
             rope_lengths: as of `build_batch`.
-            sparse_decoding: as there.
         """
         last, tables_are_known = self._batch, tables_version == self._tables_version
         if last is None:
-            batch = build_batch(
-                chunks, block_size, rope_lengths=rope_lengths, sparse_decoding=sparse_decoding
-            )
+            batch = build_batch(chunks, block_size, rope_lengths=rope_lengths)
             self._num_steps_left = block_size - int((batch.positions % block_size).max())
         else:
             batch = self._following(last)
@@ -150,7 +141,6 @@ class Lineup:
             block_tables=last.block_tables,
             slot_mapping=last.slot_mapping + _ONE,
             logit_rows=last.logit_rows,
-            sparse=last.sparse,
         )
 
     def _find_slots(self, batch: Batch, chunks: Sequence[Chunk], block_size: int) -> None:

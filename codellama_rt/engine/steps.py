@@ -98,14 +98,12 @@ class Steps:
         *,
         has_dynamic_rope: bool,
         speculation: Speculation | None = None,
-        sparse_decoding: float | None = None,
     ) -> None:
         """Take the engine's parts; `table` holds the scheduler's requests."""
         self.searches: WeakSet[Search] = WeakSet()
         self.totals = Totals()
         self.metrics = EngineMetrics()
-        self._model, self._kv_cache = model, kv_cache
-        self._batches = {"rope_lengths": has_dynamic_rope, "sparse_decoding": sparse_decoding}
+        self._model, self._kv_cache, self._has_dynamic_rope = model, kv_cache, has_dynamic_rope
         self._scheduler, self._table, self.speculation = scheduler, table, speculation
         if speculation is not None:
             scheduler.propose = self._propose
@@ -151,7 +149,7 @@ class Steps:
             Per chunk (num_logits, vocab_size) float32.
         """
         started = perf_counter()
-        batch = build_batch(chunks, self._kv_cache.block_size, **self._batches)
+        batch = build_batch(chunks, self._kv_cache.block_size, rope_lengths=self._has_dynamic_rope)
         return _by_chunk(chunks, self._forward(batch, started))
 
     def copy_blocks(self) -> None:
@@ -213,11 +211,11 @@ class Steps:
 
     def _batch(self, chunks: list[Chunk], others: list[int]) -> Batch:
         """Return the batch of a step."""
-        size = self._kv_cache.block_size
+        size, has_lengths = self._kv_cache.block_size, self._has_dynamic_rope
         if others:
-            return build_batch(chunks, size, **self._batches)
+            return build_batch(chunks, size, rope_lengths=has_lengths)
         version = self._scheduler.blocks.tables_version
-        return self._lineup.next_batch(chunks, size, version, **self._batches)
+        return self._lineup.next_batch(chunks, size, version, rope_lengths=has_lengths)
 
     def _forward(self, batch: Batch, started: float) -> np.ndarray:
         """Run the model on a batch that was begun at `started`.

@@ -14,7 +14,6 @@ from codellama_rt.checkpoint import load_checkpoint
 from codellama_rt.checkpoint.adapter import load_adapter
 from codellama_rt.checkpoint.formats.generation_config import rejected
 from codellama_rt.checkpoint.open import resolve
-from codellama_rt.engine.admission import check_sparse_decoding
 from codellama_rt.engine.completion import Completion, Job
 from codellama_rt.engine.disk_cache.transfer import export_prefix, import_prefix
 from codellama_rt.engine.engine import Engine
@@ -86,7 +85,6 @@ class LLM:
         max_step_seconds: float | None = 1.0,
         logits_processors: Sequence[LogitsProcessor] = (),
         speculation: str | None = None,
-        sparse_decoding: float | None = None,
     ) -> None:
         """Open a checkpoint; weights are mapped, not copied, but for GGUF's and small models'.
 
@@ -138,9 +136,6 @@ class LLM:
             speculation: "suffix" computes tokens that followed the same text before together with
                 the next one, and takes those that would have come (docs/speculation.md): the same
                 tokens, sooner, where an output copies. None: one token at a time.
-            sparse_decoding: generated tokens attend this part of the blocks before them, such as
-                0.25, the likeliest ones (docs/sparse-decoding.md), which makes them faster behind
-                long prompts and changes outputs. None: they attend everything. CPU only.
 
         Raises:
             CheckpointError: the checkpoint cannot be used.
@@ -164,7 +159,6 @@ class LLM:
         )
         checked_processors(logits_processors)
         check_speculation(speculation)
-        check_sparse_decoding(sparse_decoding, (device, runtime) == ("cpu", "direct"))
         if num_threads is not None:
             ops.set_num_threads(num_threads)
         opened = resolve(model)
@@ -234,7 +228,6 @@ class LLM:
             logits_processors=logits_processors,
             speculation=speculation,
             prefix_store=self._prefix_files.open_store(prefix_cache_dir, prefix_cache_bytes),
-            sparse_decoding=sparse_decoding,
         )
         self.jobs = Jobs(self.engine)
 

@@ -22,7 +22,6 @@ class Batch:
         logit_rows: (num_logits,) indices into num_tokens.
         rope_lengths: (num_tokens,) lengths that set a dynamic RoPE's base; None for other models.
         adapted: pairs of a LoraAdapter and the indices of its tokens, (count,) int64.
-        sparse: how generated tokens attend chosen blocks; None: all attend everything.
     """
 
     token_ids: np.ndarray
@@ -34,7 +33,6 @@ class Batch:
     logit_rows: np.ndarray
     rope_lengths: np.ndarray | None = None
     adapted: tuple[tuple[object, np.ndarray], ...] = ()
-    sparse: SparseDecoding | None = None
 
     def wanted(self) -> Wanted | None:
         """Return what the last layer has to compute for `logit_rows`; None: all tokens.
@@ -65,13 +63,6 @@ class Batch:
             self.logit_rows - shifts[chunks],
             tuple((adapter, its) for adapter, its in adapted if len(its)),
         )
-
-
-class SparseDecoding(NamedTuple):
-    """Which tokens attend chosen blocks, and how many of them."""
-
-    fraction: float  # of the blocks
-    prompt_lens: np.ndarray  # (num_seqs,) int32: so many tokens of a sequence attend everything
 
 
 class Wanted(NamedTuple):

@@ -47,14 +47,12 @@ class Decoder(Protocol):
             `kv_cache_type(config, num_blocks=..., block_size=..., dtype=...)`.
         applies_adapters: whether `forward` applies `Batch.adapted`.
         gives_hidden_states: whether it has `hidden_states`, as `model.llama.Llama` has it.
-        attends_chosen_blocks: whether `forward` does as `Batch.sparse` says.
     """
 
     config: ModelConfig
     kv_cache_type: type[KVCache]
     applies_adapters: bool
     gives_hidden_states: bool
-    attends_chosen_blocks: bool
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> np.ndarray:
         """Compute one step: write the tokens' keys and values, and return the logits asked for.

@@ -6,7 +6,6 @@ import numpy as np
 
 from codellama_rt import ops
 from codellama_rt.model.config import ModelConfig
-from codellama_rt.model.key_bounds import KeyBounds
 from codellama_rt.ops.dtypes import FLOAT_DTYPES, numpy_dtype
 from codellama_rt.ops.native import map_huge_pages
 from codellama_rt.ops.quantized import CACHE_DTYPES, Quantized, cache_row_bytes
@@ -59,33 +58,19 @@ class KVCache:
         ]
         parts = [part for one in layers for part in (one[:key_bytes], one[key_bytes:])]
         self._bytes = [part.reshape(num_blocks, -1) for part in parts]
-        self._key_bounds: KeyBounds | None = None
 
     def block_buffers(self, block_id: int) -> list[memoryview]:
         """Return the memory of a block: its keys and its values, layer after layer."""
-        self.note_written(block_id)
         return [memoryview(part[block_id]) for part in self._bytes]
 
     def copy_blocks(self, block_pairs: np.ndarray) -> None:
         """Copy blocks source -> destination in every layer; block_pairs is (n, 2) int32."""
-        self.note_written(block_pairs[:, 1])
         for key_cache, value_cache in self.layers:
             ops.copy_blocks(key_cache, value_cache, block_pairs)
 
-    def key_bounds(self) -> KeyBounds:
-        """Return the bounds of the blocks' keys, kept from the first call on."""
-        if self._key_bounds is None:
-            self._key_bounds = KeyBounds(self.layers[0][0].shape, len(self.layers))
-        return self._key_bounds
-
-    def note_written(self, block_ids: np.ndarray | int) -> None:
-        """Note that blocks are being written: what is known of their keys is no longer true."""
-        if self._key_bounds is not None:
-            self._key_bounds.forget(block_ids)
-
     def close(self) -> None:
         """Forget the blocks; the memory is freed with the last array that views it."""
-        self.layers, self._bytes, self._key_bounds = [], [], None
+        self.layers, self._bytes = [], []
 
 
 def check_blocks(num_blocks: int, block_size: int) -> None:

@@ -26,7 +26,6 @@ from codellama_rt.model.batch import Batch, Wanted
 from codellama_rt.model.config import ModelConfig
 from codellama_rt.model.kv_cache import KVCache
 from codellama_rt.model.rope import RotaryEmbedding
-from codellama_rt.model.sparse_attention import SparseAttention
 from codellama_rt.model.weights import LayerWeights, LlamaWeights, Weight
 
 Array = np.ndarray
@@ -42,7 +41,6 @@ def decoder_stack(
     kv_layers: Sequence[tuple[Any, Any]],
     watch: Callable[[int], None] | None = None,
     narrow: Callable[[Activations], Narrowed] | None = None,
-    attend: Callable[..., None] | None = None,
 ) -> Activations:
     """Take the residual stream through all layers, as far as the last addition to it.
 
@@ -56,8 +54,6 @@ def decoder_stack(
         kv_layers: per layer (key_cache, value_cache); written.
         watch: called with each layer's index when `a.residual` is its input.
         narrow: leaves the tokens whose stream is wanted, once the last layer's keys are written.
-        attend: in place of `ops.paged_attention`: (layer's index, query, key_cache, value_cache,
-            step.sequences, out).
 
     Returns:
         The activations of the tokens that are left; `residual + sublayer` is their stream.
@@ -75,10 +71,7 @@ def decoder_stack(
         if next_norm is None and narrow is not None:
             a, sequences, linear = narrow(a)
             stream = a.x, a.residual
-        if attend is None:
-            ops.paged_attention(a.query, *caches, *sequences, out=(a.attended, a.lse))
-        else:
-            attend(i, a.query, *caches, sequences, (a.attended, a.lse))
+        ops.paged_attention(a.query, *caches, *sequences, out=(a.attended, a.lse))
         linear(a.attended_rows, layer.o_proj, out=a.sublayer)
         ops.add_rms_norm(a.sublayer, a.residual, layer.mlp_norm, eps, out=stream)
 
@@ -197,7 +190,6 @@ class Llama:
     kv_cache_type = KVCache
     applies_adapters = True  # of single requests: `Batch.adapted`
     gives_hidden_states = True
-    attends_chosen_blocks = True  # of generated tokens: `Batch.sparse`
 
     def __init__(self, config: ModelConfig, weights: LlamaWeights) -> None:
         """Take the weights as they lie; nothing is copied."""
@@ -226,9 +218,8 @@ class Llama:
         """
         scratch = self._take_scratch()
         a = scratch.activations(len(batch.token_ids))
-        attend = None if batch.sparse is None else SparseAttention.of(batch, kv_cache)
-        wanted = batch.wanted() if attend is None else None
-        a = self._through_layers(a, batch, kv_cache, wanted=wanted, attend=attend)
+        wanted = batch.wanted()
+        a = self._through_layers(a, batch, kv_cache, wanted=wanted)
         x, adapted = self._normalized(a, wanted or batch)
         logits = ops.linear(x, self.weights.lm_head)
         for adapter, rows in adapted:
@@ -275,9 +266,7 @@ class Llama:
         kv_cache: KVCache,
         watch: Callable[[int], None] | None = None,
         wanted: Wanted | None = None,
-        attend: Callable[..., None] | None = None,
     ) -> Activations:
-        kv_cache.note_written(batch.slot_mapping // np.int32(kv_cache.block_size))
         step = StepArrays(
             self.rope.lookup(batch.positions, batch.rope_lengths),
             batch.slot_mapping,
@@ -291,8 +280,8 @@ class Llama:
         ops.embedding(batch.token_ids, self.weights.embedding, out=a.residual)
         for adapter, rows in batch.adapted:
             adapter.embed(batch.token_ids, rows, a.residual)
-        first, has_plain_layers = 0, watch is None and attend is None and not batch.adapted
-        if len(batch.token_ids) <= _FEW_TOKENS and has_plain_layers:
+        first = 0
+        if len(batch.token_ids) <= _FEW_TOKENS and watch is None and not batch.adapted:
             first = self._through_whole_layers(a, step, kv_cache)
         return decoder_stack(
             ops,
@@ -304,7 +293,6 @@ class Llama:
             kv_cache.layers[first:],
             watch,
             None if wanted is None else narrow,
-            attend,
         )
 
     def _through_whole_layers(self, a: Activations, step: StepArrays, kv_cache: KVCache) -> int:

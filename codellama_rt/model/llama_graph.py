@@ -52,7 +52,6 @@ class LlamaCell(nn.Cell):
     kv_cache_type = KVCache
     applies_adapters = False
     gives_hidden_states = False
-    attends_chosen_blocks = False
 
     def __init__(
         self, config: ModelConfig, weights: LlamaWeights, *, whole_layers: bool = False

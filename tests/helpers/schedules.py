@@ -82,8 +82,6 @@ def fixed_requests() -> list[FixedRequest]:
 class Recorder:
     """Stands between engine and model; keeps the rows of logits of each request."""
 
-    attends_chosen_blocks = True
-
     def __init__(self, model: object) -> None:
         self.config = model.config
         self.model = model
@@ -173,16 +171,13 @@ def tokenizer():
 
 
 @cache
-def undisturbed(
-    name: str, isa: str, request: int, sparse_decoding: float | None = None
-) -> tuple[Rows, dict[int, list[int]]]:
+def undisturbed(name: str, isa: str, request: int) -> tuple[Rows, dict[int, list[int]]]:
     """The rows and tokens of a request that has the engine for itself."""
     recorder = Recorder(model(name))
     with running_on(isa, 1):
         engine = make_engine(
-            recorder, num_blocks=40, block_size=64 if sparse_decoding is None else 16,
-            kv_dtype=MODELS[name][2], prefix_caching=False, tokenizer=tokenizer(),
-            sparse_decoding=sparse_decoding,
+            recorder, num_blocks=40, block_size=64, kv_dtype=MODELS[name][2],
+            prefix_caching=False, tokenizer=tokenizer(),
         )  # fmt: skip
         recorder.attach(engine)
         recorder.add(request)
@@ -193,18 +188,11 @@ def undisturbed(
     return recorder.rows[request], tokens
 
 
-def run_schedule(
-    name: str,
-    isa: str,
-    seed: int,
-    folder: Path | None = None,
-    sparse_decoding: float | None = None,
-) -> Recorder:
+def run_schedule(name: str, isa: str, seed: int, folder: Path | None = None) -> Recorder:
     """One random schedule from beginning to end, perhaps with prefixes of earlier ones on disk."""
     rng = np.random.default_rng(seed)
     requests = rng.permutation(NUM_REQUESTS)[: rng.integers(1, 33)].tolist()
-    # What is chosen depends on the size of blocks, and on nothing else of these.
-    block_size = int(rng.choice([16, 32, 64] if sparse_decoding is None else [16]))
+    block_size = int(rng.choice([16, 32, 64]))
     fewest = max(-(-fixed_requests()[i].longest // block_size) for i in requests)
     recorder = Recorder(model(name))
     engine = make_engine(
@@ -214,11 +202,9 @@ def run_schedule(
         max_step_seconds=[None, 1e-4, 1e-3, 1e-2][rng.integers(4)], tokenizer=tokenizer(),
         speculation=None if seed % 2 else "suffix",
         prefix_store=None if folder is None else store_of(name, folder, block_size),
-        sparse_decoding=sparse_decoding,
     )  # fmt: skip
     if seed % 2 == 0:
-        outputs = partial(output_of, name, isa, recorder, sparse_decoding)
-        propose_right_and_wrong(engine, rng, outputs)
+        propose_right_and_wrong(engine, rng, partial(output_of, name, isa, recorder))
     rng.shuffle(engine.scheduler.blocks._free)
     recorder.attach(engine)
     recorder.add(requests.pop())
@@ -233,12 +219,10 @@ def run_schedule(
     return recorder
 
 
-def output_of(
-    name: str, isa: str, recorder: Recorder, sparse_decoding: float | None, sequence: Sequence
-) -> list[int]:
+def output_of(name: str, isa: str, recorder: Recorder, sequence: Sequence) -> list[int]:
     """What a sequence will have written in the end."""
     _, arrival, sample = sequence.order
-    return undisturbed(name, isa, recorder.requests[arrival], sparse_decoding)[1][sample]
+    return undisturbed(name, isa, recorder.requests[arrival])[1][sample]
 
 
 def store_of(name: str, folder: Path, block_size: int) -> PrefixStore:

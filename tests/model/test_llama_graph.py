@@ -1,6 +1,7 @@
 """LlamaCell: the direct calls' logits, bit for bit, from one compiled graph."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from codellama_rt.model.batch import Batch
 from codellama_rt.model.kv_cache import KVCache
 from codellama_rt.model.llama import Llama
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
-from codellama_rt.ops.quantized import CACHE_DTYPES, OWN_WEIGHT_DTYPES
+from codellama_rt.ops.quantized import CACHE_DTYPES, OWN_WEIGHT_DTYPES, empty_caches
 
 mindspore = pytest.importorskip("mindspore", reason="MindSpore is not installed")
 VARIANTS = pytest.mark.parametrize("whole_layers", [False, True], ids=["ops", "whole_layers"])
@@ -173,6 +174,12 @@ def test_whole_layers_of_repacked_blocks(tmp_path):
     run_requests(BothRoads(checkpoint, True), "float32")
 
 
+def quantized_cache(config, dtype, num_blocks, block_size):
+    shape = (num_blocks, config.n_kv_heads, block_size, config.head_dim)
+    layers = [empty_caches(dtype, shape) for _ in range(config.n_layers)]
+    return SimpleNamespace(dtype=dtype, layers=layers)
+
+
 @VARIANTS
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_logits_over_quantized_caches(dtype, whole_layers):
@@ -184,8 +191,7 @@ def test_logits_over_quantized_caches(dtype, whole_layers):
     before = compiled_graphs()
     for num_blocks, block_size in [(2, 16), (5, 64)]:
         ours, theirs = (
-            KVCache(checkpoint.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
-            for _ in range(2)
+            quantized_cache(checkpoint.config, dtype, num_blocks, block_size) for _ in range(2)
         )
         batch = three_tokens(block_size)
         assert_equal_bits(cell.forward(batch, ours), direct.forward(batch, theirs))
@@ -197,13 +203,9 @@ def test_logits_over_quantized_caches(dtype, whole_layers):
 def test_a_cell_keeps_its_quantized_dtype():
     checkpoint = open_checkpoint(TINY / "hd128_gqa_bf16")
     cell = make_cell(checkpoint, False)
-    cell.forward(
-        three_tokens(16), KVCache(checkpoint.config, num_blocks=2, block_size=16, dtype="int8")
-    )
+    cell.forward(three_tokens(16), quantized_cache(checkpoint.config, "int8", 2, 16))
     with pytest.raises(ValueError, match=r"compiled for a cache in int8, got one in int4; make"):
-        cell.forward(
-            three_tokens(16), KVCache(checkpoint.config, num_blocks=2, block_size=16, dtype="int4")
-        )
+        cell.forward(three_tokens(16), quantized_cache(checkpoint.config, "int4", 2, 16))
 
 
 def test_weights_are_used_where_they_lie():

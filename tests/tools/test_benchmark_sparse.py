@@ -4,16 +4,21 @@ import pytest
 from sparse_decoding import main
 
 
+def table(capsys, *words):
+    main(["--quick", *words])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    return {line[:6]: [float(word) for word in line[24:].split()] for line in lines}
+
+
 @pytest.mark.real_model
-def test_a_part_of_the_blocks_has_less_than_all_of_the_mass(capsys):
-    main(["--quick"])
-    _, exact, sparse = (line[24:].split() for line in capsys.readouterr().out.splitlines())
-    assert len(exact) == 2
-    assert exact[0] != sparse[0]
-    assert 0.5 < float(sparse[2]) < 1.0
+def test_all_blocks_are_exact_decoding(capsys):
+    rows = table(capsys, "--fraction", "1", "--oracle")
+    for name in ("bounds", "oracle"):
+        assert rows[name][:2] == rows["exact,"]
+        assert rows[name][2] == 1.0
 
 
-def test_attention_of_one_layer_is_timed(capsys):
-    main(["--keys", "2048", "--kv-dtype", "float32,int8"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[1:]] == [["float32", "2048"], ["int8", "2048"]]
+@pytest.mark.real_model
+def test_a_quarter_loses_some_and_the_bounds_more_than_the_true_mass(capsys):
+    rows = table(capsys, "--oracle")
+    assert 0.5 < rows["bounds"][2] < rows["oracle"][2] < 1.0

@@ -94,7 +94,6 @@ class AscendLlama:
     kv_cache_type = AscendKVCache
     applies_adapters = False
     gives_hidden_states = False
-    attends_chosen_blocks = False
 
     def __init__(
         self, config: ModelConfig, weights: LlamaWeights, *, attention: str = "custom"

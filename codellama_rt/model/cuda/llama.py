@@ -35,7 +35,6 @@ class DeviceLlama:
     kv_cache_type = DeviceKVCache
     applies_adapters = False
     gives_hidden_states = False
-    attends_chosen_blocks = False
 
     def __init__(self, config: ModelConfig, weights: DeviceWeights) -> None:
         """Take weights that are on the device."""
