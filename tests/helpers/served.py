@@ -131,3 +131,15 @@ def serving(model: Any, **settings: Any) -> Iterator[Served]:
         server.should_exit = True
         thread.join(WAIT_S)
         assert not thread.is_alive()
+
+
+def record_prompts(server, monkeypatch) -> list[list[int]]:
+    """The token ids of each request that a server's engine gets from now on."""
+    add_request, prompts = server.service.engine.add_request, []
+
+    def record(token_ids, *args, **options):
+        prompts.append(list(token_ids))
+        return add_request(token_ids, *args, **options)
+
+    monkeypatch.setattr(server.service.engine, "add_request", record)
+    return prompts

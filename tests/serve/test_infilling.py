@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.served import serving
+from helpers.served import record_prompts, serving
 
 from codellama_rt import LLM, SamplingParams
 
@@ -30,14 +30,7 @@ def cases(shared_dir):
 @pytest.fixture
 def computed(code_llama, monkeypatch):
     """The prompts that the engine gets."""
-    add_request, prompts = code_llama.service.engine.add_request, []
-
-    def record(token_ids, *args, **options):
-        prompts.append(list(token_ids))
-        return add_request(token_ids, *args, **options)
-
-    monkeypatch.setattr(code_llama.service.engine, "add_request", record)
-    return prompts
+    return record_prompts(code_llama, monkeypatch)
 
 
 def with_suffix(prefix, suffix, first):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.served import serving
+from helpers.served import record_prompts, serving
 
 from codellama_rt import SamplingParams
 from codellama_rt.tools.evaluation.perplexity import evaluate_perplexity
@@ -222,17 +222,6 @@ def test_guidellm(run_in, served, tmp_path):
     assert requests["errored"] == []
     assert len(requests["successful"]) >= 6
     assert all(0 < one["output_tokens"] <= 16 for one in requests["successful"])
-
-
-def record_prompts(server, monkeypatch):
-    add_request, prompts = server.service.engine.add_request, []
-
-    def record(token_ids, *args, **options):
-        prompts.append(list(token_ids))
-        return add_request(token_ids, *args, **options)
-
-    monkeypatch.setattr(server.service.engine, "add_request", record)
-    return prompts
 
 
 def completion_of(llm):

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers.served import WAIT_S, wait_for
+from helpers.served import WAIT_S, record_prompts, wait_for
 
 from codellama_rt import SamplingParams
 
@@ -40,13 +40,7 @@ def plugin():
 
 
 def test_llama_vim_takes_a_filling(served, llm, plugin, tmp_path, caplog, monkeypatch):
-    add_request, prompts = served.service.engine.add_request, []
-
-    def record(token_ids, *args, **options):
-        prompts.append(list(token_ids))
-        return add_request(token_ids, *args, **options)
-
-    monkeypatch.setattr(served.service.engine, "add_request", record)
+    prompts = record_prompts(served, monkeypatch)
     caplog.set_level("INFO", logger="codellama_rt.serve")
     names = ("add.py", "found.json", "script.vim", "seen")
     file, found, script, seen = (tmp_path / name for name in names)

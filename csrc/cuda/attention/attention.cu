@@ -62,45 +62,43 @@ void attend(const char* op, Attention a, const AttentionShape& shape) {
   attend_float(a, shape);
 }
 
-}  // namespace
-
-void paged_attention(const PagedAttentionParams& p) {
+// What both kinds have.
+template <typename Params>
+Attention common(const Params& p) {
   Attention a{};
   a.query = p.query;
-  a.key = p.key_cache;
-  a.value = p.value_cache;
   a.out = p.out;
   a.lse = p.lse;
   a.cu_seqlens_q = p.cu_seqlens_q;
-  a.block_tables = p.block_tables;
-  a.seq_lens = p.seq_lens;
-  a.max_blocks = p.max_blocks;
-  a.num_keys = p.num_blocks * p.n_kv_heads * p.block_size;
   a.num_seqs = int(p.num_seqs);
   a.num_tokens = int(p.num_tokens);
   a.n_heads = int(p.n_heads);
   a.n_kv_heads = int(p.n_kv_heads);
-  a.block_size = int(p.block_size);
   a.scale_log2 = p.scale;
+  return a;
+}
+
+}  // namespace
+
+void paged_attention(const PagedAttentionParams& p) {
+  Attention a = common(p);
+  a.key = p.key_cache;
+  a.value = p.value_cache;
+  a.block_tables = p.block_tables;
+  a.seq_lens = p.seq_lens;
+  a.max_blocks = p.max_blocks;
+  a.num_keys = p.num_blocks * p.n_kv_heads * p.block_size;
+  a.block_size = int(p.block_size);
   a.causal = true;
   attend("paged_attention", a, {p.dtype, p.cache_dtype, p.head_dim});
 }
 
 void flash_attention(const FlashAttentionParams& p) {
-  Attention a{};
-  a.query = p.query;
+  Attention a = common(p);
   a.key = p.key;
   a.value = p.value;
-  a.out = p.out;
-  a.lse = p.lse;
-  a.cu_seqlens_q = p.cu_seqlens_q;
   a.cu_seqlens_k = p.cu_seqlens_k;
-  a.num_seqs = int(p.num_seqs);
-  a.num_tokens = int(p.num_tokens);
   a.num_keys = p.num_keys;
-  a.n_heads = int(p.n_heads);
-  a.n_kv_heads = int(p.n_kv_heads);
-  a.scale_log2 = p.scale;
   a.causal = p.causal;
   attend("flash_attention", a, {p.dtype, p.kv_dtype, p.head_dim});
 }
