@@ -7,7 +7,8 @@ The model is opened anew for each part, which does not count:
 
 compute  a prompt, from the request to its first token, into an empty folder that is then written;
 restore  the same prompt: its blocks are read from the folder, with the system's copy of the files
-         in memory dropped first (--warm: with it);
+         in memory dropped first (--warm: with it; --direct: and what the disk gives to reads of the
+         same files that pass the system's memory by, just before and after);
 decode   runs of 64 steps of --sequences sequences, in each of which every sequence fills a block;
          in turn the blocks are written behind and are not. `writer` is the CPU time of writing.
 
@@ -17,13 +18,15 @@ decode   runs of 64 steps of --sequences sequences, in each of which every seque
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from time import perf_counter, thread_time
 
 import numpy as np
@@ -35,6 +38,7 @@ from codellama_rt.engine.engine import Engine
 from codellama_rt.tools.bench.measure import Row, save
 
 BLOCK_SIZE = 64
+DIRECT_BYTES, DIRECT_THREADS = 2**20, 8
 RECORD = "computed.json"  # in the folder, beside the prefixes
 QUICK = {"tokens": 200, "depth": 80, "runs": 1, "sequences": 2}
 
@@ -76,6 +80,7 @@ def compute(args: argparse.Namespace) -> Row:
 
 def restore(args: argparse.Namespace) -> Row:
     computed = json.loads((args.folder / RECORD).read_text())
+    disk = [direct_rate(args.folder)] if args.direct else []
     if not args.warm:
         drop_from_memory(args.folder)
     with opened(args, folder=args.folder, num_tokens=args.tokens + 1, num_seqs=1) as llm:
@@ -84,12 +89,41 @@ def restore(args: argparse.Namespace) -> Row:
     if token != computed["token"]:
         sys.exit("the restored prefix gave another token: this is a bug")
     num_bytes = sum(path.stat().st_size for path in args.folder.glob("*.kv"))
-    return {
+    row = {
         "seconds": seconds,
         "restored_tokens": stats["prefix_restored_tokens"],
+        "bytes": num_bytes,
         "gb_per_s": num_bytes / seconds / 1e9,
         "times_as_fast": computed["seconds"] / seconds,
     }
+    if args.direct:
+        rate = mean([*disk, direct_rate(args.folder)])
+        row |= {"disk_gb_per_s": rate, "share_of_disk": row["gb_per_s"] / rate}
+    return row
+
+
+def direct_rate(folder: Path) -> float:
+    """Return the GB/s of 8 threads that read the files past the system's memory."""
+    pieces = []
+    for path in sorted(folder.glob("*.kv")):
+        pieces += [(path, at) for at in range(0, path.stat().st_size, DIRECT_BYTES)]
+
+    def read(pieces: list[tuple[Path, int]]) -> int:
+        count = 0
+        with mmap.mmap(-1, DIRECT_BYTES) as memory:  # begins with a page, as such reads must
+            for path, at in pieces:
+                file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+                try:
+                    count += os.preadv(file, [memory], at)
+                finally:
+                    os.close(file)
+        return count
+
+    started = perf_counter()
+    with ThreadPoolExecutor(DIRECT_THREADS) as threads:
+        shares = [pieces[i::DIRECT_THREADS] for i in range(DIRECT_THREADS)]
+        count = sum(threads.map(read, shares))
+    return count / (perf_counter() - started) / 1e9
 
 
 def decode(args: argparse.Namespace) -> Row:
@@ -166,6 +200,7 @@ def main() -> None:
     add("--tokens", type=int, default=16384, metavar="N", help="of the prompt")
     add("--kv-dtype", default="auto", help="of the cache")
     add("--warm", action="store_true", help="leave the system's copy of the files in memory")
+    add("--direct", action="store_true", help="measure the disk besides")
     add("--sequences", type=int, default=8, metavar="N", help="of `decode`")
     add("--depth", type=int, default=512, metavar="N", help="of `decode`: tokens of the prompts")
     add("--runs", type=int, default=6, metavar="N", help="of `decode`: with writing, and without")

@@ -95,6 +95,13 @@ class BlockManager:
         """Return how many leading full blocks of a sequence `allocate` would find."""
         return len(self._longest_cached_prefix(sequence))
 
+    def num_cached_tokens(self, sequence: Sequence) -> int:
+        """Return how many leading tokens of a sequence `allocate` would find, if it has room."""
+        hits = self._longest_cached_prefix(sequence)
+        prefix_id = self._cached[hits[-1]].prefix_id if hits else sequence.prefix_id
+        start = len(hits) * self.block_size
+        return start + self._longest_head(sequence, prefix_id, start)[1]
+
     def holds(self, block_id: int, prefix: object) -> bool:
         """Return whether a block still holds what `on_full_block` was told; in any thread.
 

@@ -20,7 +20,7 @@ _MOST_CHANGE = 2.0  # of a value by one measurement: another program may have ha
 _UP, _DOWN = 0.3, 0.5  # how far a value follows a measurement
 _CHEAPEST, _DEAREST = 0.5, 1.5  # a row that was not measured, in those of a prompt
 _LEAST = 0.05  # of a step's time is not attention
-_REFRESHED = 16  # steps between two looks at what `StepCost` has learned
+_REFRESHED = 64  # steps between two looks at what `StepCost` has learned; at first fewer
 
 
 class RowCost:
@@ -40,15 +40,16 @@ class RowCost:
         self._parts = cost.parts()
         self._counts: list[int] = []  # of rows, ascending
         self._measured: dict[int, tuple[float, int]] = {}  # seconds, and in which step
-        self._step = 0
+        self._step = self._next_look = 0
 
     def learn(self, batch: Batch, seconds: float) -> None:
         """Take a step that has been computed into account; one with prompts says nothing."""
         rows = len(batch.token_ids)
         if rows > len(batch.logit_rows):
             return
-        if self._step % _REFRESHED == 0:
+        if self._step >= self._next_look:
             self._parts = self._cost.parts()
+            self._next_look += min(self._step + 1, _REFRESHED)
         # As if all sequences had equally many rows.
         attention = self.attention(int(batch.seq_lens.sum()), rows / len(batch.seq_lens))
         self.note(rows, max(seconds - attention, _LEAST * seconds))

@@ -110,6 +110,8 @@ class Drafter:
         self._read()
         most = min(MAX_DRAFT, self._max_len - 1 - len(self._sequence.token_ids))
         length, tokens = self._suffixes.propose(most)
+        if not length:
+            return int32_list(), []
         chance, chances, rates = 1.0, [], self._acceptance.rates
         for suffix in range(length, length + len(tokens)):
             chance *= rates[length_class(suffix)]
@@ -201,6 +203,8 @@ class Speculation:
         nothing = int32_list(), []
         proposals = [nothing if drafter is None else drafter.propose() for drafter in drafters]
         ranked = [(chance, i) for i, (_, chances) in enumerate(proposals) for chance in chances]
+        if not ranked:
+            return [tokens for tokens, _ in proposals]
         if len(sequences) > 1:
             ranked.sort(key=_by_chance)  # stable: a sequence's own stay in order
         count = self._best_count(sequences, [chance for chance, _ in ranked[: max(0, most)]])

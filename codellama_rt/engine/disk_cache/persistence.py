@@ -40,7 +40,7 @@ class Persistence:
             )
         if not blocks.prefix_caching:
             raise ValueError("prefixes are kept on disk only with prefix_caching=True")
-        self._store = store
+        self._store, self._block_size = store, blocks.block_size
         self.writer = WriteBehind(store, kv_cache, blocks, self.identity)
         self.restorer = Restorer(store, kv_cache, blocks, self.identity)
         blocks.on_full_block = self.writer.offer
@@ -52,8 +52,12 @@ class Persistence:
         return identity_of(self._store.model, sequence)
 
     def num_stored_blocks(self, sequence: Sequence) -> int:
-        """Return how many leading blocks of a sequence that need no logits seem to be on disk."""
-        tokens = sequence.token_ids[: sequence.first_logit].tobytes()
+        """Return how many leading blocks of a sequence seem to be on disk.
+
+        The last one may hold the first token whose logits are needed, behind others.
+        """
+        end = -(-sequence.first_logit // self._block_size) * self._block_size
+        tokens = sequence.token_ids[:end].tobytes()
         return self._store.num_stored(self.identity(sequence), tokens)
 
     def stats(self) -> dict[str, int]:

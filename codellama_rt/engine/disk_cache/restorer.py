@@ -62,13 +62,15 @@ class Restorer:
         Returns:
             Whether there is something to read: then it is in `held` until that is done.
         """
-        size = self._blocks.block_size
-        last = min(sequence.num_stored_blocks, sequence.first_logit // size)
+        size, end = self._blocks.block_size, sequence.first_logit
+        # The block of the first token to be computed is read for those before it.
+        last = min(sequence.num_stored_blocks, -(-end // size))
         if not last:
             return False
-        first = self._blocks.num_cached_blocks(sequence)
-        if first >= last:
+        num_cached = self._blocks.num_cached_tokens(sequence)
+        if num_cached >= min(last * size, end):
             return False
+        first = num_cached // size
         restoration = self._under_way(sequence, first) or self._begin(sequence, first, last)
         if restoration is None:
             return False

@@ -233,8 +233,7 @@ void attend_split(const Attention& a, const Task& task, int64_t split, const Wor
       const QueryScale* scales = work.scales + h * first.num_rows;
       if constexpr (kByteDots && kQuantized<T>) {
         attend_tile_bytes(block, key, tile, next, reinterpret_cast<const int8_t*>(query), scales,
-                          reinterpret_cast<uint8_t*>(work.keys),
-                          reinterpret_cast<uint8_t*>(work.values), states + h * stride);
+                          reinterpret_cast<uint8_t*>(work.keys), states + h * stride);
       } else {
         attend_tile(block, key, tile, next, layout, query, scales, work, states + h * stride);
       }

@@ -1,10 +1,10 @@
 // A block of 8 query rows against a tile of a quantised cache, by integer products alone (bytes.h).
 //
 // A register's 16 lanes are the two parts of 8 queries: a dot multiplies a quad of a key's bytes,
-// spread over the lanes, by that quad of all of them, and nothing is added across lanes. Keys are
-// unpacked once for all blocks but stay where they lie in their group. In the softmax lanes 2 r and
-// 2 r + 1 are row r with two neighbouring keys. Values are turned once for all blocks, so that
-// lanes are 16 columns.
+// spread over the lanes, by that quad of all of them, and nothing is added across lanes. int8 keys
+// are read as they lie, int4 ones are unpacked once for all blocks. In the softmax lanes 2 r and
+// 2 r + 1 are row r with two neighbouring keys. Values are interleaved for every 4 rows anew, so
+// that lanes are 16 columns: the shuffles run beside the products, on a port of their own.
 #pragma once
 
 #include "cpu/attention/bytes.h"
@@ -17,7 +17,7 @@ namespace CLRT_ISA {
 namespace {
 
 constexpr int kPairs = kTile / 2, kGroupPairs = kGroup / 2;
-constexpr int kValueByteRows = 4;  // rows that share a load of turned values: 16 sums
+constexpr int kValueByteRows = 4;  // rows that share interleaved values: 16 sums
 
 // Two neighbouring floats, again and again.
 inline Vec spread_pair(const float* p) {
@@ -30,48 +30,21 @@ inline Vec odd_lanes(Vec x) { return {_mm512_movehdup_ps(x.v)}; }
 inline Vec swap_neighbours(Vec x) { return {_mm512_permute_ps(x.v, 0xb1)}; }
 inline Vec select_even(Vec even, Vec odd) { return {_mm512_mask_mov_ps(even.v, 0xaaaa, odd.v)}; }
 
-// ---- what all blocks share -------------------------------------------------------------------
+// ---- scores ------------------------------------------------------------------------------------
 
-// A group's keys as unsigned bytes: chunk by chunk of elements, key by key. kHeadDim: 128, for
-// strides and counts to be constants, or 0.
-template <typename T, int kHeadDim>
-inline void unpack_keys(const Tile<T>& tile, int group, int64_t any_head_dim, int64_t any_chunks,
-                        uint8_t* to) {
-  const int64_t head_dim = kHeadDim ? kHeadDim : any_head_dim, stride = head_dim / kPacked<T>;
-  const int64_t chunks = kHeadDim ? kHeadDim / kChunk : any_chunks;
+// int4 keys of a group as rows of dim unsigned bytes.
+template <int kHeadDim>
+inline void unpack_keys(const Nibbles* group, int64_t any_head_dim, int64_t any_dim, uint8_t* to) {
+  const int64_t head_dim = kHeadDim ? kHeadDim : any_head_dim, dim = kHeadDim ? kHeadDim : any_dim;
 #pragma GCC unroll 2
   for (int i = 0; i < kGroup; ++i) {
-    const auto row = Qk<T>::key_row(tile.keys[group], i, stride);
+    const auto row = Qk<Nibbles>::key_row(group, i, head_dim / kPacked<Nibbles>);
 #pragma GCC unroll 2
-    for (int64_t c = 0; c < chunks; ++c) {
-      _mm512_storeu_si512(to + (c * kGroup + i) * kChunk,
-                          key_chunk<(kHeadDim > 0)>(row, c, head_dim));
+    for (int64_t c = 0; c * kChunk < dim; ++c) {
+      _mm512_storeu_si512(to + i * dim + c * kChunk, key_chunk<(kHeadDim > 0)>(row, c, head_dim));
     }
   }
 }
-
-// A group's values, quad by quad of keys, chunk by chunk.
-template <typename T, int kHeadDim>
-inline void turn_values(const Tile<T>& tile, int group, int64_t any_head_dim, int64_t any_chunks,
-                        uint8_t* to) {
-  const int64_t head_dim = kHeadDim ? kHeadDim : any_head_dim, stride = head_dim / kPacked<T>;
-  const int64_t chunks = kHeadDim ? kHeadDim / kChunk : any_chunks;
-  for (int quad = 0; quad < kGroup / 4; ++quad) {
-#pragma GCC unroll 2
-    for (int64_t c = 0; c < chunks; c += kParts<T>) {
-      const int64_t at = c / kParts<T> * kChunk;
-      __m512i columns[4];
-      interleave_rows<(kHeadDim > 0)>(tile.values[group] + 4 * quad * stride + at, stride,
-                                      stride - at, columns);
-      each<4 * kParts<T>>([&](auto i) __attribute__((always_inline)) {
-        _mm512_storeu_si512(to, value_part<T>(columns[i % 4], i / 4));
-        to += kChunk;
-      });
-    }
-  }
-}
-
-// ---- scores ------------------------------------------------------------------------------------
 
 template <typename T>
 struct QueryLanes {
@@ -88,23 +61,24 @@ struct QueryLanes {
   }
 };
 
-// The exact sums of a group's keys. Register: __m512i, or __m256i for the block's first 4 rows.
-template <typename Register>
-__attribute__((noinline, flatten)) void dot_group(const uint8_t* keys, const int8_t* queries,
-                                                  int64_t dim, Ahead ahead,
+// The exact sums of a group's keys, `stride` bytes apart. kStride: 128, for it to be a constant, or
+// 0. Register: __m512i, or __m256i for the block's first 4 rows.
+template <typename T, int kStride, typename Register>
+__attribute__((noinline, flatten)) void dot_group(const void* group, int64_t any_stride,
+                                                  const int8_t* queries, int64_t quads, Ahead ahead,
                                                   __m512i (&pairs)[kGroupPairs]) {
+  const int64_t stride = kStride ? kStride : any_stride;
+  const char* keys = static_cast<const char*>(group);
   Register sums[kGroup];
   each<kGroup>([&](auto i) { sums[i] = Register{}; });
-  for (int64_t d = 0; d < dim; d += kChunk, keys += kGroup * kChunk) {
 #pragma GCC unroll 1
-    for (int at = 0; at < kChunk; at += 4, queries += kChunk) {
-      Register quad;
-      std::memcpy(&quad, queries, sizeof quad);
-      ahead.step();
-      each<kGroup>([&](auto i) __attribute__((always_inline)) {
-        dot(sums[i], spread_quad<Register>(keys + i * kChunk + at), quad);
-      });
-    }
+  for (int64_t i = 0; i < quads; ++i, keys += 4, queries += kChunk) {
+    Register quad;
+    std::memcpy(&quad, queries, sizeof quad);
+    ahead.step();
+    each<kGroup>([&](auto key) __attribute__((always_inline)) {
+      dot(sums[key], spread_key<T, Register>(keys + key * stride), quad);
+    });
   }
   const auto floats = [](Register x) __attribute__((always_inline)) {
     if constexpr (sizeof(Register) == 64) {
@@ -289,68 +263,72 @@ __attribute__((noinline)) void weigh_rows(const Scales<T>& scales, const ValueSc
 
 // ---- values ------------------------------------------------------------------------------------
 
-template <int kRows>
-__attribute__((noinline, flatten)) void add_rows_values(const uint8_t* turned, int64_t dim,
+// A tile's values into the states of kRows rows, two columns of 16 at a time.
+template <int kRows, int kHeadDim, typename T>
+__attribute__((noinline, flatten)) void add_rows_values(const Tile<T>& tile, int64_t any_head_dim,
                                                         const BlockWeights& weights, int row,
                                                         float* const* outs) {
-  const uint8_t* low_quads = weights.quads[0][row][0];
-  for (int64_t column = 0; column < dim; column += kChunk) {
-    __m512i sums[kRows][4];
-    each<kRows * 4>([&](auto i) { sums[i / 4][i % 4] = _mm512_setzero_si512(); });
-    const auto multiply = [&](const uint8_t* quads) __attribute__((always_inline)) {
-      const uint8_t* at = turned + column * 4;
+  const int64_t head_dim = kHeadDim ? kHeadDim : any_head_dim, stride = head_dim / kPacked<T>;
+  for (int64_t at = 0; at < stride; at += kChunk) {
+    each<2 * kParts<T>>([&](auto pair) __attribute__((always_inline)) {
+      constexpr int half = pair % 2, part = pair / 2;
+      __m512i high[kRows][2], low[kRows][2];
+      each<kRows * 2>([&](auto i) { high[i / 2][i % 2] = low[i / 2][i % 2] = __m512i{}; });
+      const uint8_t* quads = weights.quads[0][row][0];
+      for (int g = 0; g < kGroups; ++g) {
+        const T* rows = tile.values[g] + at;
 #pragma GCC unroll 1
-      for (int quad = 0; quad < kQuads; ++quad, at += dim * 4, quads += kByteRows * 8) {
-        __m512i values[4];
-        each<4>([&](auto j) { values[j] = _mm512_loadu_si512(at + j * kChunk); });
-        each<kRows>([&](auto r) {
-          const __m512i p = spread_quad(quads + r * 8);
-          each<4>([&](auto j) { dot(sums[r][j], p, values[j]); });
-        });
+        for (int i = 0; i < kGroup / 4; ++i, rows += 4 * stride, quads += kByteRows * 8) {
+          __m512i r[4], columns[2];
+          load_rows<(kHeadDim > 0)>(rows, stride, stride - at, r);
+          interleave_half<half>(r, columns);
+          each<2>([&](auto j) { columns[j] = value_part<T>(columns[j], part); });
+          each<kRows>([&](auto r) __attribute__((always_inline)) {
+            const __m512i high_quad = spread_quad(quads + r * 8 + 4);
+            const __m512i low_quad = spread_quad(quads + r * 8);
+            each<2>([&](auto j) __attribute__((always_inline)) {
+              dot(high[r][j], high_quad, columns[j]);
+              dot(low[r][j], low_quad, columns[j]);
+            });
+          });
+        }
       }
-    };
-    multiply(low_quads + 4);
-    each<kRows * 4>([&](auto i) {
-      __m512i& sum = sums[i / 4][i % 4];
-      sum = _mm512_slli_epi32(sum, 8);
-    });
-    multiply(low_quads);
-    each<kRows * 4>([&](auto i) {
-      constexpr int r = i / 4;
-      add_sums(sums[r][i % 4], weights.factors[row + r][0], weights.factors[row + r][1],
-               outs[r] + column + i % 4 * kLanes);
+      const int64_t column = at * kParts<T> + part * kChunk + half * 2 * kLanes;
+      each<kRows * 2>([&](auto i) {
+        constexpr int r = i / 2, j = i % 2;
+        add_sums(join_parts(high[r][j], low[r][j]), weights.factors[row + r][0],
+                 weights.factors[row + r][1], outs[r] + column + j * kLanes);
+      });
     });
   }
 }
 
 // ---- a tile ------------------------------------------------------------------------------------
 
-// `keys` and `values` have room for kTile * padded_dim bytes each.
-template <typename T>
-void attend_rows_bytes(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
-                       const int8_t* query, const QueryScale* query_scales, float scale,
-                       uint8_t* keys, uint8_t* values, float* states) {
+// kHeadDim: 128, for strides and counts to be constants, or 0. `unpacked` has room for
+// kTile * padded_dim bytes.
+template <int kHeadDim, typename T>
+void attend_rows(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
+                 const int8_t* query, const QueryScale* query_scales, float scale,
+                 uint8_t* unpacked, float* states) {
   const int64_t head_dim = block.a.head_dim, dim = block.a.padded_dim(), rows = block.num_rows;
-  const int64_t chunks = dim / kChunk;
   const VisibleKeys visible(block, key);
   const Scales<T> scales(tile);
   const ValueScales all(scales, visible(rows - 1));
-  const auto prepare = [&](int group) {
-    const auto unpack = [&](auto known) {
-      constexpr int kHeadDim = decltype(known)::value;
-      unpack_keys<T, kHeadDim>(tile, group, head_dim, chunks, keys + group * kGroup * dim);
-      turn_values<T, kHeadDim>(tile, group, head_dim, chunks, values + group * kGroup * dim);
-    };
-    if (head_dim == 128) {
-      unpack(std::integral_constant<int, 128>());
-    } else {
-      unpack(std::integral_constant<int, 0>());
+  const void* keys[kGroups];
+  const int64_t stride = std::is_same_v<T, Nibbles> ? dim : head_dim, quads = ceil_div(stride, 4);
+  for (int g = 0; g < kGroups; ++g) {
+    keys[g] = tile.keys[g];
+    if constexpr (std::is_same_v<T, Nibbles>) {
+      uint8_t* to = unpacked + g * kGroup * dim;
+      unpack_keys<kHeadDim>(tile.keys[g], head_dim, dim, to);
+      keys[g] = to;
     }
-  };
+  }
   int64_t first = 0;
   while (visible(first) == 0) ++first;
-  bool prepared = false;
-  for (int64_t row = first / kByteRows * kByteRows; row < rows; row += kByteRows) {
+  const int64_t first_block = first / kByteRows * kByteRows;
+  for (int64_t row = first_block; row < rows; row += kByteRows) {
     const BlockRows part{block, states, row, int(larger(first - row, 0)),
                          int(smaller(rows - row, kByteRows))};
     const QueryLanes<T> lanes(query_scales + row, scale);
@@ -360,14 +338,11 @@ void attend_rows_bytes(const Block& block, int64_t key, const Tile<T>& tile, con
     BlockWeights weights;
     Vec greatest = splat(-3.4e38f);  // finite, so that weights below it are 0
     for (int g = 0; g < kGroups; ++g) {
-      Ahead ahead;
-      if (!prepared) {
-        prepare(g);
-        ahead = Ahead(next, g, head_dim, dim / 4);
-      }
+      const Ahead ahead = row == first_block ? Ahead(next, g, head_dim, quads) : Ahead();
       __m512i pairs[kGroupPairs];
-      const auto multiply = part.end > kByteRows / 2 ? dot_group<__m512i> : dot_group<__m256i>;
-      multiply(keys + g * kGroup * dim, query + row * 2 * dim, dim, ahead, pairs);
+      const auto multiply = part.end > kByteRows / 2 ? dot_group<T, kHeadDim, __m512i>
+                                                     : dot_group<T, kHeadDim, __m256i>;
+      multiply(keys[g], stride, query + row * 2 * dim, quads, ahead, pairs);
       each<kGroupPairs>([&](auto j) {
         const int first_key = g * kGroup + 2 * j;
         Vec x = score_pair(scales, first_key, from_bits(_mm512_add_epi32(pairs[j], lanes.start)),
@@ -378,7 +353,6 @@ void attend_rows_bytes(const Block& block, int64_t key, const Tile<T>& tile, con
         store(scores[first_key / 2], x);
       });
     }
-    prepared = true;
     const auto weigh = [&](const auto& value_scales) {
       weigh_rows(scales, value_scales, scores, greatest, part, weights);
     };
@@ -387,9 +361,21 @@ void attend_rows_bytes(const Block& block, int64_t key, const Tile<T>& tile, con
       constexpr int n = decltype(num_rows)::value;
       float* outs[n];
       for (int i = 0; i < n; ++i) outs[i] = part.state(r + i).out;
-      add_rows_values<n>(values, dim, weights, r, outs);
+      add_rows_values<n, kHeadDim>(tile, head_dim, weights, r, outs);
     });
   }
+}
+
+template <typename T>
+void attend_rows_bytes(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
+                       const int8_t* query, const QueryScale* query_scales, float scale,
+                       uint8_t* unpacked, float* states) {
+  const auto attend = [&](auto known) {
+    attend_rows<decltype(known)::value>(block, key, tile, next, query, query_scales, scale,
+                                        unpacked, states);
+  };
+  if (block.a.head_dim == 128) return attend(std::integral_constant<int, 128>());
+  attend(std::integral_constant<int, 0>());
 }
 
 }  // namespace

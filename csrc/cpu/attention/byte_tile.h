@@ -88,9 +88,10 @@ __attribute__((noinline, flatten)) void add_row_values(const Tile<T>& tile, cons
         const __m512i high_quad = spread_quad(weights.high + quad * 4);
         const __m512i low_quad = spread_quad(weights.low + quad * 4);
         each<kStretch>([&](auto c) {
-          __m512i columns[4];
-          interleave_rows<(kHeadDim > 0)>(group + 4 * i * stride + c * kChunk, stride, stride - at,
-                                          columns);
+          __m512i r[4], columns[4];
+          load_rows<(kHeadDim > 0)>(group + 4 * i * stride + c * kChunk, stride, stride - at, r);
+          interleave_half<0>(r, columns);
+          interleave_half<1>(r, columns + 2);
           each<kStretchColumns>([&](auto j) {
             const __m512i values = value_part<T>(columns[j % 4], j / 4);
             dot(high[c * kStretchColumns + j], high_quad, values);
@@ -122,17 +123,17 @@ void attend_row_bytes(const Tile<T>& tile, const Tile<T>& next, int num_keys, co
   attend(std::integral_constant<int, 0>());
 }
 
-// One tile for a block's rows, whose states begin at `states`. More than kRowsApart unpack it to
-// `keys` and `values`, kTile * padded_dim bytes each.
+// One tile for a block's rows, whose states begin at `states`. More than kRowsApart unpack its keys
+// to `keys`, kTile * padded_dim bytes.
 template <typename T>
 void attend_tile_bytes(const Block& block, int64_t key, const Tile<T>& tile, const Tile<T>& next,
                        const int8_t* query, const QueryScale* query_scales, uint8_t* keys,
-                       uint8_t* values, float* states) {
+                       float* states) {
   const Attention& a = block.a;
   const float scale = a.scale * 1.44269504f;  // log2(e)
   const Tile<T>& ahead = next.num_keys > 0 ? next : tile;
   if (block.num_rows > kRowsApart) {
-    attend_rows_bytes(block, key, tile, ahead, query, query_scales, scale, keys, values, states);
+    attend_rows_bytes(block, key, tile, ahead, query, query_scales, scale, keys, states);
     return;
   }
   const VisibleKeys visible(block, key);

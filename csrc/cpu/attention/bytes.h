@@ -146,27 +146,45 @@ inline __m512i key_chunk(const Qk<Nibbles>::Row& row, int64_t chunk, int64_t hea
   return _mm512_mask_add_epi8(low, high, low, _mm512_set1_epi8(16));
 }
 
-// ---- values ----------------------------------------------------------------------------------
-
-// Where row 4 i of a group lies whose quad of keys is number `quad`: the order of pack_weights.
-template <typename T>
-inline const T* value_rows(const Tile<T>& tile, int quad) {
-  return tile.values[quad % 4] + quad / 4 * 4 * tile.row_stride;
+// Four bytes of a key in all lanes, unsigned: an int8 key gets its offset in the same instruction.
+template <typename T, typename Register>
+inline __attribute__((always_inline)) Register spread_key(const void* p) {
+  if constexpr (std::is_same_v<T, Nibbles>) {
+    return spread_quad<Register>(p);
+  } else if constexpr (sizeof(Register) == 64) {
+    Register quad;
+    asm("vpxord %1%{1to16%}, %2, %0"
+        : "=v"(quad)
+        : "m"(*static_cast<const int32_t*>(p)), "v"(_mm512_set1_epi8(char(0x80))));
+    return quad;
+  } else {
+    Register quad;
+    asm("vpxord %1%{1to8%}, %2, %0"
+        : "=v"(quad)
+        : "m"(*static_cast<const int32_t*>(p)), "v"(_mm256_set1_epi8(char(0x80))));
+    return quad;
+  }
 }
 
-// 64 bytes of four rows, interleaved: lane l of columns[j] has those of byte 16 (l / 4) + 4 j +
-// l % 4.
+// ---- values ----------------------------------------------------------------------------------
+
+// 64 bytes of four rows, interleaved, columns 2 kHalf and 2 kHalf + 1 of 4: lane l of column j has
+// those of byte 16 (l / 4) + 4 j + l % 4.
+template <int kHalf>
+inline __attribute__((always_inline)) void interleave_half(const __m512i (&r)[4],
+                                                           __m512i* columns) {
+  const auto bytes = [](__m512i a, __m512i b) __attribute__((always_inline)) {
+    return kHalf ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b);
+  };
+  const __m512i first = bytes(r[0], r[1]), second = bytes(r[2], r[3]);
+  columns[0] = _mm512_unpacklo_epi16(first, second);
+  columns[1] = _mm512_unpackhi_epi16(first, second);
+}
+
 template <bool kWhole, typename T>
-inline __attribute__((always_inline)) void interleave_rows(const T* rows, int64_t row_stride,
-                                                           int64_t left, __m512i (&columns)[4]) {
-  __m512i r[4];
+inline __attribute__((always_inline)) void load_rows(const T* rows, int64_t row_stride,
+                                                     int64_t left, __m512i (&r)[4]) {
   each<4>([&](auto i) { r[i] = load_bytes<kWhole>(rows + i * row_stride, left); });
-  const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);
-  const __m512i c = _mm512_unpacklo_epi8(r[2], r[3]), d = _mm512_unpackhi_epi8(r[2], r[3]);
-  columns[0] = _mm512_unpacklo_epi16(a, c);
-  columns[1] = _mm512_unpackhi_epi16(a, c);
-  columns[2] = _mm512_unpacklo_epi16(b, d);
-  columns[3] = _mm512_unpackhi_epi16(b, d);
 }
 
 // The values of part `part` among interleaved bytes: int8 as they are, int4 less their zero point

@@ -117,6 +117,26 @@ def test_generated_tokens_are_kept_too(tmp_path):
     # the last block holds the last token, whose logits are needed
 
 
+def test_of_the_block_with_the_last_token_only_that_is_computed(tmp_path):
+    prompt = [*PROMPT, 60, 61]  # ten blocks
+    fill(tmp_path, [prompt])
+    engine = engine_on(tmp_path)
+    assert answer(engine, prompt) == (expected(prompt), 1 + 5)
+    stats = engine.stats()
+    assert stats["prefix_restored_tokens"] == tokens_in(10)
+    assert stats["prefix_hit_tokens"] == len(prompt) - 1
+    assert stats["kv_blocks_free"] == stats["kv_blocks"]
+    assert answer(engine, prompt, name="b") == (expected(prompt), 1 + 5)
+    assert engine.stats()["prefix_restored_tokens"] == tokens_in(10)  # the second time from memory
+
+
+def test_without_room_for_a_copy_the_block_with_the_last_token_is_computed(tmp_path):
+    prompt, params = [*PROMPT, 60, 61], SamplingParams(max_tokens=1, ignore_eos=True)
+    fill(tmp_path, [prompt])
+    engine = engine_on(tmp_path, num_blocks=10)
+    assert answer(engine, prompt, params) == (expected(prompt)[:1], SIZE)
+
+
 def test_a_prefix_that_goes_on_otherwise(tmp_path):
     fill(tmp_path)
     prompt = [*PROMPT[:18], *range(50, 60)]
@@ -363,7 +383,7 @@ def test_an_adapter_and_a_salt_have_prefixes_of_their_own(tmp_path):
 
 def test_a_forked_child_reads_and_writes(tmp_path):
     engine = engine_on(tmp_path)
-    other = list(range(40, 60))
+    other = list(range(40, 60))  # five blocks
     answer(engine)
     child = os.fork()
     if not child:
@@ -375,7 +395,7 @@ def test_a_forked_child_reads_and_writes(tmp_path):
     engine.close()
     again = engine_on(tmp_path)
     assert answer(again, other)[0] == expected(other)
-    assert again.stats()["prefix_restored_tokens"] == tokens_in(4)
+    assert again.stats()["prefix_restored_tokens"] == tokens_in(5)
 
 
 def test_without_threads_everything_is_computed(tmp_path, monkeypatch):
@@ -395,7 +415,7 @@ def test_without_threads_everything_is_computed(tmp_path, monkeypatch):
     monkeypatch.undo()
     engine = engine_on(tmp_path)
     answer(engine, other)
-    assert engine.stats()["prefix_restored_tokens"] == tokens_in(4)
+    assert engine.stats()["prefix_restored_tokens"] == tokens_in(5)
 
 
 def test_what_cannot_be_read_as_bytes_is_refused(tmp_path, monkeypatch):
