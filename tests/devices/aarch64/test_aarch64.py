@@ -50,7 +50,7 @@ def test_kernels(server, name):
     path = [Path(__file__).parent, REPOSITORY, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ, "CODELLAMA_RT_KERNEL_SERVER": server,
-        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "PYTHONPATH": os.pathsep.join(map(str, path)), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }  # fmt: skip
     command = [
         sys.executable, "-m", "pytest", "-q", "-x", "-p", "kernel_proxy", "-p", "no:cacheprovider",
