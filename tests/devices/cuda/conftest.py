@@ -27,7 +27,7 @@ def _run(*command):
 
 @pytest.fixture(scope="session")
 def emulated_module():
-    """`_cuda` with the emulator in CUDA's place: benchmarks/cuda/run.sh names it, or it is built."""
+    """`_cuda` with the emulator in CUDA's place, built unless benchmarks/cuda/run.sh names it."""
     path = Path(os.environ.get("EMULATED") or _built())
     spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
     module = importlib.util.module_from_spec(spec)
