@@ -60,9 +60,11 @@ class DefaultFloatMode {
 #endif
 };
 
-// A sleeping worker costs a wake-up of 5 to 50 us, as much as a small op; so a worker spins this
-// many pauses (about 50 us) after its last task before it sleeps. Layers follow within that time.
-constexpr int kSpins = 2000;
+// A sleeping worker costs a wake-up of 5 to 50 us, as much as a small op, and more where other
+// programs want its CPU; so a worker spins this many pauses (about 50 us) after a region before it
+// sleeps. Layers follow within that time. While others are still at the region's last tasks, which
+// may take longer, a pause counts a twentieth.
+constexpr int kSpins = 2000, kOpenShare = 20;
 
 inline void pause_cpu() {
 #if defined(__x86_64__)
@@ -170,10 +172,11 @@ class Pool {
 
   // Until a region is open that is not `seen`; false when the pool ends.
   bool await(uint64_t seen) {
-    for (int spins = 0; spins < kSpins; ++spins) {
+    for (int spins = 0; spins < kSpins * kOpenShare;) {
       if (is_new(seen)) return true;
       if (stop_.load(std::memory_order_relaxed)) return false;
       pause_cpu();
+      spins += is_open(generation_.load(std::memory_order_relaxed)) ? 1 : kOpenShare;
     }
     std::unique_lock<std::mutex> lock(sleep_);
     sleepers_.fetch_add(1);
