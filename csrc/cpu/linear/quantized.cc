@@ -50,11 +50,20 @@ constexpr int64_t kCacheLine = 64;
 // Fewer elements of x are packed by the caller: 12 us over int8, 6 over int4. More would let the
 // other threads fall asleep: 16 tokens of 4096, 50 us over int8, made a product of 770 us take 870.
 constexpr int64_t kPackedByAll = 16 << 10;
-// Up to so many tokens memory is the limit: a row is one chunk, what lies kAhead bytes ahead is
-// fetched into L1. With more, the next chunk is fetched into L2 meanwhile: into L1, 8 and 16 tokens
-// took 1.8 and 2.2 ms over int8, not 1.4 and 1.9, for loads waited for room in its queue of misses.
+// Up to so many tokens a row is one chunk, and what lies some way ahead is fetched: kAhead bytes
+// into L1 where memory is the limit, else twice as many into L2. With more tokens the next chunk is
+// fetched into L2 meanwhile: into L1, 8 and 16 tokens took 1.8 and 2.2 ms over int8, not 1.4 and
+// 1.9, for loads waited for room in its queue of misses.
 constexpr int64_t kStreamTokens = smaller(5, Few::kTokens);
 constexpr int64_t kAhead = 4096;
+
+// Whether memory is the limit of so many tokens, by their products with a byte of weights. AMD EPYC
+// (Zen 4), two cores that read 60 GB/s, (11008, 4096), into L1 -> into L2: int4, 1 token 444 -> 565
+// us, 3 686 -> 544, 4 780 -> 677, 5 892 -> 802; int8, 4 tokens 968 -> 1146, 5 1073 -> 1004.
+template <typename Layout>
+constexpr bool memory_is_the_limit(int64_t tokens) {
+  return 2 * tokens * Layout::kGroup * kWeightTile < 9 * Layout::kBytes;
+}
 
 // ---- activations: (chunk of groups, panel of tokens, group, token) --------------------------
 
@@ -114,7 +123,7 @@ __attribute__((noinline)) void multiply_groups(const TokensOf<Layout>* x, RowVec
   constexpr int kHalfQuads = Layout::kGroup / 4 / Layout::kHalves;
   // One sum would wait for its own last product: 4 to 5 cycles.
   constexpr int kChains = kTokens * kVectors < 4 ? 2 : 1;
-  constexpr int kLevel = kTokens <= kStreamTokens ? 3 : 2;  // into L1, into L2
+  constexpr bool kIntoL1 = kTokens <= kStreamTokens && memory_is_the_limit<Layout>(kTokens);
   const uint8_t *group[kVectors], *next[kVectors];
   int part[kVectors];
   Vec sums[kTokens][kVectors];
@@ -175,7 +184,9 @@ __attribute__((noinline)) void multiply_groups(const TokensOf<Layout>* x, RowVec
           sums[t][j] = fma(minima, splat(x[t].scaled_sum), sums[t][j]);
         }
       }
-      for (int64_t i = 0; i < ahead; i += kCacheLine) __builtin_prefetch(next[j] + i, 0, kLevel);
+      for (int64_t i = 0; i < ahead; i += kCacheLine) {
+        __builtin_prefetch(next[j] + i, 0, kIntoL1 ? 3 : 2);
+      }
       next[j] += ahead;
       group[j] += Layout::kBytes;
     }
@@ -266,6 +277,7 @@ void multiply_tiles(const LinearParams& p, Panels panels,
   using Layout = typename Format::Layout;
   constexpr int64_t kStride = Shape::kTiles * kWeightTile;
   const int64_t groups = num_groups<Layout>(p.k), chunk = chunk_groups<Format, Shape>(p);
+  const int64_t ahead = memory_is_the_limit<Layout>(p.num_tokens) ? kAhead : 2 * kAhead;
   const int64_t chunk_bytes = Format::kInPlace ? 0 : chunk * Layout::kBytes;
   const int64_t totals_bytes = p.num_tokens * kStride * sizeof(float);
   auto* memory =
@@ -286,7 +298,7 @@ void multiply_tiles(const LinearParams& p, Panels panels,
         const uint8_t* head = head_of<Format>(tiles[i], p.k);
         const uint8_t* at =
             Groups<Format>::load(tiles[i], p.k, g, length, memory + i * chunk_bytes);
-        const uint8_t* next = Format::kInPlace && chunk == groups ? at + kAhead
+        const uint8_t* next = Format::kInPlace && chunk == groups ? at + ahead
                               : g + length < groups
                                   ? Groups<Format>::source(tiles[i], p.k, g + length)
                                   : Groups<Format>::source(next_tiles[i], p.k, 0);
