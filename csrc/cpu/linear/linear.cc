@@ -7,8 +7,7 @@
 //          kFewRows; a run of each panel stays in L1 while a segment of the block passes over it.
 //          Many: panels of kTokens over blocks of kBlockRows, which the first panel reads from
 //          memory and leaves packed in L2. Either way the next segment of weights is fetched into
-//          L2, evenly, while this one is multiplied. Short rows by kInOrderTokens: in the order in
-//          which they lie
+//          L2, evenly, while this one is multiplied. Very few (kInOrderTokens): in_order.h
 // Numerics fp32 accumulate. k is cut in equal segments of at most kSegmentBytes; a segment has one
 //          vector of sums for each (t, n), taken in ascending k and summed by the tree of sum();
 //          segments are added in ascending order. No other choice (tile, task, edge, thread)
@@ -19,6 +18,7 @@
 #include "common/quantized.h"
 #include "cpu/linear/ahead.h"
 #include "cpu/linear/dot.h"
+#include "cpu/linear/in_order.h"
 #include "cpu/linear/quantized.h"
 
 namespace codellama_rt {
@@ -38,14 +38,6 @@ constexpr int64_t kFewConvertedBytes = kLanes > 4 ? 96 << 10 : 0;
 // A segment of so many rows is 192 KB, and the next one is fetched beside it; 12 rows were 20 %
 // slower at 8 tokens, 72 no faster.
 constexpr int64_t kFewRows = 48;
-// Rows of one segment, a few tokens: one row after another, and no prefetching. Hardware follows
-// one stream; of a tile's four in the same pages it follows hardly any. One core of an AMD EPYC
-// (Zen 4) that reads 31.5 GB/s: 1 token over (3072, 576), (576, 1536) and (2048, 2048) in bfloat16
-// took 147, 79 and 363 us in tiles and takes 117, 55 and 272; 3 tokens 1.1 to 1.2 times as fast, 4
-// no faster. Longer rows would be slower than tiles: a row's sum waits for itself, the next is out
-// of sight.
-constexpr int kInOrderTokens = kLanes > 8 ? 3 : 1;
-constexpr int64_t kInOrderRows = 64;
 // Of a panel of tokens, half of a 32 KB L1; whole segments of 8 tokens fell out of it (163 -> 111
 // GFLOP/s a core).
 constexpr int64_t kRunBytes = 16 << 10;
@@ -262,39 +254,7 @@ void multiply_few(const LinearParams& p, const Cut<typename DotOf<Weight>::type>
   }
 }
 
-// Rows [n, n + count) of one weight and one segment: no two are read at a time.
-template <typename Weight, int kHeight>
-__attribute__((noinline)) void multiply_block_in_order(
-    const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
-    const typename DotOf<Weight>::type::Element* x, const Block& block, float* totals) {
-  using Dot = typename DotOf<Weight>::type;
-  const int64_t whole = cut.steps - (cut.tail != 0);
-  for (int64_t i = 0; i < block.count; i += kRows) {
-    const WeightRows<Weight> rows(p, block.n + i, block.n + block.count - 1, 0);
-    Vec sums[kHeight][kRows];
-#pragma GCC unroll 4
-    for (int j = 0; j < kRows; ++j) {
-      Vec row[kHeight][1];
-      clear(row);
-      const auto load = [&](int, int64_t s, int part) { return rows.load(j, s, part); };
-#pragma GCC unroll 4
-      for (int64_t s = 0; s < whole; ++s) {
-        multiply_step<Dot>(x + s * kHeight * Dot::kStep, s, load, row);
-      }
-      if (cut.tail) {
-        const auto tail = [&](int, int64_t, int part) {
-          return rows.load_first(j, whole, part, cut.tail);
-        };
-        multiply_steps<Dot>(x + whole * kHeight * Dot::kStep, 1, tail, row);
-      }
-#pragma GCC unroll 8
-      for (int t = 0; t < kHeight; ++t) sums[t][j] = row[t][0];
-    }
-    add_all_sums(sums, totals + i, kInOrderRows);
-  }
-}
-
-// Rows [n, end), each of one segment, for very few tokens.
+// Rows [n, end) for very few tokens.
 template <typename Weight>
 void multiply_in_order(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
                        const typename DotOf<Weight>::type::Element* x, int64_t n, int64_t end) {
@@ -303,7 +263,11 @@ void multiply_in_order(const LinearParams& p, const Cut<typename DotOf<Weight>::
     block = block_from(p, n, end, kInOrderRows);
     std::memset(totals, 0, p.num_tokens * kInOrderRows * sizeof(float));
     with_height<kInOrderTokens>(p.num_tokens, [&](auto height) {
-      multiply_block_in_order<Weight, height.value>(p, cut, x, block, totals);
+      if (cut.num_segments == 1) {
+        multiply_short_rows<Weight, height.value>(p, cut, x, block, totals);
+      } else {
+        multiply_long_rows<Weight, height.value>(p, cut, x, block, totals);
+      }
     });
     put(totals, kInOrderRows, p, block.n, block.count);
   }
@@ -396,8 +360,9 @@ void multiply(const LinearParams& p) {
     const int64_t num_panels = ceil_div(p.num_tokens, kStreamTokens);
     const int64_t panel_tokens = ceil_div(p.num_tokens, num_panels);
     pack(p, cut, panel_tokens, x);
-    const bool in_order = p.num_tokens <= kInOrderTokens && cut.num_segments == 1;
-    const int64_t tasks = smaller(kTasks, num_stream_tasks(num_rows * p.k * sizeof(Weight)));
+    const bool in_order = p.num_tokens <= kInOrderTokens;
+    const int64_t stream_tasks = num_stream_tasks(num_rows * p.k * sizeof(Weight));
+    const int64_t tasks = in_order ? stream_tasks : smaller(kTasks, stream_tasks);
     const int64_t task_rows = ceil_div(num_rows, kTaskRows * tasks) * kTaskRows;
     for_each_task(ceil_div(num_rows, task_rows), [&](int64_t task) {
       const int64_t n = task * task_rows;

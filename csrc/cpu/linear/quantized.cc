@@ -5,8 +5,8 @@
 //          A group takes, of each token and vector of 16 rows, 16 VPDPBUSD, a product of scales and
 //          an FMA over int8 (8, 1 and 2 over int4): on AMD EPYC (Zen 4), where each takes one of
 //          two pipes, at most 16/18 = 89 % of the rate of VPDPBUSD alone (int4: 8/11 = 73 %). A
-//          loop over operands in L1 reaches 88 % (72 %). Two cores there, 942 GOP/s and 60 GB/s: 84
-//          to 89 % of memory's rate at 1 token, 80 % (66 %) of VPDPBUSD at 16, 79 % (64 %) at 512.
+//          loop over operands in L1 reaches 88 % (72 %). Two cores there, 942 GOP/s and 60 GB/s: 90
+//          to 93 % of memory's rate at 1 token, 75 % (62 %) of VPDPBUSD at 16, 79 % (66 %) at 512.
 //          Of a GGUF block's time at 1 token two thirds go into transposing it
 // Tiling   activations are quantised once, in panels of tokens. A task takes blocks of tiles of 16
 //          rows, and of a block chunks of groups along k: few enough to stay in L1 until all panels
@@ -47,11 +47,23 @@ constexpr int64_t kFewTokens = 4 * Few::kTokens;
 constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, not the result
 constexpr int64_t kTasks = 64;       // with many tokens
 constexpr int64_t kCacheLine = 64;
-// Up to so many tokens memory is the limit: a row is one chunk, what lies kAhead bytes ahead is
-// fetched into L1. With more, the next chunk is fetched into L2 meanwhile: into L1, 8 and 16 tokens
-// took 1.8 and 2.2 ms over int8, not 1.4 and 1.9, for loads waited for room in its queue of misses.
+// Fewer elements of x are packed by the caller: 12 us over int8, 6 over int4. More would let the
+// other threads fall asleep: 16 tokens of 4096, 50 us over int8, made a product of 770 us take 870.
+constexpr int64_t kPackedByAll = 16 << 10;
+// Up to so many tokens a row is one chunk, and what lies some way ahead is fetched: kAhead bytes
+// into L1 where memory is the limit, else twice as many into L2. With more tokens the next chunk is
+// fetched into L2 meanwhile: into L1, 8 and 16 tokens took 1.8 and 2.2 ms over int8, not 1.4 and
+// 1.9, for loads waited for room in its queue of misses.
 constexpr int64_t kStreamTokens = smaller(5, Few::kTokens);
 constexpr int64_t kAhead = 4096;
+
+// Whether memory is the limit of so many tokens, by their products with a byte of weights. AMD EPYC
+// (Zen 4), two cores that read 60 GB/s, (11008, 4096), into L1 -> into L2: int4, 1 token 444 -> 565
+// us, 3 686 -> 544, 4 780 -> 677, 5 892 -> 802; int8, 4 tokens 968 -> 1146, 5 1073 -> 1004.
+template <typename Layout>
+constexpr bool memory_is_the_limit(int64_t tokens) {
+  return 2 * tokens * Layout::kGroup * kWeightTile < 9 * Layout::kBytes;
+}
 
 // ---- activations: (chunk of groups, panel of tokens, group, token) --------------------------
 
@@ -63,34 +75,34 @@ struct Panels {
   int64_t num_tokens, most;
   int64_t count() const { return ceil_div(num_tokens, most); }
   int64_t first(int64_t panel) const { return panel * num_tokens / count(); }
+  int64_t of(int64_t token) const { return ((token + 1) * count() - 1) / num_tokens; }
 };
 
-// Tokens [t, end), a panel.
 template <typename Layout, typename X>
-void pack_panel(const LinearParams& p, int64_t chunk, int64_t t, int64_t end, TokensOf<Layout>* x) {
-  const int64_t groups = num_groups<Layout>(p.k), height = end - t;
-  for (int64_t i = 0; i < height; ++i) {
-    const X* row = static_cast<const X*>(p.x) + (t + i) * p.x_stride;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t first = g / chunk * chunk, length = smaller(chunk, groups - first);
+void pack_token(const LinearParams& p, int64_t chunk, Panels panels, int64_t token,
+                TokensOf<Layout>* x) {
+  const X* row = static_cast<const X*>(p.x) + token * p.x_stride;
+  const int64_t groups = num_groups<Layout>(p.k), panel = panels.of(token);
+  const int64_t t = panels.first(panel), height = panels.first(panel + 1) - t;
+  for (int64_t first = 0; first < groups; first += chunk) {
+    const int64_t length = smaller(chunk, groups - first);
+    TokensOf<Layout>* to = x + first * p.num_tokens + t * length + token - t;
+    for (int64_t g = first; g < first + length; ++g, to += height) {
       const int64_t k = g * Layout::kGroup;
-      quantize_group<Layout::kRotated>(
-          row + k, smaller(Layout::kGroup, p.k - k), Layout::kBias, Layout::kHalves == 2,
-          x[first * p.num_tokens + t * length + (g - first) * height + i]);
+      quantize_group<Layout::kRotated>(row + k, smaller(Layout::kGroup, p.k - k), Layout::kBias,
+                                       Layout::kHalves == 2, *to);
     }
   }
 }
 
-// Few tokens are packed by the caller: handing out would take longer.
 template <typename Layout>
 void pack_all(const LinearParams& p, int64_t chunk, Panels panels, TokensOf<Layout>* x) {
-  const auto pack = [&](int64_t i) {
-    with_type(p.x_dtype, [&](auto type) {
-      pack_panel<Layout, decltype(type)>(p, chunk, panels.first(i), panels.first(i + 1), x);
-    });
+  const auto pack = [&](int64_t token) {
+    with_type(p.x_dtype,
+              [&](auto type) { pack_token<Layout, decltype(type)>(p, chunk, panels, token, x); });
   };
-  if (p.num_tokens > kFewTokens) return for_each_task(panels.count(), pack);
-  for (int64_t i = 0; i < panels.count(); ++i) pack(i);
+  if (p.num_tokens * p.k >= kPackedByAll) return for_each_task(p.num_tokens, pack);
+  for (int64_t token = 0; token < p.num_tokens; ++token) pack(token);
 }
 
 // ---- the inner loop ------------------------------------------------------------------------
@@ -111,7 +123,7 @@ __attribute__((noinline)) void multiply_groups(const TokensOf<Layout>* x, RowVec
   constexpr int kHalfQuads = Layout::kGroup / 4 / Layout::kHalves;
   // One sum would wait for its own last product: 4 to 5 cycles.
   constexpr int kChains = kTokens * kVectors < 4 ? 2 : 1;
-  constexpr int kLevel = kTokens <= kStreamTokens ? 3 : 2;  // into L1, into L2
+  constexpr bool kIntoL1 = kTokens <= kStreamTokens && memory_is_the_limit<Layout>(kTokens);
   const uint8_t *group[kVectors], *next[kVectors];
   int part[kVectors];
   Vec sums[kTokens][kVectors];
@@ -172,7 +184,9 @@ __attribute__((noinline)) void multiply_groups(const TokensOf<Layout>* x, RowVec
           sums[t][j] = fma(minima, splat(x[t].scaled_sum), sums[t][j]);
         }
       }
-      for (int64_t i = 0; i < ahead; i += kCacheLine) __builtin_prefetch(next[j] + i, 0, kLevel);
+      for (int64_t i = 0; i < ahead; i += kCacheLine) {
+        __builtin_prefetch(next[j] + i, 0, kIntoL1 ? 3 : 2);
+      }
       next[j] += ahead;
       group[j] += Layout::kBytes;
     }
@@ -263,6 +277,7 @@ void multiply_tiles(const LinearParams& p, Panels panels,
   using Layout = typename Format::Layout;
   constexpr int64_t kStride = Shape::kTiles * kWeightTile;
   const int64_t groups = num_groups<Layout>(p.k), chunk = chunk_groups<Format, Shape>(p);
+  const int64_t ahead = memory_is_the_limit<Layout>(p.num_tokens) ? kAhead : 2 * kAhead;
   const int64_t chunk_bytes = Format::kInPlace ? 0 : chunk * Layout::kBytes;
   const int64_t totals_bytes = p.num_tokens * kStride * sizeof(float);
   auto* memory =
@@ -283,7 +298,7 @@ void multiply_tiles(const LinearParams& p, Panels panels,
         const uint8_t* head = head_of<Format>(tiles[i], p.k);
         const uint8_t* at =
             Groups<Format>::load(tiles[i], p.k, g, length, memory + i * chunk_bytes);
-        const uint8_t* next = Format::kInPlace && chunk == groups ? at + kAhead
+        const uint8_t* next = Format::kInPlace && chunk == groups ? at + ahead
                               : g + length < groups
                                   ? Groups<Format>::source(tiles[i], p.k, g + length)
                                   : Groups<Format>::source(next_tiles[i], p.k, 0);

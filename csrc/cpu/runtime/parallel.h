@@ -1,4 +1,4 @@
-// A pool of threads for the kernels: static work lists, dynamic hand-out, no OpenMP.
+// A pool of threads for the kernels: neighbouring tasks each, halves taken over, no OpenMP.
 //
 // MindSpore calls kernels from threads of its own, a different one each call; OpenMP would start a
 // team for every caller. Here all callers share one pool. A caller that finds it busy (or that is
