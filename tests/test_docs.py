@@ -193,13 +193,13 @@ def run_benchmark(words):
     if words[1] == "serve":  # tests/serve has a server
         run([*words, "--help"])
         return
+    fewer = ["--quick", "--op", "silu_and_mul"]
     if words[1] == "compare":
         for name in words[2:]:
-            run(["bench", "ops", "--quick", "--op", "linear", "--tokens", "1", "--json", name])
+            run(["bench", "ops", *fewer, "--tokens", "1", "--json", name])
         run(words)
         return
-    fewer = ["--op", "silu_and_mul"] if words[1] == "ops" else []  # of every instruction set
-    run([*words, "--quick", *fewer])
+    run([*words, *(fewer if words[1] == "ops" else fewer[:1])])
 
 
 def check_installation(words):

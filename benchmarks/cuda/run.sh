@@ -20,6 +20,7 @@ declare -A dry=([simple_ops]=copy_blocks_in [linear]="refusals" [attention]="dec
   [causality]="key and 9" [quantized_cache]="same_rows" [aot]=rms_norm [model]=names_the_device)
 mkdir -p "$out"
 export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 python
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 # whatever is installed: two seconds for each check
 
 # step NAME SECONDS COMMAND...: its output goes to the log, how it ended to the rows.
 step() {

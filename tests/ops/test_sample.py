@@ -7,7 +7,7 @@ from scipy import stats
 
 from codellama_rt import ops
 from codellama_rt.ops import reference
-from codellama_rt.ops.reference_sampling import distribution, process
+from codellama_rt.ops.reference_sampling import distribution, process, uniform
 
 VOCAB_SIZES = (1, 2, 31, 32, 33, 63, 64, 65, 300, 5000)
 PER_SAMPLE = ("temperature", "top_k", "top_p", "min_p", "seed", "index", "position")
@@ -99,6 +99,58 @@ def test_tokens(rng, vocab_size):
         ours, theirs = call(ops.sample, case), call(reference.sample, case)
         assert ours.has_token.tolist() == theirs.has_token.tolist()
         assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("is_restricted", [False, True])
+def test_draws_at_the_ends_of_intervals(rng, is_restricted):
+    """Within 1e-6 of where the next token begins: there float32 cannot tell which one it is."""
+    num_rows, size = 300, 700
+    logits = rng.normal(0, 2, (num_rows, size)).astype(np.float32)
+    bits = rng.integers(0, 2**32, (num_rows, -(-size // 32)), np.uint32)
+    masks = bits if is_restricted else np.full_like(bits, 2**32 - 1)
+    allowed = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :size]
+    distances = []
+    for position, (row, weighted) in enumerate(zip(logits, allowed, strict=True)):
+        u, end = uniform(7, 0, position), rng.integers(size // 4, size * 3 // 4)
+        weights = np.exp(row.astype(np.float64)) * weighted
+        before, after = weights[:end].sum(), weights[end:].sum()
+        row[:end] += np.float32(np.log(u * after / ((1 - u) * before)))
+        weights = np.exp(row.astype(np.float64)) * weighted
+        distances.append(weights[:end].sum() / weights.sum() - u)
+    assert 1e-13 < np.abs(distances).min() < np.abs(distances).max() < 1e-6
+    settings = {"seed": 7, "position": np.arange(num_rows, dtype=np.uint64)}
+    if is_restricted:  # biases of 0: some blocks have scores of their own, in float64
+        offsets = np.arange(num_rows + 1, dtype=np.int32) * 3
+        some = np.tile(np.array([5, 70, 699], np.int32), num_rows)
+        settings |= {"masks": masks, "bias": ops.TokenLists(offsets, some, np.zeros(len(some)))}
+    expected = reference.sample(logits, **settings).token_ids.tolist()
+    assert ops.sample(logits, **settings).token_ids.tolist() == expected
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-9, 1e9, 1e30, 1e300])
+@pytest.mark.parametrize("magnitude", [0, 1e-40, 1, 1e6, 3e38])
+def test_extreme_scores(rng, temperature, magnitude):
+    """Temperatures and scores that float32 cannot hold the quotient of."""
+    logits = (rng.uniform(-1, 1, (8, 200)) * magnitude).astype(np.float32)
+    penalties = {"repetition_penalty": 1.0 + 1e-9, "seen": seen_everywhere(8, 200)}
+    for settings in ({}, penalties):
+        settings = {
+            "temperature": temperature,
+            "position": np.arange(8, dtype=np.uint64),
+            **settings,
+        }
+        expected = reference.sample(logits, **settings).token_ids.tolist()
+        assert ops.sample(logits, **settings).token_ids.tolist() == expected
+
+
+def seen_everywhere(num_rows, size):
+    """Lists of one token in each block of 64."""
+    some = np.arange(3, size, 64, dtype=np.int32)
+    offsets = np.arange(num_rows + 1, dtype=np.int32) * len(some)
+    token_ids = np.tile(some, num_rows)
+    return ops.TokenLists(offsets, token_ids, np.ones(len(token_ids), np.int32))
 
 
 @pytest.mark.usefixtures("isa")

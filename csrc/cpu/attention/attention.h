@@ -5,19 +5,21 @@
 //          quantized.h says), once each, for up to kRows rows (queries x heads of the group) of a
 //          sequence, or of all sequences whose tables name the same blocks (plan.h); of sequences
 //          that share, also their states: 2 * rows * splits * (head_dim + 32) floats
-// Limit    memory read up to about 8 rows (bf16, Zen 4 and 5); then multiply-adds, of which the
-//          half of q . K runs in bfloat16 pairs where the CPU has them; over quantised keys and
-//          values all of them run in bytes on CPUs with AVX512-VNNI (byte_tile.h). A row more
-//          takes the same time from 8 rows on to 96, so that blocks of fewer gain nothing
+// Limit    memory read up to about 8 rows (bf16, Zen 4 and 5); then multiply-adds: over bfloat16
+//          keys and values in pairs where the CPU has them, over quantised ones in bytes on CPUs
+//          with AVX512-VNNI (byte_tile.h). A row more takes the same time from 8 rows on to 96,
+//          so that blocks of fewer gain nothing
 // Tiling   one task = (queries of up to kRows rows a kv head, some kv heads in turn, a run of
 //          splits of kSplit keys); a kv head's rows share each tile of kTile keys; tiles above the
 //          diagonal are skipped. The queries are of one sequence, or, over the whole splits that
 //          the tables of several begin with, of all these
-// Numerics fp32 scores, softmax and sums (one a tile, added up a split); over quantised keys the
-//          query is int16 with one scale, its products exact sums; with AVX512-VNNI a tile's
-//          weights are 16 bits, their products with values exact sums too; a query without keys
-//          gives zeros and lse = -inf; what a row does not see is dropped by selection, its values
-//          are never multiplied: NaN in unused slots or in later tokens stays there
+// Numerics fp32 scores, softmax and sums (one a tile, added up a split); bfloat16 keys and values
+//          are multiplied in pairs where the CPU has VDPBF16PS, with weights rounded to bfloat16
+//          (softmax.h); over quantised keys the query is int16 with one scale, its products exact
+//          sums; with AVX512-VNNI a tile's weights are 16 bits, their products with values exact
+//          sums too; a query without keys gives zeros and lse = -inf; what a row does not see is
+//          dropped by selection, its values are never multiplied: NaN in unused slots or in later
+//          tokens stays there
 //
 // Determinism: tiles and splits start at multiples of kTile and kSplit in the sequence; a row's
 // splits are folded in ascending order, those of shared blocks as well. What a row computes is
@@ -107,12 +109,14 @@ void softmax_rows(const Block& block, const Tile<T>& tile, const VisibleKeys& vi
                   const QueryScale* queries, float* scores, float* states) {
   const float scale = block.a.scale * 1.44269504f;  // log2(e)
   const Scales<T> scales(tile);
-  for (int64_t row = 0; row < block.num_rows; ++row) {
-    fetch.step(kSoftmaxShares);
-    if (visible(row) == 0) continue;
-    softmax(scales, scores + row * kTile, visible(row), queries[row], scale,
-            block.state(states, row));
-  }
+  int64_t first = 0;
+  while (visible(first) == 0) ++first;
+  for_rows<kSoftmaxRows>(first, block.num_rows, [&](int64_t row, auto rows) {
+    constexpr int n = decltype(rows)::value;
+    fetch.step(n * kSoftmaxShares);
+    softmax<T, n>(scales, visible, row, queries + row, scale, scores + row * kTile,
+                  block.state(states, row), block.a.state_floats());
+  });
 }
 
 template <bool kDirect, typename V>
@@ -121,16 +125,17 @@ void add_values(const Block& block, const VisibleKeys& visible, const V* const* 
   const int64_t vecs = block.a.padded_dim() / kLanes, state_floats = block.a.state_floats();
   const int64_t most = value_panel(block.num_rows);
   for (int64_t vec = 0; vec < vecs;) {
-    const int64_t width = vec + most <= vecs ? most : vec + kPanel <= vecs ? kPanel : kPacked<V>;
-    const auto add = [&](int64_t row, auto rows, int num_keys) {
+    const int64_t width = vec + most <= vecs ? most : vec + kPanel <= vecs ? kPanel : kLeastVecs<V>;
+    for_rows<kValueRows>(0, block.num_rows, [&](int64_t row, auto rows) {
       constexpr int n = decltype(rows)::value;
+      if (visible(row + n - 1) == 0) return;
       const auto panel = [&](auto panel_vecs) {
         add_values_panel<V, n, decltype(panel_vecs)::value, kDirect>(
-            weights + row * kTile, groups, row_stride, fetch, num_keys, vec * kLanes,
+            weights + row * kTile, groups, row_stride, fetch, visible, row, vec * kLanes,
             states + row * state_floats, state_floats);
       };
       if (!kDirect) fetch.step(kTile);
-      if (width == kPacked<V>) return panel(std::integral_constant<int, kPacked<V>>());
+      if (width == kLeastVecs<V>) return panel(std::integral_constant<int, kLeastVecs<V>>());
       if constexpr (n == 1) {
         if (width > kPanel) return panel(std::integral_constant<int, 2 * kPanel>());
       }
@@ -138,17 +143,6 @@ void add_values(const Block& block, const VisibleKeys& visible, const V* const* 
         if (width > 2) return panel(std::integral_constant<int, kPanel>());
       }
       panel(std::integral_constant<int, 2>());
-    };
-    // Rows that see the tile alike go together; on the diagonal each goes through its own part.
-    for_rows<kValueRows>(0, block.num_rows, [&](int64_t row, auto rows) {
-      constexpr int n = decltype(rows)::value;
-      if (visible(row) == visible(row + n - 1)) {
-        if (visible(row) > 0) add(row, rows, visible(row));
-        return;
-      }
-      for (int64_t r = row; r < row + n; ++r) {
-        if (visible(r) > 0) add(r, std::integral_constant<int, 1>(), visible(r));
-      }
     });
     vec += width;
   }
@@ -207,9 +201,13 @@ void attend_tile(const Block& block, int64_t key, const Tile<T>& tile, const Til
     add_values<true>(block, visible, tile.values, tile.row_stride, fetch, work.scores, states);
     return;
   }
-  convert_values(tile, a.head_dim, dim, work.values);
-  const float* groups[kGroups];
-  for (int g = 0; g < kGroups; ++g) groups[g] = work.values + g * kGroup * dim;
+  using V = Converted<T>;
+  V* values = reinterpret_cast<V*>(work.values);
+  convert_values(tile, a.head_dim, dim, values);
+  const V* groups[kGroups];
+  for (int g = 0; g < kGroups; ++g) {
+    groups[g] = values + g * (kGroup / ValueStep<V>::kKeys) * dim;
+  }
   add_values<false>(block, visible, groups, dim, fetch, work.scores, states);
 }
 
@@ -281,6 +279,8 @@ void write_rows(const Block& block, float* totals) {
     const int64_t to = block.output_row(row);
     const bool empty = block.visible_keys(row) == 0;
     const float weights = empty ? 1.0f : total.weights()[0];
+    const float divisor =
+        empty || !block.a.multiplies_pairs() ? weights : sum_group(total.rounded_weights());
     Q* out = static_cast<Q*>(block.a.out) + to * dim;
     if (kByteDots && !is_float(block.a.cache_dtype)) {
       order_columns(total.out, block.a.padded_dim(), block.a.cache_dtype == DType::kInt4 ? 2 : 1);
@@ -288,7 +288,7 @@ void write_rows(const Block& block, float* totals) {
     const float zero_point =
         block.a.cache_dtype == DType::kInt4 ? sum_group(total.zero_points()) : 0.0f;
     for (int64_t d = 0; d < dim; d += kLanes) {
-      const Vec x = (load(total.out + d) + splat(zero_point)) / splat(weights);
+      const Vec x = (load(total.out + d) + splat(zero_point)) / splat(divisor);
       if (dim - d < kLanes) {
         store_first(out + d, x, int(dim - d));
       } else {

@@ -37,8 +37,11 @@ struct Attention {
 
   int64_t group_size() const { return n_heads / n_kv_heads; }
   int64_t padded_dim() const { return CLRT_ISA::padded_dim(cache_dtype, head_dim); }
-  // Of a row's state: an int4 cache has zero points besides.
-  int64_t state_width() const { return padded_dim() + (cache_dtype == DType::kInt4 ? kGroup : 0); }
+  // Of a row's state (softmax.h).
+  int64_t state_width() const {
+    return padded_dim() + (cache_dtype == DType::kInt4 || multiplies_pairs() ? kGroup : 0);
+  }
+  bool multiplies_pairs() const { return kPairDots && cache_dtype == DType::kBFloat16; }
   int64_t state_floats() const { return row_state_floats(state_width()); }
   int64_t num_queries(int64_t seq) const { return cu_seqlens_q[seq + 1] - cu_seqlens_q[seq]; }
   int64_t num_keys(int64_t seq) const {

@@ -23,6 +23,13 @@ constexpr bool kByteDots = true;
 constexpr bool kByteDots = false;
 #endif
 
+// Whether bfloat16 keys and values are multiplied in pairs.
+#if defined(__AVX512BF16__)
+constexpr bool kPairDots = true;
+#else
+constexpr bool kPairDots = false;
+#endif
+
 // What the scores of a packed query are multiplied by, and the sum of its elements as packed.
 struct QueryScale {
   float scale = 1.0f, sum = 0.0f;
@@ -179,9 +186,10 @@ constexpr bool kQuantized = std::is_same_v<T, int8_t> || std::is_same_v<T, Nibbl
 
 // The elements that a row's state, and the words of its query, have room for.
 inline int64_t padded_dim(DType cache_dtype, int64_t head_dim) {
-  const int64_t step = !kByteDots || is_float(cache_dtype) ? kGroup
-                       : cache_dtype == DType::kInt4       ? 128
-                                                           : 64;
+  const int64_t step = kPairDots && cache_dtype == DType::kBFloat16 ? 2 * kLanes
+                       : !kByteDots || is_float(cache_dtype)        ? kGroup
+                       : cache_dtype == DType::kInt4                ? 128
+                                                                    : 64;
   return ceil_div(head_dim, step) * step;
 }
 

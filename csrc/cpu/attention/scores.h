@@ -18,19 +18,24 @@ inline typename Qk<T>::Row key_row(const Tile<T>& tile, int key) {
 
 // ---- one row against keys as they lie --------------------------------------------------------
 
-template <typename T, typename Dot>
-inline void score_keys(Fetch& fetch, int num_keys, float* scores, const Dot& dot) {
-  for (int first = 0; first < num_keys; first += kLanes) {
-    Vec lanes[4];
+// The scores of kLanes keys from `first` on; kWhole: none of them is past the last.
+template <bool kWhole, typename T, typename Dot>
+inline void score_keys(const Tile<T>& tile, int first, Fetch& fetch, float* scores,
+                       const Dot& dot) {
+  const T* group = tile.keys[first / kGroup];
+  Vec lanes[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      fetch.step(kLanes / 4);
-      Vec keys[kLanes / 4];
-      for (int q = 0; q < kLanes / 4; ++q) keys[q] = dot(first + 4 * q + i);
-      lanes[i] = sum_quads(keys, Qk<T>::add);
+  for (int i = 0; i < 4; ++i) {
+    fetch.step(kLanes / 4);
+    Vec keys[kLanes / 4];
+    for (int q = 0; q < kLanes / 4; ++q) {
+      const int key = 4 * q + i;
+      keys[q] = dot(kWhole ? Qk<T>::key_row(group, first % kGroup + key, tile.row_stride)
+                           : key_row(tile, first + key));
     }
-    store(scores + first, sum_lanes(lanes[0], lanes[1], lanes[2], lanes[3], Qk<T>::add));
+    lanes[i] = sum_quads(keys, Qk<T>::add);
   }
+  store(scores, sum_lanes(lanes[0], lanes[1], lanes[2], lanes[3], Qk<T>::add));
 }
 
 // kChunks: num_chunks where known, for the query to stay in registers, or 0.
@@ -38,8 +43,7 @@ template <typename T, int kChunks>
 void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_keys,
                int64_t head_dim, float* scores) {
   const int64_t chunks = kChunks ? kChunks : Qk<T>::num_chunks(head_dim);
-  score_keys<T>(fetch, num_keys, scores, [&](int key) {
-    const auto row = key_row(tile, key);
+  const auto dot = [&](const auto& row) {
     Vec chains = splat(0.0f);
     for (int64_t c = 0; c < chunks; ++c) {
       const Vec words =
@@ -47,7 +51,14 @@ void score_row(const Tile<T>& tile, Fetch& fetch, const float* query, int num_ke
       chains = Qk<T>::multiply_add(load(query + c * kLanes), words, chains);
     }
     return chains;
-  });
+  };
+  for (int first = 0; first < num_keys; first += kLanes) {
+    if (kQuantized<T> || first + kLanes <= tile.num_keys) {
+      score_keys<true>(tile, first, fetch, scores + first, dot);
+    } else {
+      score_keys<false>(tile, first, fetch, scores + first, dot);
+    }
+  }
 }
 
 template <typename T>
@@ -109,15 +120,14 @@ inline void score_groups(const float* queries, const Key* keys, int64_t num_chun
   const int64_t chunks = kChunks ? kChunks : num_chunks, stride = chunks * kLanes * kPerWord;
   const int64_t group_floats = kChains * chunks * kLanes;
   for (int first = 0; first < kLanes; first += kKeys, keys += kKeys * stride) {
-    Vec chains[kGroups][kKeys], sums[5][kGroups][kKeys];
-#pragma GCC unroll 4
-    for (int i = 0; i < kChains; ++i) {
-      fetch.step(kGroups * kKeys);
-      if (i == 0 || !kQuantized<T>) {  // exact sums are one chain
-        for (auto& group : chains) {
-          for (Vec& chain : group) chain = splat(0.0f);
-        }
+    Vec chains[2][kGroups][kKeys], sums[4][kGroups][kKeys];
+    const auto clear_chains = [&](Vec(&to)[kGroups][kKeys]) {
+      for (auto& group : to) {
+        for (Vec& chain : group) chain = splat(0.0f);
       }
+    };
+    const auto multiply = [&](int i, Vec(&to)[kGroups][kKeys]) __attribute__((always_inline)) {
+      fetch.step(kGroups * kKeys);
       const Key* words = keys + QueryLayout::chain_word(kSpread, i) * kPerWord;
       for (int64_t c = 0; c < chunks; ++c) {
         Vec query[kGroups];
@@ -127,23 +137,35 @@ inline void score_groups(const float* queries, const Key* keys, int64_t num_chun
         for (int k = 0; k < kKeys; ++k) {
           const Vec key = hold(spread<kSpread>(words + k * stride + c * kLanes * kPerWord));
           for (int g = 0; g < kGroups; ++g) {
-            chains[g][k] = Qk<T>::multiply_add(query[g], key, chains[g][k]);
+            to[g][k] = Qk<T>::multiply_add(query[g], key, to[g][k]);
           }
         }
       }
-      if (kQuantized<T>) continue;
-      int level = 0;
-      for (int n = i; n % 2; n /= 2, ++level) {
-        for (int g = 0; g < kGroups; ++g) {
-          for (int k = 0; k < kKeys; ++k) chains[g][k] = sums[level][g][k] + chains[g][k];
-        }
-      }
+    };
+    const auto add = [&](const Vec(&from)[kGroups][kKeys], Vec(&to)[kGroups][kKeys]) {
       for (int g = 0; g < kGroups; ++g) {
-        for (int k = 0; k < kKeys; ++k) sums[level][g][k] = chains[g][k];
+        for (int k = 0; k < kKeys; ++k) to[g][k] = from[g][k] + to[g][k];
+      }
+    };
+    if (kQuantized<T>) clear_chains(chains[1]);
+    for (int i = 0; i < kChains; i += 2) {
+      if (kQuantized<T>) {  // exact sums are one chain
+        multiply(i, chains[1]);
+        multiply(i + 1, chains[1]);
+        continue;
+      }
+      for (auto& chain : chains) clear_chains(chain);
+      multiply(i, chains[0]);
+      multiply(i + 1, chains[1]);
+      add(chains[0], chains[1]);
+      int level = 0;
+      for (int n = i / 2; n % 2; n /= 2, ++level) add(sums[level], chains[1]);
+      for (int g = 0; g < kGroups; ++g) {
+        for (int k = 0; k < kKeys; ++k) sums[level][g][k] = chains[1][g][k];
       }
     }
     for (int g = 0; g < kGroups; ++g) {
-      for (int k = 0; k < kKeys; ++k) totals[g][first + k] = chains[g][k];
+      for (int k = 0; k < kKeys; ++k) totals[g][first + k] = chains[1][g][k];
     }
   }
 }

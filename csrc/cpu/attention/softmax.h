@@ -10,12 +10,15 @@ namespace {
 
 // The state of a query row over the keys of one split, and over the splits so far:
 // [0, width) the weighted sum of values, then kGroup floats that add up to the sum of weights, then
-// the greatest score. Scores are in units of log2. Over an int4 cache the last kGroup columns of
-// the width add up to the weighted sum of the values' zero points.
+// the greatest score. Scores are in units of log2. Of the width the last kGroup columns add up,
+// over an int4 cache, to the weighted sum of the values' zero points, and over a bfloat16 one,
+// where pairs are multiplied, to the sum of the weights as rounded: dividing by these, a row
+// remains a mean of values, and a weight near 1 loses nothing by its rounding.
 struct RowState {
   float* out;
   int64_t width;
   float* zero_points() const { return out + width - kGroup; }
+  float* rounded_weights() const { return out + width - kGroup; }
   float* weights() const { return out + width; }
   float& top() const { return out[width + kGroup]; }
 };
@@ -95,47 +98,101 @@ class Scales<Nibbles> {
   Table key_, value_;
 };
 
-// Turns the row's scores into weights 2^(scale * score - top), times the values' scales; lanes past
-// num_keys are never read as numbers, whatever they hold.
+// Stores the weights of a row as add_values takes them: times the values' scales.
 template <typename T>
-__attribute__((noinline)) void softmax(const Scales<T>& scales, float* scores, int num_keys,
-                                       QueryScale query, float scale, RowState state) {
-  constexpr int kVecs = kTile / kLanes;
-  const Vec factor = splat(scale * query.scale);
-  Vec x[kVecs], greatest = splat(-INFINITY);
-  for (int j = 0; j < kVecs; ++j) {
-    x[j] = load(scores + j * kLanes);
-    x[j] = scales.score(j * kLanes, x[j], query.sum) * factor;
-    if (num_keys < kTile) x[j] = select_first(num_keys - j * kLanes, x[j], splat(-INFINITY));
-    greatest = max(x[j], greatest);
+inline void store_weights(const Scales<T>& scales, Vec (&weights)[kTile / kLanes], float* to,
+                          RowState) {
+  for (int j = 0; j < kTile / kLanes; ++j) {
+    store(to + j * kLanes, scales.weight(j * kLanes, weights[j]));
   }
-  if (const float top = max_lane(greatest); top > state.top()) {
-    const Vec shrink = exp2_nonpositive(splat(state.top() - top));
-    for (int64_t i = 0; i < state.width + kGroup; i += kLanes) {
-      store(state.out + i, load(state.out + i) * shrink);
-    }
-    state.top() = top;
+}
+
+#if defined(__AVX512BF16__)
+// Over bfloat16 values, which VDPBF16PS multiplies: rounded to bfloat16, those of two keys side by
+// side.
+inline void store_weights(const Scales<bf16>&, Vec (&weights)[kTile / kLanes], float* to,
+                          RowState state) {
+  Vec sum = load(state.rounded_weights());
+  for (int j = 0; j < kTile / kLanes; j += 2, to += kLanes) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(weights[j + 1].v, weights[j].v);
+    const Vec pairs = {reinterpret_cast<__m512>(rounded)};
+    store(to, pairs);
+    sum = dot_bf16_pairs(pairs, splat_int32(0x3f803f80), sum);  // times ones
   }
-  Vec sums[kVecs];
-  for (int j = 0; j < kVecs; ++j) {
-    sums[j] = exp2_nonpositive(x[j] - splat(state.top()));
-    store(scores + j * kLanes, scales.weight(j * kLanes, sums[j]));
-  }
-  constexpr int kStep = kGroup / kLanes;
-  const auto add_up = [&](const Vec* parts, float* to) {
+  store(state.rounded_weights(), sum);
+}
+#endif
+
+template <typename T>
+inline void add_weights(const Scales<T>& scales, int num_keys, Vec (&weights)[kTile / kLanes],
+                        RowState state) {
+  constexpr int kVecs = kTile / kLanes, kStep = kGroup / kLanes;
+  const auto add_up = [&](float* to) {
     for (int i = 0; i < kStep; ++i) {
       const Vec pairs =
-          (parts[i] + parts[kStep + i]) + (parts[2 * kStep + i] + parts[3 * kStep + i]);
+          (weights[i] + weights[kStep + i]) + (weights[2 * kStep + i] + weights[3 * kStep + i]);
       store(to + i * kLanes, load(to + i * kLanes) + pairs);
     }
   };
-  add_up(sums, state.weights());
+  add_up(state.weights());
   if constexpr (std::is_same_v<T, Nibbles>) {
     for (int j = 0; j < kVecs; ++j) {
-      sums[j] = scales.zero_point(j * kLanes, sums[j]);
-      if (num_keys < kTile) sums[j] = select_first(num_keys - j * kLanes, sums[j], splat(0.0f));
+      weights[j] = scales.zero_point(j * kLanes, weights[j]);
+      if (num_keys < kTile) {
+        weights[j] = select_first(num_keys - j * kLanes, weights[j], splat(0.0f));
+      }
     }
-    add_up(sums, state.zero_points());
+    add_up(state.zero_points());
+  }
+}
+
+// Rows whose chains of dependent steps, a maximum across lanes and a power, run side by side.
+constexpr int kSoftmaxRows = kLanes == 16 ? 2 : 1;
+
+// Turns scores of neighbouring rows into weights 2^(scale * score - top), times the values' scales.
+// `visible` says how many keys each row from `row` on sees: at least one. Lanes past these are
+// never read as numbers, whatever they hold.
+template <typename T, int kRows, typename Visible>
+__attribute__((noinline)) void softmax(const Scales<T>& scales, const Visible& visible, int64_t row,
+                                       const QueryScale* queries, float scale, float* scores,
+                                       RowState first, int64_t state_floats) {
+  constexpr int kVecs = kTile / kLanes;
+  Vec x[kRows][kVecs], greatest[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const int num_keys = visible(row + r);
+    const Vec factor = splat(scale * queries[r].scale);
+    greatest[r] = splat(-INFINITY);
+    for (int j = 0; j < kVecs; ++j) {
+      const Vec score = load(scores + r * kTile + j * kLanes);
+      x[r][j] = scales.score(j * kLanes, score, queries[r].sum) * factor;
+      if (num_keys < kTile) {
+        x[r][j] = select_first(num_keys - j * kLanes, x[r][j], splat(-INFINITY));
+      }
+      greatest[r] = max(x[r][j], greatest[r]);
+    }
+  }
+  RowState states[kRows];
+  float tops[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    states[r] = {first.out + r * state_floats, first.width};
+    tops[r] = max_lane(greatest[r]);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    if (tops[r] > states[r].top()) {
+      const Vec shrink = exp2_nonpositive(splat(states[r].top() - tops[r]));
+      for (int64_t i = 0; i < first.width + kGroup; i += kLanes) {
+        store(states[r].out + i, load(states[r].out + i) * shrink);
+      }
+      states[r].top() = tops[r];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const Vec top = splat(states[r].top());
+    for (int j = 0; j < kVecs; ++j) x[r][j] = exp2_nonpositive(x[r][j] - top);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    store_weights(scales, x[r], scores + r * kTile, states[r]);
+    add_weights(scales, visible(row + r), x[r], states[r]);
   }
 }
 

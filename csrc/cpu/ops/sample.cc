@@ -1,7 +1,8 @@
 // sample: the next token of each row, drawn from its processed logits
 // Shapes   logits (num_logits, vocab_size); sample s reads row rows[s] of them; see ops.h
 // Traffic  num_samples * vocab_size * 4 bytes read; a draw works on a float64 copy in the cache
-// Limit    greedy: memory; a draw: float64 arithmetic, one exp per token that top-k leaves
+// Limit    greedy: memory; a draw: arithmetic, one exp per token that top-k leaves, in float64 with
+//          top-p or min-p, else in float32
 // Tiling   one task = a sample, or several short ones; a row is looked at in blocks of 64 tokens,
 //          and what cannot hold a candidate (its greatest element is too small) is skipped. A block
 //          gets scores of its own, in float64, only if penalties, bias or the mask change it, or
@@ -10,12 +11,13 @@
 // Numerics float64. A block is summed by halves, then blocks in order: one fixed order. No
 //          multiplication is fused with an addition (CMakeLists.txt), so every instruction set
 //          gives the same bits. Draws: Philox4x64-10 (Salmon et al., SC 2011) of seed, sample
-//          index and position alone
+//          index and position alone. Without cuts, float32 weights tell the token first, if it is
+//          the same whatever their errors; else (a draw in 20 of the benchmark's) float64 does
 #include <cmath>
 #include <limits>
 
 #include "cpu/runtime/task.h"
-#include "cpu/simd/float64.h"
+#include "cpu/simd/float32_weights.h"
 #include "ops.h"
 
 namespace codellama_rt {
@@ -387,6 +389,46 @@ int32_t draw_uncut(double u, const Scale& scale, Row& row) {
   return row.token(block * kBlock + find_weight(u * total, before, weights));
 }
 
+// Draws as draw_uncut, from float32 weights, or returns -1: u is too close to the end of a token's
+// interval for them to tell. An error e_i of a weight moves the difference of a sum to a token and
+// u times the sum of all by (1 - u) e_i or u e_i, so the errors of all weights bound that as well.
+int32_t draw_roughly(double u, const Scale& scale, Row& row) {
+  const float highest = float(scale.highest), factor = float(scale.factor);
+  const double up = std::exp2((highest - scale.highest) * scale.factor);  // they are relative to it
+  if (!(factor > 0x1p-30f && factor < 0x1p30f && up > 0.5 && up < 2)) return -1;
+  float rough[kBlock];
+  double weights[kBlock], before = 0;
+  const auto is_rough = [&](int64_t b) {
+    return row.sources[b] == Source::kLogits && row.block_size(b) == kBlock;
+  };
+  const auto weigh_rough = [&](int64_t b) {
+    return weigh_roughly(row.logits + b * kBlock, highest, factor, rough, row.allowed(b));
+  };
+  Rough sums;
+  for (int64_t b = 0; b < row.num_blocks(); ++b) {
+    if (is_rough(b)) {
+      const Rough block = weigh_rough(b);
+      row.block_sum[b] = up * block.weights;
+      sums.exponents += up * block.exponents;
+    } else {
+      row.block_sum[b] = weigh(row, b, scale, weights);
+    }
+    sums.weights += row.block_sum[b];
+  }
+  const double target = u * sums.weights, error = sums.error();
+  const int64_t block = find_block(target, row, before);
+  if (is_rough(block)) {
+    weigh_rough(block);
+    for (int i = 0; i < kBlock; ++i) weights[i] = up * rough[i];
+  } else {
+    weigh(row, block, scale, weights);
+  }
+  const int64_t place = find_weight(target, before, weights);
+  for (int64_t i = 0; i < place; ++i) before += weights[i];
+  const bool is_sure = before + error < target && target + error < before + weights[place];
+  return is_sure ? int32_t(block * kBlock + place) : -1;
+}
+
 // Draws from what top-p and min-p leave.
 int32_t draw_cut(double u, double top_p, double min_p, const Scale& scale, Row& row) {
   const bool has_top_p = top_p < 1;
@@ -432,9 +474,12 @@ void sample_row(const SampleParams& p, int64_t s) {
   if (cut_to_k) keep_top_k(p.top_k[s], p.vocab_size, row);
   const Scale scale = scale_of(highest, p.temperature[s]);
   const double u = uniform(p.seed[s], p.index[s], p.position[s]);
-  const bool is_cut = p.top_p[s] < 1 || p.min_p[s] > 0;
-  p.token_ids[s] =
-      is_cut ? draw_cut(u, p.top_p[s], p.min_p[s], scale, row) : draw_uncut(u, scale, row);
+  if (p.top_p[s] < 1 || p.min_p[s] > 0) {
+    p.token_ids[s] = draw_cut(u, p.top_p[s], p.min_p[s], scale, row);
+    return;
+  }
+  const int32_t sure = cut_to_k ? -1 : draw_roughly(u, scale, row);
+  p.token_ids[s] = sure >= 0 ? sure : draw_uncut(u, scale, row);
 }
 
 }  // namespace

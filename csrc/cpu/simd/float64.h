@@ -32,8 +32,8 @@ inline double from_bits(uint64_t bits) {
 }
 
 // The upper half of 2 * kHalf elements is added to (compared with) the lower, until one is left.
-template <int kHalf>
-inline void add_halves(double* x) {
+template <int kHalf, typename T>
+inline void add_halves(T* x) {
   for (int i = 0; i < kHalf; ++i) x[i] += x[i + kHalf];
   if constexpr (kHalf > 1) add_halves<kHalf / 2>(x);
 }
@@ -77,9 +77,10 @@ inline float block_maximum(const float* x, uint64_t allowed) {
   return block_maximum(kept);
 #endif
 }
-inline double block_total(const double* x) {
+template <typename T>
+inline T block_total(const T* x) {
   constexpr int kHalf = kBlock / 2;
-  double sum[kHalf];
+  T sum[kHalf];
   for (int i = 0; i < kHalf; ++i) sum[i] = x[i] + x[i + kHalf];
   add_halves<kHalf / 2>(sum);
   return sum[0];

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernel_build import COMPILER, REPOSITORY, kernel_server
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-BUILD = REPOSITORY / "build" / "aarch64"
-COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+EMULATOR = "qemu-aarch64"
 # Under qemu an op takes some twenty times as long: every file, and of the largest the core.
 FILES = {
     "test_add_rms_norm": "", "test_apply_rotary_pos_emb": "", "test_copy_blocks": "not 2_31",
@@ -28,21 +27,7 @@ def server() -> str:
     missing = [name for name in (COMPILER, EMULATOR, "cmake") if not shutil.which(name)]
     if missing:
         pytest.skip(f"no {', '.join(missing)}: apt-get install g++-aarch64-linux-gnu qemu-user")
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={REPOSITORY / 'csrc' / 'cpu' / 'aarch64.cmake'}"
-    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2")
-    for command in (
-        ["cmake", "-S", REPOSITORY, "-B", BUILD, *generator, toolchain],
-        ["cmake", "--build", BUILD, "--parallel", jobs],
-        [
-            COMPILER, "-std=c++17", "-O1", "-I", REPOSITORY / "csrc",
-            Path(__file__).with_name("kernel_server.cc"), "-o", BUILD / "kernel_server",
-            "-L", BUILD, "-lcodellama_rt_cpu", f"-Wl,-rpath,{BUILD}", "-pthread",
-        ],
-    ):  # fmt: skip
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    return f"{EMULATOR} -L /usr/aarch64-linux-gnu {BUILD / 'kernel_server'}"
+    return f"{EMULATOR} -L /usr/aarch64-linux-gnu {kernel_server()}"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -50,7 +35,7 @@ def test_kernels(server, name):
     path = [Path(__file__).parent, REPOSITORY, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ, "CODELLAMA_RT_KERNEL_SERVER": server,
-        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "PYTHONPATH": os.pathsep.join(map(str, path)), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }  # fmt: skip
     command = [
         sys.executable, "-m", "pytest", "-q", "-x", "-p", "kernel_proxy", "-p", "no:cacheprovider",

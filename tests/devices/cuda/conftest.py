@@ -27,7 +27,16 @@ def _run(*command):
 
 @pytest.fixture(scope="session")
 def emulated_module():
-    """`_cuda` with the emulator in CUDA's place, compiled when its sources changed."""
+    """`_cuda` with the emulator in CUDA's place, built unless benchmarks/cuda/run.sh names it."""
+    path = Path(os.environ.get("EMULATED") or _built())
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _built() -> Path:
+    """Return the emulated module, compiled when its sources changed."""
     build = REPOSITORY / "build" / "cuda_emulated"
     with building(build):
         _run(
@@ -37,10 +46,7 @@ def emulated_module():
         )  # fmt: skip
         _run("cmake", "--build", str(build), "--parallel", str(min(os.cpu_count() or 1, 4)))
     (path,) = build.glob("_cuda_emulated.*.so")
-    spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return path
 
 
 @pytest.fixture(params=["emulated", "gpu"])
