@@ -7,6 +7,7 @@ the script that builds the directories and compares.
 import importlib.util
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,11 +52,49 @@ def texts_of(check, goldens, row):
     return [check.fill(text, row["names"]) for text in goldens["texts"]]
 
 
+def says_gguf(row):
+    """Whether a GGUF file can say what these files say: flags, or no space at some texts' start."""
+    config = row["content"].get("tokenizer_config.json", {})
+    steps = row["content"].get("tokenizer.json", {})
+    listed = [*steps.get("added_tokens", []), *config.get("added_tokens_decoder", {}).values()]
+    is_plain = not any(t[k] for t in listed for k in ("lstrip", "rstrip", "single_word"))
+    is_plain &= not any(t["normalized"] and not t["special"] for t in listed)
+    is_plain &= "added_tokens.json" not in row["content"] or bool(listed)
+    is_first = (steps.get("pre_tokenizer") or {}).get("prepend_scheme") == "first"
+    is_first |= config.get("legacy") is False and not steps
+    return is_plain and not is_first
+
+
+def see_as_gguf(check, row, texts, source, tally):
+    """Where a GGUF file can say it: one space for each stretch of text or none, tokens by type."""
+    fields = sentencepiece_fields(source.model_proto)
+    size = len(fields["tokens"])
+    for token_id in range(size, source.vocab_size):
+        fields["tokens"].append(source.pieces[token_id])
+        fields["token_type"].append(KINDS[token_id in source.special_ids])
+        fields["scores"].append(-1000.0)
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        if getattr(source, f"{role}_id") is not None:
+            fields[f"{key}_token_id"] = getattr(source, f"{role}_id")
+    fields |= {"add_bos_token": source.adds_bos, "add_eos_token": source.adds_eos}
+    fields["add_space_prefix"] = source.spacing != "none"
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    for key in ("tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
+        metadata[key] = np.array(metadata[key])
+    tokenizer = load_tokenizer(Path("model.gguf"), metadata=metadata)
+    tally.see("GGUF's end", row, "", tokenizer.end_ids, [source.end_ids])
+    for k, text in enumerate(texts):
+        expected = [ids[k] for ids in check.accepted(row, "ids")]
+        if source.adds_eos:
+            expected = [ids[:-1] for ids in expected]
+        tally.see("GGUF", row, text, tokenizer.encode(text, parse_special=True), expected)
+
+
 @pytest.mark.filterwarnings("ignore::codellama_rt.errors.CheckpointWarning")
 @pytest.mark.parametrize("shard", range(NUM_SHARDS))
 def test_directories(check, goldens, data, shard):
-    """Ids, texts and roles of CodeLlamaTokenizer; ids of the runtime's tokenizer; ends."""
-    tally = check.Tally(3)
+    """Ids, texts and roles of CodeLlamaTokenizer; ids of the runtime's tokenizer; ends; GGUF's."""
+    tally, num_gguf = check.Tally(3), 0
     for row in goldens["layouts"][shard::NUM_SHARDS]:
         folder = check.directory(row, data, [])
         try:
@@ -72,56 +111,13 @@ def test_directories(check, goldens, data, shard):
             if row["files"] != "json":
                 ends = row["fast"]["special"][1] in tokenizer.end_ids
                 tally.see("the tokenizer's end", row, "", ends, [True])
+            if says_gguf(row):
+                num_gguf += 1
+                see_as_gguf(check, row, texts, tokenizer, tally)
         finally:
             shutil.rmtree(folder)
+    assert num_gguf > 2
     assert not {name: found for name, found in tally.failures.items() if name[0] != "("}
-
-
-def says_gguf(row):
-    """Whether a GGUF file can say what these files say: flags, or no space at some texts' start."""
-    config = row["content"].get("tokenizer_config.json", {})
-    steps = row["content"].get("tokenizer.json", {})
-    listed = [*steps.get("added_tokens", []), *config.get("added_tokens_decoder", {}).values()]
-    is_plain = not any(t[k] for t in listed for k in ("lstrip", "rstrip", "single_word"))
-    is_plain &= not any(t["normalized"] and not t["special"] for t in listed)
-    is_plain &= "added_tokens.json" not in row["content"] or bool(listed)
-    is_first = (steps.get("pre_tokenizer") or {}).get("prepend_scheme") == "first"
-    is_first |= config.get("legacy") is False and not steps
-    return is_plain and not is_first
-
-
-def test_the_same_as_gguf_files(check, goldens, data, tmp_path):
-    """Where a GGUF file can say it: one space for each stretch of text or none, tokens by type."""
-    rows = [row for row in goldens["layouts"] if says_gguf(row)]
-    assert len(rows) > 30
-    different = []
-    for row in rows:
-        folder = check.directory(row, data, [])
-        source = load_tokenizer(folder)
-        shutil.rmtree(folder)
-        fields = sentencepiece_fields(source.model_proto)
-        size = len(fields["tokens"])
-        for token_id in range(size, source.vocab_size):
-            fields["tokens"].append(source.pieces[token_id])
-            fields["token_type"].append(KINDS[token_id in source.special_ids])
-            fields["scores"].append(-1000.0)
-        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-            if getattr(source, f"{role}_id") is not None:
-                fields[f"{key}_token_id"] = getattr(source, f"{role}_id")
-        fields |= {"add_bos_token": source.adds_bos, "add_eos_token": source.adds_eos}
-        fields["add_space_prefix"] = source.spacing != "none"
-        metadata = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
-        for key in ("tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
-            metadata[key] = np.array(metadata[key])
-        tokenizer = load_tokenizer(tmp_path / "model.gguf", metadata=metadata)
-        assert source.end_ids == tokenizer.end_ids
-        for k, text in enumerate(texts_of(check, goldens, row)):
-            expected = [ids[k] for ids in check.accepted(row, "ids")]
-            if source.adds_eos:
-                expected = [ids[:-1] for ids in expected]
-            if tokenizer.encode(text, parse_special=True) not in expected:
-                different.append((row["seed"], text))
-    assert not different
 
 
 def test_400_random_cuts_as_templates(data):

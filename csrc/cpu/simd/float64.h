@@ -136,18 +136,34 @@ inline int64_t first_equal(const T* values, int64_t size, T wanted) {
 
 inline bool is_finite(double x) { return x - x == 0; }
 
-// The highest of up to 1,024 logits, and whether one of them is NaN, over which comparisons pass.
+// The highest of some logits, and whether one of them is NaN, over which comparisons pass.
 struct Highest {
   float value;
   bool has_nan;
 };
-inline Highest highest_of(const float* logits, int64_t count) {
+#if defined(__AVX512F__)
+// Of whole blocks.
+inline Highest highest_of_blocks(const float* logits, int64_t count) {
+  const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  __m512 best[4] = {none, none, none, none};
+  __mmask16 has_nan = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    __m512 x[4];
+    for (int i = 0; i < 4; ++i) x[i] = _mm512_loadu_ps(logits + begin + 16 * i);
+    for (int i = 0; i < 4; ++i) best[i] = _mm512_max_ps(x[i], best[i]);  // of NaN: the latter
+    has_nan |= _mm512_cmp_ps_mask(x[0], x[1], _CMP_UNORD_Q);
+    has_nan |= _mm512_cmp_ps_mask(x[2], x[3], _CMP_UNORD_Q);
+  }
+  best[0] = _mm512_max_ps(_mm512_max_ps(best[0], best[1]), _mm512_max_ps(best[2], best[3]));
+  return {_mm512_reduce_max_ps(best[0]), has_nan != 0};
+}
+#else
+inline Highest highest_of_blocks(const float* logits, int64_t count) {
   float best[kBlock];
   int32_t most[kBlock];  // bits without sign: above those of infinity for NaN alone
   for (int i = 0; i < kBlock; ++i) best[i] = -std::numeric_limits<float>::infinity();
   for (int i = 0; i < kBlock; ++i) most[i] = 0;
-  const int64_t whole = count / kBlock * kBlock;
-  for (int64_t begin = 0; begin < whole; begin += kBlock) {
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
     for (int i = 0; i < kBlock; ++i) {
       const float x = logits[begin + i];
       best[i] = x > best[i] ? x : best[i];
@@ -159,17 +175,18 @@ inline Highest highest_of(const float* logits, int64_t count) {
       most[i] = bits > most[i] ? bits : most[i];
     }
   }
-  Highest highest{-std::numeric_limits<float>::infinity(), false};
+  max_halves<kBlock / 2>(best);
+  max_halves<kBlock / 2>(most);
+  return {best[0], most[0] > 0x7f800000};
+}
+#endif
+inline Highest highest_of(const float* logits, int64_t count) {
+  const int64_t whole = count / kBlock * kBlock;
+  Highest highest = highest_of_blocks(logits, whole);
   for (int64_t i = whole; i < count; ++i) {
     highest.value = logits[i] > highest.value ? logits[i] : highest.value;
     highest.has_nan |= logits[i] != logits[i];
   }
-  for (int half = kBlock / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) best[i] = best[i] > best[i + half] ? best[i] : best[i + half];
-    for (int i = 0; i < half; ++i) most[i] = most[i] > most[i + half] ? most[i] : most[i + half];
-  }
-  highest.value = best[0] > highest.value ? best[0] : highest.value;
-  highest.has_nan |= most[0] > 0x7f800000;
   return highest;
 }
 
