@@ -8,7 +8,7 @@
 #pragma once
 
 #include "cpu/attention/bytes.h"
-#include "cpu/attention/plan.h"
+#include "cpu/attention/work.h"
 
 #if defined(__AVX512VNNI__)
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cpu/attention/byte_rows.h"
-#include "cpu/attention/plan.h"
+#include "cpu/attention/work.h"
 
 #if defined(__AVX512VNNI__)
 

@@ -1,7 +1,7 @@
 // The values of attention: a tile's, weighted and added to the states of rows.
 #pragma once
 
-#include "cpu/attention/tile.h"
+#include "cpu/attention/work.h"
 
 namespace codellama_rt {
 namespace CLRT_ISA {
