@@ -21,6 +21,7 @@ from codellama_rt.checkpoint import open_checkpoint
 from codellama_rt.cli import bench as cli_bench
 from codellama_rt.cli import main as cli
 from codellama_rt.llm.variants import SHAPES
+from codellama_rt.model import llama
 from codellama_rt.ops.native import _core
 from codellama_rt.ops.schema import OPS
 from codellama_rt.tools import limits as limits_module
@@ -267,6 +268,26 @@ def test_both_forms_hold_the_same_model(tmp_path):
         for path in (tmp_path / "model", tmp_path / "model.gguf")
     ]
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-5 * np.abs(logits[0]).max())
+
+
+def test_operations_of_a_prompt_are_those_of_its_products(tmp_path, monkeypatch):
+    """Of the last layer one token, but for keys and values; its other queries are not needed."""
+    write_directory(tmp_path / "model", SHAPES["tiny"])
+    num_tokens, products, linear = 100, [], llama.ops.linear
+
+    def count(x, weights, **options):
+        matrices = weights if isinstance(weights, list | tuple) else [weights]
+        products.extend(2 * x.size * matrix.shape[0] for matrix in matrices)
+        return linear(x, weights, **options)
+
+    runner = Runner(open_checkpoint(tmp_path / "model"), 200)
+    monkeypatch.setattr(llama.ops, "linear", count)
+    runner.prefill(num_tokens)
+    c = runner.config
+    width = c.n_heads * c.head_dim
+    scores = 2 * num_tokens * width * ((c.n_layers - 1) * num_tokens + 2)
+    not_needed = 2 * (num_tokens - 1) * c.dim * width
+    assert runner.prefill_flops(num_tokens) == sum(products) + scores - not_needed
 
 
 def test_a_runner_takes_real_steps_after_a_context_that_was_never_computed(tmp_path):

@@ -116,12 +116,17 @@ class Runner:
         return self.weight_bytes + depth * bytes_per_token(self.config, self.kv_dtype)
 
     def prefill_flops(self, num_tokens: int) -> int:
-        """Return the multiplications and additions of a prompt; only its last token has logits."""
+        """Return the multiplications and additions of a prompt.
+
+        Only its last token has logits: of the others the last layer computes keys and values alone.
+        """
         c = self.config
-        per_layer = c.dim * (2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.hidden_dim)
-        attention = 2 * num_tokens * c.n_heads * c.head_dim  # causal: half of 4
+        attending, caching = (c.dim * n * c.head_dim for n in (c.n_heads, 2 * c.n_kv_heads))
+        per_token = 2 * (2 * attending + 3 * c.dim * c.hidden_dim)  # but for keys and values
+        scores = 2 * num_tokens * c.n_heads * c.head_dim  # causal: half of 4
+        layers = num_tokens * (c.n_layers - 1) * (per_token + scores) + per_token + 2 * scores
         head = 2 * c.dim * c.vocab_size
-        return num_tokens * c.n_layers * (2 * per_layer + attention) + head
+        return layers + num_tokens * c.n_layers * 2 * caching + head
 
     def logits(self, token_ids: list[int]) -> np.ndarray:
         """Return the logits after the last of the tokens, (vocab_size) float32."""
