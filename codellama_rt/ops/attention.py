@@ -22,6 +22,9 @@ def flash_attention(
 ) -> tuple[Array, Array]:
     """Compute softmax attention of several sequences over contiguous K and V (arXiv:2307.08691).
 
+    Over bfloat16 K and V the query, and on CPUs with bfloat16 dot products the softmax's weights,
+    are rounded to bfloat16.
+
     Args:
         query: (num_tokens, n_heads, head_dim) float32, float16 or bfloat16.
         key: (num_keys, n_kv_heads, head_dim), any float dtype; n_kv_heads divides n_heads.
@@ -74,7 +77,9 @@ def paged_attention(
     """Compute causal attention of one or more queries per sequence over its blocks.
 
     PagedAttention, arXiv:2309.06180. On the CPU, sequences whose tables begin with the same blocks
-    are attended together over whole splits of 1024 keys of these, which are then read once.
+    are attended together over whole splits of 1024 keys of these, which are then read once. The
+    softmax's weights are float32; over a bfloat16 cache they are rounded to bfloat16 on CPUs with
+    bfloat16 dot products, over a quantised one to 16 bits on CPUs with AVX512-VNNI.
 
     Args:
         query: (num_tokens, n_heads, head_dim) float32, float16 or bfloat16. Over a bfloat16 cache
