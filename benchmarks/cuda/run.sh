@@ -21,6 +21,7 @@ declare -A dry=([simple_ops]=copy_blocks_in [linear]="refusals" [attention]="dec
 mkdir -p "$out"
 export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 python
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 # whatever is installed: two seconds for each check
+export PYTEST_ADDOPTS=                  # they may name plugins
 
 # step NAME SECONDS COMMAND...: its output goes to the log, how it ended to the rows.
 step() {

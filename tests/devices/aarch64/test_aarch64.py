@@ -36,6 +36,7 @@ def test_kernels(server, name):
     environment = {
         **os.environ, "CODELLAMA_RT_KERNEL_SERVER": server,
         "PYTHONPATH": os.pathsep.join(map(str, path)), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_ADDOPTS": "",  # they may name plugins
     }  # fmt: skip
     command = [
         sys.executable, "-m", "pytest", "-q", "-x", "-p", "kernel_proxy", "-p", "no:cacheprovider",
