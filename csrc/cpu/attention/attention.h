@@ -279,8 +279,8 @@ void write_rows(const Block& block, float* totals) {
     const int64_t to = block.output_row(row);
     const bool empty = block.visible_keys(row) == 0;
     const float weights = empty ? 1.0f : total.weights()[0];
-    const float divisor =
-        empty || !block.a.multiplies_pairs() ? weights : sum_group(total.rounded_weights());
+    const bool rounds = !empty && multiplies_pairs(block.a.cache_dtype);
+    const float divisor = rounds ? sum_group(total.rounded_weights()) : weights;
     Q* out = static_cast<Q*>(block.a.out) + to * dim;
     if (kByteDots && !is_float(block.a.cache_dtype)) {
       order_columns(total.out, block.a.padded_dim(), block.a.cache_dtype == DType::kInt4 ? 2 : 1);

@@ -23,12 +23,14 @@ constexpr bool kByteDots = true;
 constexpr bool kByteDots = false;
 #endif
 
-// Whether bfloat16 keys and values are multiplied in pairs.
+// Whether keys and values are multiplied in pairs of bfloat16.
+inline bool multiplies_pairs([[maybe_unused]] DType cache_dtype) {
 #if defined(__AVX512BF16__)
-constexpr bool kPairDots = true;
+  return cache_dtype == DType::kBFloat16;
 #else
-constexpr bool kPairDots = false;
+  return false;
 #endif
+}
 
 // What the scores of a packed query are multiplied by, and the sum of its elements as packed.
 struct QueryScale {
@@ -186,10 +188,10 @@ constexpr bool kQuantized = std::is_same_v<T, int8_t> || std::is_same_v<T, Nibbl
 
 // The elements that a row's state, and the words of its query, have room for.
 inline int64_t padded_dim(DType cache_dtype, int64_t head_dim) {
-  const int64_t step = kPairDots && cache_dtype == DType::kBFloat16 ? 2 * kLanes
-                       : !kByteDots || is_float(cache_dtype)        ? kGroup
-                       : cache_dtype == DType::kInt4                ? 128
-                                                                    : 64;
+  const int64_t step = multiplies_pairs(cache_dtype)         ? 2 * kLanes
+                       : !kByteDots || is_float(cache_dtype) ? kGroup
+                       : cache_dtype == DType::kInt4         ? 128
+                                                             : 64;
   return ceil_div(head_dim, step) * step;
 }
 

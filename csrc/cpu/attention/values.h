@@ -38,7 +38,6 @@ void convert_values(const Tile<T>& tile, int64_t head_dim, int64_t padded_dim, f
 template <typename V>
 struct ValueStep {
   static constexpr int kKeys = 1, kRows = 1;  // of a step; rows of V that hold them
-  static Vec weight(const float* weights, int step) { return splat(weights[step]); }
   static Vec multiply_add(Vec weight, Vec value, Vec sum) { return fma(weight, value, sum); }
   template <int kVecs>
   static void load(const V* row, int64_t, Vec (&values)[kVecs]) {
@@ -50,8 +49,6 @@ struct ValueStep {
       for (int j = 0; j < kVecs; ++j) values[j] = CLRT_ISA::load(row + j * kLanes);
     }
   }
-  template <int kVecs>
-  static void load_first(const V*, int64_t, Vec (&)[kVecs]) {}
   template <int kVecs>
   static void order(Vec (&sums)[kVecs]) {
     if constexpr (kPairs<kVecs>) {
@@ -68,7 +65,6 @@ struct ValueStep {
 // Two keys with their weights. Two vectors hold 32 columns of both: 0 to 3 of 8, and 4 to 7.
 struct PairStep {
   static constexpr int kKeys = 2;
-  static Vec weight(const float* weights, int step) { return splat(weights[step]); }
   static Vec multiply_add(Vec weight, Vec value, Vec sum) {
     return dot_bf16_pairs(weight, value, sum);
   }
@@ -176,6 +172,12 @@ inline void add_values_panel(const float* weights, const V* const* groups, int64
   for (auto& row_sums : sums) {
     for (Vec& sum : row_sums) sum = splat(0.0f);
   }
+  const auto add = [&](int r, int step, const Vec(&values)[kVecs]) __attribute__((always_inline)) {
+    const Vec weight = splat(weights[r * kTile + step]);
+    for (int j = 0; j < kVecs; ++j) {
+      sums[r][j] = Step::multiply_add(weight, values[j], sums[r][j]);
+    }
+  };
   const int common = visible(row) / Step::kKeys;
   for (int first = 0; first < common; first += kGroupSteps) {
     const V* values_row = at(first);
@@ -185,12 +187,7 @@ inline void add_values_panel(const float* weights, const V* const* groups, int64
       Vec values[kVecs];
       Step::load(values_row, row_stride, values);
       for (Vec& value : values) value = hold(value);
-      for (int r = 0; r < kRows; ++r) {
-        const Vec weight = Step::weight(weights + r * kTile, step);
-        for (int j = 0; j < kVecs; ++j) {
-          sums[r][j] = Step::multiply_add(weight, values[j], sums[r][j]);
-        }
-      }
+      for (int r = 0; r < kRows; ++r) add(r, step, values);
     }
   }
 #pragma GCC unroll 8
@@ -199,15 +196,15 @@ inline void add_values_panel(const float* weights, const V* const* groups, int64
     if (num_keys == 0) continue;
     for (int step = common; step * Step::kKeys < num_keys; ++step) {
       Vec values[kVecs];
-      if (Step::kKeys == 2 && step == num_keys / 2) {
-        Step::load_first(at(step), row_stride, values);
-      } else {
-        Step::load(at(step), row_stride, values);
+      if constexpr (Step::kKeys == 2) {
+        if (step == num_keys / 2) {  // the last: its second key is not seen, or not there
+          Step::load_first(at(step), row_stride, values);
+          add(r, step, values);
+          break;
+        }
       }
-      const Vec weight = Step::weight(weights + r * kTile, step);
-      for (int j = 0; j < kVecs; ++j) {
-        sums[r][j] = Step::multiply_add(weight, values[j], sums[r][j]);
-      }
+      Step::load(at(step), row_stride, values);
+      add(r, step, values);
     }
     Step::order(sums[r]);
     for (int j = 0; j < kVecs; ++j) {

@@ -29,9 +29,9 @@ struct Attention {
   int64_t padded_dim() const { return CLRT_ISA::padded_dim(cache_dtype, head_dim); }
   // Of a row's state (softmax.h).
   int64_t state_width() const {
-    return padded_dim() + (cache_dtype == DType::kInt4 || multiplies_pairs() ? kGroup : 0);
+    const bool has_sums = cache_dtype == DType::kInt4 || multiplies_pairs(cache_dtype);
+    return padded_dim() + (has_sums ? kGroup : 0);
   }
-  bool multiplies_pairs() const { return kPairDots && cache_dtype == DType::kBFloat16; }
   int64_t state_floats() const { return row_state_floats(state_width()); }
   int64_t num_queries(int64_t seq) const { return cu_seqlens_q[seq + 1] - cu_seqlens_q[seq]; }
   int64_t num_keys(int64_t seq) const {
