@@ -98,9 +98,8 @@ class BlockManager:
     def num_cached_tokens(self, sequence: Sequence) -> int:
         """Return how many leading tokens of a sequence `allocate` would find, if it has room."""
         hits = self._longest_cached_prefix(sequence)
-        prefix_id = self._cached[hits[-1]].prefix_id if hits else sequence.prefix_id
-        start = len(hits) * self.block_size
-        return start + self._longest_head(sequence, prefix_id, start)[1]
+        _, _, num_head = self._head_after(sequence, hits)
+        return len(hits) * self.block_size + num_head
 
     def holds(self, block_id: int, prefix: object) -> bool:
         """Return whether a block still holds what `on_full_block` was told; in any thread.
@@ -128,8 +127,7 @@ class BlockManager:
         if num_spare < 0:
             return False
         num_hits = len(hits)
-        prefix_id = self._cached[hits[-1]].prefix_id if hits else sequence.prefix_id
-        source, num_head = self._longest_head(sequence, prefix_id, num_hits * self.block_size)
+        prefix_id, source, num_head = self._head_after(sequence, hits)
         for block_id in hits:
             self._own(block_id)
         block_ids = int32_list(hits)
@@ -303,6 +301,13 @@ class BlockManager:
             hits.append(block_id)
             prefix_id = self._cached[block_id].prefix_id
         return hits
+
+    def _head_after(
+        self, sequence: Sequence, hits: list[int]
+    ) -> tuple[PrefixName, int | None, int]:
+        """Return the prefix that a sequence's hits hold, and `_longest_head` after them."""
+        prefix_id = self._cached[hits[-1]].prefix_id if hits else sequence.prefix_id
+        return prefix_id, *self._longest_head(sequence, prefix_id, len(hits) * self.block_size)
 
     def _longest_head(
         self, sequence: Sequence, parent: PrefixName, start: int
