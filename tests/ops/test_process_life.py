@@ -82,38 +82,32 @@ def test_threads_that_cannot_be_started_are_an_error_and_fewer_work():
     assert python(THREADS_REFUSED) == (0, "")
 
 
-# The caller's scratch memory is made by a call on one thread; then only a worker asks for more.
+# A thread keeps its scratch memory, here 117 MB: more than any hole in the heap, so a thread that
+# has none must ask the system, which refuses. The caller has its own from a call on one thread, so
+# only a worker asks. Workers come when a CPU is free: the call is repeated until one has come.
 MEMORY_REFUSED = """
 import os, resource
 import numpy as np
 from codellama_rt import ops
+logits, rows = np.zeros((1, 1 << 22), np.float32), np.zeros(16, np.int32)
 small = np.ones((20, 300), np.float32)
 ops.set_num_threads(4)
 ops.linear(small, small)  # starts the workers
-ops.set_num_threads(1)
-x, weight = np.ones((8192, 64), np.float32), np.ones((4096, 64), np.float32)
-out = np.zeros((8192, 4096), np.float32)
-expected = ops.linear(x, weight, out=out).copy()
+expected = ops.sample(logits, rows=rows, num_threads=1).token_ids
 size = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
-ops.set_num_threads(4)
-refused, calls = 0, 0
-while not refused and calls < 500:  # while CPUs are busy, workers may come too late for any task
-    calls += 1
+while True:
     try:
-        ops.linear(x, weight, out=out)
+        ops.sample(logits, rows=rows)
     except MemoryError:
-        refused += 1
+        break
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
-assert np.array_equal(ops.linear(x, weight, out=out), expected)
-print(refused)
+assert np.array_equal(ops.sample(logits, rows=rows).token_ids, expected)
 """
 
 
 def test_memory_that_a_worker_cannot_have_is_an_error_of_the_call():
-    status, output = python(MEMORY_REFUSED, MALLOC_ARENA_MAX="1", MALLOC_TOP_PAD_="0")
-    assert (status, output.isdecimal()) == (0, True), output
-    assert int(output) > 0
+    assert python(MEMORY_REFUSED) == (0, "")
 
 
 THREADS_CHANGING = (

@@ -72,6 +72,8 @@ inline void pause_cpu() {
 #endif
 }
 
+thread_local bool inside = false;  // a region: those within it run on this thread alone
+
 // One region of work, and how many workers may help its caller.
 struct Region {
   void (*body)(void*, int64_t) = nullptr;
@@ -121,7 +123,8 @@ class alignas(64) Share {
 // (AMD EPYC, Zen 4).
 class Pool {
  public:
-  // Throws std::runtime_error, with no thread left over, if one cannot be started.
+  // Throws std::runtime_error, with no thread left over, if one cannot be started. Returns when all
+  // have their thread-local memory: glibc makes it at its first use, and aborts if it cannot.
   explicit Pool(int num_workers) : shares_(num_workers + 1) {
     try {
       workers_.reserve(num_workers);
@@ -134,6 +137,7 @@ class Pool {
                                " cannot be started (" + error.what() +
                                "); set fewer (set_num_threads, CODELLAMA_RT_NUM_THREADS)");
     }
+    while (ready_.load() < num_workers) sched_yield();
   }
   ~Pool() { stop(); }
 
@@ -211,6 +215,8 @@ class Pool {
 
   void work() {
     const DefaultFloatMode mode;
+    inside = true;
+    ready_.fetch_add(1);
     for (uint64_t seen = 0; await(seen);) {
       inside_.fetch_add(1);
       seen = generation_.load();
@@ -257,6 +263,7 @@ class Pool {
   std::atomic<int> helpers_{0};  // workers that came into this region, in time or too many
   alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
+  std::atomic<int> ready_{0};  // workers that have begun
   std::mutex sleep_;
   std::condition_variable wake_;
   std::vector<std::thread> workers_;
@@ -298,7 +305,6 @@ std::mutex busy;  // held by the thread whose region the pool runs
 std::atomic<int> wanted_threads{0};
 Pool* pool = nullptr;  // started by the first region that wants it; never ended, for threads may
 int pool_threads = 0;  // still be inside when the process exits
-thread_local bool inside = false;
 thread_local int thread_limit = INT_MAX;  // of the operators that this thread calls
 
 struct Inside {
