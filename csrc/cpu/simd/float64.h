@@ -50,6 +50,14 @@ template <typename T>
 inline void keep_allowed(uint64_t allowed, T other, T* x) {
   for (int i = 0; i < kBlock; ++i) x[i] = allowed >> i & 1 ? x[i] : other;
 }
+#if defined(__AVX512F__)
+inline void keep_allowed(uint64_t allowed, float other, float* x) {
+  for (int i = 0; i < kBlock; i += 16) {
+    const __m512 others = _mm512_set1_ps(other);
+    _mm512_storeu_ps(x + i, _mm512_mask_loadu_ps(others, __mmask16(allowed >> i), x + i));
+  }
+}
+#endif
 
 // Of 64 elements without NaN.
 template <typename T>
