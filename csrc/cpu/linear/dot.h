@@ -249,16 +249,27 @@ inline __attribute__((always_inline)) void multiply_steps(const typename Dot::El
   }
 }
 
+#if defined(__AVX512F__)
+// The first steps of the tree of sum(): in each 128 bits the four sums that are left of sums[j].
+// A blend takes any of Zen 4's four pipes, a shuffle one of two.
+template <int kCount>
+inline __m512 fold(const Vec (&sums)[kCount]) {
+  const auto halves = [](__m512 a, __m512 b) {  // (a, a, b, b)
+    return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+  };
+  const __m512 ac = halves(sums[0].v, sums[2].v), bd = halves(sums[1].v, sums[kCount - 1].v);
+  const __m512i others = _mm512_setr_epi64(2, 3, 8, 9, 6, 7, 12, 13);
+  const __m512d swapped =
+      _mm512_permutex2var_pd(_mm512_castps_pd(ac), others, _mm512_castps_pd(bd));
+  return _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, ac, bd), _mm512_castpd_ps(swapped));
+}
+#endif
+
 // totals[j] += sum(sums[j]), by the tree of sum(), four at once.
 template <int kCount>
 inline void add_sums(const Vec (&sums)[kCount], float* totals) {
 #if defined(__AVX512F__)
-  const auto fold = [](__m512 a, __m512 b) {  // each one's halves added: a's sum, then b's
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-  };
-  const __m512 ab = fold(sums[0].v, sums[1].v), cd = fold(sums[2].v, sums[kCount - 1].v);
-  const __m512 q =
-      _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  const __m512 q = fold(sums);
   const __m512 d = _mm512_add_ps(q, _mm512_permute_ps(q, 0x4e));
   const __m512 s = _mm512_add_ps(d, _mm512_permute_ps(d, 0xb1));
   const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -274,6 +285,44 @@ template <int kHeight, int kCount>
 inline void add_all_sums(const Vec (&sums)[kHeight][kCount], float* totals, int64_t stride) {
 #pragma GCC unroll 8
   for (int i = 0; i < kHeight; ++i) add_sums(sums[i], totals + i * stride);
+}
+
+// The same in two halves: a tile ends by folding its sums, and later the folded sums of kLanes rows
+// become one vector. A tile's own sums to the end kept the next tile waiting (k = 576: 9 % of all).
+#if defined(__AVX512F__)
+constexpr int64_t kFoldedLanes = 4;  // of one sum
+#else
+constexpr int64_t kFoldedLanes = 1;
+#endif
+constexpr int64_t kFoldedTile = kRows * kFoldedLanes;    // floats that a tile leaves of each token
+constexpr int64_t kFoldedToken = kLanes * kFoldedLanes;  // and kLanes / kRows tiles
+
+template <int kHeight>
+inline void fold_all_sums(const Vec (&sums)[kHeight][kRows], float* folded) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kHeight; ++i) {
+#if defined(__AVX512F__)
+    _mm512_storeu_ps(folded + i * kFoldedToken, fold(sums[i]));
+#else
+    for (int j = 0; j < kRows; ++j) folded[i * kFoldedToken + j] = sum(sums[i][j]);
+#endif
+  }
+}
+
+inline Vec unfold(const float* folded) {
+#if defined(__AVX512F__)
+  const auto halves = [](__m512 a, __m512 b) {  // (a, a, b, b) in each 128 bits
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  };
+  const auto at = [&](int tile) { return _mm512_loadu_ps(folded + tile * kFoldedTile); };
+  const __m512 ac = halves(at(0), at(2)), bd = halves(at(1), at(3));
+  const __m512 acbd =  // row j's of the tiles 0, 2, 1, 3 in 128 bits j
+      _mm512_add_ps(_mm512_shuffle_ps(ac, bd, 0x88), _mm512_shuffle_ps(ac, bd, 0xdd));
+  const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
+  return {_mm512_permutexvar_ps(in_order, acbd)};
+#else
+  return load(folded);
+#endif
 }
 
 }  // namespace

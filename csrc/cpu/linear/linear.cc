@@ -132,7 +132,7 @@ template <typename Weight, int kHeight>
 __attribute__((noinline)) void tile_of_rows(const typename DotOf<Weight>::type::Element* x,
                                             const WeightRows<Weight>& rows, int64_t whole, int tail,
                                             typename DotOf<Weight>::type::Element* panel,
-                                            float* totals, int64_t stride) {
+                                            float* folded) {
   using Dot = typename DotOf<Weight>::type;
   Vec sums[kHeight][kRows];
   clear(sums);
@@ -151,15 +151,14 @@ __attribute__((noinline)) void tile_of_rows(const typename DotOf<Weight>::type::
         },
         sums);
   }
-  add_all_sums(sums, totals, stride);
+  fold_all_sums(sums, folded);
 }
 
 // One segment of a tile of packed weights.
 template <typename Weight, int kHeight>
 __attribute__((noinline)) void tile_of_panel(const typename DotOf<Weight>::type::Element* x,
                                              const typename DotOf<Weight>::type::Element* panel,
-                                             int64_t steps, Ahead& ahead, float* totals,
-                                             int64_t stride) {
+                                             int64_t steps, Ahead& ahead, float* folded) {
   using Dot = typename DotOf<Weight>::type;
   Vec sums[kHeight][kRows];
   clear(sums);
@@ -168,7 +167,7 @@ __attribute__((noinline)) void tile_of_panel(const typename DotOf<Weight>::type:
     return Dot::load_packed(panel + ((s * Dot::kParts + part) * kRows + j) * Dot::kPart);
   };
   multiply_steps<Dot>(x, steps, load, sums);
-  add_all_sums(sums, totals, stride);
+  fold_all_sums(sums, folded);
 }
 
 // ---- results -------------------------------------------------------------------------------
@@ -194,6 +193,10 @@ inline void put(const float* totals, int64_t stride, const LinearParams& p, int6
       return put_as<float>(totals, stride, p, n, count);
   }
 }
+
+struct Segment {
+  bool is_first, is_last;
+};
 
 // ---- the two kernels -----------------------------------------------------------------------
 
@@ -273,18 +276,40 @@ void multiply_in_order(const LinearParams& p, const Cut<typename DotOf<Weight>::
   }
 }
 
+// One segment of kLanes rows from row n on, of which `count` are there, for a panel of tokens from
+// t on: what the tiles have left folded goes to totals, with the last segment to out.
+template <typename T>
+void put_folded(const LinearParams& p, const Segment& segment, const float* folded, float* totals,
+                int64_t t, int64_t height, int64_t n, int64_t count) {
+  for (int64_t i = 0; i < height; ++i) {
+    float* total = totals + (t + i) * kBlockRows;
+    const Vec sum =
+        (segment.is_first ? splat(0.0f) : load(total)) + unfold(folded + i * kFoldedToken);
+    T* out = static_cast<T*>(p.out) + (t + i) * p.out_stride + n;
+    if (!segment.is_last) {
+      store(total, sum);
+    } else if (count >= kLanes) {
+      store(out, sum);
+    } else {
+      store_first(out, sum, int(count));
+    }
+  }
+}
+
 // One segment of a block for many tokens.
-template <typename Weight>
+template <typename Weight, typename T>
 void multiply_block(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
                     const typename DotOf<Weight>::type::Element* x, int64_t segment,
                     const Block& block, const Block& next,
                     typename DotOf<Weight>::type::Element* panels, float* totals) {
   using Dot = typename DotOf<Weight>::type;
   const int64_t length = cut.length(segment), panel_size = kRows * length * Dot::kStep;
+  const bool has_tail = cut.has_tail(segment);
   // Spells of prefetching while one panel of tokens is multiplied.
   const int64_t times = ceil_div(block.count, kRows) * ceil_div(length, kPrefetchSteps);
   Ahead ahead = fetch_after<Weight>(p, cut, segment, block, next,
                                     times * (ceil_div(p.num_tokens, kTokens) - 1));
+  float folded[kTokens * kFoldedToken];
   for (int64_t t = 0; t < p.num_tokens; t += kTokens) {
     const int64_t height = smaller(kTokens, p.num_tokens - t);
     const auto* tokens = x + cut.panel(segment, t, p.num_tokens);
@@ -294,25 +319,31 @@ void multiply_block(const LinearParams& p, const Cut<typename DotOf<Weight>::typ
     with_height<kTokens>(height, [&](auto h) {
       for (int64_t i = 0; i < block.count; i += kRows) {
         auto* panel = panels + i / kRows * panel_size;
-        float* to = totals + t * kBlockRows + i;
+        float* tile_folded = folded + i % kLanes / kRows * kFoldedTile;
         if (t == 0) {
           const WeightRows<Weight> rows(p, block.n + i, block.n + block.count - 1,
                                         cut.begin(segment));
-          const bool has_tail = cut.has_tail(segment);
           tile_of_rows<Weight, h.value>(tokens, rows, length - has_tail, has_tail ? cut.tail : 0,
-                                        panel, to, kBlockRows);
+                                        panel, tile_folded);
         } else {
-          tile_of_panel<Weight, h.value>(tokens, panel, length, ahead, to, kBlockRows);
+          tile_of_panel<Weight, h.value>(tokens, panel, length, ahead, tile_folded);
+        }
+        const int64_t first = i / kLanes * kLanes, end = i + kRows;
+        if (end % kLanes == 0 || end >= block.count) {
+          put_folded<T>(p, {segment == 0, segment + 1 == cut.num_segments}, folded, totals + first,
+                        t, height, block.n + first, block.count - first);
         }
       }
     });
   }
 }
 
-// Rows [n, end) for many tokens: packed weights, block by block.
+// Rows [n, end) for many tokens: packed weights, block by block. Tasks are dealt in their order, so
+// that the rows after the last block, up to num_rows, are likely to be this thread's next.
 template <typename Weight>
 void multiply_many(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
-                   const typename DotOf<Weight>::type::Element* x, int64_t n, int64_t end) {
+                   const typename DotOf<Weight>::type::Element* x, int64_t n, int64_t end,
+                   int64_t num_rows) {
   using Dot = typename DotOf<Weight>::type;
   using Element = typename Dot::Element;
   const int64_t panel_bytes = kBlockRows * cut.segment_steps * Dot::kStep * sizeof(Element);
@@ -320,15 +351,15 @@ void multiply_many(const LinearParams& p, const Cut<typename DotOf<Weight>::type
   char* memory = static_cast<char*>(scratch(Scratch::kTask, panel_bytes + totals_bytes));
   Element* panels = reinterpret_cast<Element*>(memory);
   float* totals = reinterpret_cast<float*>(memory + panel_bytes);
-  Block next = block_from(p, n, end, kBlockRows);
-  while (next.count > 0) {
-    const Block block = next;
-    next = block_from(p, block.n + block.count, end, kBlockRows);
-    std::memset(totals, 0, totals_bytes);
+  while (n < end) {
+    const Block block = block_from(p, n, end, kBlockRows);
+    n += block.count;
+    const Block next = block_from(p, n, n < end ? end : num_rows, kBlockRows);
     for (int64_t segment = 0; segment < cut.num_segments; ++segment) {
-      multiply_block<Weight>(p, cut, x, segment, block, next, panels, totals);
+      with_type(p.out_dtype, [&](auto type) {
+        multiply_block<Weight, decltype(type)>(p, cut, x, segment, block, next, panels, totals);
+      });
     }
-    put(totals, kBlockRows, p, block.n, block.count);
   }
 }
 
@@ -378,7 +409,7 @@ void multiply(const LinearParams& p) {
     const int64_t task_rows = kBlockRows * larger(1, num_rows / (kBlockRows * kTasks));
     for_each_task(ceil_div(num_rows, task_rows), [&](int64_t task) {
       const int64_t n = task * task_rows;
-      multiply_many<Weight>(p, cut, x, n, smaller(num_rows, n + task_rows));
+      multiply_many<Weight>(p, cut, x, n, smaller(num_rows, n + task_rows), num_rows);
     });
   }
 }
