@@ -16,16 +16,16 @@ constexpr int64_t prefetch_steps(int64_t height) {
   return (height <= 4 ? 128 : 512) / (DotOf<Weight>::type::kStep * int64_t(sizeof(Weight)));
 }
 
-// Fetches one segment of some rows into L2, some lines at a time.
+// Fetches one segment of some rows into L2, in `times` spells of about as many lines.
 struct Ahead {
   const char* row;
-  int64_t num_rows, row_bytes, piece_bytes, lines_a_time;
-  int64_t at = 0;
+  int64_t num_rows, row_bytes, piece_bytes, num_lines, times;
+  int64_t at = 0, due = 0;  // due: lines, in parts of `times`
   const char* x = nullptr;  // the next panel of tokens, into L1
   int64_t x_lines_a_time = 0;
 
   inline void fetch() {
-    for (int64_t i = 0; i < lines_a_time && num_rows > 0; ++i) {
+    for (due += num_lines; due >= times && num_rows > 0; due -= times) {
       prefetch_to_l2(row + at);
       at += kCacheLine;
       if (at >= piece_bytes) at = 0, row += row_bytes, --num_rows;
@@ -51,8 +51,7 @@ Ahead fetch_after(const LinearParams& p, const Cut<typename DotOf<Weight>::type>
   const int64_t piece_bytes =
       smaller(row_bytes - begin, length * DotOf<Weight>::type::kStep * int64_t(sizeof(Weight)));
   return {reinterpret_cast<const char*>(weight_row<Weight>(p, rows.n)) + begin, rows.count,
-          row_bytes, piece_bytes,
-          ceil_div(rows.count * ceil_div(piece_bytes, kCacheLine), larger(times, 1))};
+          row_bytes, piece_bytes, rows.count * ceil_div(piece_bytes, kCacheLine), larger(times, 1)};
 }
 
 // At most `most` of the rows from n to `end`: those that lie together.
