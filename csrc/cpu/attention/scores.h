@@ -114,20 +114,20 @@ struct QueryLayout {
 template <typename T, int kChunks, int kSpread, int kGroups, typename Key>
 inline void score_groups(const float* queries, const Key* keys, int64_t num_chunks, Fetch& fetch,
                          Vec (&totals)[kGroups][kLanes]) {
-  constexpr int kKeys = (kLanes == 16 ? 4 : 2) * (kGroups == 1 ? 2 : 1);
+  constexpr int kKeys = (kLanes == 16 && kQuantized<T> ? 4 : 2) * (kGroups == 1 ? 2 : 1);
   constexpr int kPerWord = std::is_same_v<Key, int8_t> ? 2 : 1;
   constexpr int kChains = kLanes / kSpread;
   const int64_t chunks = kChunks ? kChunks : num_chunks, stride = chunks * kLanes * kPerWord;
   const int64_t group_floats = kChains * chunks * kLanes;
   for (int first = 0; first < kLanes; first += kKeys, keys += kKeys * stride) {
     Vec chains[2][kGroups][kKeys], sums[4][kGroups][kKeys];
+    Vec zero = splat(0.0f);
     const auto clear_chains = [&](Vec(&to)[kGroups][kKeys]) {
       for (auto& group : to) {
-        for (Vec& chain : group) chain = splat(0.0f);
+        for (Vec& chain : group) chain = zero;
       }
     };
     const auto multiply = [&](int i, Vec(&to)[kGroups][kKeys]) __attribute__((always_inline)) {
-      fetch.step(kGroups * kKeys);
       const Key* words = keys + QueryLayout::chain_word(kSpread, i) * kPerWord;
       for (int64_t c = 0; c < chunks; ++c) {
         Vec query[kGroups];
@@ -147,7 +147,9 @@ inline void score_groups(const float* queries, const Key* keys, int64_t num_chun
         for (int k = 0; k < kKeys; ++k) to[g][k] = from[g][k] + to[g][k];
       }
     };
+    fetch.step(kGroups * kKeys * kChains);
     if (kQuantized<T>) clear_chains(chains[1]);
+#pragma GCC unroll 8
     for (int i = 0; i < kChains; i += 2) {
       if (kQuantized<T>) {  // exact sums are one chain
         multiply(i, chains[1]);
@@ -161,7 +163,10 @@ inline void score_groups(const float* queries, const Key* keys, int64_t num_chun
       int level = 0;
       for (int n = i / 2; n % 2; n /= 2, ++level) add(sums[level], chains[1]);
       for (int g = 0; g < kGroups; ++g) {
-        for (int k = 0; k < kKeys; ++k) sums[level][g][k] = chains[1][g][k];
+        for (int k = 0; k < kKeys; ++k) {
+          compute_after(chains[1][g][k], zero);
+          sums[level][g][k] = chains[1][g][k];
+        }
       }
     }
     for (int g = 0; g < kGroups; ++g) {
@@ -212,18 +217,13 @@ void convert_keys(const Tile<T>& tile, int first, int64_t head_dim, float* words
   }
 }
 
-// Calls body(the words of kLanes keys from `first` on, num_chunks if it is that of a head_dim of
-// 128 or 0): as they lie where nothing but they lies there, or converted to `words`.
-template <int kSpread, typename T, typename Body>
+// Calls body(the words of kLanes keys from `first` on, kChunks): as they lie where nothing but they
+// lies there, or converted to `words`.
+template <int kSpread, int kChunks, typename T, typename Body>
 inline void with_spread_keys(const Tile<T>& tile, int first, int64_t head_dim, float* words,
                              const Body& body) {
   using Key = typename SpreadFrom<T, kSpread>::Type;
-  constexpr int kChunks = Qk<T>::num_chunks(128);
-  if (head_dim != 128) {
-    convert_keys<T, 0>(tile, first, head_dim, words);
-    return body(words, std::integral_constant<int, 0>());
-  }
-  if constexpr (!std::is_void_v<Key>) {
+  if constexpr (!std::is_void_v<Key> && kChunks > 0) {
     if (tile.key_bytes > 0) {
       const T* row = tile.keys[first / kGroup] + first % kGroup * tile.row_stride;
       return body(reinterpret_cast<const Key*>(row), std::integral_constant<int, kChunks>());
@@ -231,6 +231,16 @@ inline void with_spread_keys(const Tile<T>& tile, int first, int64_t head_dim, f
   }
   convert_keys<T, kChunks>(tile, first, head_dim, words);
   body(words, std::integral_constant<int, kChunks>());
+}
+
+// The number of chunks is known for these two head_dims.
+template <int kSpread, typename T, typename Body>
+inline void with_spread_keys(const Tile<T>& tile, int first, int64_t head_dim, float* words,
+                             const Body& body) {
+  constexpr int k64 = Qk<T>::num_chunks(64), k128 = Qk<T>::num_chunks(128);
+  if (head_dim == 64) return with_spread_keys<kSpread, k64>(tile, first, head_dim, words, body);
+  if (head_dim == 128) return with_spread_keys<kSpread, k128>(tile, first, head_dim, words, body);
+  with_spread_keys<kSpread, 0>(tile, first, head_dim, words, body);
 }
 
 }  // namespace

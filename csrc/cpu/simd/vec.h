@@ -25,6 +25,7 @@ namespace CLRT_ISA {
 namespace {
 
 #if !defined(__AVX512F__)
+inline void compute_after(Vec&, Vec&) {}
 inline float max_lane(Vec x) {
   float lanes[kLanes];
   store(lanes, x);

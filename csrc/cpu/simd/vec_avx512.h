@@ -23,6 +23,9 @@ inline Vec hold(Vec x) {
   asm("" : "+v"(x.v));
   return x;
 }
+// Nothing that uses `later` is computed before `earlier`: GCC would rather start what it can than
+// keep to the registers there are.
+inline void compute_after(Vec& earlier, Vec& later) { asm("" : "+v"(earlier.v), "+v"(later.v)); }
 inline Vec load(const bf16* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
