@@ -300,6 +300,32 @@ void write_rows(const Block& block, float* totals) {
   }
 }
 
+// Packs the block's queries as scores multiply them.
+template <typename T, typename Q>
+void lay_queries(const Block& block, const QueryLayout& layout, const Workspace& work,
+                 float* queries, QueryScale* scales) {
+  const int64_t head_dim = block.a.head_dim, dim = block.a.padded_dim(), rows = block.num_rows;
+  for (int64_t row = 0; row < rows; ++row) {
+    const Q* query = static_cast<const Q*>(block.a.query) + block.query_offset(row);
+    if constexpr (kQuantized<T>) {
+      scales[row] = pack_quantized_query<T>(query, head_dim, work.keys, work.values);
+      if constexpr (kByteDots) {
+        split_query(work.keys, dim, row, rows, reinterpret_cast<int8_t*>(queries));
+      } else {
+        layout.lay(row, work.keys, queries);
+      }
+    } else {
+      const int64_t in_group = layout.spread == 1 ? row % kLanes : 0;
+      scales[row] = pack_query<T>(query, head_dim, work.values + in_group * dim);
+      if (layout.spread > 1) {
+        layout.lay(row, work.values, queries);
+      } else if (in_group == kLanes - 1 || row == rows - 1) {
+        layout.lay_group(row, in_group + 1, work.values, dim, queries);
+      }
+    }
+  }
+}
+
 template <typename T, typename Q>
 void run_task(const Attention& a, const Task& task) {
   const int64_t num_heads = task.end_head - task.first_head;
@@ -313,22 +339,7 @@ void run_task(const Attention& a, const Task& task) {
   const int64_t head_floats = query_floats<T>(a, layout, rows);
   std::memset(work.query, 0, num_heads * head_floats * sizeof(float));
   for_heads([&](int64_t h, const Block& block) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const Q* query = static_cast<const Q*>(a.query) + block.query_offset(row);
-      QueryScale& scale = work.scales[h * rows + row];
-      if constexpr (kQuantized<T>) {
-        scale = pack_quantized_query<T>(query, a.head_dim, work.keys, work.values);
-      } else {
-        scale = pack_query<T>(query, a.head_dim, work.keys);
-      }
-      float* head_query = work.query + h * head_floats;
-      if constexpr (kByteDots && kQuantized<T>) {
-        const int64_t dim = a.padded_dim();
-        split_query(work.keys, dim, row, rows, reinterpret_cast<int8_t*>(head_query));
-      } else {
-        layout.lay(row, work.keys, head_query);
-      }
-    }
+    lay_queries<T, Q>(block, layout, work, work.query + h * head_floats, work.scales + h * rows);
   });
   float* const total = task.states && task.folds ? first.left(0) : work.total;
   for_heads([&](int64_t h, const Block& block) {

@@ -108,6 +108,21 @@ struct QueryLayout {
       }
     }
   }
+  // The same for `count` rows of one group, where spread is 1; their words lie `stride` apart.
+  void lay_group(int64_t row, int64_t count, const float* words, int64_t stride,
+                 float* groups) const {
+    float* to = groups + row / kLanes * group_floats();
+    for (int64_t c = 0; c < chunks; ++c) {
+      Vec lanes[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        lanes[i] = i < count ? load(words + i * stride + c * kLanes) : splat(0.0f);
+      }
+      transpose(lanes);
+      for (int chain = 0; chain < kLanes; ++chain) {
+        store(to + (chain * chunks + c) * kLanes, lanes[chain_word(1, chain)]);
+      }
+    }
+  }
 };
 
 // kLanes keys against kGroups groups of rows: totals[g][k] are of key k.
