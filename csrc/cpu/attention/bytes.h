@@ -28,12 +28,23 @@ constexpr int64_t padded_rows(int64_t rows) {
 inline void split_query(const float* words, int64_t dim, int64_t row, int64_t num_rows,
                         int8_t* bytes) {
   const int16_t* from = reinterpret_cast<const int16_t*>(words);
-  const bool apart = num_rows <= kRowsApart;
-  bytes += apart ? row * 2 * dim : row / kByteRows * kByteRows * 2 * dim + row % kByteRows * 8;
-  for (int64_t d = 0; d < dim; ++d) {
-    const int64_t high = apart ? d : d / 4 * kChunk + d % 4;
-    bytes[high] = int8_t((from[d] + 128) >> 8);
-    bytes[high + (apart ? dim : 4)] = int8_t(from[d]);  // in [-128, 127]
+  if (num_rows <= kRowsApart) {
+    bytes += row * 2 * dim;
+    for (int64_t d = 0; d < dim; ++d) {
+      bytes[d] = int8_t((from[d] + 128) >> 8);
+      bytes[dim + d] = int8_t(from[d]);  // in [-128, 127]
+    }
+    return;
+  }
+  typedef int16_t Words __attribute__((vector_size(8)));
+  typedef int8_t Quad __attribute__((vector_size(4)));
+  bytes += row / kByteRows * kByteRows * 2 * dim + row % kByteRows * 8;
+  for (int64_t d = 0; d < dim; d += 4, bytes += kChunk) {
+    Words quad;
+    std::memcpy(&quad, from + d, sizeof(quad));
+    const Quad parts[] = {__builtin_convertvector((quad + 128) >> 8, Quad),
+                          __builtin_convertvector(quad, Quad)};
+    std::memcpy(bytes, parts, sizeof(parts));
   }
 }
 
@@ -46,7 +57,13 @@ inline void order_columns(float* row, int64_t dim, int parts) {
       const int quad = i / 4 % 16;
       std::memcpy(ordered + i, row + d + i / kChunk * kChunk + quad % 4 * 16 + quad / 4 * 4, 16);
     }
-    for (int i = 0; i < parts * kChunk; ++i) row[d + i] = ordered[i % parts * kChunk + i / parts];
+    if (parts == 1) std::memcpy(row + d, ordered, kChunk * sizeof(float));
+    for (int i = 0; parts == 2 && i < kChunk; i += kLanes) {
+      Vec even = load(ordered + i), odd = load(ordered + kChunk + i);
+      interleave(even, odd);
+      store(row + d + 2 * i, even);
+      store(row + d + 2 * i + kLanes, odd);
+    }
   }
 }
 

@@ -113,8 +113,10 @@ struct Qk<int8_t> {
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return dot_int16_pairs(a, b, c); }
   static Vec add(Vec a, Vec b) { return add_int32(a, b); }
-  // Where element d of the query is among its int16.
-  static int64_t place(int64_t d) { return d; }
+  // The query's elements, int32 in the bits of floats, as int16 in the order of a key's.
+  static void put_query(const float* int32s, int64_t head_dim, int16_t* words) {
+    for (int64_t d = 0; d < head_dim; ++d) words[d] = int16_t(float_to_bits(int32s[d]));
+  }
 };
 
 // Chunk 2 c has the elements of even number of kLanes * 4, chunk 2 c + 1 the others.
@@ -150,9 +152,14 @@ struct Qk<Nibbles> {
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return dot_int16_pairs(a, b, c); }
   static Vec add(Vec a, Vec b) { return add_int32(a, b); }
-  static int64_t place(int64_t d) {
-    constexpr int kStep = kByteDots ? 128 : 4 * kLanes;
-    return d / kStep * kStep + d % 2 * (kStep / 2) + d % kStep / 2;
+  static void put_query(const float* int32s, int64_t head_dim, int16_t* words) {
+    constexpr int64_t kHalf = kByteDots ? 64 : 2 * kLanes;
+    for (int64_t d = 0; d < head_dim; d += 2 * kHalf) {
+      for (int64_t i = 0; i < smaller(kHalf, (head_dim - d) / 2); ++i) {
+        words[d + i] = int16_t(float_to_bits(int32s[d + 2 * i]));
+        words[d + kHalf + i] = int16_t(float_to_bits(int32s[d + 2 * i + 1]));
+      }
+    }
   }
 };
 
@@ -222,11 +229,11 @@ QueryScale pack_quantized_query(const Q* query, int64_t head_dim, float* words, 
               kByteDots ? ceil_div(head_dim, 128) * 128 * sizeof(int16_t) : padded * sizeof(float));
   int64_t sum = 0;
   if (range.finite) {
-    for (int64_t d = 0; d < head_dim; ++d) {
-      const int16_t element = int16_t(std::nearbyint(floats[d] * inverse));
-      out[Qk<T>::place(d)] = element;
-      sum += element;
+    for (int64_t d = 0; d < padded; d += kLanes) {
+      store(floats + d, float_to_int32(load(floats + d) * splat(inverse)));
     }
+    for (int64_t d = 0; d < head_dim; ++d) sum += int32_t(float_to_bits(floats[d]));
+    Qk<T>::put_query(floats, head_dim, out);
   }
   return {range.finite ? greatest / limit : NAN, float(sum)};
 }

@@ -77,6 +77,19 @@ inline void quantize_int8(float* x, int8_t* values, int64_t head_dim, char* grou
   std::memcpy(group + kCacheGroup * head_dim + i * 4, &scale, 4);
 }
 
+// Eight bytes' low nibbles side by side.
+inline uint32_t join_nibbles(uint64_t bytes) {
+  bytes &= 0x0f0f0f0f0f0f0f0f;
+  bytes = (bytes | bytes >> 4) & 0x00ff00ff00ff00ff;
+  bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffff;
+  return uint32_t(bytes | bytes >> 16);
+}
+
+// Bits 4 of bytes 0, 2, 4 and 6 side by side: the product moves each to its place from bit 48 on.
+inline int join_fifth_bits(uint64_t bytes) {
+  return int((bytes >> 4 & 0x0001000100010001) * 0x0001000200040008 >> 48) & 15;
+}
+
 inline void quantize_int4(float* x, int8_t* values, int64_t head_dim, bool key, char* group,
                           int64_t i) {
   const float most = key ? 31.0f : 15.0f;
@@ -93,24 +106,20 @@ inline void quantize_int4(float* x, int8_t* values, int64_t head_dim, bool key, 
     scale = minimum = {kHalfNanBits};
     std::memset(values, 0, head_dim);
   }
-  char* row = group + i * head_dim / 2;
-  for (int64_t d = 0; d < head_dim; d += 2) {
-    row[d / 2] = char((values[d] & 15) | (values[d + 1] & 15) << 4);
-  }
-  char* scales = group + kCacheGroup * head_dim / 2;
-  if (key) {
-    char* planes = scales + i * head_dim / 8;  // of even elements, then of odd ones
-    for (int64_t d = 0; d < head_dim; d += 16) {
-      int even = 0, odd = 0;
-      for (int b = 0; b < 8; ++b) {
-        even |= (values[d + 2 * b] >> 4) << b;
-        odd |= (values[d + 2 * b + 1] >> 4) << b;
-      }
-      planes[d / 16] = char(even);
-      planes[head_dim / 16 + d / 16] = char(odd);
+  char *row = group + i * head_dim / 2, *scales = group + kCacheGroup * head_dim / 2;
+  char* planes = scales + i * head_dim / 8;  // of a key's even elements, then of its odd ones
+  for (int64_t d = 0; d < head_dim; d += 16) {
+    uint64_t halves[2];
+    std::memcpy(halves, values + d, 16);
+    const uint32_t nibbles[] = {join_nibbles(halves[0]), join_nibbles(halves[1])};
+    std::memcpy(row + d / 2, nibbles, 8);
+    if (!key) continue;
+    for (int odd = 0; odd < 2; ++odd) {
+      const auto bits = [&](uint64_t bytes) { return join_fifth_bits(bytes >> (8 * odd)); };
+      planes[(odd * head_dim + d) / 16] = char(bits(halves[0]) | bits(halves[1]) << 4);
     }
-    scales += kCacheGroup * head_dim / 8;
   }
+  if (key) scales += kCacheGroup * head_dim / 8;
   std::memcpy(scales + i * 2, &scale, 2);
   std::memcpy(scales + kCacheGroup * 2 + i * 2, &minimum, 2);
 }
