@@ -3,9 +3,9 @@
 // Traffic  sum(n) * k * itemsize bytes of weights once for every kMaxTokens tokens
 // Limit    memory read to about 16 tokens, then FMA (float32) or VDPBF16PS (bfloat16)
 // Tiling   activations are packed once in panels of tokens, rounded to what the dot reads. A few
-//          tokens (kFewBytes): panels of up to kStreamTokens over weights as they lie, in blocks of
-//          kFewRows; a run of each panel stays in L1 while a segment of the block passes over it.
-//          Many: panels of kTokens over blocks of kBlockRows, which the first panel reads from
+//          tokens (kFewTokens): panels of up to kStreamTokens over weights as they lie, in blocks
+//          of kFewRows; a run of each panel stays in L1 while a segment of the block passes over
+//          it. Many: panels of kTokens over blocks of kBlockRows, which the first panel reads from
 //          memory and leaves packed in L2. Either way the next segment of weights is fetched into
 //          L2, evenly, while this one is multiplied. Very few (kInOrderTokens): in_order.h
 // Numerics fp32 accumulate. k is cut in equal segments of at most kSegmentBytes; a segment has one
@@ -29,10 +29,12 @@ constexpr int64_t kMaxTokens = 516;  // 86 panels; bounds the scratch memory, no
 constexpr int64_t kTaskRows = 12;    // a multiple of this: whole tiles, of four rows or of three
 constexpr int64_t kTasks = 32;       // with many tokens: tails of at most 1/32 of a core
 
-// What as-stored weights are multiplied by lies in L2 beside two blocks of them. At 32 tokens of
-// k = 11008 (704 KB) packed weights were 8 % faster, at 64 of k = 576 (72 KB) 21 % slower. Weights
-// that are converted at each use pay for packing sooner; the baseline's, by many instructions, at
-// once (2 panels: 1.8 times as slow).
+// What as-stored weights are multiplied by lies in L2 beside two blocks of them, and is multiplied
+// by too few tokens for packing to pay: at 32 tokens of k = 11008 (704 KB) packed weights were 8 %
+// faster, at 32 of 4096 4 % slower, at 46 4 % faster (of 576: 7 and 11 % faster). Weights that are
+// converted at each use pay for packing sooner; the baseline's, by many instructions, at once (2
+// panels: 1.8 times as slow).
+constexpr int64_t kFewTokens = kLanes > 8 ? 40 : kMaxTokens;
 constexpr int64_t kFewBytes = 384 << 10;
 constexpr int64_t kFewConvertedBytes = kLanes > 4 ? 96 << 10 : 0;
 // A segment of so many rows is 192 KB, and the next one is fetched beside it; 12 rows were 20 %
@@ -407,7 +409,8 @@ void multiply(const LinearParams& p) {
   const int64_t x_bytes = p.num_tokens * cut.steps * Dot::kStep * sizeof(Element);
   Element* x = static_cast<Element*>(scratch(Scratch::kCaller, x_bytes));
   constexpr int64_t most_bytes = sizeof(Weight) == sizeof(Element) ? kFewBytes : kFewConvertedBytes;
-  if (p.num_tokens <= kStreamTokens || x_bytes <= most_bytes) {
+  const bool few = p.num_tokens <= kFewTokens && x_bytes <= most_bytes;
+  if (p.num_tokens <= kStreamTokens || few) {
     const int64_t num_panels = ceil_div(p.num_tokens, kStreamTokens);
     const int64_t panel_tokens = ceil_div(p.num_tokens, num_panels);
     pack(p, cut, panel_tokens, x);
