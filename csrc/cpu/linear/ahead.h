@@ -50,8 +50,12 @@ Ahead fetch_after(const LinearParams& p, const Cut<typename DotOf<Weight>::type>
   const int64_t length = cut.length(stays ? segment + 1 : 0);
   const int64_t piece_bytes =
       smaller(row_bytes - begin, length * DotOf<Weight>::type::kStep * int64_t(sizeof(Weight)));
-  return {reinterpret_cast<const char*>(weight_row<Weight>(p, rows.n)) + begin, rows.count,
-          row_bytes, piece_bytes, rows.count * ceil_div(piece_bytes, kCacheLine), larger(times, 1)};
+  return {reinterpret_cast<const char*>(weight_row<Weight>(p, rows.n)) + begin,
+          rows.count,
+          row_bytes,
+          piece_bytes,
+          rows.count * ceil_div(piece_bytes, kCacheLine),
+          larger(times, 1)};
 }
 
 // At most `most` of the rows from n to `end`: those that lie together.
