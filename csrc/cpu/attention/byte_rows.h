@@ -19,12 +19,6 @@ namespace {
 constexpr int kPairs = kTile / 2, kGroupPairs = kGroup / 2;
 constexpr int kValueByteRows = 4;  // rows that share interleaved values: 16 sums
 
-// Two neighbouring floats, again and again.
-inline Vec spread_pair(const float* p) {
-  double pair;
-  std::memcpy(&pair, p, sizeof pair);
-  return {_mm512_castpd_ps(_mm512_set1_pd(pair))};
-}
 inline Vec even_lanes(Vec x) { return {_mm512_moveldup_ps(x.v)}; }
 inline Vec odd_lanes(Vec x) { return {_mm512_movehdup_ps(x.v)}; }
 inline Vec swap_neighbours(Vec x) { return {_mm512_permute_ps(x.v, 0xb1)}; }
@@ -96,12 +90,12 @@ __attribute__((noinline, flatten)) void dot_group(const void* group, int64_t any
 }
 
 inline Vec score_pair(const Scales<int8_t>& scales, int key, Vec total, const QueryLanes<int8_t>&) {
-  return int32_to_float(total) * spread_pair(scales.key_scales(key));
+  return int32_to_float(total) * spread<2>(scales.key_scales(key));
 }
 inline Vec score_pair(const Scales<Nibbles>& scales, int key, Vec total,
                       const QueryLanes<Nibbles>& query) {
-  return fma(int32_to_float(total), spread_pair(scales.key_scales(key)),
-             spread_pair(scales.key_minima(key)) * query.sum);
+  return fma(int32_to_float(total), spread<2>(scales.key_scales(key)),
+             spread<2>(scales.key_minima(key)) * query.sum);
 }
 
 // ---- softmax -----------------------------------------------------------------------------------
@@ -181,7 +175,7 @@ struct SharedScales {
   Vec largest;
   explicit SharedScales(const ValueScales& all)
       : relative(reinterpret_cast<const float*>(all.relative)), largest(splat(all.largest)) {}
-  Vec operator()(int key) const { return spread_pair(relative + key); }
+  Vec operator()(int key) const { return spread<2>(relative + key); }
   Vec select(int, Vec x) const { return x; }
 };
 
@@ -194,7 +188,7 @@ struct OwnScales {
   OwnScales(const Scales<T>& s, const SeenLanes& seen_lanes) : scales(s), seen(seen_lanes) {
     __m512i most = _mm512_setzero_si512();
     for (int key = 0; key < kTile; key += 2) {
-      const Vec scale = select(key, spread_pair(scales.value_scales(key)));
+      const Vec scale = select(key, spread<2>(scales.value_scales(key)));
       most = _mm512_max_epi32(most, to_bits(scale));
     }
     const __m512i other = to_bits(swap_neighbours(from_bits(most)));
@@ -204,7 +198,7 @@ struct OwnScales {
     largest = greatest / splat(kMostWeight * kValueUnit<T>);
   }
   Vec operator()(int key) const {
-    return select(key, spread_pair(scales.value_scales(key))) * inverse;
+    return select(key, spread<2>(scales.value_scales(key))) * inverse;
   }
   Vec select(int key, Vec x) const { return seen.select(key, x, 0.0f); }
 };
@@ -235,7 +229,7 @@ __attribute__((noinline)) void weigh_rows(const Scales<T>& scales, const ValueSc
         each<kGroups>([&](auto g) __attribute__((always_inline)) {
           constexpr int key = g * kGroup + 2 * j;
           // Held, for it to be rounded as in `weigh`: not one instruction with the sum below.
-          const Vec zero_point = hold(x[g] * spread_pair(scales.value_minima(key)));
+          const Vec zero_point = hold(x[g] * spread<2>(scales.value_minima(key)));
           x[g] = values.select(key, zero_point);
         });
         zero_points[j] = ((x[0] + x[1]) + (x[2] + x[3])) * mine;

@@ -173,7 +173,7 @@ inline void add_values_panel(const float* weights, const V* const* groups, int64
     for (Vec& sum : row_sums) sum = splat(0.0f);
   }
   const auto add = [&](int r, int step, const Vec(&values)[kVecs]) __attribute__((always_inline)) {
-    const Vec weight = splat(weights[r * kTile + step]);
+    const Vec weight = spread<1>(weights + r * kTile + step);
     for (int j = 0; j < kVecs; ++j) {
       sums[r][j] = Step::multiply_add(weight, values[j], sums[r][j]);
     }
