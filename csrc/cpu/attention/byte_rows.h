@@ -5,6 +5,10 @@
 // are read as they lie, int4 ones are unpacked once for all blocks. In the softmax lanes 2 r and
 // 2 r + 1 are row r with two neighbouring keys. Values are interleaved for every 4 rows anew, so
 // that lanes are 16 columns: the shuffles run beside the products, on a port of their own.
+//
+// Limit    a tile of 8 rows takes 4,096 dots of 512 bits (head_dim 128), of which a core of Zen 4
+//          starts one a cycle: one query of 100,000 keys, 64/8 heads, takes 6.9 ms on two cores of
+//          3.7 GHz whatever memory gives, 7.7 to 7.8 with what else needs the ports of the dots
 #pragma once
 
 #include "cpu/attention/bytes.h"
