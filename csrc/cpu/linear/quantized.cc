@@ -5,9 +5,12 @@
 //          A group takes, of each token and vector of 16 rows, 16 VPDPBUSD, a product of scales and
 //          an FMA over int8 (8, 1 and 2 over int4): on AMD EPYC (Zen 4), where each takes one of
 //          two pipes, at most 16/18 = 89 % of the rate of VPDPBUSD alone (int4: 8/11 = 73 %). A
-//          loop over operands in L1 reaches 88 % (72 %). Two cores there, 942 GOP/s and 60 GB/s: 90
-//          to 93 % of memory's rate at 1 token, 75 % (62 %) of VPDPBUSD at 16, 79 % (66 %) at 512.
-//          Of a GGUF block's time at 1 token two thirds go into transposing it
+//          loop over operands in L1 reaches 88 % (72 %). Over int4 in place each panel multiplies
+//          scales and minima by their units as well: at most 70 % at 4 and 5 tokens, 71 % at 8 and
+//          16 (in L1 68 and 69). Two cores there, 942 GOP/s and 60 GB/s: 90 to 93 % of memory's
+//          rate at 1 token, 75 % (62 %) of VPDPBUSD at 16, 79 % (66 to 68 %) at 512, of whose time
+//          3 % go into quantising x, unpacking and writing results. Of a GGUF block's time at 1
+//          token two thirds go into transposing it
 // Tiling   activations are quantised once, in panels of tokens. A task takes blocks of tiles of 16
 //          rows, and of a block chunks of groups along k: few enough to stay in L1 until all panels
 //          have passed, of which each fetches a part of the next chunk. GGUF's blocks are unpacked
