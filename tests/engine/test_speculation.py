@@ -14,7 +14,7 @@ from helpers.paged_fakes import (
     engine_of,
     plain,
 )
-from helpers.speculating import RepeatingModel, speculate_at_random
+from helpers.speculating import RepeatingModel, speculate_always, speculate_at_random
 
 from codellama_rt.engine.row_cost import TRIED, RowCost
 from codellama_rt.engine.sampling_params import SamplingParams
@@ -135,7 +135,7 @@ def run(num_blocks, step, faults):
     engine = engine_of(
         num_blocks, model=RepeatingModel(), max_num_batched_tokens=24, speculation="suffix"
     )
-    engine.steps.speculation._best_count = lambda sequences, chances: len(chances)
+    speculate_always(engine)
     for name, (prompt, params) in REQUESTS.items():
         engine.add_request(name, prompt, params)
     gained, steps = {}, 0
@@ -248,7 +248,7 @@ def test_all_of_a_right_proposal_is_taken_in_one_step():
 def test_outputs_that_have_ended_are_copied():
     engine = engine_of(model=RepeatingModel(), speculation="suffix")
     speculation = engine.steps.speculation
-    speculation._best_count = lambda sequences, chances: len(chances)
+    speculate_always(engine)
     speculation.acceptance.rates = [0.9] * 7
     params = SamplingParams(max_tokens=10, ignore_eos=True)
     engine.add_request("first", PROMPT, params)

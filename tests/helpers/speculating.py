@@ -19,6 +19,11 @@ class RepeatingModel(HashModel):
         return logits
 
 
+def speculate_always(engine) -> None:
+    """Propose all tokens that were found, at each step."""
+    engine.steps.speculation._best_count = lambda sequences, chances: len(chances)
+
+
 def speculate_at_random(engine, rng: np.random.Generator) -> None:
     """Propose any number of tokens, of those that were found, at each step."""
 

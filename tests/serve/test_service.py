@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.adapter_files import write_adapter
 from helpers.served import request_bytes, serving, wait_for
+from helpers.speculating import speculate_always
 from prometheus_client.parser import text_string_to_metric_families
 
 from codellama_rt import LLM, SamplingParams
@@ -84,6 +85,7 @@ def test_metrics_have_vllms_names_and_types(open_llm, prefix):
 
 def test_metrics_of_speculation(open_llm):
     with open_llm(speculation="suffix") as llm, serving(llm) as server:
+        speculate_always(llm.engine)
         fields = {"prompt": "x = 1\n" * 40, "max_tokens": 200, "temperature": 0}
         server.post("/v1/completions", **fields, ignore_eos=True)
         found, stats = families(server), llm.engine.stats()
