@@ -57,11 +57,16 @@ inline Vec load_once(const float* p) {
 #endif
 }
 
-// A step is kStep elements of k, in kParts vectors. In panels a part has kPart elements in a row.
+// A step is kStep elements of k, in kParts vectors. In panels a part has kPart elements in a row,
+// and parts are `stride` elements apart; `at(k)` is the vector of activations from k on.
 struct FloatDot {
   using Element = float;
   using Operand = Vec;
   static constexpr int kStep = kLanes, kParts = 1, kPart = kLanes;
+  template <typename At>
+  static void pack(const At& at, int64_t k, float* step, int64_t) {
+    CLRT_ISA::store(step, at(k));
+  }
   template <typename T>
   static Operand load(const T* weight, int) {
     return CLRT_ISA::load(weight);
@@ -85,6 +90,11 @@ struct Bf16Dot {
   using Element = bf16;
   using Operand = __m512i;
   static constexpr int kStep = 2 * kLanes, kParts = 1, kPart = kStep;
+  // Subnormals are 0, as they are to the product.
+  template <typename At>
+  static void pack(const At& at, int64_t k, bf16* step, int64_t) {
+    store(step, (__m512i)_mm512_cvtne2ps_pbh(at(k + kLanes).v, at(k).v));
+  }
   static Operand load(const bf16* weight, int) { return _mm512_loadu_si512(weight); }
   static Operand load_first(const bf16* weight, int n, int) {
     return _mm512_maskz_loadu_epi16((1u << n) - 1, weight);
@@ -106,6 +116,16 @@ struct EvenOddDot {
   using Element = float;
   using Operand = Vec;
   static constexpr int kStep = 2 * kLanes, kParts = 2, kPart = kLanes;
+  // Those of even and those of odd number among the 32 of both.
+  template <typename At>
+  static void pack(const At& at, int64_t k, float* step, int64_t stride) {
+    const __m512i evens =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    const Vec first = at(k), second = at(k + kLanes);
+    store(step, {_mm512_permutex2var_ps(first.v, evens, second.v)});
+    store(step + stride, {_mm512_permutex2var_ps(first.v, odds, second.v)});
+  }
   static Operand widen(__m512i pairs, int part) {
     return {_mm512_castsi512_ps(
         part == 0 ? _mm512_slli_epi32(pairs, 16)
@@ -119,15 +139,6 @@ struct EvenOddDot {
   }
   static Operand load_packed(const float* p) { return load_once(p); }
   static void store(float* p, Operand x) { CLRT_ISA::store(p, x); }
-  // Those of even and those of odd number among the 32 of both.
-  static void separate(Vec& even, Vec& odd) {
-    const __m512i evens =
-        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
-    const __m512 first = _mm512_permutex2var_ps(even.v, evens, odd.v);
-    odd.v = _mm512_permutex2var_ps(even.v, odds, odd.v);
-    even.v = first;
-  }
   static Vec multiply_add(Operand x, Operand w, Vec sum) { return fma(x, w, sum); }
 };
 template <>

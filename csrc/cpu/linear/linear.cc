@@ -61,16 +61,7 @@ void pack_tokens(const LinearParams& p, const Cut<Dot>& cut, int64_t t, int64_t 
         return k + kLanes <= p.k ? load(x + k) : load_first(x + k, int(larger(p.k - k, 0)));
       };
       for (int64_t k = begin; k < end; k += Dot::kStep) {
-        typename Dot::Element* step = panel + (k - begin) * height + i * Dot::kPart;
-        if constexpr (Dot::kParts == 2) {
-          Vec even = at(k), odd = at(k + kLanes);
-          Dot::separate(even, odd);
-          store(step, even);
-          store(step + height * Dot::kPart, odd);
-        } else {
-          for (int64_t lane = 0; lane < Dot::kStep; lane += kLanes)
-            store(step + lane, at(k + lane));
-        }
+        Dot::pack(at, k, panel + (k - begin) * height + i * Dot::kPart, height * Dot::kPart);
       }
     }
   }
