@@ -255,6 +255,7 @@ def main():
 
     seconds_at_first, results = sandbox.MAX_SECONDS, {}
     for name, template in HOSTILE.items():
+        text = ""
         sandbox.MAX_SECONDS, begin = SECONDS, time.monotonic()
         try:
             kind, text = "text", sandbox.render_template(template, NAMES)

@@ -23,6 +23,9 @@ from codellama_rt.text.chat.sandbox import ChatTemplateError, TemplateLimitError
 from codellama_rt.text.tokenizer.tokenizer_config import TokenizerConfig
 
 MAX_BYTES = 400_000_000
+# The caller holds Python itself, and of the longest reply the bytes and the text: how much memory
+# that takes depends on which replies are complete in time.
+MAX_BYTES_OF_CALLER = 64 * 2**20 + 3 * 4 * sandbox.MAX_TEXT
 SLACK = 10  # seconds, to start a process on a busy machine
 ENDLESS = "{{ 1|round(10**8, 'ceil') }}"
 TOO_LARGE = "{{ 'a' * 10**9 }}"
@@ -42,8 +45,8 @@ def test_hostile_templates_are_bounded_and_leave_nothing_behind():
     assert rendered["results"].keys() == HOSTILE.keys()
     faults = {name: result for name, result in rendered["results"].items() if _fault(name, result)}
     assert faults == {}
-    of_this, of_the_workers = rendered["peaks"]
-    assert of_this < MAX_BYTES / 4
+    of_the_caller, of_the_workers = rendered["peaks"]
+    assert of_the_caller < MAX_BYTES_OF_CALLER
     assert of_the_workers < MAX_BYTES
 
 
