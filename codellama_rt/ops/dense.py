@@ -126,8 +126,8 @@ def linear(
             bfloat16 weights it is rounded to bfloat16 on CPUs with bfloat16 dot products.
         weight: (out_features, in_features) in the checkpoint's row order, any float dtype or
             `Quantized`. Over quantised weights x is rounded to int8 in groups of 32 (over q2_k:
-            of 16; over int8: of 64, rotated). A tuple of up to three weights of one dtype is
-            multiplied in one pass, as if their rows were concatenated.
+            of 16; over int4: of 64; over int8: of 64, rotated). A tuple of up to three weights of
+            one dtype is multiplied in one pass, as if their rows were concatenated.
         out: (num_tokens, out_features), any float dtype (default: x's); rows may be strided.
         num_threads: at most so many threads take part; all of `ops.num_threads()` by default.
 

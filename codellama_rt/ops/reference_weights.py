@@ -12,6 +12,7 @@ from codellama_rt.ops.quantized import WEIGHT_GROUPS, WEIGHT_TILE, Quantized, ro
 from codellama_rt.ops.reference_gguf import dequantize_gguf
 
 Array = NDArray
+_SHARING = {"int8": 64, "int4": 64, "q2_k": 16}  # activations that share a scale, if not 32
 
 
 def quantize(weight: Array, dtype: str) -> Quantized:
@@ -144,11 +145,11 @@ def rounded_to_int8(x: Array, weight_dtype: str) -> Array:
     """Return `x` (num_tokens, in_features) as `linear` rounds it for such a weight, in float64.
 
     Groups of 32 share a scale, max|x| / 127 in float32; a group that holds a NaN or an infinity is
-    NaN. For int8 weights the groups are 64 long, rotated, and the last one is kept whole; for q2_k
-    they are 16 long.
+    NaN. For int4 and int8 weights the groups are 64 long, for q2_k 16. For int8 they are rotated,
+    and the last one is kept whole.
     """
     num_tokens, k = x.shape
-    size = 16 if weight_dtype.startswith("q2_k") else WEIGHT_GROUPS.get(weight_dtype, 32)
+    size = _SHARING.get(weight_dtype.removesuffix("_tiled"), 32)
     padded = np.zeros((num_tokens, -(-k // size), size), np.float32)
     padded.reshape(num_tokens, -1)[:, :k] = x
     with np.errstate(all="ignore"):

@@ -169,9 +169,9 @@ inline Vec load_codes(const uint8_t* p) {  // bytes as floats
 template <int kGroup>
 struct TokenGroup {
   Stored values[kGroup];
-  float scale;       // NaN if the group holds a NaN or an infinity, 0 if it holds but zeros
-  float scaled_sum;  // scale * (sum of the values), for formats with a minimum
-  int32_t start[2];  // -bias * (sum of the values), of each half or of the whole: weights are
+  float scale;           // NaN if a NaN or an infinity is among those that share it, 0 if all are 0
+  float minimum_factor;  // the sum of the values, times the scale where the group has its own
+  int32_t start[2];      // -bias * (sum of the values), of each half or of the whole: weights are
 };  // stored as value + bias, and this is where their dot product begins
 
 // Below it 127 / max would overflow: such a group counts as zeros.
@@ -225,30 +225,40 @@ inline void put_rounded(const Vec (&x)[kVecs], float factor, Stored* to, int32_t
 #endif
 }
 
-// The first n of kGroup elements; those after them are zero. `halves`: each half has a start.
-template <bool kRotated, typename X, int kGroup>
-inline void quantize_group(const X* x, int64_t n, int32_t bias, bool halves,
-                           TokenGroup<kGroup>& to) {
-  Vec parts[kGroup / kLanes];
-  for (int i = 0; i < kGroup / kLanes; ++i) {
+// The first n elements of kShared groups, into groups `stride` apart; elements past n are zero, and
+// groups past n are not written.
+template <typename Layout, typename X>
+inline void quantize_groups(const X* x, int64_t n, TokenGroup<Layout::kGroup>* to, int64_t stride) {
+  constexpr int kGroup = Layout::kGroup, kVecs = kGroup / kLanes;
+  Vec parts[Layout::kShared][kVecs];
+  uint32_t most = 0;
+  for (int i = 0; i < Layout::kShared * kVecs; ++i) {
     const int64_t left = n - i * kLanes;
-    parts[i] = left >= kLanes ? load(x + i * kLanes)
-               : left > 0     ? load_first(x + i * kLanes, int(left))
-                              : splat(0.0f);
+    parts[i / kVecs][i % kVecs] = left >= kLanes ? load(x + i * kLanes)
+                                  : left > 0     ? load_first(x + i * kLanes, int(left))
+                                                 : splat(0.0f);
   }
-  if constexpr (kRotated) rotate(parts);
-  const float largest = bits_to_float(largest_bits(parts));
-  int32_t sums[2] = {};
-  if (largest >= kSmallestMax && largest < kInfinity) {
-    put_rounded(parts, 127.0f / largest, to.values, sums);
-    to.scale = largest / 127.0f;
-  } else {
-    std::memset(to.values, 0, sizeof(to.values));
-    to.scale = largest < kSmallestMax ? 0.0f : kNaN;
+  for (Vec(&group)[kVecs] : parts) {
+    if constexpr (Layout::kRotated) rotate(group);
+    const uint32_t bits = largest_bits(group);
+    most = bits > most ? bits : most;
   }
-  to.scaled_sum = to.scale * float(sums[0] + sums[1]);
-  to.start[0] = -bias * (halves ? sums[0] : sums[0] + sums[1]);
-  to.start[1] = -bias * sums[1];
+  const float largest = bits_to_float(most);
+  const bool is_usable = largest >= kSmallestMax && largest < kInfinity;
+  const float scale = is_usable ? largest / 127.0f : largest < kSmallestMax ? 0.0f : kNaN;
+  for (int g = 0; g < Layout::kShared && g * kGroup < n; ++g, to += stride) {
+    int32_t sums[2] = {};
+    if (is_usable) {
+      put_rounded(parts[g], 127.0f / largest, to->values, sums);
+    } else {
+      std::memset(to->values, 0, sizeof(to->values));
+    }
+    const int32_t sum = sums[0] + sums[1];
+    to->scale = scale;
+    to->minimum_factor = Layout::kShared == 1 ? scale * float(sum) : float(sum);
+    to->start[0] = -Layout::kBias * (Layout::kHalves == 2 ? sums[0] : sum);
+    to->start[1] = -Layout::kBias * sums[1];
+  }
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ inline float bf16_at(const uint8_t* p) {
 
 struct Int8Layout {
   static constexpr int kGroup = int(kInt8Group);  // elements along k
+  static constexpr int kShared = 1;               // groups whose activations have one scale
   static constexpr bool kRotated = true;          // activations as well: see quantized.h
   static constexpr int kValuesBytes = kGroup * int(kWeightTile);
   static constexpr int64_t kHeadBytes = 0;  // of a tile, before its groups
@@ -50,6 +51,7 @@ struct Int8Layout {
 // the nibbles of a group: a byte a row, its step in those units, then its minimum.
 struct Int4Layout {
   static constexpr int kGroup = int(kWeightGroup);
+  static constexpr int kShared = 2;  // 1 takes 5 % more time; 4 costs 0.6 % of perplexity
   static constexpr bool kRotated = false;
   static constexpr int64_t kHeadBytes = 2 * 4 * kWeightTile;
   static constexpr int64_t kCodes = kGroup * kWeightTile / 2;
@@ -87,9 +89,11 @@ struct Int4Layout {
 };
 
 // What GGUF blocks are unpacked into.
-template <int kBiasOf, int kHalvesOf, bool kHasMinimumOf, int kGroupOf = int(kWeightGroup)>
+template <int kBiasOf, int kHalvesOf, bool kHasMinimumOf, int kGroupOf = int(kWeightGroup),
+          int kSharedOf = 1>
 struct Unpacked {
   static constexpr int kGroup = kGroupOf;
+  static constexpr int kShared = kSharedOf;
   static constexpr bool kRotated = false;
   static constexpr int kValuesBytes = kGroup * int(kWeightTile);
   static constexpr int kHalves = kHalvesOf;

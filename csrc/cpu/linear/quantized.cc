@@ -2,13 +2,13 @@
 // Shapes   x (num_tokens, k), weights (n[i], k) in one format, out (num_tokens, sum(n))
 // Traffic  the weights' bytes once for every kMaxTokens tokens
 // Limit    memory read to about 5 tokens, then the two pipes that VPDPBUSD shares with multiplying.
-//          A group takes, of each token and vector of 16 rows, 16 VPDPBUSD, a product of scales and
-//          an FMA over int8 (8, 1 and 2 over int4): on AMD EPYC (Zen 4), where each takes one of
-//          two pipes, at most 16/18 = 89 % of the rate of VPDPBUSD alone (int4: 8/11 = 73 %). A
-//          loop over operands in L1 reaches 88 % (72 %). Over int4 in place each panel multiplies
-//          scales and minima by their units as well: at most 70 % at 4 and 5 tokens, 71 % at 8 and
-//          16 (in L1 68 and 69). Two cores there, 942 GOP/s and 60 GB/s: 90 to 93 % of memory's
-//          rate at 1 token, 75 % (62 %) of VPDPBUSD at 16, 79 % (66 to 68 %) at 512, of whose time
+//          64 elements of k take, of each token and vector of 16 rows, 16 VPDPBUSD, a product of
+//          scales and an FMA over int8 (16 and 5 FMA over int4): on AMD EPYC (Zen 4), where each
+//          takes one of two pipes, at most 16/18 = 89 % of the rate of VPDPBUSD alone (int4: 16/21
+//          = 76 %). A loop over operands in L1 reaches 88 % (76 %). Over int4 in place each panel
+//          multiplies scales and minima by their units as well: at most 73 % at 4 tokens, 74 % at 8
+//          and 16 (in L1 71 and 73). Two cores there, 942 GOP/s and 60 GB/s: 90 to 93 % of memory's
+//          rate at 1 token, 75 % (68 %) of VPDPBUSD at 16, 79 % (70 %) at 512, of whose time
 //          3 % go into quantising x, unpacking and writing results. Of a GGUF block's time at 1
 //          token two thirds go into transposing it
 // Tiling   activations are quantised once, in panels of tokens. A task takes blocks of tiles of 16
@@ -17,12 +17,14 @@
 //          into such a chunk, and so is int4 for many tokens; else own formats are read in place. A
 //          panel is multiplied by one or two vectors of rows at a time, all sums in registers; a
 //          lane is a row, so nothing is ever summed across lanes
-// Numerics x is quantised per token and group of the weight along k, over int8 rotated first:
-//          scale = max|x| / 127 in float32,
+// Numerics x is quantised per token and group of the weight along k (over int4 per two groups; over
+//          int8 rotated first): scale = max|x| / 127 in float32,
 //          value = x * (127 / max) rounded to nearest even. A group's dot product is an exact
 //          integer; then, in ascending order of the groups, for each of its scales,
 //            sum = fma(float(dot), x_scale * weight_scale, sum)
-//          and, in formats that have one, sum = fma(minimum, x_scale * sum(values), sum).
+//          and, in formats that have one, sum = fma(minimum, x_scale * sum(values), sum). Over
+//          int4 a sum of two groups is made like that without x_scale, from 0, and then added:
+//            sum = fma(sum of two groups, x_scale, sum)
 //          No choice of tile, chunk, task or instruction set touches that (but where there is no
 //          fma it rounds twice). A NaN or an infinity in x makes its token's results NaN
 #include "cpu/linear/quantized.h"
@@ -38,12 +40,19 @@ namespace {
 // How much is multiplied at a time: a panel of tokens by vectors of rows with all sums in
 // registers, by a chunk of k of a few tiles, which stays in L1 until all panels have passed.
 constexpr bool kManyRegisters = kLanes == 16;  // 32, of AVX-512
-struct Many {  // 12 integer and 12 float sums, 2 weights and 1 activation in them
-  static constexpr int kTokens = kManyRegisters ? 6 : 2, kVectors = 2;
+// 12 integer and 12 float sums, 2 weights and 1 activation in registers; where groups share a
+// scale, 8 integer sums, 8 float sums of such groups and 8 of all.
+template <typename Layout>
+struct Many {
+  static constexpr bool kShared = Layout::kShared > 1;
+  static constexpr int kTokens = !kManyRegisters ? 2 : kShared ? 8 : 6;
+  static constexpr int kVectors = kManyRegisters && kShared ? 1 : 2;
+  static constexpr int kInL1 = 2 * kParts;            // vectors
   static constexpr int64_t kTiles = 4, kChunk = 512;  // 17 KB of 32 rows
 };
 struct Few {  // a tile at a time: one stream from memory. 10 and 12 tokens were 20 % slower than 8
   static constexpr int kTokens = kManyRegisters ? 8 : 2, kVectors = kManyRegisters ? 1 : 2;
+  static constexpr int kInL1 = kVectors;
   static constexpr int64_t kTiles = 1, kChunk = 512;
 };
 constexpr int64_t kFewTokens = 4 * Few::kTokens;
@@ -90,10 +99,10 @@ void pack_token(const LinearParams& p, int64_t chunk, Panels panels, int64_t tok
   for (int64_t first = 0; first < groups; first += chunk) {
     const int64_t length = smaller(chunk, groups - first);
     TokensOf<Layout>* to = x + first * p.num_tokens + t * length + token - t;
-    for (int64_t g = first; g < first + length; ++g, to += height) {
-      const int64_t k = g * Layout::kGroup;
-      quantize_group<Layout::kRotated>(row + k, smaller(Layout::kGroup, p.k - k), Layout::kBias,
-                                       Layout::kHalves == 2, *to);
+    constexpr int64_t kElements = Layout::kShared * Layout::kGroup;
+    for (int64_t g = 0; g < length; g += Layout::kShared) {
+      const int64_t k = (first + g) * Layout::kGroup;
+      quantize_groups<Layout>(row + k, smaller(kElements, p.k - k), to + g * height, height);
     }
   }
 }
@@ -116,6 +125,66 @@ struct RowVector {
   int part;
 };
 
+// sums[t][j] += the products of a group by its scales, and by those of x if each group has its own.
+template <typename Layout, int kTokens, int kVectors>
+__attribute__((always_inline)) inline void multiply_group(const TokensOf<Layout>* x,
+                                                          const RowVector* rows,
+                                                          const uint8_t* const (&group)[kVectors],
+                                                          const int (&part)[kVectors],
+                                                          Vec (&sums)[kTokens][kVectors]) {
+  constexpr int kHalfQuads = Layout::kGroup / 4 / Layout::kHalves;
+  // One sum would wait for its own last product: 4 to 5 cycles.
+  constexpr int kChains = kTokens * kVectors < 4 ? 2 : 1;
+#pragma GCC unroll 2
+  for (int half = 0; half < Layout::kHalves; ++half) {
+    Ints dots[kChains][kTokens][kVectors];
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) {
+        dots[0][t][j] = splat_int(Layout::kBias == 0 ? 0 : x[t].start[half]);
+        if (kChains > 1) dots[kChains - 1][t][j] = splat_int(0);
+      }
+    }
+#pragma GCC unroll 16
+    for (int q = half * kHalfQuads; q < (half + 1) * kHalfQuads; ++q) {
+      Bytes w[kVectors];
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) w[j] = Layout::values(group[j], q, part[j]);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        Ints(&sum)[kVectors] = dots[q % kChains][t];
+        if constexpr (kVectors == 1) {
+          sum[0] = dot_at(w[0], x[t].values + 4 * q, sum[0]);
+        } else {
+          const Quad quad = load_quad(x[t].values + 4 * q);
+#pragma GCC unroll 2
+          for (int j = 0; j < kVectors; ++j) sum[j] = dot(w[j], quad, sum[j]);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) {
+      const Vec scales = Layout::scales(rows[j].head, group[j], half, part[j]);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        const Ints& sum = dots[0][t][j];
+        const Vec product = to_vec(kChains > 1 ? sum + dots[kChains - 1][t][j] : sum);
+        const Vec factor = Layout::kShared > 1 ? scales : splat(x[t].scale) * scales;
+        sums[t][j] = fma(product, factor, sums[t][j]);
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < kVectors && Layout::kHasMinimum; ++j) {
+    const Vec minima = Layout::minima(rows[j].head, group[j], part[j]);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      sums[t][j] = fma(minima, splat(x[t].minimum_factor), sums[t][j]);
+    }
+  }
+}
+
 // totals[t][j] += the products of `groups` groups; tokens kTokens apart in x, rows of totals
 // `stride` apart. Moves each vector's `next` on by `ahead` bytes for each group, and prefetches
 // them.
@@ -123,9 +192,7 @@ template <typename Layout, int kTokens, int kVectors>
 __attribute__((noinline)) void multiply_groups(const TokensOf<Layout>* x, RowVector* rows,
                                                int64_t groups, int64_t ahead, float* totals,
                                                int64_t stride) {
-  constexpr int kHalfQuads = Layout::kGroup / 4 / Layout::kHalves;
-  // One sum would wait for its own last product: 4 to 5 cycles.
-  constexpr int kChains = kTokens * kVectors < 4 ? 2 : 1;
+  constexpr bool kShared = Layout::kShared > 1;
   constexpr bool kIntoL1 = kTokens <= kStreamTokens && memory_is_the_limit<Layout>(kTokens);
   const uint8_t *group[kVectors], *next[kVectors];
   int part[kVectors];
@@ -138,60 +205,25 @@ __attribute__((noinline)) void multiply_groups(const TokensOf<Layout>* x, RowVec
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) sums[t][j] = load(totals + t * stride + j * kLanes);
   }
-  for (; groups > 0; --groups, x += kTokens) {
-#pragma GCC unroll 2
-    for (int half = 0; half < Layout::kHalves; ++half) {
-      Ints dots[kChains][kTokens][kVectors];
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) {
-          dots[0][t][j] = splat_int(x[t].start[half]);
-          if (kChains > 1) dots[kChains - 1][t][j] = splat_int(0);
-        }
-      }
-#pragma GCC unroll 16
-      for (int q = half * kHalfQuads; q < (half + 1) * kHalfQuads; ++q) {
-        Bytes w[kVectors];
-#pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) w[j] = Layout::values(group[j], q, part[j]);
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-          Ints(&sum)[kVectors] = dots[q % kChains][t];
-          if constexpr (kVectors == 1) {
-            sum[0] = dot_at(w[0], x[t].values + 4 * q, sum[0]);
-          } else {
-            const Quad quad = load_quad(x[t].values + 4 * q);
-#pragma GCC unroll 2
-            for (int j = 0; j < kVectors; ++j) sum[j] = dot(w[j], quad, sum[j]);
-          }
-        }
-      }
+  while (groups > 0) {
+    const int64_t end = kShared ? groups - smaller(groups, Layout::kShared) : 0;
+    Vec shared[kTokens][kVectors] = {};  // of groups with one scale of x
+    for (; groups > end; --groups, x += kTokens) {
+      multiply_group<Layout>(x, rows, group, part, kShared ? shared : sums);
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) {
-        const Vec scales = Layout::scales(rows[j].head, group[j], half, part[j]);
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-          const Ints& sum = dots[0][t][j];
-          const Vec product = to_vec(kChains > 1 ? sum + dots[kChains - 1][t][j] : sum);
-          sums[t][j] = fma(product, splat(x[t].scale) * scales, sums[t][j]);
+        for (int64_t i = 0; i < ahead; i += kCacheLine) {
+          __builtin_prefetch(next[j] + i, 0, kIntoL1 ? 3 : 2);
         }
+        next[j] += ahead;
+        group[j] += Layout::kBytes;
       }
     }
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-      if (Layout::kHasMinimum) {
-        const Vec minima = Layout::minima(rows[j].head, group[j], part[j]);
 #pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-          sums[t][j] = fma(minima, splat(x[t].scaled_sum), sums[t][j]);
-        }
-      }
-      for (int64_t i = 0; i < ahead; i += kCacheLine) {
-        __builtin_prefetch(next[j] + i, 0, kIntoL1 ? 3 : 2);
-      }
-      next[j] += ahead;
-      group[j] += Layout::kBytes;
+    for (int t = 0; t < kTokens && kShared; ++t) {
+      const Vec scale = splat((x - kTokens)[t].scale);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) sums[t][j] = fma(shared[t][j], scale, sums[t][j]);
     }
   }
 #pragma GCC unroll 2
@@ -253,15 +285,18 @@ template <typename Layout, typename Shape>
 void multiply_chunk(const TokensOf<Layout>* x, Panels panels, int64_t groups, int64_t group_bytes,
                     RowVector* rows, int64_t num_vectors, float* totals, int64_t stride) {
   const int64_t ahead = ceil_div(group_bytes, panels.count());
-  for (int64_t j = 0; j < num_vectors; j += Shape::kVectors) {
+  for (int64_t first = 0; first < num_vectors; first += Shape::kInL1) {
+    const int64_t end = smaller(num_vectors, first + Shape::kInL1);
     for (int64_t i = 0; i < panels.count(); ++i) {
       const int64_t t = panels.first(i), height = panels.first(i + 1) - t;
-      with_count<Shape::kVectors>(smaller(Shape::kVectors, num_vectors - j), [&](auto vectors) {
-        with_count<Shape::kTokens>(height, [&](auto tokens) {
-          multiply_groups<Layout, tokens.value, vectors.value>(
-              x + t * groups, rows + j, groups, ahead, totals + t * stride + j * kLanes, stride);
+      for (int64_t j = first; j < end; j += Shape::kVectors) {
+        with_count<Shape::kVectors>(smaller(Shape::kVectors, end - j), [&](auto vectors) {
+          with_count<Shape::kTokens>(height, [&](auto tokens) {
+            multiply_groups<Layout, tokens.value, vectors.value>(
+                x + t * groups, rows + j, groups, ahead, totals + t * stride + j * kLanes, stride);
+          });
         });
-      });
+      }
     }
   }
 }
@@ -351,7 +386,8 @@ void linear_quantized(const LinearParams& params) {
     with_format(p.weight_dtype, [&](auto format) {
       using Format = decltype(format);
       using Wide = std::conditional_t<kIsPacked<Format>, Widened<Format>, Format>;
-      p.num_tokens > kFewTokens ? multiply<Wide, Many>(p) : multiply<Format, Few>(p);
+      p.num_tokens > kFewTokens ? multiply<Wide, Many<typename Wide::Layout>>(p)
+                                : multiply<Format, Few>(p);
     });
   }
 }

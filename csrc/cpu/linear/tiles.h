@@ -143,6 +143,7 @@ template <typename Block, int kBits, int kBiasOf>
 struct SimpleTile {
   using Values = Packed<kBits, int(kWeightGroup)>;
   static constexpr int kGroup = int(kWeightGroup);
+  static constexpr int kShared = 1;
   static constexpr bool kRotated = false;
   static constexpr bool kHasMinimum = Block::kHead == 4;
   static constexpr Fields kFields = {0, kHasMinimum ? 2 : 1, 0, 0, 0, 0};
@@ -187,6 +188,7 @@ template <typename BlockOf, int kBits, int kBiasOf, typename Scales>
 struct KTile : Packed<kBits, BlockOf::Layout::kGroup> {
   using Block = BlockOf;
   static constexpr int kGroup = Block::Layout::kGroup;
+  static constexpr int kShared = 1;
   static constexpr bool kRotated = false;
   static constexpr int64_t kHeadBytes = 0;
   static constexpr int64_t kBytes = Packed<kBits, kGroup>::kBytes;

@@ -12,7 +12,8 @@ template <typename FormatOf>
 struct Widened {
   using Packed = FormatOf;
   using From = typename Packed::Layout;
-  using Layout = Unpacked<From::kBias, From::kHalves, From::kHasMinimum, From::kGroup>;
+  using Layout =
+      Unpacked<From::kBias, From::kHalves, From::kHasMinimum, From::kGroup, From::kShared>;
   static constexpr bool kInPlace = false;
 };
 template <typename Format>
