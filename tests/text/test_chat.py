@@ -3,10 +3,10 @@
 import json
 import os
 import signal
-from threading import Thread
 from time import sleep
 
 import pytest
+from helpers.at_work import while_it_computes
 from helpers.tokenizer_files import bpe_fields, gguf_file, model_file, sentencepiece_model
 from sentencepiece import sentencepiece_model_pb2 as pb
 
@@ -346,19 +346,16 @@ def test_a_template_reads_what_else_a_message_has(bpe):
 def test_a_busy_machine_ends_no_template(monkeypatch):
     """The process is stopped for longer than a template may compute, as if others had the CPUs."""
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 1.0)
-    assert sandbox.render_template("ready", {}) == "ready"
-    pid = sandbox._shared._process.pid
+    now = "strftime_now('%s%f')|int"  # microseconds
+    is_later = f"{{% if {now} > begin + 1500000 %}}{{% break %}}{{% endif %}}"
+    inner = f"{{% for j in range(1000) %}}{is_later}{{% endfor %}}"
+    wait = f"{{% for i in range(99999) %}}{inner}{is_later}{{% endfor %}}"
 
-    def stop_for_a_while():
-        sleep(0.05)
+    def stop_for_a_while(pid):
         os.kill(pid, signal.SIGSTOP)
-        sleep(1.5)
+        sleep(1.6)
         os.kill(pid, signal.SIGCONT)
 
-    thread = Thread(target=stop_for_a_while)
-    thread.start()
-    loops = "{% for i in range(500) %}{% for j in range(20000) %}{% endfor %}{% endfor %}done"
-    try:
-        assert sandbox.render_template(loops, {}) == "done"
-    finally:
-        thread.join()
+    with while_it_computes(stop_for_a_while):
+        text = sandbox.render_template(f"{{% set begin = {now} %}}{wait}done", {})
+    assert text == "done"

@@ -1,5 +1,6 @@
 """Hostile templates and messages: bounded, refused by one class of error, and without a trace."""
 
+import gc
 import itertools
 import json
 import math
@@ -9,13 +10,13 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from helpers import hostile_templates
+from helpers.at_work import while_it_computes
 from helpers.hostile_templates import HOSTILE, SECONDS
 
 from codellama_rt.text.chat import JinjaFormat, Message, checked_messages, find_format, sandbox
@@ -26,7 +27,7 @@ MAX_BYTES = 400_000_000
 # The caller holds Python itself, and of the longest reply the bytes and the text: how much memory
 # that takes depends on which replies are complete in time.
 MAX_BYTES_OF_CALLER = 64 * 2**20 + 3 * 4 * sandbox.MAX_TEXT
-SLACK = 10  # seconds, to start a process on a busy machine
+SLACK = 60  # seconds, to start a process on a busy machine
 ENDLESS = "{{ 1|round(10**8, 'ceil') }}"
 TOO_LARGE = "{{ 'a' * 10**9 }}"
 
@@ -40,7 +41,7 @@ def hasty(monkeypatch):
 def test_hostile_templates_are_bounded_and_leave_nothing_behind():
     """In one process that renders nothing else, which each process of a test run would repeat."""
     command = [sys.executable, hostile_templates.__file__]
-    run = subprocess.run(command, capture_output=True, check=True, timeout=900)
+    run = subprocess.run(command, capture_output=True, check=True, timeout=3600, env=_env())
     rendered = json.loads(run.stdout)
     assert rendered["results"].keys() == HOSTILE.keys()
     faults = {name: result for name, result in rendered["results"].items() if _fault(name, result)}
@@ -168,7 +169,7 @@ def test_another_process_renders_while_a_thread_holds_the_worker(method, hasty):
     """A forked process has the lock in the state it was in, which no thread of it would end."""
     with ThreadPoolExecutor(1) as pool:
         busy = pool.submit(_refused, ENDLESS)
-        while not sandbox._shared._lock.locked():
+        while not sandbox._shared._lock.locked() and not busy.done():
             time.sleep(0.001)
         with multiprocessing.get_context(method).Pool(1) as processes:
             assert processes.apply_async(render_template, ("{{ 2 }}", {})).get(60) == "2"
@@ -186,20 +187,17 @@ def test_an_interrupt_ends_the_template():
     def interrupt(number, frame):
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGUSR1, interrupt)
-    sender = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1))
+    def send(pid):
+        pids.append(pid)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    pids, before = [], signal.signal(signal.SIGUSR1, interrupt)
     try:
-        render_template("", {})
-        pid = sandbox._shared._process.pid
-        begin = time.monotonic()
-        sender.start()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), while_it_computes(send):
             render_template(ENDLESS, {})
-        assert time.monotonic() - begin < sandbox.MAX_SECONDS
     finally:
-        sender.join()
         signal.signal(signal.SIGUSR1, before)
-    assert not Path(f"/proc/{pid}").exists()
+    assert not Path(f"/proc/{pids[0]}").exists()
     assert render_template("{{ 1 }}", {}) == "1"
 
 
@@ -212,17 +210,15 @@ def test_a_worker_that_was_killed_meanwhile_is_replaced():
 
 
 def test_a_worker_that_is_killed_at_work_is_an_error():
-    render_template("", {})
-    sender = threading.Timer(0.3, os.kill, (sandbox._shared._process.pid, signal.SIGKILL))
-    sender.start()
-    with pytest.raises(TemplateLimitError, match="its process ended with status -9"):
+    ended = pytest.raises(TemplateLimitError, match="its process ended with status -9")
+    with ended, while_it_computes(lambda pid: os.kill(pid, signal.SIGKILL)):
         render_template(ENDLESS, {})
-    sender.join()
     assert render_template("{{ 1 }}", {}) == "1"
 
 
 def test_without_file_descriptors_the_error_says_so():
     sandbox._shared.stop()
+    gc.collect()  # of what other tests have left, which may hold files
     limits, open_before = resource.getrlimit(resource.RLIMIT_NOFILE), os.listdir("/proc/self/fd")
     is_open = set(map(int, open_before))
     free = [fd for fd in range(max(is_open) + 13) if fd not in is_open]
@@ -266,7 +262,9 @@ def test_closed_standard_streams(closed, tmp_path):
 
 
 def _env():
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    """Variables of a process whose memory does not grow with the CPUs, for each a thread."""
+    root = str(Path(__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": root, "OPENBLAS_NUM_THREADS": "1"}
 
 
 def _cyclic():

@@ -132,7 +132,7 @@ def test_a_template_that_only_computes_is_ended_in_time(monkeypatch):
     for template in ENDLESS.values():
         with pytest.raises(ChatTemplateError, match=r"computes for more than 0\.5 seconds"):
             render_template(template, NAMES)
-    assert time.monotonic() - begin < 10 * len(ENDLESS)
+    assert time.monotonic() - begin < 60 * len(ENDLESS)
 
 
 def test_what_a_template_writes_is_bounded(monkeypatch):
