@@ -18,7 +18,7 @@ from codellama_rt.engine.grammar import Grammar, Vocabulary
 from codellama_rt.engine.structured_outputs import StructuredOutputs
 from codellama_rt.text.tokenizer import load_tokenizer
 
-MAX_MB, MAX_SECONDS = 500, 5.0
+MAX_MB, MAX_SECONDS = 500, 60.0
 INTEGER = {"type": "integer"}
 
 

@@ -55,9 +55,17 @@ def model_slice(tmp_path_factory):
     return write_mini(tmp_path_factory.mktemp("slice") / "model", tensors, **SLICE)
 
 
-def measured(model, context, options):
-    """The interpreter's share and the most that was resident, in a process of its own."""
-    return BENCHMARK["measure"](model, BENCHMARK["Case"](context, 1, options))
+@pytest.fixture
+def measured(monkeypatch):
+    """The interpreter's share and the most that was resident, in a process of two threads.
+
+    Each further thread has a quarter of a megabyte of scratch memory: too little to be said of a
+    real model, and too much for the 3 percent of a small one on a machine of many CPUs.
+    """
+    monkeypatch.setenv("CODELLAMA_RT_NUM_THREADS", "2")
+    return lambda model, context, options: BENCHMARK["measure"](
+        model, BENCHMARK["Case"](context, 1, options)
+    )
 
 
 def said(model, context, options):
@@ -65,7 +73,7 @@ def said(model, context, options):
 
 
 @pytest.mark.parametrize(("context", "options"), CASES)
-def test_it_is_within_3_percent_of_what_a_run_takes(model_slice, context, options):
+def test_it_is_within_3_percent_of_what_a_run_takes(model_slice, measured, context, options):
     interpreter, peak = measured(model_slice, context, options)
     found = said(model_slice, context, options)
     assert abs(found.added + interpreter - peak) < 0.03 * peak
@@ -76,7 +84,7 @@ def test_it_is_within_3_percent_of_what_a_run_takes(model_slice, context, option
 @pytest.mark.parametrize(
     ("context", "options"), [(1024, {}), (4096, {"dtype": "bfloat16"}), *CASES[1:4]]
 )
-def test_the_real_model_is_within_3_percent(context, options):
+def test_the_real_model_is_within_3_percent(measured, context, options):
     name = "smollm2-135m-instruct"
     interpreter, peak = measured(name, context, options)
     assert abs(said(name, context, options).added + interpreter - peak) < 0.03 * peak
