@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from helpers.held_steps import holding
 from helpers.paged_fakes import drain, engine_of, greedy_tokens
 
 from codellama_rt.engine.async_engine import AsyncEngine
@@ -65,22 +66,23 @@ def test_thousands_of_cancellations_leave_nothing():
     engine = engine_of(num_blocks=48, max_num_seqs=8)
 
     async def main():
-        num_cancelled = 0
-        async with AsyncEngine(engine) as streams:
-            for round_ in range(40):
-                tasks = [asyncio.create_task(read(streams, i, LONG)) for i in range(50)]
-                for _ in range(round_ % 5):
-                    await asyncio.sleep(0.001)
-                for task in tasks:
-                    task.cancel()
-                ends = await asyncio.gather(*tasks, return_exceptions=True)
-                for end in ends:  # one may have been faster
-                    assert isinstance(end, asyncio.CancelledError) or end[1] == "length", end
-                num_cancelled += sum(isinstance(end, BaseException) for end in ends)
-            tokens, _ = await read(streams, 0, SamplingParams(max_tokens=4, ignore_eos=True))
-            await streams.drain()
-            assert num_cancelled > 1000
-            return tokens
+        with holding(engine) as steps:  # too few for any request to end
+            async with AsyncEngine(engine) as streams:
+                for round_ in range(40):
+                    tasks = [asyncio.create_task(read(streams, i, LONG)) for i in range(50)]
+                    for _ in range(round_ % 5):
+                        steps.allow(5)
+                        made = steps.num_made + 2  # the others are made meanwhile
+                        while steps.num_made < made:
+                            await asyncio.sleep(0.001)
+                    for task in tasks:
+                        task.cancel()
+                    ends = await asyncio.gather(*tasks, return_exceptions=True)
+                    assert {type(end) for end in ends} == {asyncio.CancelledError}
+                steps.allow(1000)
+                tokens, _ = await read(streams, 0, SamplingParams(max_tokens=4, ignore_eos=True))
+                await streams.drain()
+                return tokens
 
     assert len(asyncio.run(main())[0]) == 4
     assert not engine.has_unfinished()
@@ -109,11 +111,13 @@ def test_abort_from_another_thread():
 
     async def main():
         async with AsyncEngine(engine) as streams:
-            stream = await streams.add_request(prompt(1), LONG, request_id="mine")
-            await anext(stream)
-            thread = threading.Thread(target=streams.abort, args=("mine",))
-            thread.start()
-            thread.join()
+            with holding(engine) as steps:
+                stream = await streams.add_request(prompt(1), LONG, request_id="mine")
+                steps.allow()
+                await anext(stream)
+                thread = threading.Thread(target=streams.abort, args=("mine",))
+                thread.start()
+                thread.join()
             outputs = [output async for output in stream]
             streams.abort("mine")  # nothing is left of it
             return outputs
@@ -154,11 +158,15 @@ def test_wrong_requests_are_refused_at_once():
             with pytest.raises(QueueFullError, match="prompt tokens wait") as refused:
                 await anext(streams.generate(list(range(21))))
             assert refused.value.pending_tokens == 0
-            one = await streams.add_request(prompt(0), LONG, request_id="one")
-            with pytest.raises(ValueError, match="in use"):
-                await streams.add_request(prompt(0), LONG, request_id="one")
-            await anext(one)
-            await streams.close()
+            with holding(engine) as steps:
+                one = await streams.add_request(prompt(0), LONG, request_id="one")
+                with pytest.raises(ValueError, match="in use"):
+                    await streams.add_request(prompt(0), LONG, request_id="one")
+                steps.allow()
+                await anext(one)
+                closing = asyncio.create_task(streams.close())
+                await asyncio.sleep(0)  # it has begun
+            await closing
             assert [output.finish_reason async for output in one][-1] == "abort"
             with pytest.raises(RuntimeError, match="closed"):
                 await streams.add_request(prompt(0), LONG)
@@ -166,23 +174,24 @@ def test_wrong_requests_are_refused_at_once():
     asyncio.run(main())
 
 
-def test_a_step_that_raises_ends_what_is_unfinished(monkeypatch):
+def test_a_step_that_raises_ends_what_is_unfinished():
     engine = engine_of(num_blocks=64)
-    step = engine.step
 
     async def main():
         async with AsyncEngine(engine) as streams:
-            stream = await streams.add_request(prompt(0), LONG)
-            await anext(stream)
+            with holding(engine) as steps:
+                stream = await streams.add_request(prompt(0), LONG)
+                steps.allow()
+                await anext(stream)
 
-            def fail():
-                monkeypatch.setattr(engine, "step", step)
-                raise OSError("no memory for the copy")
+                def fail():
+                    raise OSError("no memory for the copy")
 
-            monkeypatch.setattr(engine, "step", fail)
-            with pytest.raises(OSError, match="no memory"):
-                async for _ in stream:
-                    pass
+                steps.step = fail
+                steps.allow()
+                with pytest.raises(OSError, match="no memory"):
+                    async for _ in stream:
+                        pass
             return await read(streams, 1)
 
     assert asyncio.run(main())[1] == "length"
