@@ -293,6 +293,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "fields"), REFUSED, ids=[str(f)[:50] for _, f in REFUSED])
 def test_what_is_refused_is_named(served, name, fields):
+    served.wait_until_idle()  # with what earlier tests have left
     answer = served.post("/v1/completions", **{**GREEDY, **fields})
     assert answer.status == 400, answer.body
     error = answer.json["error"]

@@ -7,6 +7,7 @@ import socket
 import time
 
 import pytest
+from helpers.held_steps import holding
 from helpers.served import JSON, request_bytes, serving, wait_for
 
 from codellama_rt.serve import server as server_module
@@ -25,7 +26,7 @@ def locked(open_llm):
 @pytest.fixture(scope="module")
 def limited(open_llm):
     """Small limits, and a queue of a hundred prompt tokens."""
-    settings = {"max_body_bytes": 2000, "max_requests": 3, "body_timeout_s": 0.3}
+    settings = {"max_body_bytes": 2000, "max_requests": 3}
     with open_llm(max_num_batched_tokens=16) as llm, serving(llm, **settings) as server:
         llm.engine.max_queued_tokens = 100
         yield server
@@ -129,26 +130,41 @@ def test_bodies_that_are_too_large(limited):
         assert connection.recv(1000).startswith(b"HTTP/1.1 413")
 
 
-def test_a_body_that_does_not_come(limited):
-    with limited.connect() as connection:
+def test_a_body_that_does_not_come(open_llm):
+    with (
+        open_llm() as llm,
+        serving(llm, body_timeout_s=0.3) as server,
+        server.connect() as connection,
+    ):
         connection.sendall(request_bytes("/v1/completions", GREEDY)[:-5])
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
 
 
-@pytest.mark.parametrize("begin", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\nA"])
+BEGUN = [b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\nA"]
+
+
+@pytest.mark.parametrize("begin", [b"", *BEGUN])
 def test_a_head_that_does_not_come(served, begin, monkeypatch):
     monkeypatch.setattr(server_module.GuardedProtocol, "head_timeout_s", 0.2)
-    for whole in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):  # and after a request
-        with served.connect() as connection:
-            if whole:
-                connection.sendall(whole)
-                found = b""
-                while not found.endswith(b'{"status":"ok"}'):
-                    found += connection.recv(1000)
-            if begin or not whole:
-                connection.sendall(begin)
-                with contextlib.suppress(ConnectionResetError):
-                    assert connection.recv(1000) == b""
+    with served.connect() as connection:
+        connection.sendall(begin)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1000) == b""
+
+
+@pytest.mark.parametrize("begin", BEGUN)
+def test_a_later_head_that_does_not_come(served, begin, monkeypatch):
+    with served.connect() as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        found = b""
+        while not found.endswith(b'{"status":"ok"}'):
+            part = connection.recv(1000)
+            assert part, "the connection was closed"
+            found += part
+        monkeypatch.setattr(server_module.GuardedProtocol, "head_timeout_s", 0.2)
+        connection.sendall(begin)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1000) == b""
 
 
 def test_a_header_that_is_too_large(served):
@@ -162,14 +178,16 @@ def test_a_header_that_is_too_large(served):
 def test_a_full_queue(limited):
     """503 with the time that the backlog takes; the tokens of a prompt count until computed."""
     streams = [limited.connect() for _ in range(2)]
-    for stream in streams:
-        stream.sendall(request_bytes("/v1/completions", {**LONG, "stream": True}))
-        assert stream.recv(100).startswith(b"HTTP/1.1 200")
-    answer = limited.post("/v1/completions", prompt=[5] * 101)
-    assert answer.status == 503
-    assert int(answer.headers["retry-after"]) >= 1
-    assert "prompt tokens wait" in answer.json["error"]["message"]
-    assert limited.post("/v1/completions", prompt=["a", "b"]).status == 503  # more than 3 requests
+    with holding(limited.service.engine.engine):
+        for stream in streams:
+            stream.sendall(request_bytes("/v1/completions", {**LONG, "stream": True}))
+            assert stream.recv(100).startswith(b"HTTP/1.1 200")
+        answer = limited.post("/v1/completions", prompt=[5] * 101)
+        assert answer.status == 503
+        assert int(answer.headers["retry-after"]) >= 1
+        assert "prompt tokens wait" in answer.json["error"]["message"]
+        more = limited.post("/v1/completions", prompt=["a", "b"])  # than 3 requests
+        assert more.status == 503
     for stream in streams:
         stream.close()
     limited.wait_until_idle()

@@ -44,7 +44,7 @@ def ask(address, path, body=None, headers=()):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_streams_end(start, number):
-    process, address = start("--served-model-name", "codellama", "--drain-timeout", "30")
+    process, address = start("--served-model-name", "codellama", "--drain-timeout", "600")
     assert json.load(ask(address, "/v1/models"))["data"][0]["id"] == "codellama"
     fields = {"prompt": "a", "max_tokens": 1500, "ignore_eos": True, "stream": True}
     stream = ask(address, "/v1/completions", fields)

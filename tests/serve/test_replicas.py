@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers.held_steps import holding
 from helpers.served import request_bytes, serving, wait_for
 from helpers.server_process import ServerProcess, ask, is_healthy, processes_with
 from prometheus_client.parser import text_string_to_metric_families
@@ -109,9 +110,11 @@ def test_the_metrics_that_llm_d_reads(open_llm):
             return sample.value
 
         body = greedy("def f(", stream=True, n=8) | {"max_tokens": 1900}
-        with server.connect() as connection:
+        with server.connect() as connection, holding(llm.engine) as steps:
             connection.sendall(request_bytes(PATH, body))
-            wait_for(lambda: value("num_requests_running") == 2)
+            steps.allow(3)
+            wait_for(lambda: steps.num_made == 3)
+            assert value("num_requests_running") == 2
             assert value("num_requests_waiting") == 6
             assert 0 < value("kv_cache_usage_perc") <= 1
             found = metrics()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.adapter_files import write_adapter
+from helpers.held_steps import holding
 from helpers.served import request_bytes, serving, wait_for
 from helpers.speculating import speculate_always
 from prometheus_client.parser import text_string_to_metric_families
@@ -136,13 +137,14 @@ def test_metrics_of_adapters(open_llm, tmp_path):
         adapters = {name: llm.load_adapter(tmp_path / "lora") for name in ("mine", "other")}
         with serving(llm, names=("base",), adapters=adapters) as server:
             assert labels_of_adapters(server) == ("2", "", "")
-            with contextlib.ExitStack() as connections:
+            with contextlib.ExitStack() as connections, holding(llm.engine) as steps:
                 for name in ("mine", "base", "other"):
                     body = {"model": name, "prompt": "a", "stream": True, "ignore_eos": True}
                     sent = request_bytes("/v1/completions", {**body, "max_tokens": 1900})
                     connection = connections.enter_context(server.connect())
                     connection.sendall(sent)
                     assert connection.recv(12) == b"HTTP/1.1 200"
+                steps.allow()
                 wait_for(lambda: labels_of_adapters(server) == ("2", "mine", "other"))
 
 

@@ -7,7 +7,7 @@ import asyncio
 import os
 import random
 
-from helpers.served import request_bytes, serving
+from helpers.served import request_bytes, serving, wait_for
 
 NUM_REQUESTS = int(os.environ.get("CODELLAMA_RT_SOAK", "600"))
 AT_ONCE = 8
@@ -70,6 +70,7 @@ def test_mixed_requests(open_llm):
         for first in range(0, NUM_REQUESTS, tenth):
             asyncio.run(some(iter(range(first, min(first + tenth, NUM_REQUESTS))), rng))
             server.wait_until_idle()
+            wait_for(lambda: not server.server.server_state.connections)
             note(min(first + tenth, NUM_REQUESTS))
     _, before, descriptors = seen[2]
     assert seen[-1][1] - before < MOST_GROWTH_MB

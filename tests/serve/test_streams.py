@@ -4,10 +4,12 @@ import asyncio
 import json
 import os
 import random
+import threading
 
 import numpy as np
 import pytest
-from helpers.served import request_bytes, serving, wait_for
+from helpers.held_steps import holding
+from helpers.served import WAIT_S, request_bytes, serving, wait_for
 from helpers.speculating import speculate_at_random
 
 from codellama_rt import SamplingParams
@@ -104,7 +106,11 @@ def test_texts_under_load_are_those_of_the_llm(open_llm, llm, stream):
                 request_bytes(path, {**fields, "stream": stream}, headers="Connection: close\r\n")
                 for path, fields, _ in cases
             ]
-            return await asyncio.gather(*(exchange(server.address, one) for one in sent))
+            with holding(tight.engine):  # until all have come
+                tasks = [asyncio.create_task(exchange(server.address, one)) for one in sent]
+                while server.service.engine.num_unfinished < len(cases):
+                    await asyncio.sleep(0.005)
+            return await asyncio.gather(*tasks)
 
         answers = asyncio.run(main())
         for i, (answer, (path, _, texts)) in enumerate(zip(answers, cases, strict=True)):
@@ -179,11 +185,17 @@ def test_file_descriptors_do_not_leak(open_llm):
         wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
-def test_a_unary_request_ends_when_its_client_leaves(open_llm):
+def test_a_unary_request_ends_when_its_client_leaves(open_llm, monkeypatch):
     with open_llm() as llm, serving(llm) as server:
-        with server.connect() as connection:
-            connection.sendall(request_bytes("/v1/completions", LONG))
-            wait_for(lambda: not server.is_idle())
+        engine, is_aborted = server.service.engine, threading.Event()
+        abort = engine.abort
+        monkeypatch.setattr(engine, "abort", lambda name: (abort(name), is_aborted.set()))
+        with holding(llm.engine) as steps:
+            with server.connect() as connection:
+                connection.sendall(request_bytes("/v1/completions", LONG))
+                steps.allow(5)
+                wait_for(lambda: steps.num_made == 5)
+            assert is_aborted.wait(WAIT_S)
         server.wait_until_idle()
         assert server.get("/metrics").body.count(b'finished_reason="abort"') == 1
 
@@ -193,15 +205,21 @@ def test_comments_while_nothing_comes(open_llm):
     sizes = {"max_model_len": 6000, "max_num_batched_tokens": 16}
     with open_llm(**sizes) as llm, serving(llm, keep_alive_s=0.02) as server:
         fields = {"prompt": [5] * 5000, "max_tokens": 2, "stream": True}
+        sent = request_bytes("/v1/completions", fields, headers="Connection: close\r\n")
         with server.connect() as connection:
-            connection.sendall(request_bytes("/v1/completions", fields))
-            head = connection.recv(4096)
-            assert head.startswith(b"HTTP/1.1 200")
-            assert b"text/event-stream" in head
-            assert b"data:" not in head
-        answer = server.post("/v1/completions", **fields)
-        assert answer.body.count(b": keep-alive\n\n") >= 1
-        assert answer.events[-1] == "[DONE]"
+            with holding(llm.engine):
+                connection.sendall(sent)
+                found = connection.recv(4096)
+                while found.count(b": keep-alive\n\n") < 2:
+                    part = connection.recv(4096)
+                    assert part, found
+                    found += part
+                assert found.startswith(b"HTTP/1.1 200")
+                assert b"text/event-stream" in found
+                assert b"data:" not in found
+            while part := connection.recv(4096):
+                found += part
+        assert unchunked(found.partition(b"\r\n\r\n")[2]).endswith(b"data: [DONE]\n\n")
 
 
 def test_an_error_in_a_stream(open_llm, monkeypatch):
