@@ -80,6 +80,17 @@ class SlowStore(PrefixStore):
         return super().load(*block)
 
 
+def reading_until_stopped(store, monkeypatch):
+    """Let readers finish the files under way as soon as they are told to stop, and no sooner."""
+    stop = restorer._Restoration.stop
+
+    def stop_and_let_read(restoration):
+        stop(restoration)
+        store.may_read.release(restorer._NUM_READERS)
+
+    monkeypatch.setattr(restorer._Restoration, "stop", stop_and_let_read)
+
+
 class SlowWriter(PrefixStore):
     """Writes a block only when it may."""
 
@@ -284,13 +295,13 @@ def test_an_abort_while_reading_leaves_nothing(tmp_path):
     assert engine.stats()["kv_blocks_free"] == 64
 
 
-def test_closing_while_reading(tmp_path):
+def test_closing_while_reading(tmp_path, monkeypatch):
     fill(tmp_path)
     store = SlowStore(tmp_path)
     engine = engine_on(tmp_path, prefix_store=store)
     engine.add_request("a", PROMPT, PARAMS)
     engine.step()
-    threading.Timer(0.05, store.may_read.release, [restorer._NUM_READERS]).start()
+    reading_until_stopped(store, monkeypatch)
     engine.close()
     assert store.num_asked <= restorer._NUM_READERS  # the files under way were the last
     assert engine.stats()["kv_blocks_free"] == 64
@@ -313,7 +324,7 @@ def test_a_block_whose_memory_was_given_away_is_not_stored(tmp_path):
     assert again.stats()["prefix_restored_tokens"] == tokens_in(9)
 
 
-def test_a_running_sequence_that_needs_a_block_gets_it_from_one_that_is_read(tmp_path):
+def test_a_running_sequence_that_needs_a_block_gets_it_from_one_that_is_read(tmp_path, monkeypatch):
     fill(tmp_path)
     store = SlowStore(tmp_path)
     engine = engine_on(tmp_path, num_blocks=14, prefix_store=store)
@@ -323,10 +334,8 @@ def test_a_running_sequence_that_needs_a_block_gets_it_from_one_that_is_read(tmp
     engine.add_request("read", PROMPT, PARAMS)
     engine.step()
     gained = {}
+    reading_until_stopped(store, monkeypatch)
     while engine.scheduler.prefix_reader.held:
-        timer = threading.Timer(0.02, store.may_read.release, [restorer._NUM_READERS])
-        if engine.stats()["kv_blocks_free"] == 0:
-            timer.start()
         collect(gained, engine.step())
     assert ("other", 0) not in gained or gained["other", 0].end is None
     store.may_read.release(100)
@@ -505,7 +514,7 @@ def damage(rng, folder):
         return
     path = rng.choice(files)
     try:
-        contents = bytearray(path.read_bytes())
+        contents = bytearray(path.read_bytes()) or bytearray(1)  # it may have been cut to nothing
         contents[rng.randrange(len(contents))] ^= 1 << rng.randrange(8)
         path.write_bytes(contents[: rng.choice([len(contents), rng.randrange(len(contents))])])
     except FileNotFoundError:  # deleted meanwhile, for the budget

@@ -264,6 +264,7 @@ def test_a_full_disk(tmp_path, monkeypatch, room, caplog):
         return writev(file, [part])
 
     monkeypatch.setattr(store_module.os, "writev", write_until_full)
+    monkeypatch.setattr(store_module, "monotonic", lambda: 1.0)
     store = store_in(tmp_path)
     fill(store)
     assert list(tmp_path.iterdir()) == []
