@@ -1,5 +1,6 @@
 """The command line as a process: one line for an error, exit codes, interrupts, progress."""
 
+import fcntl
 import signal
 import subprocess
 import sys
@@ -99,7 +100,9 @@ def test_an_interrupt_gives_the_request_up(run, model, monkeypatch):
 
 def start(*args):
     command = [sys.executable, "-m", "codellama_rt.cli.main", *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # then it waits for the reader
+    return process
 
 
 def endless(model):

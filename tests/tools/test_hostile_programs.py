@@ -16,7 +16,8 @@ from helpers.hostile_programs import FORGED, GREEDY, LINGERING, MARK, MURDEROUS
 from codellama_rt.tools.evaluation import execution
 from codellama_rt.tools.evaluation.execution import FAILED, PASSED, TIMED_OUT, run_program
 
-TIMEOUT_S = 1.0
+TIMEOUT_S = 1.0  # of programs that do not pass, and may run into it
+PATIENCE_S = 60.0  # of those that pass: they need a fraction of a second of a CPU
 MODES = ("as found", "no namespaces", "no namespaces, same user")
 
 
@@ -76,13 +77,13 @@ class PeakOfMemory:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def judged(program, folder):
+def judged(program, folder, timeout_s=TIMEOUT_S):
     """Run a program and check that it is gone without a trace in time."""
     before, shared = ours(), set(os.listdir("/dev/shm"))
     began = time.monotonic()
     with PeakOfMemory() as memory:
-        verdict = run_program(textwrap.dedent(program), timeout_s=TIMEOUT_S)
-    assert time.monotonic() - began < TIMEOUT_S + 20  # most take less than a second more
+        verdict = run_program(textwrap.dedent(program), timeout_s=timeout_s)
+    assert time.monotonic() - began < timeout_s + 60  # most take less than a second more
     assert memory.growth < 2**26
     assert ours() <= before
     assert list(folder.iterdir()) == []
@@ -116,7 +117,7 @@ def test_others_live(mode, name, tmp_path):
 
 @pytest.mark.parametrize("name", LINGERING)
 def test_nothing_goes_on(mode, name, tmp_path):
-    assert judged(LINGERING[name], tmp_path).result == PASSED
+    assert judged(LINGERING[name], tmp_path, PATIENCE_S).result == PASSED
 
 
 def test_programs_end_with_the_evaluator(mode, tmp_path):
@@ -136,7 +137,7 @@ def test_programs_end_with_the_evaluator(mode, tmp_path):
         time.sleep(0.01)
     evaluator.kill()
     assert evaluator.wait() == -9
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while ours() - before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert ours() <= before
