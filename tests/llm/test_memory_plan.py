@@ -62,7 +62,8 @@ def measured(monkeypatch):
     Each further thread has a quarter of a megabyte of scratch memory: too little to be said of a
     real model, and too much for the 3 percent of a small one on a machine of many CPUs.
     """
-    monkeypatch.setenv("CODELLAMA_RT_NUM_THREADS", "2")
+    for name in ("CODELLAMA_RT_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "2")
     return lambda model, context, options: BENCHMARK["measure"](
         model, BENCHMARK["Case"](context, 1, options)
     )

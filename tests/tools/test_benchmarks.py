@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.huge_pages import advised_huge_pages
 from typer.testing import CliRunner
 
 import codellama_rt
@@ -215,12 +216,32 @@ def test_rates_of_a_set_are_those_of_what_its_kernels_use(monkeypatch):
     assert ops.isa() == before
 
 
-def test_the_memory_that_is_read_lies_in_huge_pages_where_there_are_any():
-    policy = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not policy.exists() or "[never]" in policy.read_text():
-        pytest.skip("this kernel gives no huge pages")
-    assert huge_share(probe_memory(2**25)) > 0.5
-    assert huge_share(probe_memory(2**25, huge_pages=False)) == 0.0
+def test_huge_pages_are_asked_for_the_memory_that_is_read():
+    """Whether there are any is up to the system."""
+    memory, other = probe_memory(2**25), probe_memory(2**25, huge_pages=False)
+    assert advised_huge_pages(memory.ctypes.data)
+    assert not advised_huge_pages(other.ctypes.data)
+    assert 0.0 <= huge_share(memory) <= 1.0
+    assert huge_share(other) == 0.0
+
+
+def test_the_share_of_memory_in_huge_pages_is_what_linux_says(monkeypatch):
+    memory = np.zeros(2**23, np.uint8)
+    first, last = memory.ctypes.data - 4096, memory.ctypes.data + memory.nbytes
+
+    def share(kilobytes):
+        maps = "".join(
+            f"{begin:x}-{end:x} rw-p 00000000 00:00 0 \nAnonHugePages: {count:8} kB\n"
+            for begin, end, count in [
+                (4096, first, 1),
+                (first, last, kilobytes),
+                (last, last + 4096, 2),
+            ]
+        )
+        monkeypatch.setattr(limits_module.Path, "read_text", lambda path: maps)
+        return huge_share(memory)
+
+    assert [share(count) for count in (0, 2048, 6144, 8192, 10240)] == [0.0, 0.25, 0.75, 1.0, 1.0]
 
 
 def test_products_of_quantised_weights_and_caches_are_integers():
