@@ -16,7 +16,9 @@ from codellama_rt.serve.server import listen
 
 
 @pytest.fixture
-def address():
+def address(monkeypatch):
+    for name in ("_HEAD_S", "_LINGER_S"):  # enough for a busy machine
+        monkeypatch.setattr(loading, name, WAIT_S)
     with listen("127.0.0.1", 0) as listener, loading.answering(listener):
         yield listener.getsockname()
 
