@@ -238,7 +238,8 @@ def test_the_share_of_memory_in_huge_pages_is_what_linux_says(monkeypatch):
                 (last, last + 4096, 2),
             ]
         )
-        monkeypatch.setattr(limits_module.Path, "read_text", lambda path: maps)
+        smaps = SimpleNamespace(read_text=lambda: maps)
+        monkeypatch.setattr(limits_module, "Path", lambda name: smaps)
         return huge_share(memory)
 
     assert [share(count) for count in (0, 2048, 6144, 8192, 10240)] == [0.0, 0.25, 0.75, 1.0, 1.0]
