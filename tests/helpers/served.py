@@ -115,6 +115,17 @@ def request_bytes(path: str, body: Any, *, headers: str = "") -> bytes:
     return head.encode() + sent
 
 
+def unchunked(body: bytes) -> bytes:
+    """Return what a body holds that came in chunks."""
+    found = b""
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        length = int(size, 16)
+        found += rest[:length]
+        body = rest[length + 2 :]
+    return found
+
+
 @contextlib.contextmanager
 def serving(model: Any, **settings: Any) -> Iterator[Served]:
     """Serve a model until the end of the `with` block."""

@@ -1,7 +1,8 @@
 """llama.cpp's endpoints: the answers that its editors' plugins read."""
 
 import pytest
-from helpers.served import serving
+from helpers.held_steps import holding
+from helpers.served import Answer, request_bytes, serving, unchunked
 
 from codellama_rt import SamplingParams
 from codellama_rt.serve import event_stream
@@ -165,7 +166,19 @@ def test_progress_of_a_prompt(open_llm, path):
         patch.setattr(event_stream, "PROGRESS_S", 0.01)
         body = {"prompt": "a" * 3900, "messages": [{"role": "user", "content": "a" * 3900}]}
         limits = {"n_predict": 2, "max_tokens": 2}
-        answer = server.post(path, **body, **limits, stream=True, return_progress=True)
+        fields = {**body, **limits, "stream": True, "return_progress": True}
+        found = b""
+        with server.connect() as connection:
+            with holding(llm.engine) as steps:
+                connection.sendall(request_bytes(path, fields, headers="Connection: close\r\n"))
+                steps.allow(5)
+                while b"prompt_progress" not in found:
+                    part = connection.recv(4096)
+                    assert part, found
+                    found += part
+            while part := connection.recv(4096):
+                found += part
+    answer = Answer(200, {}, unchunked(found.partition(b"\r\n\r\n")[2]))
     events = [event for event in answer.events if event != "[DONE]"]
     found = [event["prompt_progress"] for event in events if "prompt_progress" in event]
     assert found

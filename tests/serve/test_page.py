@@ -138,7 +138,7 @@ def test_progress_and_stop(browser, open_llm, monkeypatch, tmp_path, tab):
         forward = llm.model.forward
 
         def slow(*arguments):
-            sleep(0.02)
+            sleep(0.1)
             return forward(*arguments)
 
         monkeypatch.setattr(llm.model, "forward", slow)

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 from helpers.held_steps import holding
-from helpers.served import WAIT_S, request_bytes, serving, wait_for
+from helpers.served import WAIT_S, request_bytes, serving, unchunked, wait_for
 from helpers.speculating import speculate_at_random
 
 from codellama_rt import SamplingParams
@@ -48,16 +48,6 @@ def texts_of(answer):
             text = message.get("text") or message.get("content") or ""
             texts[choice["index"]] = texts.get(choice["index"], "") + text
     return texts
-
-
-def unchunked(body):
-    found = b""
-    while body:
-        size, _, rest = body.partition(b"\r\n")
-        length = int(size, 16)
-        found += rest[:length]
-        body = rest[length + 2 :]
-    return found
 
 
 SHARED = "def add(first, second):\n    return first + second\n" * 3
