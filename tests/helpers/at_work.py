@@ -14,6 +14,7 @@ from codellama_rt.text.chat import sandbox
 @contextlib.contextmanager
 def while_it_computes(action: Callable[[int], object]) -> Iterator[None]:
     """Call `action(pid)` in a thread once the process computes what is rendered first inside."""
+    sandbox.render_template("", {})  # else it would compute for its start
     read, threads = sandbox._read, []
 
     def start_and_read(process, size):
