@@ -51,7 +51,12 @@ class Runner:
             fill_caches(*caches, rng)
         self.model = _SkippableModel(Llama(self.config, checkpoint.weights))
         self.engine = Engine(
-            self.model, cache, max_num_seqs=samples, max_model_len=max_len, prefix_caching=False
+            self.model,
+            cache,
+            max_num_seqs=samples,
+            max_model_len=max_len,
+            prefix_caching=False,
+            max_step_seconds=None,  # which would cut prompts by what earlier steps took
         )
         self._samples = samples
         self._rng = np.random.default_rng(0)

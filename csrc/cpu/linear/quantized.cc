@@ -8,7 +8,7 @@
 //          = 76 %). A loop over operands in L1 reaches 88 % (76 %). Over int4 in place each panel
 //          multiplies scales and minima by their units as well: at most 73 % at 4 tokens, 74 % at 8
 //          and 16 (in L1 71 and 73). Two cores there, 942 GOP/s and 60 GB/s: 90 to 93 % of memory's
-//          rate at 1 token, 75 % (68 %) of VPDPBUSD at 16, 79 % (70 %) at 512, of whose time
+//          rate at 1 token, 75 % (67 %) of VPDPBUSD at 16, 79 % (70 %) at 512, of whose time
 //          3 % go into quantising x, unpacking and writing results. Of a GGUF block's time at 1
 //          token two thirds go into transposing it
 // Tiling   activations are quantised once, in panels of tokens. A task takes blocks of tiles of 16
