@@ -12,7 +12,7 @@ from codellama_rt.ops.quantized import WEIGHT_GROUPS, WEIGHT_TILE, Quantized, ro
 from codellama_rt.ops.reference_gguf import dequantize_gguf
 
 Array = NDArray
-_SHARING = {"int8": 64, "int4": 64, "q2_k": 16}  # activations that share a scale, if not 32
+_SHARING = {**WEIGHT_GROUPS, "int4": 64, "q2_k": 16}  # activations with one scale, if not 32
 
 
 def quantize(weight: Array, dtype: str) -> Quantized:

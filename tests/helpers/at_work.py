@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,11 +14,12 @@ from codellama_rt.text.chat import sandbox
 def while_it_computes(action: Callable[[int], object]) -> Iterator[None]:
     """Call `action(pid)` in a thread once the process computes what is rendered first inside."""
     sandbox.render_template("", {})  # else it would compute for its start
-    read, threads = sandbox._read, []
+    read, threads, is_over = sandbox._read, [], threading.Event()
 
     def start_and_read(process, size):
         sandbox._read = read
-        thread = threading.Thread(target=_act, args=(action, process.pid, _ticks(process.pid)))
+        arguments = action, process.pid, _ticks(process.pid), is_over
+        thread = threading.Thread(target=_act, args=arguments)
         threads.append(thread)
         thread.start()
         return read(process, size)
@@ -29,13 +29,15 @@ def while_it_computes(action: Callable[[int], object]) -> Iterator[None]:
         yield
     finally:
         sandbox._read = read
+        is_over.set()
         for thread in threads:
             thread.join()
 
 
-def _act(action: Callable[[int], object], pid: int, before: int) -> None:
+def _act(action: Callable[[int], object], pid: int, before: int, is_over: threading.Event) -> None:
     while _ticks(pid) <= before + 1:  # one may be of reading the request
-        time.sleep(0.001)
+        if is_over.wait(0.001):
+            return
     action(pid)
 
 

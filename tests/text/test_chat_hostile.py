@@ -188,16 +188,17 @@ def test_an_interrupt_ends_the_template():
         raise KeyboardInterrupt
 
     def send(pid):
-        pids.append(pid)
+        processes.append(sandbox._shared._process)
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    pids, before = [], signal.signal(signal.SIGUSR1, interrupt)
+    processes, before = [], signal.signal(signal.SIGUSR1, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt), while_it_computes(send):
             render_template(ENDLESS, {})
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert not Path(f"/proc/{pids[0]}").exists()
+    assert processes[0].returncode == -signal.SIGKILL  # by us; at its limit it ends by SIGPROF
+    assert not Path(f"/proc/{processes[0].pid}").exists()
     assert render_template("{{ 1 }}", {}) == "1"
 
 
