@@ -120,7 +120,7 @@ class Alone:
 
     def __init__(self, model: Llama, num_tokens: int, block_size: int) -> None:
         """Make room."""
-        self._model = model
+        self.model = model
         count = -(-num_tokens // block_size)
         self.kv_cache = KVCache(model.config, num_blocks=count, block_size=block_size)
         self._sequence = Sequence(int32_list(), 0, (0, 0, 0), first_logit=0)
@@ -138,7 +138,7 @@ class Alone:
             token_ids.extend(tokens[first : first + 512])
             chunk = Chunk(self._sequence, start, len(token_ids), 1)
             batch = build_batch([chunk], self.kv_cache.block_size)
-            logits = self._model.forward(batch, self.kv_cache)[0]
+            logits = self.model.forward(batch, self.kv_cache)[0]
         return logits
 
 
@@ -166,10 +166,10 @@ def log_probabilities(
 ) -> Iterator[np.ndarray]:
     """Yield those of the next token after each of `tokens`, which follow `num_tokens` tokens."""
     sequence.cut(num_tokens)
-    few_tokens = llama._FEW_TOKENS
+    whole = sequence.model._whole
     if mode.chosen is not None:
         mode.chosen.start(sequence.kv_cache, num_tokens)
-        llama.ops, llama._FEW_TOKENS = mode.chosen, 0  # no layer is one call
+        llama.ops, sequence.model._whole = mode.chosen, [None] * len(whole)  # no layer is one call
     try:
         for token in tokens:
             logits = sequence.extend([token]).astype(np.float64)
@@ -178,7 +178,7 @@ def log_probabilities(
             logits -= logits.max()
             yield logits - np.log(np.exp(logits).sum())
     finally:
-        llama.ops, llama._FEW_TOKENS = ops, few_tokens
+        llama.ops, sequence.model._whole = ops, whole
 
 
 def evaluate(

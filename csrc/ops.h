@@ -31,6 +31,7 @@ struct RmsNormParams {
   DType dtype, weight_dtype;
   int64_t num_tokens, dim;
   float eps;
+  DType out_dtype;  // of out alone; the ops' is dtype
 };
 
 // Up to three weights that lie apart (q, k, v; gate, up) are multiplied in one pass over x, as if
@@ -44,6 +45,16 @@ struct LinearParams {
   int64_t n[kMaxWeights];
   int64_t num_weights, num_tokens, k, x_stride, out_stride;
   DType x_dtype, weight_dtype, out_dtype;
+};
+
+// linear as a decoder layer wants it: what becomes of the sums on their way to out. On the CPU.
+struct FusedLinearParams : LinearParams {
+  // (num_tokens, sum(n)) scratch, or null. With it the weights are gate and up, of as many rows:
+  // silu(gate) * up goes to out, (num_tokens, n[0]).
+  float* gate_up = nullptr;
+  // (num_tokens, sum(n)), rows addend_stride apart: added to the result; may be out. Or null.
+  const float* addend = nullptr;
+  int64_t addend_stride = 0;
 };
 
 struct QuantizeParams {
@@ -117,13 +128,14 @@ struct PagedAttentionParams {
   const int32_t* seq_lens;              // (num_seqs), the queries' own tokens included
   const int32_t* cu_seqlens_q;          // (num_seqs + 1)
   void* out;                            // (num_tokens, n_heads, head_dim) in query's dtype
-  float* lse;                           // (num_tokens, n_heads), natural logarithm
+  float* lse;                           // (num_tokens, n_heads), natural logarithm; or null
   DType dtype, cache_dtype;
   int64_t num_tokens, num_seqs, max_blocks, n_heads, n_kv_heads, head_dim, block_size;
   float scale;
   int64_t query_stride;                                 // from token to token
   CacheStrides key_cache_strides, value_cache_strides;  // with one stride of tokens
   int64_t num_blocks;
+  DType out_dtype;  // the op's is dtype
 };
 
 struct FlashAttentionParams {
@@ -154,6 +166,7 @@ struct SiluAndMulParams {
   void* out;            // (num_tokens, hidden_dim)
   DType dtype;
   int64_t num_tokens, hidden_dim;
+  DType out_dtype;  // the op's is dtype
 };
 
 // A block's bytes in memory: outer x inner pieces, each in one run. On cuda always one.
@@ -213,6 +226,9 @@ struct KernelTable {
   // per thread and return the operations of all, 0 if the instruction set lacks it.
   void (*read_memory)(const void* memory, int64_t bytes);
   int64_t (*multiply_add)(Arithmetic arithmetic, int64_t num_rounds);
+  // Of the CPU's decoder_layer.
+  void (*fused_linear)(const FusedLinearParams&);
+  DType (*linear_input)(DType weight_dtype);  // what linear rounds x to first, or float32
 };
 
 }  // namespace codellama_rt

@@ -34,7 +34,7 @@ void rms_norm(TensorView x, TensorView weight, float eps, TensorView out) {
   check.writable("out", out);
   check_eps(check, eps);
   kernels().rms_norm({x.data, nullptr, weight.data, out.data, nullptr, x.dtype, weight.dtype,
-                      tokens.size, dim.size, eps});
+                      tokens.size, dim.size, eps, x.dtype});
 }
 
 void add_rms_norm(TensorView x, TensorView residual, TensorView weight, float eps, TensorView out,
@@ -50,7 +50,7 @@ void add_rms_norm(TensorView x, TensorView residual, TensorView weight, float ep
   check.writable("residual_out", residual_out);
   check_eps(check, eps);
   kernels().rms_norm({x.data, residual.data, weight.data, out.data, residual_out.data, x.dtype,
-                      weight.dtype, tokens.size, dim.size, eps});
+                      weight.dtype, tokens.size, dim.size, eps, x.dtype});
 }
 
 void linear(TensorView x, Weights weights, TensorView out) {
@@ -225,7 +225,8 @@ void paged_attention(TensorView query, TensorView key_cache, TensorView value_ca
                              query.strides[0],
                              cache_strides(key_cache, true),
                              cache_strides(value_cache, false),
-                             blocks.size});
+                             blocks.size,
+                             query.dtype});
 }
 
 void merge_attention(TensorView out_a, TensorView lse_a, TensorView out_b, TensorView lse_b,
@@ -254,7 +255,7 @@ void silu_and_mul(TensorView gate_up, TensorView out) {
   Axis hidden{"hidden_dim", both.size / 2};
   check.floats("out", out, {&tokens, &hidden}, gate_up.dtype);
   check.writable("out", out);
-  kernels().silu_and_mul({gate_up.data, out.data, out.dtype, tokens.size, hidden.size});
+  kernels().silu_and_mul({gate_up.data, out.data, out.dtype, tokens.size, hidden.size, out.dtype});
 }
 
 namespace {

@@ -14,7 +14,6 @@ from helpers.tolerances import LOGITS_ATOL, assert_equal_bits
 from codellama_rt import ops
 from codellama_rt.engine.sampling_params import SamplingParams
 from codellama_rt.llm.scoring import sequence_logits
-from codellama_rt.model import llama
 from codellama_rt.model.batch import Batch
 from codellama_rt.model.kv_cache import KVCache
 
@@ -205,7 +204,7 @@ def test_a_layer_in_one_call_has_the_bits_of_its_ops(name, monkeypatch):
 
     in_one_call = run()
     assert len(calls) == model.config.n_layers - 1
-    monkeypatch.setattr(llama, "_FEW_TOKENS", len(batch.token_ids) - 1)
+    monkeypatch.setattr(model, "_whole", [None] * model.config.n_layers)
     op_by_op = run()
     assert len(calls) == model.config.n_layers - 1
     assert_equal_bits(in_one_call[0], op_by_op[0])

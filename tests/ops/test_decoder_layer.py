@@ -2,41 +2,51 @@
 
 import numpy as np
 import pytest
-from helpers.builders import ends, int32, normal, paged, rope_tables
+from helpers.builders import ends, int32, normal, paged, quantized_weight, rope_tables
 from helpers.tolerances import LOGITS_ATOL, assert_equal_bits
 
 from codellama_rt import ops
 from codellama_rt.ops import reference
 from codellama_rt.ops.dtypes import FLOAT_DTYPES
+from codellama_rt.ops.quantized import GGUF_BLOCKS, OWN_WEIGHT_DTYPES
 
 SEQ_LENS, NUM_QUERIES = [40, 1, 17], [3, 1, 17]  # a chunk, a first token, a prompt
 DIM, HIDDEN_DIM, HEAD_DIM = 48, 70, 16
 
 
-def make(rng, heads=(4, 2), dtype="float32", cache_dtype="float32", norm_dtype=None):
+def make(
+    rng, heads=(4, 2), dtype="float32", cache_dtype="float32", norm_dtype=None,
+    dims=(DIM, HIDDEN_DIM), seq_lens=SEQ_LENS, num_queries=NUM_QUERIES,
+):  # fmt: skip
     """Arguments by name; the blocks hold what was computed before, and NaN elsewhere."""
-    n_heads, n_kv_heads = heads
-    p = paged(rng, SEQ_LENS, NUM_QUERIES, heads=heads, head_dim=HEAD_DIM, cache_dtype=cache_dtype)
-    cos, sin = rope_tables(64, HEAD_DIM)
+    (n_heads, n_kv_heads), (dim, hidden_dim) = heads, dims
+    p = paged(rng, seq_lens, num_queries, heads=heads, head_dim=HEAD_DIM, cache_dtype=cache_dtype)
+    cos, sin = rope_tables(max(seq_lens), HEAD_DIM)
     positions = np.concatenate(
-        [np.arange(n - q, n) for n, q in zip(SEQ_LENS, NUM_QUERIES, strict=True)]
+        [np.arange(n - q, n) for n, q in zip(seq_lens, num_queries, strict=True)]
     )
-    tables = np.repeat(p.block_tables, NUM_QUERIES, axis=0)
+    tables = np.repeat(p.block_tables, num_queries, axis=0)
     pages = tables[np.arange(len(positions)), positions // 16]
     shapes = {
-        "q_proj": (n_heads * HEAD_DIM, DIM), "k_proj": (n_kv_heads * HEAD_DIM, DIM),
-        "v_proj": (n_kv_heads * HEAD_DIM, DIM), "o_proj": (DIM, n_heads * HEAD_DIM),
-        "gate_proj": (HIDDEN_DIM, DIM), "up_proj": (HIDDEN_DIM, DIM),
-        "down_proj": (DIM, HIDDEN_DIM),
+        "q_proj": (n_heads * HEAD_DIM, dim), "k_proj": (n_kv_heads * HEAD_DIM, dim),
+        "v_proj": (n_kv_heads * HEAD_DIM, dim), "o_proj": (dim, n_heads * HEAD_DIM),
+        "gate_proj": (hidden_dim, dim), "up_proj": (hidden_dim, dim),
+        "down_proj": (dim, hidden_dim),
     }  # fmt: skip
-    weights = {name: normal(rng, shape, dtype, 0.2) for name, shape in shapes.items()}
-    norms = {n: normal(rng, DIM, norm_dtype or dtype) for n in ("attention_norm", "mlp_norm")}
+    weights = {name: weight(rng, shape, dtype) for name, shape in shapes.items()}
+    norms = {n: normal(rng, dim, norm_dtype or dtype) for n in ("attention_norm", "mlp_norm")}
     return {
-        "x": normal(rng, (len(positions), DIM)), **weights, **norms, "cos": cos, "sin": sin,
+        "x": normal(rng, (len(positions), dim)), **weights, **norms, "cos": cos, "sin": sin,
         "positions": int32(positions), "key_cache": p.key_cache, "value_cache": p.value_cache,
         "slot_mapping": int32(pages * 16 + positions % 16), "block_tables": p.block_tables,
-        "seq_lens": int32(SEQ_LENS), "cu_seqlens_q": ends(NUM_QUERIES),
+        "seq_lens": int32(seq_lens), "cu_seqlens_q": ends(num_queries),
     }  # fmt: skip
+
+
+def weight(rng, shape, dtype):
+    if dtype in FLOAT_DTYPES:
+        return normal(rng, shape, dtype, 0.2)
+    return quantized_weight(rng, shape, dtype)
 
 
 def with_own_caches(a):
@@ -58,7 +68,7 @@ def one_after_another(a, eps, interleaved):
     sublayer = ops.linear(attended.reshape(len(query), -1), a["o_proj"])
     x, residual = ops.add_rms_norm(sublayer, a["x"], a["mlp_norm"], eps)
     hidden = ops.silu_and_mul(ops.linear(x, (a["gate_proj"], a["up_proj"])))
-    unit = np.ones(DIM, np.float32)
+    unit = np.ones(a["x"].shape[1], np.float32)
     return ops.add_rms_norm(ops.linear(hidden, a["down_proj"]), residual, unit, eps)[1]
 
 
@@ -72,6 +82,40 @@ def test_bits_of_the_single_ops(rng, dtype, cache_dtype):
     assert_equal_bits(ops.decoder_layer(**whole), expected)
     assert_equal_bits(whole["key_cache"], apart["key_cache"])
     assert_equal_bits(whole["value_cache"], apart["value_cache"])
+
+
+# Products of many tokens gate and add on their own road, in parts of 516 tokens. Long rows are cut
+# in segments.
+@pytest.mark.parametrize(
+    ("num_tokens", "dims"), [(43, (DIM, HIDDEN_DIM)), (530, (DIM, 200)), (43, (2112, 2112))]
+)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.usefixtures("isa")
+def test_bits_of_many_tokens(rng, dtype, num_tokens, dims):
+    assert_bits_of_many_tokens(make_many(rng, dtype, num_tokens, dims))
+
+
+@pytest.mark.parametrize("num_tokens", [43, 530])
+@pytest.mark.parametrize("dtype", [*OWN_WEIGHT_DTYPES, *GGUF_BLOCKS, "q4_1_tiled", "q6_k_tiled"])
+@pytest.mark.usefixtures("isa")
+def test_bits_of_many_tokens_over_quantised_weights(rng, dtype, num_tokens):
+    hidden_dim = HIDDEN_DIM if dtype in OWN_WEIGHT_DTYPES else 256
+    a = make_many(rng, dtype, num_tokens, (256, hidden_dim), heads=(16, 2))
+    assert_bits_of_many_tokens(a)
+
+
+def make_many(rng, dtype, num_tokens, dims, heads=(4, 2)):
+    return make(
+        rng, heads, dtype, norm_dtype="float32", dims=dims,
+        seq_lens=[num_tokens + 40, 7], num_queries=[num_tokens - 2, 2],
+    )  # fmt: skip
+
+
+def assert_bits_of_many_tokens(a):
+    expected = one_after_another(with_own_caches(a), 1e-5, False)
+    for num_threads in (1, 2):
+        whole = ops.decoder_layer(**with_own_caches(a), num_threads=num_threads)
+        assert_equal_bits(whole, expected)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -19,6 +19,7 @@ void paged_attention(const PagedAttentionParams& p) {
   a.block_tables = p.block_tables;
   a.seq_lens = p.seq_lens;
   a.dtype = p.dtype;
+  a.out_dtype = p.out_dtype;
   a.cache_dtype = p.cache_dtype;
   a.num_seqs = p.num_seqs;
   a.max_blocks = p.max_blocks;
@@ -43,7 +44,7 @@ void flash_attention(const FlashAttentionParams& p) {
   a.lse = p.lse;
   a.cu_seqlens_q = p.cu_seqlens_q;
   a.cu_seqlens_k = p.cu_seqlens_k;
-  a.dtype = p.dtype;
+  a.dtype = a.out_dtype = p.dtype;
   a.cache_dtype = p.kv_dtype;
   a.num_seqs = p.num_seqs;
   a.n_heads = p.n_heads;

@@ -271,8 +271,8 @@ inline void fold_rows(const Block& block, int64_t split, float* states, float* t
   }
 }
 
-template <typename Q>
-void write_rows(const Block& block, float* totals) {
+template <typename Out>
+void write_rows_as(const Block& block, float* totals) {
   const int64_t dim = block.a.head_dim;
   for (int64_t row = 0; row < block.num_rows; ++row) {
     const RowState total = block.state(totals, row);
@@ -281,7 +281,7 @@ void write_rows(const Block& block, float* totals) {
     const float weights = empty ? 1.0f : total.weights()[0];
     const bool rounds = !empty && multiplies_pairs(block.a.cache_dtype);
     const float divisor = rounds ? sum_group(total.rounded_weights()) : weights;
-    Q* out = static_cast<Q*>(block.a.out) + to * dim;
+    Out* out = static_cast<Out*>(block.a.out) + to * dim;
     if (kByteDots && !is_float(block.a.cache_dtype)) {
       order_columns(total.out, block.a.padded_dim(), block.a.cache_dtype == DType::kInt4 ? 2 : 1);
     }
@@ -295,9 +295,14 @@ void write_rows(const Block& block, float* totals) {
         store(out + d, x);
       }
     }
+    if (!block.a.lse) continue;
     constexpr double kLn2 = 0.693147180559945309;
     block.a.lse[to] = empty ? -INFINITY : float(total.top() * kLn2 + std::log(double(weights)));
   }
+}
+
+inline void write_rows(const Block& block, float* totals) {
+  with_type(block.a.out_dtype, [&](auto out) { write_rows_as<decltype(out)>(block, totals); });
 }
 
 // Packs the block's queries as scores multiply them.
@@ -337,7 +342,9 @@ void run_task(const Attention& a, const Task& task) {
   };
   const QueryLayout layout = query_layout<T>(a, rows);
   const int64_t head_floats = query_floats<T>(a, layout, rows);
-  std::memset(work.query, 0, num_heads * head_floats * sizeof(float));
+  if (kQuantized<T> || layout.spread > 1) {  // else all of it is written
+    std::memset(work.query, 0, num_heads * head_floats * sizeof(float));
+  }
   for_heads([&](int64_t h, const Block& block) {
     lay_queries<T, Q>(block, layout, work, work.query + h * head_floats, work.scales + h * rows);
   });
@@ -356,7 +363,7 @@ void run_task(const Attention& a, const Task& task) {
     });
   }
   if (task.states) return;
-  for_heads([&](int64_t h, const Block& block) { write_rows<Q>(block, total + h * states); });
+  for_heads([&](int64_t h, const Block& block) { write_rows(block, total + h * states); });
 }
 
 // What `shared`, and those before it, attended for the block's rows among others.
@@ -375,8 +382,7 @@ inline void fold_shared(const Block& block, const Task* shared, float* totals) {
   }
 }
 
-template <typename Q>
-void join_states(const Attention& a, const Task& task) {
+inline void join_states(const Attention& a, const Task& task) {
   const Block block{a, task, task.first_head};
   const Workspace work(a, 1, block.num_rows);
   for (int64_t row = 0; row < block.num_rows; ++row) clear(block.state(work.total, row));
@@ -384,7 +390,7 @@ void join_states(const Attention& a, const Task& task) {
   for (int64_t split = task.first_split; split < task.end_split; ++split) {
     fold_rows(block, split, block.left(split), work.total);
   }
-  write_rows<Q>(block, work.total);
+  write_rows(block, work.total);
 }
 
 // Contiguous keys and values are floats; only pages may be quantised.
@@ -404,8 +410,8 @@ void attend(const Attention& a) {
       using T = decltype(cache_type);
       for_each_task(plan.num_tasks, [&](int64_t i) { run_task<T, Q>(a, plan.tasks[i]); });
     });
-    for_each_task(plan.num_joins, [&](int64_t i) { join_states<Q>(a, plan.joins[i]); });
   });
+  for_each_task(plan.num_joins, [&](int64_t i) { join_states(a, plan.joins[i]); });
 }
 
 }  // namespace

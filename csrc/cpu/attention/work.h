@@ -18,7 +18,7 @@ struct Attention {
   const int32_t* cu_seqlens_q;
   const int32_t *block_tables, *seq_lens;  // paged
   const int32_t* cu_seqlens_k;             // contiguous
-  DType dtype, cache_dtype;
+  DType dtype, cache_dtype, out_dtype;
   int64_t num_seqs, max_blocks, n_heads, n_kv_heads, head_dim, block_size;
   float scale;
   bool causal;

@@ -231,11 +231,13 @@ inline void store_sums(const Vec (&sums)[kHeight][kCount], float* p) {
   }
 }
 
-// sums += x * w of one step; load(j, step, part) gives row j's operand.
-template <typename Dot, int kHeight, int kCount, typename Load>
+// sums += x * w of one step; load(j, step, part) gives row j's operand. finish(i) follows when
+// token i's sums are done.
+template <typename Dot, int kHeight, int kCount, typename Load, typename Finish>
 inline __attribute__((always_inline)) void multiply_step(const typename Dot::Element* x, int64_t s,
                                                          const Load& load,
-                                                         Vec (&sums)[kHeight][kCount]) {
+                                                         Vec (&sums)[kHeight][kCount],
+                                                         const Finish& finish) {
 #pragma GCC unroll 2
   for (int part = 0; part < Dot::kParts; ++part, x += kHeight * Dot::kPart) {
     typename Dot::Operand w[kCount];
@@ -246,8 +248,16 @@ inline __attribute__((always_inline)) void multiply_step(const typename Dot::Ele
       const typename Dot::Operand xi = Dot::load_packed(x + i * Dot::kPart);
 #pragma GCC unroll 8
       for (int j = 0; j < kCount; ++j) sums[i][j] = Dot::multiply_add(xi, w[j], sums[i][j]);
+      if (part + 1 == Dot::kParts && i > 0) finish(i - 1);
     }
   }
+  finish(kHeight - 1);
+}
+template <typename Dot, int kHeight, int kCount, typename Load>
+inline __attribute__((always_inline)) void multiply_step(const typename Dot::Element* x, int64_t s,
+                                                         const Load& load,
+                                                         Vec (&sums)[kHeight][kCount]) {
+  multiply_step<Dot>(x, s, load, sums, [](int) {});
 }
 
 // The same over `steps` steps.
@@ -308,16 +318,12 @@ constexpr int64_t kFoldedLanes = 1;
 constexpr int64_t kFoldedTile = kRows * kFoldedLanes;    // floats that a tile leaves of each token
 constexpr int64_t kFoldedToken = kLanes * kFoldedLanes;  // and kLanes / kRows tiles
 
-template <int kHeight>
-inline void fold_all_sums(const Vec (&sums)[kHeight][kRows], float* folded) {
-#pragma GCC unroll 8
-  for (int i = 0; i < kHeight; ++i) {
+inline void fold_sums(const Vec (&sums)[kRows], float* folded) {
 #if defined(__AVX512F__)
-    _mm512_storeu_ps(folded + i * kFoldedToken, fold(sums[i]));
+  _mm512_storeu_ps(folded, fold(sums));
 #else
-    for (int j = 0; j < kRows; ++j) folded[i * kFoldedToken + j] = sum(sums[i][j]);
+  for (int j = 0; j < kRows; ++j) folded[j] = sum(sums[j]);
 #endif
-  }
 }
 
 inline Vec unfold(const float* folded) {

@@ -18,6 +18,7 @@
 #include "common/quantized.h"
 #include "cpu/linear/ahead.h"
 #include "cpu/linear/dot.h"
+#include "cpu/linear/fused.h"
 #include "cpu/linear/in_order.h"
 #include "cpu/linear/quantized.h"
 
@@ -144,29 +145,32 @@ __attribute__((noinline)) void tile_of_rows(const typename DotOf<Weight>::type::
         },
         sums);
   }
-  fold_all_sums(sums, folded);
+#pragma GCC unroll 8
+  for (int i = 0; i < kHeight; ++i) fold_sums(sums[i], folded + i * kFoldedToken);
 }
 
 // What the tiles of kLanes rows have left folded, on its way to totals or, with the last segment,
 // to out: a token at a time, while later tiles are multiplied (at k = 576: 2 % faster than at
 // once).
 struct Behind {
-  const LinearParams& p;
+  const FusedLinearParams& p;
   const bool is_first, is_last;                         // the segment
   alignas(64) float folded[2][kTokens * kFoldedToken];  // one is written while the other is put
-  int64_t writes = 0, left = 0, out = 0, count = 0;     // out: an offset; count: rows there are
-  const float* from = nullptr;
+  int64_t writes = 0, left = 0, count = 0;              // count: rows there are
+  int64_t out = 0, addend = 0;                          // offsets
+  const float *from = nullptr, *gate = nullptr;
   float* total = nullptr;
 
-  Behind(const LinearParams& params, bool first, bool last)
+  Behind(const FusedLinearParams& params, bool first, bool last)
       : p(params), is_first(first), is_last(last) {}
 
   float* tile(int64_t i) { return folded[writes] + i % kLanes / kRows * kFoldedTile; }
 
   // All tiles of `num` rows from n on are folded, for a panel of tokens from t on.
-  void turn(int64_t t, int64_t height, int64_t n, int64_t num, float* totals) {
+  void turn(int64_t t, int64_t height, int64_t n, int64_t num, float* totals, const float* gates) {
     finish();
-    from = folded[writes], total = totals, out = t * p.out_stride + n, left = height, count = num;
+    from = folded[writes], total = totals, gate = gates, left = height, count = num;
+    out = t * p.out_stride + n, addend = t * p.addend_stride + n;
     writes = 1 - writes;
   }
   void finish() {
@@ -174,8 +178,14 @@ struct Behind {
   }
   inline __attribute__((always_inline)) void put() {
     if (left == 0) return;
-    const Vec sum = (is_first ? splat(0.0f) : load(total)) + unfold(from);
+    Vec sum = (is_first ? splat(0.0f) : load(total)) + unfold(from);
     if (is_last) {
+      if (gate) sum = silu(load(gate)) * sum, gate += kBlockRows;
+      if (p.addend) {
+        const float* to_add = p.addend + addend;
+        sum = sum + (count >= kLanes ? load(to_add) : load_first(to_add, int(count)));
+        addend += p.addend_stride;
+      }
       with_type(p.out_dtype, [&](auto type) {
         auto* to = static_cast<decltype(type)*>(p.out) + out;
         if (count >= kLanes) {
@@ -204,23 +214,31 @@ __attribute__((noinline)) void tile_of_panel(const typename DotOf<Weight>::type:
     if (j == 0 && part == 0 && s % kPrefetchSteps == 0) ahead.fetch(), behind.put();
     return Dot::load_packed(panel + ((s * Dot::kParts + part) * kRows + j) * Dot::kPart);
   };
-  multiply_steps<Dot>(x, steps, load, sums);
-  fold_all_sums(sums, folded);
+  multiply_steps<Dot>(x, steps - 1, load, sums);
+  // Folding all when the last is done would keep the next tile waiting.
+  multiply_step<Dot>(x + (steps - 1) * kHeight * Dot::kStep, steps - 1, load, sums,
+                     [&](int i) { fold_sums(sums[i], folded + i * kFoldedToken); });
 }
 
 // ---- results -------------------------------------------------------------------------------
 
 template <typename T>
-inline void put_as(const float* totals, int64_t stride, const LinearParams& p, int64_t n,
+inline void put_as(const float* totals, int64_t stride, const FusedLinearParams& p, int64_t n,
                    int64_t count) {
   for (int64_t t = 0; t < p.num_tokens; ++t) {
     T* out = static_cast<T*>(p.out) + t * p.out_stride + n;
-    for (int64_t j = 0; j < count; ++j) out[j] = from_float<T>(totals[t * stride + j]);
+    const float* total = totals + t * stride;
+    if (p.addend) {
+      const float* addend = p.addend + t * p.addend_stride + n;
+      for (int64_t j = 0; j < count; ++j) out[j] = from_float<T>(total[j] + addend[j]);
+    } else {
+      for (int64_t j = 0; j < count; ++j) out[j] = from_float<T>(total[j]);
+    }
   }
 }
 
 // out[:, n .. n + count) = totals, rows `stride` apart.
-inline void put(const float* totals, int64_t stride, const LinearParams& p, int64_t n,
+inline void put(const float* totals, int64_t stride, const FusedLinearParams& p, int64_t n,
                 int64_t count) {
   switch (p.out_dtype) {
     case DType::kFloat16:
@@ -261,7 +279,7 @@ void multiply_panel(const LinearParams& p, const Cut<typename DotOf<Weight>::typ
 // the next is fetched. The first block is a tile, for nothing has fetched it, and each other at
 // most twice as high as the one before.
 template <typename Weight>
-void multiply_few(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
+void multiply_few(const FusedLinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
                   const typename DotOf<Weight>::type::Element* x, int64_t panel_tokens, int64_t n,
                   int64_t end) {
   const int64_t height = tile_rows(panel_tokens);
@@ -293,7 +311,7 @@ void multiply_few(const LinearParams& p, const Cut<typename DotOf<Weight>::type>
 
 // Rows [n, end) for very few tokens.
 template <typename Weight>
-void multiply_in_order(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
+void multiply_in_order(const FusedLinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
                        const typename DotOf<Weight>::type::Element* x, int64_t n, int64_t end) {
   float totals[kInOrderTokens * kInOrderRows];
   for (Block block; n < end; n += block.count) {
@@ -310,12 +328,21 @@ void multiply_in_order(const LinearParams& p, const Cut<typename DotOf<Weight>::
   }
 }
 
+// Where the results of a block go: to out, from `column` on; with `stays`, to totals alone. A row
+// of either is kBlockRows. `gates`: what the results are to be gated by, or null.
+struct Results {
+  float* totals;
+  int64_t column;
+  bool stays;
+  const float* gates;
+};
+
 // One segment of a block for many tokens.
 template <typename Weight>
-void multiply_block(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
+void multiply_block(const FusedLinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
                     const typename DotOf<Weight>::type::Element* x, int64_t segment,
                     const Block& block, const Block& next,
-                    typename DotOf<Weight>::type::Element* panels, float* totals) {
+                    typename DotOf<Weight>::type::Element* panels, const Results& results) {
   using Dot = typename DotOf<Weight>::type;
   const int64_t length = cut.length(segment), panel_size = kRows * length * Dot::kStep;
   const bool has_tail = cut.has_tail(segment);
@@ -323,7 +350,7 @@ void multiply_block(const LinearParams& p, const Cut<typename DotOf<Weight>::typ
   const int64_t times = ceil_div(block.count, kRows) * ceil_div(length, kPrefetchSteps);
   Ahead ahead = fetch_after<Weight>(p, cut, segment, block, next,
                                     times * (ceil_div(p.num_tokens, kTokens) - 1));
-  Behind behind(p, segment == 0, segment + 1 == cut.num_segments);
+  Behind behind(p, segment == 0, segment + 1 == cut.num_segments && !results.stays);
   for (int64_t t = 0; t < p.num_tokens; t += kTokens) {
     const int64_t height = smaller(kTokens, p.num_tokens - t);
     const auto* tokens = x + cut.panel(segment, t, p.num_tokens);
@@ -344,8 +371,9 @@ void multiply_block(const LinearParams& p, const Cut<typename DotOf<Weight>::typ
         }
         const int64_t first = i / kLanes * kLanes, end = i + kRows;
         if (end % kLanes == 0 || end >= block.count) {
-          behind.turn(t, height, block.n + first, block.count - first,
-                      totals + t * kBlockRows + first);
+          const int64_t at = t * kBlockRows + first;
+          behind.turn(t, height, results.column + first, block.count - first, results.totals + at,
+                      results.gates ? results.gates + at : nullptr);
         }
       }
     });
@@ -356,22 +384,33 @@ void multiply_block(const LinearParams& p, const Cut<typename DotOf<Weight>::typ
 // Rows [n, end) for many tokens: packed weights, block by block. Tasks are dealt in their order, so
 // that the rows after the last block, up to num_rows, are likely to be this thread's next.
 template <typename Weight>
-void multiply_many(const LinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
+void multiply_many(const FusedLinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
                    const typename DotOf<Weight>::type::Element* x, int64_t n, int64_t end,
                    int64_t num_rows) {
   using Dot = typename DotOf<Weight>::type;
   using Element = typename Dot::Element;
   const int64_t panel_bytes = kBlockRows * cut.segment_steps * Dot::kStep * sizeof(Element);
-  const int64_t totals_bytes = p.num_tokens * kBlockRows * sizeof(float);
+  const int64_t totals_size = p.num_tokens * kBlockRows;
+  const int64_t totals_bytes = (p.gate_up ? 2 : 1) * totals_size * sizeof(float);
   char* memory = static_cast<char*>(scratch(Scratch::kTask, panel_bytes + totals_bytes));
   Element* panels = reinterpret_cast<Element*>(memory);
   float* totals = reinterpret_cast<float*>(memory + panel_bytes);
+  const auto multiply = [&](const Block& block, const Block& next, const Results& results) {
+    for (int64_t segment = 0; segment < cut.num_segments; ++segment) {
+      multiply_block<Weight>(p, cut, x, segment, block, next, panels, results);
+    }
+  };
   while (n < end) {
     const Block block = block_from(p, n, end, kBlockRows);
     n += block.count;
     const Block next = block_from(p, n, n < end ? end : num_rows, kBlockRows);
-    for (int64_t segment = 0; segment < cut.num_segments; ++segment) {
-      multiply_block<Weight>(p, cut, x, segment, block, next, panels, totals);
+    if (p.gate_up) {
+      const Block up = {p.n[0] + block.n, block.count};
+      float* gates = totals + totals_size;
+      multiply(block, up, {gates, block.n, true, nullptr});
+      multiply(up, next, {totals, block.n, false, gates});
+    } else {
+      multiply(block, next, {totals, block.n, false, nullptr});
     }
   }
 }
@@ -404,8 +443,30 @@ void pack(const LinearParams& p, const Cut<Dot>& cut, int64_t panel_tokens,
   for (int64_t i = 0; i < num_panels; ++i) pack_one(i);
 }
 
+// The activations of a few tokens over rows as they lie.
 template <typename Weight>
-void multiply(const LinearParams& p) {
+void multiply_streamed(const FusedLinearParams& p, const Cut<typename DotOf<Weight>::type>& cut,
+                       typename DotOf<Weight>::type::Element* x, int64_t num_rows) {
+  const int64_t num_panels = ceil_div(p.num_tokens, kStreamTokens);
+  const int64_t panel_tokens = ceil_div(p.num_tokens, num_panels);
+  pack(p, cut, panel_tokens, x);
+  const bool in_order = p.num_tokens <= kInOrderTokens;
+  const int64_t stream_tasks = num_stream_tasks(num_rows * p.k * sizeof(Weight));
+  const int64_t tasks = in_order ? stream_tasks : smaller(kTasks, stream_tasks);
+  const int64_t task_rows = ceil_div(num_rows, kTaskRows * tasks) * kTaskRows;
+  for_each_task(ceil_div(num_rows, task_rows), [&](int64_t task) {
+    const int64_t n = task * task_rows;
+    const int64_t row_end = smaller(num_rows, n + task_rows);
+    if (in_order) {
+      multiply_in_order<Weight>(p, cut, x, n, row_end);
+    } else {
+      multiply_few<Weight>(p, cut, x, panel_tokens, n, row_end);
+    }
+  });
+}
+
+template <typename Weight>
+void multiply(const FusedLinearParams& p) {
   using Dot = typename DotOf<Weight>::type;
   using Element = typename Dot::Element;
   const Cut<Dot> cut(p.k);
@@ -417,24 +478,12 @@ void multiply(const LinearParams& p) {
   constexpr int64_t most_bytes = sizeof(Weight) == sizeof(Element) ? kFewBytes : kFewConvertedBytes;
   const bool few = p.num_tokens <= kFewTokens && x_bytes <= most_bytes;
   if (p.num_tokens <= kStreamTokens || few) {
-    const int64_t num_panels = ceil_div(p.num_tokens, kStreamTokens);
-    const int64_t panel_tokens = ceil_div(p.num_tokens, num_panels);
-    pack(p, cut, panel_tokens, x);
-    const bool in_order = p.num_tokens <= kInOrderTokens;
-    const int64_t stream_tasks = num_stream_tasks(num_rows * p.k * sizeof(Weight));
-    const int64_t tasks = in_order ? stream_tasks : smaller(kTasks, stream_tasks);
-    const int64_t task_rows = ceil_div(num_rows, kTaskRows * tasks) * kTaskRows;
-    for_each_task(ceil_div(num_rows, task_rows), [&](int64_t task) {
-      const int64_t n = task * task_rows;
-      const int64_t row_end = smaller(num_rows, n + task_rows);
-      if (in_order) {
-        multiply_in_order<Weight>(p, cut, x, n, row_end);
-      } else {
-        multiply_few<Weight>(p, cut, x, panel_tokens, n, row_end);
-      }
-    });
+    if (!p.gate_up) return multiply_streamed<Weight>(p, cut, x, num_rows);
+    multiply_streamed<Weight>(before_gating(p), cut, x, num_rows);
+    gate(p);
   } else {
     pack(p, cut, kTokens, x);
+    if (p.gate_up) num_rows = p.n[0];
     const int64_t task_rows = many_task_rows(num_rows);
     for_each_task(ceil_div(num_rows, task_rows), [&](int64_t task) {
       const int64_t n = task * task_rows;
@@ -443,29 +492,32 @@ void multiply(const LinearParams& p) {
   }
 }
 
+void multiply_by_dtype(const FusedLinearParams& p) {
+  switch (p.weight_dtype) {
+    case DType::kFloat16:
+      return multiply<f16>(p);
+    case DType::kBFloat16:
+      return multiply<bf16>(p);
+    default:
+      return multiply<float>(p);
+  }
+}
+
 }  // namespace
 
-void linear(const LinearParams& params) {
-  if (!is_float(params.weight_dtype)) return linear_quantized(params);
-  const int64_t parts = ceil_div(params.num_tokens, kMaxTokens);
+void fused_linear(const FusedLinearParams& p) {
+  if (!is_float(p.weight_dtype)) return linear_quantized(p);
+  const int64_t parts = ceil_div(p.num_tokens, kMaxTokens);
   if (parts == 0) return;
-  const int64_t tokens = ceil_div(ceil_div(params.num_tokens, parts), kTokens) * kTokens;
-  for (int64_t t = 0; t < params.num_tokens; t += tokens) {
-    LinearParams p = params;
-    p.num_tokens = smaller(tokens, params.num_tokens - t);
-    p.x = static_cast<const char*>(p.x) + t * p.x_stride * item_size(p.x_dtype);
-    p.out = static_cast<char*>(p.out) + t * p.out_stride * item_size(p.out_dtype);
-    switch (p.weight_dtype) {
-      case DType::kFloat16:
-        multiply<f16>(p);
-        break;
-      case DType::kBFloat16:
-        multiply<bf16>(p);
-        break;
-      default:
-        multiply<float>(p);
-    }
-  }
+  const int64_t tokens = ceil_div(ceil_div(p.num_tokens, parts), kTokens) * kTokens;
+  for_tokens(p, tokens, multiply_by_dtype);
+}
+
+void linear(const LinearParams& p) { fused_linear({p}); }
+
+DType linear_input(DType weight_dtype) {
+  const bool rounds = std::is_same<DotOf<bf16>::type::Element, bf16>::value;
+  return weight_dtype == DType::kBFloat16 && rounds ? DType::kBFloat16 : DType::kFloat32;
 }
 
 }  // namespace CLRT_ISA

@@ -31,6 +31,7 @@
 
 #include <algorithm>
 
+#include "cpu/linear/fused.h"
 #include "cpu/linear/widened.h"
 
 namespace codellama_rt {
@@ -263,15 +264,22 @@ inline PlacedTile find_tile(const LinearParams& p, int64_t tile) {
           column + row};
 }
 
-// A token's tiles together: rows of `out` lie pages apart.
-inline void put_tiles(const LinearParams& p, const PlacedTile* tiles, int64_t count,
-                      const float* totals, int64_t stride) {
+// A token's tiles together: rows of `out` lie pages apart. `gates`: as totals, what gates them, or
+// null. Changes totals.
+inline void put_tiles(const FusedLinearParams& p, const PlacedTile* tiles, int64_t count,
+                      float* totals, const float* gates, int64_t stride) {
   with_type(p.out_dtype, [&](auto out_type) {
     using T = decltype(out_type);
     for (int64_t t = 0; t < p.num_tokens; ++t) {
       T* out = static_cast<T*>(p.out) + t * p.out_stride;
-      for (int64_t i = 0; i < count; ++i) {
-        convert(totals + t * stride + i * kWeightTile, out + tiles[i].column, tiles[i].num_rows);
+      float* total = totals + t * stride;
+      for (int64_t i = 0; gates && i < count * kWeightTile; i += kLanes) {
+        store(total + i, silu(load(gates + t * stride + i)) * load(total + i));
+      }
+      for (int64_t i = 0; i < count; ++i, total += kWeightTile) {
+        if (p.addend)
+          add(p.addend + t * p.addend_stride + tiles[i].column, tiles[i].num_rows, total);
+        convert(total, out + tiles[i].column, tiles[i].num_rows);
       }
     }
   });
@@ -308,49 +316,83 @@ int64_t chunk_groups(const LinearParams& p) {
   return Shape::kChunk / Layout::kGroup;
 }
 
-// Tiles [first, end).
+// What a task has besides the activations: chunks that were unpacked, and sums of all tokens.
 template <typename Format, typename Shape>
-void multiply_tiles(const LinearParams& p, Panels panels,
-                    const TokensOf<typename Format::Layout>* x, int64_t first, int64_t end) {
+struct TaskMemory {
   using Layout = typename Format::Layout;
-  constexpr int64_t kStride = Shape::kTiles * kWeightTile;
+  static constexpr int64_t kStride = Shape::kTiles * kWeightTile;
+  int64_t chunk_bytes, totals_size;
+  uint8_t* chunks;
+  float *totals, *gates;
+
+  explicit TaskMemory(const FusedLinearParams& p)
+      : chunk_bytes(Format::kInPlace ? 0 : chunk_groups<Format, Shape>(p) * Layout::kBytes),
+        totals_size(p.num_tokens * kStride) {
+    const int64_t totals_bytes = (p.gate_up ? 2 : 1) * totals_size * sizeof(float);
+    chunks =
+        static_cast<uint8_t*>(scratch(Scratch::kTask, Shape::kTiles * chunk_bytes + totals_bytes));
+    totals = reinterpret_cast<float*>(chunks + Shape::kTiles * chunk_bytes);
+    gates = totals + totals_size;
+  }
+};
+
+// totals = all tokens by `count` tiles; `next`: as many, to be multiplied after these.
+template <typename Format, typename Shape>
+void multiply_block(const FusedLinearParams& p, Panels panels,
+                    const TokensOf<typename Format::Layout>* x, const PlacedTile* tiles,
+                    const PlacedTile* next_tiles, int64_t count,
+                    const TaskMemory<Format, Shape>& memory, float* totals) {
+  using Layout = typename Format::Layout;
   const int64_t groups = num_groups<Layout>(p.k), chunk = chunk_groups<Format, Shape>(p);
   const int64_t ahead = memory_is_the_limit<Layout>(p.num_tokens) ? kAhead : 2 * kAhead;
-  const int64_t chunk_bytes = Format::kInPlace ? 0 : chunk * Layout::kBytes;
-  const int64_t totals_bytes = p.num_tokens * kStride * sizeof(float);
-  auto* memory =
-      static_cast<uint8_t*>(scratch(Scratch::kTask, totals_bytes + Shape::kTiles * chunk_bytes));
-  auto* totals = reinterpret_cast<float*>(memory + Shape::kTiles * chunk_bytes);
+  std::memset(totals, 0, memory.totals_size * sizeof(float));
+  for (int64_t g = 0; g < groups; g += chunk) {
+    const int64_t length = smaller(chunk, groups - g);
+    RowVector rows[Shape::kTiles * kParts];
+    for (int64_t i = 0; i < count; ++i) {
+      const uint8_t* head = head_of<Format>(tiles[i], p.k);
+      const uint8_t* at =
+          Groups<Format>::load(tiles[i], p.k, g, length, memory.chunks + i * memory.chunk_bytes);
+      const uint8_t* next = Format::kInPlace && chunk == groups ? at + ahead
+                            : g + length < groups
+                                ? Groups<Format>::source(tiles[i], p.k, g + length)
+                                : Groups<Format>::source(next_tiles[i], p.k, 0);
+      for (int part = 0; part < kParts; ++part) rows[i * kParts + part] = {head, at, next, part};
+    }
+    multiply_chunk<Layout, Shape>(x + g * p.num_tokens, panels, length, Groups<Format>::kBytes,
+                                  rows, count * kParts, totals, memory.kStride);
+  }
+}
+
+// Tiles [first, end).
+template <typename Format, typename Shape>
+void multiply_tiles(const FusedLinearParams& p, Panels panels,
+                    const TokensOf<typename Format::Layout>* x, int64_t first, int64_t end) {
+  const TaskMemory<Format, Shape> memory(p);
+  const auto find = [&](int64_t i, int64_t from, PlacedTile* tiles) {
+    for (int64_t j = 0; j < Shape::kTiles; ++j)
+      tiles[j] = find_tile(p, smaller(i + j, end - 1) + from);
+  };
+  const int64_t ups = ceil_div(p.n[0], kWeightTile);
   for (; first < end; first += Shape::kTiles) {
     const int64_t count = smaller(Shape::kTiles, end - first);
-    PlacedTile tiles[Shape::kTiles], next_tiles[Shape::kTiles];
-    for (int64_t i = 0; i < count; ++i) {
-      tiles[i] = find_tile(p, first + i);
-      next_tiles[i] = find_tile(p, smaller(first + Shape::kTiles + i, end - 1));
+    PlacedTile tiles[Shape::kTiles], up_tiles[Shape::kTiles], next_tiles[Shape::kTiles];
+    find(first, 0, tiles);
+    find(first + Shape::kTiles, 0, next_tiles);
+    if (p.gate_up) {
+      find(first, ups, up_tiles);
+      multiply_block<Format>(p, panels, x, tiles, up_tiles, count, memory, memory.gates);
+      multiply_block<Format>(p, panels, x, up_tiles, next_tiles, count, memory, memory.totals);
+      put_tiles(p, tiles, count, memory.totals, memory.gates, memory.kStride);
+    } else {
+      multiply_block<Format>(p, panels, x, tiles, next_tiles, count, memory, memory.totals);
+      put_tiles(p, tiles, count, memory.totals, nullptr, memory.kStride);
     }
-    std::memset(totals, 0, totals_bytes);
-    for (int64_t g = 0; g < groups; g += chunk) {
-      const int64_t length = smaller(chunk, groups - g);
-      RowVector rows[Shape::kTiles * kParts];
-      for (int64_t i = 0; i < count; ++i) {
-        const uint8_t* head = head_of<Format>(tiles[i], p.k);
-        const uint8_t* at =
-            Groups<Format>::load(tiles[i], p.k, g, length, memory + i * chunk_bytes);
-        const uint8_t* next = Format::kInPlace && chunk == groups ? at + ahead
-                              : g + length < groups
-                                  ? Groups<Format>::source(tiles[i], p.k, g + length)
-                                  : Groups<Format>::source(next_tiles[i], p.k, 0);
-        for (int part = 0; part < kParts; ++part) rows[i * kParts + part] = {head, at, next, part};
-      }
-      multiply_chunk<Layout, Shape>(x + g * p.num_tokens, panels, length, Groups<Format>::kBytes,
-                                    rows, count * kParts, totals, kStride);
-    }
-    put_tiles(p, tiles, count, totals, kStride);
   }
 }
 
 template <typename Format, typename Shape>
-void multiply(const LinearParams& p) {
+void multiply(const FusedLinearParams& p) {
   using Layout = typename Format::Layout;
   const int64_t groups = num_groups<Layout>(p.k);
   int64_t tiles = 0;
@@ -365,6 +407,7 @@ void multiply(const LinearParams& p) {
   const int64_t work = bytes * larger(p.num_tokens, kStreamTokens) / kStreamTokens;
   const int64_t few_tasks = larger(num_stream_tasks(bytes), smaller(2, num_stream_tasks(work)));
   const int64_t tasks = p.num_tokens > kFewTokens ? kTasks : few_tasks;
+  if (p.gate_up) tiles /= 2;
   const int64_t task_tiles = ceil_div(tiles, Shape::kTiles * tasks) * Shape::kTiles;
   for_each_task(ceil_div(tiles, task_tiles), [&](int64_t task) {
     const int64_t first = task * task_tiles;
@@ -374,22 +417,19 @@ void multiply(const LinearParams& p) {
 
 }  // namespace
 
-void linear_quantized(const LinearParams& params) {
+void linear_quantized(const FusedLinearParams& params) {
   const int64_t parts = ceil_div(params.num_tokens, kMaxTokens);
   if (parts == 0) return;
-  const int64_t tokens = ceil_div(params.num_tokens, parts);
-  for (int64_t t = 0; t < params.num_tokens; t += tokens) {
-    LinearParams p = params;
-    p.num_tokens = smaller(tokens, params.num_tokens - t);
-    p.x = static_cast<const char*>(p.x) + t * p.x_stride * item_size(p.x_dtype);
-    p.out = static_cast<char*>(p.out) + t * p.out_stride * item_size(p.out_dtype);
+  for_tokens(params, ceil_div(params.num_tokens, parts), [&](const FusedLinearParams& p) {
     with_format(p.weight_dtype, [&](auto format) {
       using Format = decltype(format);
       using Wide = std::conditional_t<kIsPacked<Format>, Widened<Format>, Format>;
-      p.num_tokens > kFewTokens ? multiply<Wide, Many<typename Wide::Layout>>(p)
-                                : multiply<Format, Few>(p);
+      if (p.num_tokens > kFewTokens) return multiply<Wide, Many<typename Wide::Layout>>(p);
+      if (!p.gate_up) return multiply<Format, Few>(p);
+      multiply<Format, Few>(before_gating(p));
+      gate(p);
     });
-  }
+  });
 }
 
 }  // namespace CLRT_ISA

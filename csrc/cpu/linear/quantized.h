@@ -6,7 +6,7 @@
 namespace codellama_rt {
 namespace CLRT_ISA {
 
-void linear_quantized(const LinearParams& params);
+void linear_quantized(const FusedLinearParams& params);
 
 }  // namespace CLRT_ISA
 }  // namespace codellama_rt

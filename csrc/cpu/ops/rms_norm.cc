@@ -32,24 +32,24 @@ float sum_of_squares(const T* x, const T* residual, T* residual_out, int64_t dim
   return sum(squares);
 }
 
-template <typename T, typename W>
-void normalize(const T* x, const W* weight, T* out, int64_t dim, float scale) {
+template <typename T, typename W, typename Out>
+void normalize(const T* x, const W* weight, Out* out, int64_t dim, float scale) {
   const Vec scales = splat(scale);
   int64_t i = 0;
   for (; i + kLanes <= dim; i += kLanes) {
     store(out + i, load(x + i) * scales * load(weight + i));
   }
-  for (; i < dim; ++i) out[i] = from_float<T>(to_float(x[i]) * scale * to_float(weight[i]));
+  for (; i < dim; ++i) out[i] = from_float<Out>(to_float(x[i]) * scale * to_float(weight[i]));
 }
 
-template <typename T, typename W>
+template <typename T, typename W, typename Out>
 void norm_row(const RmsNormParams& p, int64_t offset) {
   const T* x = static_cast<const T*>(p.x) + offset;
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + offset : nullptr;
   T* residual_out = residual ? static_cast<T*>(p.residual_out) + offset : nullptr;
   const float squares = sum_of_squares(x, residual, residual_out, p.dim);
   normalize(residual ? residual_out : x, static_cast<const W*>(p.weight),
-            static_cast<T*>(p.out) + offset, p.dim,
+            static_cast<Out*>(p.out) + offset, p.dim,
             1.0f / std::sqrt(squares / float(p.dim) + p.eps));
 }
 
@@ -58,10 +58,13 @@ void norm_row(const RmsNormParams& p, int64_t offset) {
 void rms_norm(const RmsNormParams& p) {
   with_type(p.dtype, [&](auto type) {
     with_type(p.weight_dtype, [&](auto weight_type) {
-      using T = decltype(type);
-      using W = decltype(weight_type);
-      for_each_row(p.num_tokens, p.dim * item_size(p.dtype),
-                   [&](int64_t t) { norm_row<T, W>(p, t * p.dim); });
+      with_type(p.out_dtype, [&](auto out_type) {
+        using T = decltype(type);
+        using W = decltype(weight_type);
+        using Out = decltype(out_type);
+        for_each_row(p.num_tokens, p.dim * item_size(p.dtype),
+                     [&](int64_t t) { norm_row<T, W, Out>(p, t * p.dim); });
+      });
     });
   });
 }

@@ -12,10 +12,8 @@ namespace codellama_rt {
 namespace CLRT_ISA {
 namespace {
 
-inline Vec silu(Vec x) { return x / (splat(1.0f) + exp(splat(0.0f) - x)); }
-
-template <typename T>
-void silu_row(const T* gate, const T* up, T* out, int64_t n) {
+template <typename T, typename Out>
+void silu_row(const T* gate, const T* up, Out* out, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(out + i, silu(load(gate + i)) * load(up + i));
   if (const int rest = int(n - i)) {
@@ -27,10 +25,14 @@ void silu_row(const T* gate, const T* up, T* out, int64_t n) {
 
 void silu_and_mul(const SiluAndMulParams& p) {
   with_type(p.dtype, [&](auto type) {
-    using T = decltype(type);
-    for_each_row(p.num_tokens, 3 * p.hidden_dim * item_size(p.dtype), [&](int64_t t) {
-      const auto* gate = static_cast<const T*>(p.gate_up) + 2 * t * p.hidden_dim;
-      silu_row(gate, gate + p.hidden_dim, static_cast<T*>(p.out) + t * p.hidden_dim, p.hidden_dim);
+    with_type(p.out_dtype, [&](auto out_type) {
+      using T = decltype(type);
+      using Out = decltype(out_type);
+      for_each_row(p.num_tokens, 3 * p.hidden_dim * item_size(p.dtype), [&](int64_t t) {
+        const auto* gate = static_cast<const T*>(p.gate_up) + 2 * t * p.hidden_dim;
+        silu_row(gate, gate + p.hidden_dim, static_cast<Out*>(p.out) + t * p.hidden_dim,
+                 p.hidden_dim);
+      });
     });
   });
 }

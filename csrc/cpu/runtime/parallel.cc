@@ -114,25 +114,58 @@ ThreadLimit::ThreadLimit(int most) : found_(thread_limit) {
 }
 ThreadLimit::~ThreadLimit() { thread_limit = found_; }
 
-void* scratch(Scratch slot, size_t bytes) {
-  struct Arena {
-    void* memory = nullptr;
-    size_t bytes = 0;
-    ~Arena() { std::free(memory); }
-  };
-  thread_local Arena arenas[4];
-  Arena& arena = arenas[int(slot)];
-  if (arena.bytes < bytes) {
-    std::free(arena.memory);
-    arena.memory = nullptr;
-    arena.bytes = 0;
-    if (bytes > PTRDIFF_MAX - 4096) throw std::bad_alloc();
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    arena.memory = std::aligned_alloc(4096, rounded);
-    if (!arena.memory) throw std::bad_alloc();
-    arena.bytes = rounded;
+struct Arena {
+  void* memory = nullptr;
+  size_t bytes = 0;
+
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  ~Arena() { std::free(memory); }
+
+  // Room for so many; what it held is lost if it grows.
+  void* of(size_t least) {
+    if (bytes >= least) return memory;
+    std::free(memory);
+    memory = nullptr;
+    bytes = 0;
+    if (least > PTRDIFF_MAX - 4096) throw std::bad_alloc();
+    const size_t rounded = (least + 4095) / 4096 * 4096;
+    memory = std::aligned_alloc(4096, rounded);
+    if (!memory) throw std::bad_alloc();
+    bytes = rounded;
+    return memory;
   }
-  return arena.memory;
+};
+
+void* scratch(Scratch slot, size_t bytes) {
+  thread_local Arena arenas[3];
+  return arenas[int(slot)].of(bytes);
 }
+
+namespace {
+// Of no call. Without a lock, which a forked child might find taken; never freed.
+std::atomic<Arena*> unlent[64];
+}  // namespace
+
+LentMemory::LentMemory(size_t bytes) : arena_(nullptr) {
+  for (auto& slot : unlent) {
+    if ((arena_ = slot.exchange(nullptr))) break;
+  }
+  if (!arena_) arena_ = new Arena;
+  try {
+    arena_->of(bytes);
+  } catch (...) {
+    delete arena_;
+    throw;
+  }
+}
+LentMemory::~LentMemory() {
+  for (auto& slot : unlent) {
+    Arena* none = nullptr;
+    if (slot.compare_exchange_strong(none, arena_)) return;
+  }
+  delete arena_;
+}
+void* LentMemory::data() const { return arena_->memory; }
 
 }  // namespace codellama_rt

@@ -34,7 +34,20 @@ class ThreadLimit {
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for its next call: a kernel asks once
 // for all it needs. Slots keep a caller's scratch apart from what its tasks ask on the same thread.
-enum class Scratch { kCaller, kTask, kLayer, kPlan };
+enum class Scratch { kCaller, kTask, kPlan };
 void* scratch(Scratch slot, size_t bytes);
+
+// Memory for the length of its life, aligned and kept likewise, but for any thread's next call: of
+// as many as were lent at a time, however many threads call. For what is too large for each thread.
+class LentMemory {
+ public:
+  explicit LentMemory(size_t bytes);
+  ~LentMemory();
+  LentMemory(const LentMemory&) = delete;
+  void* data() const;
+
+ private:
+  struct Arena* arena_;
+};
 
 }  // namespace codellama_rt

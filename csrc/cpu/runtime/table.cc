@@ -12,6 +12,8 @@ namespace CLRT_ISA {
 #include "ops.def"
 void read_memory(const void* memory, int64_t bytes);
 int64_t multiply_add(Arithmetic arithmetic, int64_t num_rounds);
+void fused_linear(const FusedLinearParams&);
+DType linear_input(DType weight_dtype);
 
 extern const KernelTable table;
 const KernelTable table = {
@@ -19,8 +21,10 @@ const KernelTable table = {
 #define CLRT_OP(name, Params, signature) name,
 #define CLRT_DIRECT_OP(name, Params, signature) name,
 #include "ops.def"
-    read_memory,
-    multiply_add,
+    read_memory,   // probe
+    multiply_add,  // probe
+    fused_linear,  // decoder_layer's
+    linear_input,  // decoder_layer's
 };
 
 }  // namespace CLRT_ISA

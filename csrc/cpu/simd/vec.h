@@ -92,6 +92,9 @@ inline Vec exp(Vec x) {
   return zero_where_less(x, -87.0f, times_power_of_2(p, n));
 }
 
+// x * sigmoid(x)                                            (arXiv:1702.03118)
+inline Vec silu(Vec x) { return x / (splat(1.0f) + exp(splat(0.0f) - x)); }
+
 // 2^x for x <= 0, within 2 units in the last place; 0 below -126; NaN stays NaN.
 // The polynomial is that of Cephes' exp2f, for |r| <= 1/2.
 inline Vec exp2_nonpositive(Vec x) {
