@@ -52,6 +52,16 @@ def test_out_of_any_dtype(rng, guarded, isa, out_dtype, weight_dtype):
 
 
 @pytest.mark.parametrize("weight_dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 8, 50, 600])
+@pytest.mark.usefixtures("isa")
+def test_sums_of_nothing_are_zero(guarded, weight_dtype, num_tokens):
+    weight = np.empty((21, 0), numpy_dtype(weight_dtype))
+    out = guarded((num_tokens, 21))
+    ops.linear(np.empty((num_tokens, 0), np.float32), weight, out=out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("weight_dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("in_features", [70, 1027, 4500])
 @pytest.mark.usefixtures("isa")
 def test_row_bits_do_not_depend_on_num_tokens(rng, weight_dtype, in_features):

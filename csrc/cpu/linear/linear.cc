@@ -477,7 +477,7 @@ void multiply(const FusedLinearParams& p) {
   Element* x = static_cast<Element*>(scratch(Scratch::kCaller, x_bytes));
   constexpr int64_t most_bytes = sizeof(Weight) == sizeof(Element) ? kFewBytes : kFewConvertedBytes;
   const bool few = p.num_tokens <= kFewTokens && x_bytes <= most_bytes;
-  if (p.num_tokens <= kStreamTokens || few) {
+  if (p.num_tokens <= kStreamTokens || few || p.k == 0) {  // no block would write the zeros
     if (!p.gate_up) return multiply_streamed<Weight>(p, cut, x, num_rows);
     multiply_streamed<Weight>(before_gating(p), cut, x, num_rows);
     gate(p);
