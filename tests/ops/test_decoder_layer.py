@@ -1,5 +1,7 @@
 """decoder_layer: the bits of the single ops one after another, and the oracle's numbers."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from helpers.builders import ends, int32, normal, paged, quantized_weight, rope_tables
@@ -148,6 +150,19 @@ def test_a_larger_call_and_then_a_smaller_one(rng):
     alone = ops.decoder_layer(**with_own_caches(a) | last)
     ops.decoder_layer(**with_own_caches(a))
     assert_equal_bits(ops.decoder_layer(**with_own_caches(a) | last), alone)
+
+
+def test_calls_side_by_side(rng):
+    """The memory between the ops is lent to a call: more calls at a time than may be kept."""
+    cases = [make(rng), make_many(rng, "float32", 43, (DIM, HIDDEN_DIM))]
+    expected = [ops.decoder_layer(**with_own_caches(a)) for a in cases]
+
+    def call(i):
+        return ops.decoder_layer(**with_own_caches(cases[i % 2]))
+
+    with ThreadPoolExecutor(80) as pool:
+        for i, out in enumerate(pool.map(call, range(800))):
+            assert_equal_bits(out, expected[i % 2])
 
 
 def test_heads_that_do_not_fill_q_proj(rng):
