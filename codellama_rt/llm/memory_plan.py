@@ -39,9 +39,9 @@ INTERPRETER_BYTES = 45_200_000
 _TOKENIZER_BYTES, _PIECE_BYTES = 7_400_000, 554
 # The gguf package, which decodes blocks, and its work on some rows.
 _DECODER_BYTES = 6_000_000
-# What the kernels keep for each token beside the activations: the input of the widest product in
-# bfloat16; and what stays of the first step's small things.
-_PACKED_ITEM_BYTES, _STEP_BYTES = 2, 4_500_000
+# What the kernels keep for each token beside the activations: the input of the widest product, in
+# float32 over float32 and float16 weights; and what stays of the first step's small things.
+_PACKED_ITEM_BYTES, _PACKED_FLOAT_BYTES, _STEP_BYTES = 2, 4, 4_500_000
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,9 @@ def estimate(opened: Opened, plan: Plan, *, context: int, num_seqs: int = 1) -> 
         tensors = sources(tensors)
     weights = _weights(tensors, target, plan)
     num_tokens = min(context * num_seqs, plan.max_num_batched_tokens)
-    activations = num_tokens * (
-        4 * sum(Activations.widths(config).values()) + _PACKED_ITEM_BYTES * config.hidden_dim
-    )
+    packs_floats = plan.quantization is None and plan.dtype in ("float32", "float16")
+    packed = _PACKED_FLOAT_BYTES if packs_floats else _PACKED_ITEM_BYTES
+    activations = num_tokens * (4 * Activations.written(config) + packed * config.hidden_dim)
     return Estimate(
         weights=weights.total,
         made=weights.made,

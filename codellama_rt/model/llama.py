@@ -132,6 +132,18 @@ class Activations:
         }
 
     @classmethod
+    def written(cls, config: ModelConfig) -> int:
+        """Return how many float32 values per token a prompt's step keeps in memory.
+
+        All layers but the last share what `ops.decoder_layer` keeps. The last one computes its MLP
+        for the few tokens that have logits; of its other arrays, some as few, the huge pages are
+        touched.
+        """
+        widths = cls.widths(config)
+        last = sum(width for name, width in widths.items() if name not in ("gate_up", "hidden"))
+        return last + widths["x"] + widths["qkv"] + max(widths["query"], widths["hidden"])
+
+    @classmethod
     def over(cls, config: ModelConfig, arrays: Mapping[str, Any]) -> Activations:
         """View arrays (num_tokens, width), by the names of `widths`, as the operators take them."""
         heads = (arrays["query"].shape[0], config.n_heads, config.head_dim)

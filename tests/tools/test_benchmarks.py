@@ -295,15 +295,22 @@ def test_both_forms_hold_the_same_model(tmp_path):
 def test_operations_of_a_prompt_are_those_of_its_products(tmp_path, monkeypatch):
     """Of the last layer one token, but for keys and values; its other queries are not needed."""
     write_directory(tmp_path / "model", SHAPES["tiny"])
-    num_tokens, products, linear = 100, [], llama.ops.linear
+    num_tokens, products = 100, []
+    linear, decoder_layer = llama.ops.linear, llama.ops.decoder_layer
 
     def count(x, weights, **options):
         matrices = weights if isinstance(weights, list | tuple) else [weights]
         products.extend(2 * x.size * matrix.shape[0] for matrix in matrices)
         return linear(x, weights, **options)
 
+    def count_layer(x, *arguments, **options):
+        matrices = (*arguments[1:5], *arguments[6:9])  # without the norms
+        products.extend(2 * len(x) * matrix.size for matrix in matrices)
+        return decoder_layer(x, *arguments, **options)
+
     runner = Runner(open_checkpoint(tmp_path / "model"), 200)
     monkeypatch.setattr(llama.ops, "linear", count)
+    monkeypatch.setattr(llama.ops, "decoder_layer", count_layer)
     runner.prefill(num_tokens)
     c = runner.config
     width = c.n_heads * c.head_dim
