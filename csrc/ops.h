@@ -26,12 +26,12 @@ struct RmsNormParams {
   const void* x;         // (num_tokens, dim)
   const void* residual;  // (num_tokens, dim) in x's dtype, added to x first; or null
   const void* weight;    // (dim)
-  void* out;             // (num_tokens, dim) in x's dtype
+  void* out;             // (num_tokens, dim)
   void* residual_out;    // (num_tokens, dim) x + residual; may be `residual`; null without one
   DType dtype, weight_dtype;
   int64_t num_tokens, dim;
   float eps;
-  DType out_dtype;  // of out alone; the ops' is dtype
+  DType out_dtype;  // of out alone; the ops' is that of x
 };
 
 // Up to three weights that lie apart (q, k, v; gate, up) are multiplied in one pass over x, as if
@@ -127,7 +127,7 @@ struct PagedAttentionParams {
   const int32_t* block_tables;          // (num_seqs, max_blocks)
   const int32_t* seq_lens;              // (num_seqs), the queries' own tokens included
   const int32_t* cu_seqlens_q;          // (num_seqs + 1)
-  void* out;                            // (num_tokens, n_heads, head_dim) in query's dtype
+  void* out;                            // (num_tokens, n_heads, head_dim)
   float* lse;                           // (num_tokens, n_heads), natural logarithm; or null
   DType dtype, cache_dtype;
   int64_t num_tokens, num_seqs, max_blocks, n_heads, n_kv_heads, head_dim, block_size;
@@ -135,7 +135,7 @@ struct PagedAttentionParams {
   int64_t query_stride;                                 // from token to token
   CacheStrides key_cache_strides, value_cache_strides;  // with one stride of tokens
   int64_t num_blocks;
-  DType out_dtype;  // the op's is dtype
+  DType out_dtype;  // the op's is that of query
 };
 
 struct FlashAttentionParams {

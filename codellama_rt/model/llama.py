@@ -133,7 +133,7 @@ class Activations:
 
     @classmethod
     def written(cls, config: ModelConfig) -> int:
-        """Return how many float32 values per token a prompt's step keeps in memory.
+        """Return how many float32 values per token a prompt's step writes to memory.
 
         All layers but the last share what `ops.decoder_layer` keeps. The last one computes its MLP
         for the few tokens that have logits; of its other arrays, some as few, the huge pages are
